@@ -1,0 +1,230 @@
+"""Batches as a pure function of (seed, step).
+
+A split is cut into windows of block_size tokens (plus the target of the last one). Sequence number
+s = step * batch_size + j of a run lies in epoch s // N of N windows and is window
+permutation(seed, epoch)[s % N]. The permutation is computed pointwise and never stored, so a run can
+continue at any step, on any number of processes, with nothing but the step number, and evaluation
+cannot disturb it.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.shards import DataError, Dataset, Shard
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which tokens are read, and in which order."""
+
+    path: str = "data/tokens/pydocs"  # folder written by data.prepare, or with nanoGPT's train.bin and val.bin
+    sampling: str = "permutation"  # "permutation" (every window once per epoch) or "replacement" (as published)
+    val_windows: int = field(default=4096, metadata={"free": True})  # windows of the validation set to use, at most
+    val_sampling: str = field(default="fixed", metadata={"free": True})  # "fixed", or "random" windows (as published)
+
+    def faults(self) -> list[str]:
+        """Everything wrong with this config, a line each."""
+        out = []
+        if self.sampling not in ("permutation", "replacement"):
+            out.append(f'sampling="{self.sampling}": must be "permutation" or "replacement"')
+        if self.val_sampling not in ("fixed", "random"):
+            out.append(f'val_sampling="{self.val_sampling}": must be "fixed" or "random"')
+        if self.val_windows < 1:
+            out.append(f"val_windows={self.val_windows}: must be at least 1")
+        return out
+
+
+def mix64(x: np.ndarray) -> np.ndarray:
+    """A bijection of uint64 that scatters neighbouring numbers: the finalizer of splitmix64 (Steele et al. 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def hashed(*numbers: int | np.ndarray) -> np.ndarray:
+    """Hash integers (broadcast against each other) to uint64."""
+    out = np.zeros(1, dtype=np.uint64)
+    for number in numbers:
+        out = mix64(out + np.asarray(number, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+    return out
+
+
+def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """Where a pseudo-random permutation of range(n), named by (seed, epoch), sends each index.
+
+    A Feistel network of six rounds on the next even bit width, walked until it lands below n
+    (Black and Rogaway 2002).
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = hashed(seed, epoch, np.arange(6))
+    out = np.asarray(index, dtype=np.uint64).copy()
+    todo = np.ones(len(out), dtype=bool)
+    while todo.any():
+        x = out[todo]
+        left, right = x >> half, x & mask
+        for key in keys:
+            left, right = right, left ^ (mix64(right + key) & mask)
+        out[todo] = (left << half) | right
+        todo &= out >= n
+    return out.astype(np.int64)
+
+
+class Windows:
+    """The windows of a split: number w of stride `stride` to (shard, offset), and their tokens."""
+
+    def __init__(self, shards: list[Shard], block_size: int, stride: int) -> None:
+        self.shards, self.block_size, self.stride = shards, block_size, stride
+        counts = [max(0, (s.tokens - 1 - block_size) // stride + 1) for s in shards]
+        self.ends = np.cumsum(counts)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def locate(self, window: int) -> tuple[Shard, int]:
+        """The shard and the token offset in it at which a window starts."""
+        i = int(np.searchsorted(self.ends, window, side="right"))
+        first = int(self.ends[i - 1]) if i else 0
+        return self.shards[i], (int(window) - first) * self.stride
+
+    def read(self, windows: np.ndarray, vocab_size: int) -> np.ndarray:
+        """Tokens (len(windows), block_size + 1) uint16. Raises DataError for a token >= vocab_size."""
+        out = np.empty((len(windows), self.block_size + 1), dtype="<u2")
+        for row, window in zip(out, windows, strict=True):
+            shard, offset = self.locate(window)
+            shard.read(offset, row)
+        if out.size and out.max() >= vocab_size:
+            row, column = np.argwhere(out >= vocab_size)[0]
+            shard, offset = self.locate(windows[row])
+            raise DataError(
+                f"{shard.path}: token {out[row, column]} at offset {offset + column} "
+                f"does not fit vocab_size={vocab_size}"
+            )
+        return out
+
+
+class TrainLoader:
+    """The training batches of one rank.
+
+    Raises DataError if the split is shorter than one window or one token does not fit vocab_size.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: DataConfig,
+        *,
+        block_size: int,
+        batch_size: int,
+        vocab_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        assert batch_size % world_size == 0
+        self.batch_size, self.vocab_size, self.seed = batch_size, vocab_size, seed
+        self.replacement = config.sampling == "replacement"
+        self.windows = Windows(dataset.splits["train"], block_size, 1 if self.replacement else block_size)
+        _require_windows(self.windows, dataset, "train")
+        share = batch_size // world_size
+        self.mine = slice(rank * share, (rank + 1) * share)
+
+    def window_ids(self, step: int) -> np.ndarray:
+        """The windows (batch_size,) of a step's global batch, the same on every rank."""
+        sequence = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
+        n = len(self.windows)
+        if self.replacement:
+            return (hashed(self.seed, sequence) % np.uint64(n)).astype(np.int64)
+        epochs = sequence // n
+        parts = [permute(sequence[epochs == e] % n, n, self.seed, int(e)) for e in np.unique(epochs)]
+        return np.concatenate(parts)
+
+    def batch(self, step: int) -> np.ndarray:
+        """This rank's slice of a step's batch: tokens (batch_size / world_size, block_size + 1) uint16."""
+        return self.windows.read(self.window_ids(step)[self.mine], self.vocab_size)
+
+
+class ValidationSet:
+    """A fixed set of windows, spread evenly over the split, in batches that do not depend on the rank count.
+
+    Batch b belongs to rank b % world_size. With val_sampling="random" the windows are drawn anew for
+    every evaluation from (seed, step), as the official code of the MARS papers does.
+    """
+
+    def __init__(
+        self, dataset: Dataset, config: DataConfig, *, block_size: int, micro_batch: int, vocab_size: int, seed: int
+    ) -> None:
+        self.random = config.val_sampling == "random"
+        self.windows = Windows(dataset.splits["val"], block_size, 1 if self.random else block_size)
+        _require_windows(self.windows, dataset, "val")
+        self.count = min(config.val_windows, len(self.windows))
+        self.micro_batch, self.vocab_size, self.seed = micro_batch, vocab_size, seed
+
+    def __len__(self) -> int:
+        return -(-self.count // self.micro_batch)
+
+    def batch(self, number: int, step: int) -> np.ndarray:
+        """Tokens (at most micro_batch, block_size + 1) uint16 of one batch of the evaluation after `step`."""
+        place = np.arange(number * self.micro_batch, min(self.count, (number + 1) * self.micro_batch), dtype=np.int64)
+        if self.random:
+            ids = (hashed(self.seed, 1, step, place) % np.uint64(len(self.windows))).astype(np.int64)
+        else:
+            ids = place * len(self.windows) // self.count
+        return self.windows.read(ids, self.vocab_size)
+
+
+def _require_windows(windows: Windows, dataset: Dataset, split: str) -> None:
+    if len(windows) == 0:
+        raise DataError(
+            f"dataset {dataset.folder}: no shard of its {split} split holds a window of "
+            f"block_size={windows.block_size} + 1 tokens; use a smaller --block_size or more text"
+        )
+
+
+def to_device(tokens: np.ndarray | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens (B, T + 1) uint16 to inputs and targets (B, T) int64 on a device, two bytes a token on the way."""
+    tokens = torch.as_tensor(tokens).to(device, non_blocking=True)
+    ids = tokens.view(torch.int16).long() & 0xFFFF
+    return ids[:, :-1], ids[:, 1:]
+
+
+def prefetch(loader: TrainLoader, start: int, pin: bool, depth: int = 2) -> Iterator[Tensor]:
+    """This rank's batches of steps start, start + 1, ... as uint16 tensors, read ahead on a thread.
+
+    pin: in page-locked memory, for asynchronous copies to a GPU. Errors of the thread are raised here.
+    """
+    ready: queue.Queue = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def put(item: object) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        step = start
+        try:
+            while not stopped.is_set():
+                batch = torch.from_numpy(loader.batch(step))
+                put(batch.pin_memory() if pin else batch)
+                step += 1
+        except Exception as error:  # handed over to the consumer
+            put(error)
+
+    threading.Thread(target=work, daemon=True, name="prefetch").start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        stopped.set()

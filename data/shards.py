@@ -1,0 +1,198 @@
+"""The one format of token files, and the manifest that describes a folder of them.
+
+A shard is a 1024-byte header of little-endian int32 (magic 20240520, version 1, token count, zeros)
+and then uint16 tokens: the format of llm.c and modded-nanogpt. nanoGPT's headerless `train.bin` and
+`val.bin` are read too. `manifest.json` names the tokenizer, the source and every shard with its token
+count, largest token and sha256.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+MANIFEST = "manifest.json"
+SPLITS = ("train", "val")
+
+
+class DataError(ValueError):
+    """A dataset that cannot be used; the message names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One token file: where its tokens start (bytes) and how many there are."""
+
+    path: Path
+    start: int
+    tokens: int
+
+    def read(self, offset: int, out: np.ndarray) -> None:
+        """Fill out (n,) uint16 with the tokens from offset on, by one positional read.
+
+        Positional reads keep the resident memory at the size of the batch, where a memory map would
+        count every page it ever touched.
+        """
+        wanted = out.nbytes
+        got = os.preadv(_handle(self.path).fileno(), [out.data.cast("B")], self.start + 2 * offset)
+        if got != wanted:
+            raise DataError(f"{self.path}: ends {wanted - got} bytes early; it was truncated after it was opened")
+
+
+@lru_cache(maxsize=256)  # bounds open files; an evicted one is closed when its last reader lets go
+def _handle(path: Path) -> BinaryIO:
+    return open(path, "rb", buffering=0)
+
+
+def read_shard_header(path: Path) -> Shard:
+    """Check a shard's header and size. Raises DataError for a wrong magic, version or length."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as f:
+            header = np.frombuffer(f.read(HEADER_BYTES), dtype="<i4", count=3 if size >= 12 else 0)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such shard") from None
+    if size >= HEADER_BYTES and header[0] == MAGIC:
+        if header[1] != VERSION:
+            raise DataError(f"{path}: shard version {header[1]}, this program reads version {VERSION}")
+        expected = HEADER_BYTES + 2 * int(header[2])
+        if size != expected:
+            raise DataError(
+                f"{path}: {size} bytes where its header promises {expected}; "
+                "the file is truncated or overwritten, prepare or fetch it again"
+            )
+        return Shard(path, HEADER_BYTES, int(header[2]))
+    if path.name in ("train.bin", "val.bin") and size and size % 2 == 0:  # nanoGPT: nothing but tokens
+        return Shard(path, 0, size // 2)
+    found = int(header[0]) if len(header) else "nothing"
+    raise DataError(f"{path}: not a token shard (magic {found}, expected {MAGIC})")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A checked folder of shards."""
+
+    folder: Path
+    splits: dict[str, list[Shard]]
+    manifest: dict  # empty for a folder without one
+
+    def tokens(self, split: str) -> int:
+        return sum(shard.tokens for shard in self.splits[split])
+
+    def bytes_per_token(self, split: str) -> float | None:
+        """UTF-8 bytes of text per token, to turn nats per token into bits per byte; None if unknown."""
+        entries = self.manifest.get("splits", {}).get(split, [])
+        if not entries or any("bytes" not in e for e in entries):
+            return None
+        return sum(e["bytes"] for e in entries) / sum(e["tokens"] for e in entries)
+
+
+def open_dataset(folder: str | Path, vocab_size: int) -> Dataset:
+    """Open a folder of shards and check headers, sizes, manifest and token ids without reading it all.
+
+    With a manifest the shards must be those it lists, and the largest token it states must fit
+    vocab_size. Without one, every shard is probed in 16 places.
+    Raises DataError, naming the file and the remedy.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"dataset folder {folder}: not found; prepare one, for example: python -m data.prepare pydocs")
+    manifest: dict = {}
+    if (folder / MANIFEST).exists():
+        manifest = _read_manifest(folder / MANIFEST)
+        splits = {s: [_listed_shard(folder, e) for e in manifest["splits"].get(s, [])] for s in SPLITS}
+        top = max((e["max_token"] for s in SPLITS for e in manifest["splits"].get(s, [])), default=-1)
+        where = f"its tokenizer {manifest['tokenizer']['name']} has {manifest['tokenizer']['vocab_size']} ids"
+    else:
+        splits = {s: [read_shard_header(p) for p in sorted(folder.glob("*.bin")) if s in p.name] for s in SPLITS}
+        top = max((_probe_largest_token(shard) for s in SPLITS for shard in splits[s]), default=-1)
+        where = "seen when probing its shards"
+    for split in SPLITS:
+        if not splits[split]:
+            raise DataError(f"dataset folder {folder}: no *{split}*.bin shards in it")
+    if top >= vocab_size:
+        raise DataError(
+            f"dataset {folder}: token {top} ({where}) does not fit vocab_size={vocab_size}; "
+            "set --vocab_size to the tokenizer's size or choose another dataset"
+        )
+    return Dataset(folder, splits, manifest)
+
+
+def _read_manifest(path: Path) -> dict:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        for split in SPLITS:
+            for entry in manifest["splits"].get(split, []):
+                entry["file"], entry["tokens"], entry["max_token"]
+        manifest["tokenizer"]["name"], manifest["tokenizer"]["vocab_size"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not a dataset manifest ({type(error).__name__}: {error})") from None
+    return manifest
+
+
+def _listed_shard(folder: Path, entry: dict) -> Shard:
+    shard = read_shard_header(folder / entry["file"])
+    if shard.tokens != entry["tokens"]:
+        raise DataError(
+            f"{shard.path}: holds {shard.tokens} tokens where {MANIFEST} says {entry['tokens']}; "
+            "the shard belongs to another preparation, prepare the dataset again"
+        )
+    return shard
+
+
+def _probe_largest_token(shard: Shard, places: int = 16, length: int = 4096) -> int:
+    buffer = np.empty(min(length, shard.tokens), dtype="<u2")
+    largest = -1
+    for offset in np.linspace(0, shard.tokens - len(buffer), places).astype(int) if len(buffer) else ():
+        shard.read(int(offset), buffer)
+        largest = max(largest, int(buffer.max()))
+    return largest
+
+
+@dataclass
+class ShardEntry:
+    """What the manifest says of a shard."""
+
+    file: str
+    tokens: int
+    bytes: int  # UTF-8 bytes of the text these tokens stand for, without separators
+    max_token: int
+    sha256: str
+
+
+def write_shard(path: Path, tokens: np.ndarray, text_bytes: int) -> ShardEntry:
+    """Write tokens (n,) as a shard: aside, flushed to the disk, then renamed into place."""
+    header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    content = header.tobytes() + tokens.astype("<u2").tobytes()
+    write_durably(path, content)
+    digest = hashlib.sha256(content).hexdigest()
+    return ShardEntry(path.name, len(tokens), text_bytes, int(tokens.max(initial=0)), digest)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file aside, flush it to the disk and rename it, so that it is there whole or not at all."""
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(aside, path)
+
+
+def write_manifest(folder: Path, tokenizer: dict, source: dict, splits: dict[str, Iterable[ShardEntry]]) -> None:
+    """Write manifest.json; its presence says that the dataset is complete."""
+    manifest = {
+        "format": 1,
+        "tokenizer": tokenizer,
+        "source": source,
+        "splits": {split: [asdict(e) for e in entries] for split, entries in splits.items()},
+    }
+    write_durably(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())

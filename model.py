@@ -1,0 +1,227 @@
+"""GPT-2 (Radford et al. 2019) under OpenAI's parameter names.
+
+Letters in shapes: B sequences, T positions, C = n_embd, H heads, D = C / H, V = vocab_size.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT-2. The four released sizes differ in n_layer, n_head and n_embd only."""
+
+    n_layer: int = 12  # transformer blocks
+    n_head: int = 12  # attention heads per block
+    n_embd: int = 768  # width of the residual stream
+    block_size: int = 1024  # longest context, in tokens
+    vocab_size: int = 50257  # token ids the model can read and emit; rows are padded to 64 inside
+    bias: bool = False  # biases in linear layers and layer norms (OpenAI: yes, MARS papers: no)
+    dropout: float = 0.0  # on embeddings, attention and both residual branches
+    gelu: str = "tanh"  # "tanh" (GPT-2) or "exact" (erf; nanoGPT)
+    scale_attn_by_inverse_layer_idx: bool = False  # also divide attention logits by layer + 1
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding table: vocab_size rounded up to a multiple of 64, for tensor cores."""
+        return -(-self.vocab_size // 64) * 64
+
+    def faults(self) -> list[str]:
+        """Everything wrong with this config, a line each."""
+        out = [
+            f"{key}={getattr(self, key)}: must be at least 1"
+            for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+            if getattr(self, key) < 1
+        ]
+        if not out and self.n_embd % self.n_head:
+            out.append(f"n_embd={self.n_embd}: must be a multiple of n_head={self.n_head}")
+        if not 0 <= self.dropout < 1:
+            out.append(f"dropout={self.dropout}: must be in [0, 1)")
+        if self.gelu not in ("tanh", "exact"):
+            out.append(f'gelu="{self.gelu}": must be "tanh" or "exact"')
+        return out
+
+
+class KVCache:
+    """Keys and values of the positions already read, one pair (B, H, T, D) per layer."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return self.layers[0][0].size(2) if self.layers else 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k, v (B, H, t, D) to a layer and return all of its keys and values."""
+        if layer in self.layers:
+            old_k, old_v = self.layers[layer]
+            k, v = torch.cat((old_k, k), dim=2), torch.cat((old_v, v), dim=2)
+        self.layers[layer] = (k, v)
+        return k, v
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+        self.scale = 1 / math.sqrt(config.n_embd // config.n_head)
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scale /= layer + 1
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        if cache is not None:
+            assert T == 1 or len(cache) == 0 or self.layer not in cache.layers, "append one token at a time"
+            k, v = cache.extend(self.layer, k, v)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1, scale=self.scale)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.approximate = {"tanh": "tanh", "exact": "none"}[config.gelu]
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2: learned positions, pre-LayerNorm blocks, output layer tied to the token embedding.
+
+    Raises ValueError for an impossible config.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        if faults := config.faults():
+            raise ValueError("; ".join(faults))
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+                ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+            )
+        )
+        for name, p in self.named_parameters():
+            if p.dim() >= 2:  # residual branches are scaled down so that their sum keeps unit variance
+                scaled = name.endswith("c_proj.weight")
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if scaled else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Token ids (B, T) to the final layer norm's output (B, T, C); a cache holds earlier positions."""
+        start = len(cache) if cache is not None else 0
+        T = idx.size(1)
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens: the context holds {self.config.block_size}")
+        # positions are a slice, not a lookup: its backward is a plain sum instead of atomic adds
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[start : start + T]
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.transformer.h:
+            x = block(x, cache)
+        return self.transformer.ln_f(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) to (..., V): the padded rows of the table never reach a softmax."""
+        return F.linear(hidden, self.transformer.wte.weight)[..., : self.config.vocab_size]
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Token ids (B, T) to logits (B, T, V), or, given targets (B, T), to the scalar mean loss.
+
+        The loss is the cross-entropy in nats per token over the targets that are not -1. It is part of
+        the same graph as the model, so that a compiler can fuse the two and keep no float32 logits.
+        """
+        logits = self.logits(self.hidden(idx))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def parameter_roles(self) -> dict[str, str]:
+        """Each parameter's name to its role: "matrix", "embedding" or "vector" (gains and biases)."""
+        embeddings = ("transformer.wte.weight", "transformer.wpe.weight")
+        return {
+            name: "embedding" if name in embeddings else "matrix" if p.dim() >= 2 else "vector"
+            for name, p in self.named_parameters()
+        }
+
+    def num_params(self, positions: bool = True) -> int:
+        """Number of parameters, the tied table once; without the position table if positions is off."""
+        return sum(p.numel() for p in self.parameters()) - (0 if positions else self.transformer.wpe.weight.numel())
+
+    def flops_per_token(self, convention: str = "palm") -> float:
+        """Training FLOPs (forward and backward) per token at full context.
+
+        "palm": 6 N + 12 L C T with N without the position table (Chowdhery et al. 2022, appendix B),
+        which counts masked attention; the convention of published MFU figures.
+        "causal": 6 (12 L C^2 + V C) + 6 L C (T + 1), only what has to be computed.
+        """
+        c = self.config
+        if convention == "palm":
+            return 6.0 * self.num_params(positions=False) + 12.0 * c.n_layer * c.n_embd * c.block_size
+        if convention == "causal":
+            weights = 12 * c.n_layer * c.n_embd**2 + c.padded_vocab_size * c.n_embd
+            return 6.0 * weights + 6.0 * c.n_layer * c.n_embd * (c.block_size + 1)
+        raise ValueError(f'convention="{convention}": must be "palm" or "causal"')
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str) -> "GPT":
+        """A Hugging Face GPT-2 ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" or a folder) as a GPT.
+
+        Raises ValueError for a model that is not GPT-2, ImportError without transformers.
+        """
+        try:
+            from transformers import GPT2LMHeadModel
+        except ImportError:
+            raise ImportError("loading Hugging Face weights needs: pip install transformers") from None
+        hf = GPT2LMHeadModel.from_pretrained(name_or_folder, dtype=torch.float32)
+        c = hf.config
+        gelus = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
+        if c.model_type != "gpt2" or c.activation_function not in gelus or c.n_inner not in (None, 4 * c.n_embd):
+            raise ValueError(f"{name_or_folder}: {c.model_type} with {c.activation_function} is not a GPT-2")
+        shape = {k: getattr(c, k) for k in ("n_layer", "n_head", "n_embd", "vocab_size")}
+        config = GPTConfig(
+            **shape,
+            block_size=c.n_positions,
+            bias=True,
+            gelu=gelus[c.activation_function],
+            scale_attn_by_inverse_layer_idx=c.scale_attn_by_inverse_layer_idx,
+        )
+        model = cls(config)
+        source = hf.state_dict()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                w = source[name]
+                if model.parameter_roles()[name] == "matrix":
+                    w = w.t()  # Hugging Face stores linear layers as (in, out)
+                p[: w.size(0)].copy_(w)  # the padded rows keep their initial values, which nothing reads
+        return model

@@ -1,0 +1,73 @@
+"""What several test files share: a small dataset, a small config, and ways to run the trainer."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data.shards import write_manifest, write_shard  # noqa: E402
+
+CONFIG = ROOT / "tests" / "tiny_config.py"
+VOCAB = 60
+
+
+def make_tokens(n: int, seed: int = 0) -> np.ndarray:
+    """A token stream a small model can learn: noisy counting."""
+    rng = np.random.default_rng(seed)
+    return ((np.arange(n) * 7 + rng.integers(0, 3, n)) % VOCAB).astype(np.uint16)
+
+
+def make_dataset(folder: Path, tokens: int = 20_000, shards: int = 2) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = np.array_split(make_tokens(tokens), shards)
+    train = [write_shard(folder / f"train_{i:06d}.bin", part, len(part)) for i, part in enumerate(parts)]
+    val = [write_shard(folder / "val_000000.bin", make_tokens(3000, seed=1), 3000)]
+    write_manifest(
+        folder, {"name": "byte", "vocab_size": VOCAB, "eot": 0}, {"name": "test"}, dict(train=train, val=val)
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("tokens") / "counting")
+
+
+@pytest.fixture
+def arguments(dataset, tmp_path) -> list[str]:
+    """Arguments of a tiny run of 12 steps in a folder of its own."""
+    return [str(CONFIG), f"--data.path={dataset}", f"--log.folder={tmp_path / 'runs'}", "--name=run"]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def launch(arguments: list[str], processes: int = 1, **options) -> subprocess.Popen:
+    """Start the trainer in processes of its own, under torchrun if there are several."""
+    command = [sys.executable, "train_gpt.py"]
+    if processes > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += ["train_gpt.py"]
+    return subprocess.Popen(
+        [*command, *arguments],
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **options,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    """Wait for a process that has to succeed; returns what it printed."""
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output

@@ -1,0 +1,359 @@
+"""Shards, manifest, tokenizers, data order and the preparation of text."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, VOCAB, environment, make_dataset, make_tokens
+
+from data import prepare, pydocs
+from data.loader import DataConfig, TrainLoader, ValidationSet, Windows, permute, prefetch, to_device
+from data.shards import HEADER_BYTES, DataError, open_dataset, read_shard_header, write_shard
+from data.tokenizer import ByteTokenizer, get_tokenizer
+
+
+def loader(dataset, **changes):
+    settings = dict(block_size=16, batch_size=12, vocab_size=VOCAB, seed=3) | changes
+    config = settings.pop("config", DataConfig())
+    return TrainLoader(open_dataset(dataset, VOCAB), config, **settings)
+
+
+# ---- shards and manifest
+
+
+def test_a_shard_has_the_fields_shared_header_and_comes_back(tmp_path):
+    tokens = make_tokens(1000)
+    entry = write_shard(tmp_path / "train_000000.bin", tokens, 990)
+    content = (tmp_path / "train_000000.bin").read_bytes()
+    assert np.frombuffer(content, "<i4", count=256).tolist() == [20240520, 1, 1000] + [0] * 253
+    assert np.array_equal(np.frombuffer(content, "<u2", offset=1024), tokens)
+    assert entry.sha256 == hashlib.sha256(content).hexdigest()
+    shard, out = read_shard_header(tmp_path / "train_000000.bin"), np.empty(10, "<u2")
+    shard.read(990, out)
+    assert np.array_equal(out, tokens[990:])
+
+
+def test_headerless_nanogpt_files_open(tmp_path):
+    make_tokens(500).tofile(tmp_path / "train.bin")
+    make_tokens(100).tofile(tmp_path / "val.bin")
+    dataset = open_dataset(tmp_path, VOCAB)
+    assert (dataset.tokens("train"), dataset.tokens("val")) == (500, 100)
+    assert dataset.bytes_per_token("val") is None
+    windows = Windows(dataset.splits["train"], 16, 16)
+    assert np.array_equal(windows.read(np.array([2]), VOCAB)[0], make_tokens(500)[32:49])
+
+
+def damage_nothing(folder):
+    (folder / "train_000000.bin").rename(folder / "elsewhere")
+
+
+def damage_length(folder):
+    os.truncate(folder / "train_000001.bin", HEADER_BYTES + 100)
+
+
+def damage_magic(folder):
+    (folder / "val_000000.bin").write_bytes(b"\1" * 5000)
+
+
+def damage_version(folder):
+    with open(folder / "val_000000.bin", "r+b") as f:
+        f.seek(4)
+        f.write(b"\7")
+
+
+def damage_manifest_count(folder):
+    write_shard(folder / "train_000000.bin", make_tokens(77), 77)
+
+
+def damage_manifest_text(folder):
+    (folder / "manifest.json").write_text('{"splits": ')
+
+
+def damage_manifest_fields(folder):
+    (folder / "manifest.json").write_text('{"splits": {"train": [{"file": "x"}]}}')
+
+
+def remove_validation(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["splits"]["val"] = []
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (damage_nothing, "train_000000.bin: no such shard"),
+        (damage_length, "train_000001.bin: 1124 bytes where its header promises 21024"),
+        (damage_magic, r"val_000000.bin: not a token shard \(magic 16843009, expected 20240520\)"),
+        (damage_version, "val_000000.bin: shard version 7, this program reads version 1"),
+        (damage_manifest_count, "holds 77 tokens where manifest.json says 10000"),
+        (damage_manifest_text, "manifest.json: not a dataset manifest"),
+        (damage_manifest_fields, "manifest.json: not a dataset manifest .*tokens"),
+        (remove_validation, r"no \*val\*.bin shards"),
+    ],
+)
+def test_a_damaged_dataset_is_named(tmp_path, damage, message):
+    folder = make_dataset(tmp_path / "d")
+    damage(folder)
+    with pytest.raises(DataError, match=message):
+        open_dataset(folder, VOCAB)
+
+
+def test_a_missing_dataset_says_how_to_make_one(tmp_path):
+    with pytest.raises(DataError, match=r"not found; prepare one, for example: python -m data.prepare pydocs"):
+        open_dataset(tmp_path / "nowhere", VOCAB)
+
+
+def test_tokens_beyond_the_vocabulary_are_found_when_opening(tmp_path):
+    with pytest.raises(DataError, match="token 59 .* does not fit vocab_size=50"):
+        open_dataset(make_dataset(tmp_path / "with_manifest"), 50)
+    make_tokens(500).tofile(tmp_path / "train.bin")
+    make_tokens(100).tofile(tmp_path / "val.bin")
+    with pytest.raises(DataError, match="token 59 .* does not fit vocab_size=50"):
+        open_dataset(tmp_path, 50)
+
+
+def test_a_single_wild_token_is_found_when_it_is_read(tmp_path):
+    tokens = make_tokens(500_000)
+    tokens[123_456] = 9999  # between the places that are probed
+    tokens.tofile(tmp_path / "train.bin")
+    make_tokens(100).tofile(tmp_path / "val.bin")
+    windows = Windows(open_dataset(tmp_path, VOCAB).splits["train"], 16, 16)
+    with pytest.raises(DataError, match="train.bin: token 9999 at offset 123456"):
+        windows.read(np.arange(len(windows)), VOCAB)
+
+
+def test_a_shard_truncated_while_in_use_is_named(tmp_path):
+    data = loader(make_dataset(tmp_path / "d"))
+    os.truncate(tmp_path / "d" / "train_000000.bin", 2000)
+    with pytest.raises(DataError, match="train_000000.bin: ends .* early"):
+        for step in range(20):
+            data.batch(step)
+
+
+def test_a_context_longer_than_the_dataset_is_refused(dataset):
+    with pytest.raises(DataError, match="train split holds a window of block_size=16384"):
+        loader(dataset, block_size=16384)
+
+
+# ---- order
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 64, 1000, 4097])
+def test_permute_is_a_permutation_that_changes_with_seed_and_epoch(n):
+    orders = [permute(np.arange(n), n, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    for order in orders:
+        assert np.array_equal(np.sort(order), np.arange(n))
+    if n >= 64:
+        assert not np.array_equal(orders[0], orders[1])
+        assert not np.array_equal(orders[0], orders[2])
+        assert abs(np.corrcoef(orders[0][:-1], orders[0][1:])[0, 1]) < 4 / n**0.5
+        assert np.array_equal(permute(np.array([5]), n, 0, 0), orders[0][5:6])
+
+
+def test_an_epoch_visits_every_window_once_and_the_next_in_another_order(dataset):
+    data = loader(dataset, batch_size=13)
+    n = len(data.windows)
+    ids = np.concatenate([data.window_ids(step) for step in range(2 * n // 13 + 1)])
+    assert np.array_equal(np.sort(ids[:n]), np.arange(n))
+    assert np.array_equal(np.sort(ids[n : 2 * n]), np.arange(n))
+    assert not np.array_equal(ids[:n], ids[n : 2 * n])
+
+
+def test_windows_hold_the_tokens_of_the_stream(dataset):
+    data, stream = loader(dataset), make_tokens(20_000)
+    for window in (0, 623, 624, 1247):  # 624 windows in each shard of 10,000 tokens
+        start = window * 16 if window < 624 else 10_000 + (window - 624) * 16
+        assert np.array_equal(data.windows.read(np.array([window]), VOCAB)[0], stream[start : start + 17])
+
+
+@pytest.mark.parametrize("sampling", ["permutation", "replacement"])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_ranks_together_see_the_batch_of_one_process(dataset, sampling, world_size):
+    config = DataConfig(sampling=sampling)
+    for step in (0, 7, 1000):
+        whole = loader(dataset, config=config).batch(step)
+        parts = [loader(dataset, config=config, rank=r, world_size=world_size).batch(step) for r in range(world_size)]
+        assert np.array_equal(np.concatenate(parts), whole)
+
+
+def test_replacement_draws_any_offset_independently_of_the_past(dataset):
+    data = loader(dataset, config=DataConfig(sampling="replacement"))
+    ids = np.concatenate([data.window_ids(step) for step in range(2000)])
+    assert len(data.windows) == 2 * (10_000 - 16)
+    assert len(np.unique(ids % 16)) == 16
+    assert len(np.unique(ids)) < len(ids)
+    assert ids.mean() == pytest.approx(len(data.windows) / 2, rel=0.02)
+
+
+def test_prefetch_delivers_batches_in_order_from_any_step(dataset):
+    data = loader(dataset)
+    for step, batch in zip(range(5, 12), prefetch(data, 5, pin=False), strict=False):
+        assert np.array_equal(batch.numpy(), data.batch(step))
+
+
+def test_prefetch_hands_errors_to_the_consumer(dataset):
+    data = loader(dataset)
+    data.vocab_size = 3
+    with pytest.raises(DataError, match="does not fit vocab_size=3"):
+        next(prefetch(data, 0, pin=False))
+
+
+def test_targets_follow_inputs_and_large_ids_survive_the_device_cast():
+    tokens = np.array([[1, 40_000, 65_535, 7]], dtype=np.uint16)
+    x, y = to_device(tokens, torch.device("cpu"))
+    assert x.tolist() == [[1, 40_000, 65_535]]
+    assert y.tolist() == [[40_000, 65_535, 7]]
+    assert x.dtype == torch.int64
+
+
+def test_validation_is_the_same_set_for_every_number_of_ranks(dataset):
+    opened = open_dataset(dataset, VOCAB)
+    fixed = dict(block_size=16, micro_batch=8, vocab_size=VOCAB, seed=0)
+    val = ValidationSet(opened, DataConfig(val_windows=50), **fixed)
+    rows = np.concatenate([val.batch(b, step=0) for b in range(len(val))])
+    assert (len(val), len(rows)) == (7, 50)
+    assert np.array_equal(rows, np.concatenate([val.batch(b, step=9) for b in range(len(val))]))
+    assert len(np.unique(rows, axis=0)) == 50
+    drawn = ValidationSet(opened, DataConfig(val_windows=50, val_sampling="random"), **fixed)
+    assert not np.array_equal(drawn.batch(0, step=0), drawn.batch(0, step=9))
+    assert np.array_equal(drawn.batch(0, step=9), drawn.batch(0, step=9))
+
+
+def test_memory_stays_bounded_while_a_large_dataset_streams(tmp_path):
+    """Every window of a 400 MB dataset is read; the process must not grow by a tenth of it."""
+    for name, n in (("train.bin", 200_000_000), ("val.bin", 5000)):
+        with open(tmp_path / name, "wb") as f:
+            f.truncate(2 * n)  # sparse: all zeros, no disk
+    script = f"""
+import numpy as np
+from data.loader import *
+from data.shards import open_dataset
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+data = TrainLoader(open_dataset("{tmp_path}", 10), DataConfig(), block_size=1024, batch_size=480, vocab_size=10, seed=0)
+data.batch(0)
+before = resident()
+for step in range(len(data.windows) // 480 + 1):
+    data.batch(step)
+print(resident() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 40e6
+
+
+# ---- tokenizers and text
+
+
+def test_byte_tokenizer_round_trip():
+    tokenizer = ByteTokenizer()
+    text = "naïve 東京 🙂\n\0"
+    assert tokenizer.decode([*tokenizer.encode(text), tokenizer.eot]) == text
+    assert max(tokenizer.encode(text)) < tokenizer.eot == tokenizer.vocab_size - 1
+
+
+def test_gpt2_tokenizer_refuses_a_wrong_file_and_explains_a_missing_network(tmp_path, monkeypatch):
+    tiktoken = pytest.importorskip("tiktoken")
+    (tmp_path / "ranks").write_text("IQ== 0\n")
+    with pytest.raises(ValueError, match="sha256 is .*, GPT-2's is 306cd27f"):
+        get_tokenizer("gpt2", str(tmp_path / "ranks"))
+    monkeypatch.setenv("GPT2_TIKTOKEN", str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="nowhere: no such file"):
+        get_tokenizer("gpt2")
+    monkeypatch.delenv("GPT2_TIKTOKEN")
+
+    def offline(name):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(ValueError, match="could not be downloaded .*--ranks FILE"):
+        get_tokenizer("gpt2")
+
+
+def test_gpt2_tokenizer_reads_known_ids():
+    pytest.importorskip("tiktoken")
+    try:
+        tokenizer = get_tokenizer("gpt2")
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert tokenizer.encode("Hello world") == [15496, 995]
+    assert 50256 not in tokenizer.encode("<|endoftext|>")
+    assert tokenizer.decode([15496, 995, 50256]) == "Hello world<|endoftext|>"
+
+
+def test_text_becomes_a_dataset_that_decodes_to_the_text(tmp_path, capsys):
+    root = tmp_path / "books"
+    root.mkdir()
+    texts = {f"{i:02d}.txt": "".join(f"line {i} {j} é\n" for j in range(40 + i)) for i in range(30)}
+    for name, text in texts.items():
+        (root / name).write_text(text, encoding="utf-8")
+    (root / "broken.txt").write_bytes(b"fine\xff\xfe")
+    command = ["text", "--root", str(root), "--out", str(tmp_path / "out"), "--shard-tokens", "5000"]
+    prepare.main(command)
+    assert "broken.txt: not UTF-8 (byte 4)" in capsys.readouterr().err
+    dataset = open_dataset(tmp_path / "out", 257)
+    assert [s.tokens for s in dataset.splits["train"][:-1]] == [5000] * (len(dataset.splits["train"]) - 1)
+    pieces = []
+    for split in ("train", "val"):
+        stream = np.concatenate([np.fromfile(s.path, "<u2", offset=s.start) for s in dataset.splits[split]])
+        pieces += ByteTokenizer().decode([i if i < 256 else 0 for i in stream.tolist()]).split("\0")[:-1]
+    assert sorted("".join(pieces)) == sorted("".join(texts.values()))
+    assert set("".join(texts.values()).splitlines()) == {line for p in pieces for line in p.splitlines()}
+    total = sum(e["bytes"] for split in ("train", "val") for e in dataset.manifest["splits"][split])
+    assert total == sum(len(t.encode()) for t in texts.values())
+
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    prepare.main(command)
+    assert "already prepared" in capsys.readouterr().out
+    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    with pytest.raises(SystemExit, match=r"exists with other settings \(shard_tokens\); give --fresh"):
+        prepare.main([*command[:-1], "6000"])
+    prepare.main([*command[:-1], "6000", "--fresh"])
+    assert open_dataset(tmp_path / "out", 257).splits["train"][0].tokens == 6000
+
+
+def test_one_large_file_gives_both_splits(tmp_path):
+    (tmp_path / "input.txt").write_text("to be or not to be\n" * 10_000)
+    prepare.main(["text", "--root", str(tmp_path), "--out", str(tmp_path / "out")])
+    dataset = open_dataset(tmp_path / "out", 257)
+    assert 0.01 < dataset.tokens("val") / dataset.tokens("train") < 0.2
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--root", "/nowhere"], "--root /nowhere: no such folder"),
+        (["--root", "{tmp}"], 'no file under .* matches "\\*\\*/\\*.txt"'),
+        (["--root", "{tmp}", "--glob", "*.md"], "no document fell into the"),
+        (["--root", "{tmp}", "--val-fraction", "2"], "--val-fraction 2.0: must be between 0 and 1"),
+    ],
+)
+def test_preparation_faults_are_one_line(tmp_path, arguments, message):
+    (tmp_path / "one.md").write_text("word")
+    arguments = [a.format(tmp=tmp_path) for a in arguments]
+    with pytest.raises(SystemExit, match=message):
+        prepare.main(["text", *arguments, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_pydocs_is_prose_in_a_reproducible_order():
+    documents = list(pydocs.documents())
+    assert documents[:60] == list(islice(pydocs.documents(), 60))
+    names = [name for name, _ in documents]
+    assert names == sorted(names)
+    assert {name.split("/")[0] for name in names} == {"numpy", "python", "torch"}
+    assert not any("/tests/" in name or "site-packages" in name for name in names)
+    assert 8e6 < sum(len(text) for _, text in documents) < 20e6
+    textwrap = dict(documents)["python/textwrap.py"]
+    assert "Object for wrapping/filling text." in textwrap
+    assert "def wrap" not in textwrap
+    paragraphs = [p for _, text in documents for p in text.strip("\n").split("\n\n")]
+    assert len(set(paragraphs)) > 0.99 * len(paragraphs)

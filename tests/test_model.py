@@ -1,0 +1,163 @@
+"""The model against the golden data, Hugging Face's GPT-2 and published tables."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model import GPT, GPTConfig, KVCache
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = json.loads((GOLDEN / "manifest.json").read_text())["models"]
+
+
+def golden_model(case: dict, data: dict) -> GPT:
+    gelu = "exact" if "exact" in case["gelu"] else "tanh"
+    model = GPT(GPTConfig(**case["config"], gelu=gelu))
+    model.load_state_dict(
+        {k.removeprefix("param/"): torch.tensor(v) for k, v in data.items() if k.startswith("param/")}
+    )
+    return model
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c["id"])
+def test_logits_loss_and_gradients_equal_the_golden_data(case):
+    data = dict(np.load(GOLDEN / case["file"]))
+    model, tolerance = golden_model(case, data), case["tolerance"]
+    x, y = torch.tensor(data["x"]).long(), torch.tensor(data["y"]).long()
+    logits = model(x)
+    np.testing.assert_allclose(logits.detach().numpy(), data["logits"], atol=tolerance["logits_abs"], rtol=0)
+    np.testing.assert_allclose(
+        logits[:, -1:].detach().numpy(), data["logits_last"], atol=tolerance["logits_abs"], rtol=0
+    )
+    loss = model(x, y)
+    assert abs(loss.item() - data["loss"]) <= tolerance["loss_abs"]
+    loss.backward()
+    gradients = {k.removeprefix("grad/"): v for k, v in data.items() if k.startswith("grad/")}
+    assert gradients.keys() == dict(model.named_parameters()).keys()
+    for name, p in model.named_parameters():
+        error = np.linalg.norm(p.grad.numpy() - gradients[name])
+        assert error <= tolerance["grad_relative"] * np.linalg.norm(gradients[name]) + tolerance["grad_abs"], name
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
+def test_from_pretrained_computes_what_hugging_face_computes(tmp_path, scaled, activation):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=101,
+        n_positions=32,
+        n_embd=48,
+        n_layer=3,
+        n_head=4,
+        activation_function=activation,
+        scale_attn_by_inverse_layer_idx=scaled,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    reference = transformers.GPT2LMHeadModel(config).eval()
+    for p in reference.parameters():  # biases and gains away from 0 and 1
+        p.data += 0.02 * torch.randn_like(p)
+    reference.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(str(tmp_path)).eval()
+    assert ours.config.vocab_size == 101
+    assert ours.config.padded_vocab_size == 128
+    x = torch.randint(101, (3, 33))
+    loss = ours(x[:, :-1], x[:, 1:])
+    theirs = reference(x[:, :-1])
+    torch.testing.assert_close(ours(x[:, :-1]), theirs.logits, atol=2e-5, rtol=1e-5)
+    expected = torch.nn.functional.cross_entropy(theirs.logits.flatten(0, 1), x[:, 1:].flatten())
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
+
+
+def test_from_pretrained_refuses_another_architecture(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64, activation_function="relu")
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="relu is not a GPT-2"):
+        GPT.from_pretrained(str(tmp_path))
+
+
+# n_layer, n_head, n_embd, parameters with biases and without, GFLOPs per token (PaLM, exact causal)
+SIZES = {
+    "124M": (12, 12, 768, 124.48e6, 124.37e6, 0.8554, 0.7981),
+    "355M": (24, 16, 1024, 354.87e6, 354.60e6, 2.4249, 2.2721),
+    "774M": (36, 20, 1280, 774.09e6, 773.58e6, 5.2029, 4.9165),
+    "1558M": (48, 25, 1600, 1557.69e6, 1556.84e6, 10.2800, 9.8026),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parameters_and_flops_of_the_four_sizes(size):
+    n_layer, n_head, n_embd, with_bias, without, palm, causal = SIZES[size]
+    shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**shape, bias=True))
+        assert GPT(GPTConfig(**shape)).num_params() == pytest.approx(without, abs=5e3)
+    assert model.num_params() == pytest.approx(with_bias, abs=5e3)
+    assert model.flops_per_token("palm") / 1e9 == pytest.approx(palm, abs=5e-5)
+    assert model.flops_per_token("causal") / 1e9 == pytest.approx(causal, abs=5e-5)
+
+
+def test_padded_rows_have_no_part_in_loss_or_gradient():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=70))
+    x = torch.randint(70, (2, 9))
+    loss = model(x[:, :-1], x[:, 1:])
+    loss.backward()
+    assert model(x[:, :-1]).shape == (2, 8, 70)
+    assert model.transformer.wte.weight.grad[70:].abs().max() == 0
+    model.transformer.wte.weight.data[70:] = 1e4
+    assert model(x[:, :-1], x[:, 1:]) == loss
+
+
+def test_initial_weights_have_gpt2s_scales():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=8, n_head=2, n_embd=128, vocab_size=512, bias=True))
+    for name, p in model.named_parameters():
+        expected = 0.02 / 16**0.5 if name.endswith("c_proj.weight") else 0.02
+        if p.dim() >= 2:
+            assert p.std().item() == pytest.approx(expected, rel=0.05), name
+        elif name.endswith("bias"):
+            assert (p == 0).all(), name
+
+
+def test_every_parameter_has_a_role():
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=64, bias=True))
+    roles = model.parameter_roles()
+    assert roles.keys() == dict(model.named_parameters()).keys()
+    assert {n for n, r in roles.items() if r == "embedding"} == {"transformer.wte.weight", "transformer.wpe.weight"}
+    assert {r for n, r in roles.items() if ".c_" in n and n.endswith("weight")} == {"matrix"}
+    assert {r for n, r in roles.items() if "ln_" in n or n.endswith("bias")} == {"vector"}
+
+
+def test_cached_logits_equal_whole_context_logits():
+    torch.manual_seed(0)
+    config = GPTConfig(n_layer=3, n_head=2, n_embd=16, block_size=12, vocab_size=64, bias=True)
+    model = GPT(config).eval()
+    x, cache = torch.randint(64, (2, 12)), KVCache()
+    whole = model(x)
+    pieces = [model.logits(model.hidden(x[:, a:b], cache)) for a, b in ((0, 5), *((i, i + 1) for i in range(5, 12)))]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="13 tokens: the context holds 12"):
+        model.hidden(x[:, :1], cache)
+
+
+def test_dropout_acts_in_training_only():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=64, dropout=0.5))
+    x = torch.randint(64, (2, 8))
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+def test_impossible_shapes_are_refused_together():
+    with pytest.raises(ValueError, match=r"n_layer=0.*dropout=1.5.*gelu=\"relu\""):
+        GPT(GPTConfig(n_layer=0, dropout=1.5, gelu="relu"))
+    with pytest.raises(ValueError, match="n_embd=10: must be a multiple of n_head=4"):
+        GPT(GPTConfig(n_embd=10, n_head=4))
