@@ -1,0 +1,216 @@
+"""From a config file and `--key=value` overrides to a checked RunConfig.
+
+A config file is an ordinary Python module that defines `config`, a RunConfig, and `optimizers`, a dict
+from names to optimizer settings. A key is given in full (`--schedule.min_lr=1e-5`) or by its last part
+where that is unique (`--min_lr=1e-5`).
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import re
+import types
+import typing
+from pathlib import Path
+
+from config.schema import ALTERNATIVES, SECTIONS, RunConfig, free_keys
+from optimizers import OPTIMIZERS
+
+
+class ConfigError(ValueError):
+    """All faults of a configuration, one a line."""
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__("\n".join(f"config: {fault}" for fault in faults))
+
+
+def load_config(path: str | Path, overrides: list[str] = (), as_published: bool = False) -> RunConfig:
+    """Read a config file, apply `--key=value` overrides, and check the result.
+
+    as_published: start from what the official MARS and MARS-M runs did (see config/published.py).
+    Raises ConfigError with every fault found.
+    """
+    path = Path(path)
+    config, optimizers = _read_module(path)
+    config = dataclasses.replace(config, size=config.size or path.stem)
+    given, faults = _split(overrides)
+
+    name = given.pop("optimizer", config.optimizer)
+    settings = optimizers.get(name) or (OPTIMIZERS[name]() if name in OPTIMIZERS else None)
+    if settings is None:
+        known = sorted(optimizers.keys() | OPTIMIZERS.keys())
+        raise ConfigError([*faults, f'optimizer="{name}": unknown; choose from {", ".join(known)}'])
+    config = dataclasses.replace(config, optimizer=name, optim=settings)
+    if as_published:
+        from config.published import published
+
+        config = published(config)
+
+    keys = all_keys(config)
+    changes: dict[str, object] = {}
+    for key, text in given.items():
+        found, fault = _resolve(key, keys)
+        if fault is None:
+            try:
+                changes[found] = parse(text, keys[found])
+            except ValueError as error:
+                fault = f"{key}={text}: {error}"
+        if fault is not None:
+            faults.append(fault)
+    for pair in ALTERNATIVES:  # saying one of two alternatives withdraws the other
+        for key, other in (pair, pair[::-1]):
+            if key in changes and other not in changes:
+                changes[other] = None
+    config = apply(config, changes)
+    faults += config.faults()
+    if faults:
+        raise ConfigError(faults)
+    return dataclasses.replace(config, name=config.name or run_name(config, changes, as_published))
+
+
+def apply(config: RunConfig, changes: dict[str, object]) -> RunConfig:
+    """A RunConfig with dotted keys changed."""
+    for key, value in changes.items():
+        section, _, last = key.rpartition(".")
+        if section:
+            value, last = dataclasses.replace(getattr(config, section), **{last: value}), section
+        config = dataclasses.replace(config, **{last: value})
+    return config
+
+
+def run_name(config: RunConfig, changes: dict[str, object], as_published: bool) -> str:
+    """size-optimizer-dataset-budget and every override that changes the result, so that runs keep apart."""
+    dataset = Path(config.data.path).name
+    parts = [config.size, config.optimizer, dataset, short_count(config.total_steps * config.tokens_per_step)]
+    parts += ["published"] if as_published else []
+    told = {"steps", "tokens", "data.path", *free_keys()}
+    for key, value in changes.items():
+        if key not in told and value is not None:
+            text = "x".join(f"{v:g}" for v in value) if isinstance(value, tuple) else _text(value)
+            parts.append(f"{key.rpartition('.')[2]}{text}")
+    return re.sub(r"[^A-Za-z0-9._+-]", "_", "-".join(parts))
+
+
+def short_count(n: int) -> str:
+    """12345678 -> "12.3M"."""
+    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if n >= unit:
+            return f"{n / unit:.3g}{name}"
+    return str(n)
+
+
+def to_dict(config: RunConfig) -> dict:
+    """A RunConfig as plain nested dicts, for JSON."""
+    return dataclasses.asdict(config)
+
+
+def all_keys(config: RunConfig) -> dict[str, typing.Any]:
+    """Every dotted key of a run, with the type its schema declares."""
+    keys = {}
+    for key, kind in typing.get_type_hints(RunConfig).items():
+        if key in SECTIONS:
+            part = type(getattr(config, key))
+            keys |= {f"{key}.{k}": t for k, t in typing.get_type_hints(part).items()}
+        else:
+            keys[key] = kind
+    return keys
+
+
+def describe_keys(config: RunConfig) -> str:
+    """Every key with its present value and the comment that stands beside it in the code."""
+    lines = []
+    for section in ("", *SECTIONS):
+        part = getattr(config, section) if section else config
+        source = inspect.getsource(type(part))
+        for f in dataclasses.fields(part):
+            if f.name not in SECTIONS:
+                comment = re.search(rf"^    {f.name}: .*?  # (.*)$", source, re.MULTILINE)
+                key = f"--{section}.{f.name}" if section else f"--{f.name}"
+                lines.append(f"  {key}={_text(getattr(part, f.name))}  {comment.group(1) if comment else ''}")
+    return "\n".join(lines)
+
+
+def parse(text: str, kind: typing.Any) -> object:
+    """Read a command-line value as the type the schema declares; ValueError says what was expected."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if type(None) in options and text.lower() == "none":
+        return None
+    kind = next(k for k in options if k is not type(None))
+    if kind is str:
+        return text
+    if kind is bool:
+        if text.lower() not in ("true", "false", "1", "0"):
+            raise ValueError("expected true or false")
+        return text.lower() in ("true", "1")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)
+        if isinstance(value, tuple | list) and len(value) == len(inner):
+            return tuple(_number(v, k) for v, k in zip(value, inner, strict=True))
+        raise ValueError(f"expected {len(inner)} numbers, for example 0.9,0.95")
+    return _number(value, kind)
+
+
+def _number(value: object, kind: type) -> int | float:
+    names = {int: "a whole number", float: "a number"}
+    if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value != int(value)):
+        raise ValueError(f"expected {names[kind]}")
+    return kind(value)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(_text, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _split(overrides: list[str]) -> tuple[dict[str, str], list[str]]:
+    """`--key=value` arguments as a dict, and what could not be read as one."""
+    given, faults = {}, []
+    for argument in overrides:
+        match = re.fullmatch(r"--([\w.]+)=(.*)", argument, re.DOTALL)
+        if match:
+            given[match.group(1)] = match.group(2)
+        else:
+            faults.append(f"{argument}: expected --key=value")
+    return given, faults
+
+
+def _resolve(key: str, keys: dict) -> tuple[str, str | None]:
+    """The dotted key meant by `key`, or what is wrong with it."""
+    if key in keys and key not in SECTIONS:
+        return key, None
+    ends = [k for k in keys if k.rpartition(".")[2] == key]
+    if len(ends) == 1:
+        return ends[0], None
+    if ends:
+        return "", f"{key}: could be {' or '.join(ends)}; give the full key"
+    short = {k.rpartition(".")[2]: k for k in keys}
+    near = difflib.get_close_matches(key, [*keys, *short], n=3, cutoff=0.5)
+    near = list(dict.fromkeys(short.get(k, k) for k in near))
+    return "", f"{key}: unknown key; nearest: {', '.join(near) or 'none (see --help)'}"
+
+
+def _read_module(path: Path) -> tuple[RunConfig, dict]:
+    """Import a config file under a private name and take its two definitions."""
+    if not path.is_file():
+        near = ", ".join(sorted(str(p) for p in path.parent.glob("*.py") if p.stem not in _NOT_CONFIGS))
+        raise ConfigError([f"{path}: no such config file{'; there are: ' + near if near else ''}"])
+    spec = importlib.util.spec_from_file_location(f"_config_file_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError([f"{path}: {type(error).__name__}: {error}"]) from None
+    config, optimizers = getattr(module, "config", None), getattr(module, "optimizers", {})
+    if not isinstance(config, RunConfig) or not isinstance(optimizers, dict):
+        raise ConfigError([f"{path}: must define `config`, a RunConfig, and may define `optimizers`, a dict"])
+    return config, optimizers
+
+
+_NOT_CONFIGS = {"__init__", "schema", "load", "published"}

@@ -1,0 +1,123 @@
+"""The configuration of a run: sections declared by the rooms that read them, assembled and cross-checked here."""
+
+from dataclasses import dataclass, field, fields
+
+from data.loader import DataConfig
+from model import GPTConfig
+from optimizers import OptimizerConfig
+from runtime.checkpoint import CheckpointConfig
+from runtime.logger import LogConfig
+from runtime.schedule import ScheduleConfig
+
+FREE = {"free": True}  # a run may be continued with another value
+ALTERNATIVES = (("batch_size", "batch_tokens"), ("steps", "tokens"))  # two ways to say one thing
+SECTIONS = ("model", "data", "optim", "schedule", "checkpoint", "log")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run. Batch and budget are stated once, independent of the machine."""
+
+    model: GPTConfig = field(default_factory=GPTConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimizerConfig | None = None  # settings of the chosen optimizer, filled in by the loader
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    size: str = ""  # name of the model size, from the config file's name
+    name: str = ""  # run folder; "" builds it from size, optimizer, dataset, budget and overrides
+    optimizer: str = "adamw"  # which of the config file's optimizers to use
+    seed: int = 1  # of initial weights, data order and dropout
+
+    batch_size: int | None = 480  # sequences per step, over all processes
+    batch_tokens: int | None = None  # the same in tokens
+    steps: int | None = None  # budget in steps
+    tokens: int | None = None  # the same in tokens; the last step is rounded up
+    micro_batch: int = field(default=8, metadata=FREE)  # sequences per process and forward pass
+    grad_reduction: str = "mean"  # over a process's micro-batches: "mean", or "sum" (as published)
+    grad_clip: float = 1.0  # global gradient norm; 0: no clipping
+
+    device: str = field(default="auto", metadata=FREE)  # "auto", "cpu", "cuda" or "cuda:N"
+    dtype: str = field(default="auto", metadata=FREE)  # "auto", "bfloat16" (autocast) or "float32"
+    compile: str = field(default="auto", metadata=FREE)  # "auto" (on a GPU), "true" or "false"
+    eval_every: int = field(default=1000, metadata=FREE)  # steps between evaluations; the last step is always evaluated
+
+    def faults(self) -> list[str]:
+        """Everything wrong with this run, a line each; sections first."""
+        out = [f"{s}.{fault}" for s in SECTIONS if (part := getattr(self, s)) is not None for fault in part.faults()]
+        for pair in ALTERNATIVES:
+            given = {key: getattr(self, key) for key in pair if getattr(self, key) is not None}
+            if len(given) != 1:
+                told = " and ".join(f"{k}={v}" for k, v in given.items()) or "neither"
+                out.append(f"{pair[0]} or {pair[1]}: give exactly one ({told} given)")
+        for key in ("batch_size", "batch_tokens", "steps", "tokens", "micro_batch", "eval_every"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                out.append(f"{key}={value}: must be at least 1")
+        if self.batch_tokens and self.batch_tokens > 0 and self.batch_tokens % max(1, self.model.block_size):
+            out.append(f"batch_tokens={self.batch_tokens}: must be a multiple of block_size={self.model.block_size}")
+        if self.seed < 0:
+            out.append(f"seed={self.seed}: must not be negative")
+        if not self.grad_clip >= 0:
+            out.append(f"grad_clip={self.grad_clip}: must be >= 0 (0 switches clipping off)")
+        choices = {
+            "grad_reduction": ("mean", "sum"),
+            "dtype": ("auto", "bfloat16", "float32"),
+            "compile": ("auto", "true", "false"),
+        }
+        for key, allowed in choices.items():
+            if getattr(self, key) not in allowed:
+                out.append(f'{key}="{getattr(self, key)}": must be one of {", ".join(allowed)}')
+        if "/" in self.name or self.name in (".", ".."):
+            out.append(f'name="{self.name}": must be a plain folder name; the folder around it is log.folder')
+        if not out and self.schedule.warmup > self.total_steps:
+            out.append(f"schedule.warmup={self.schedule.warmup}: is longer than the run of {self.total_steps} steps")
+        return out
+
+    @property
+    def sequences(self) -> int:
+        """Sequences per step over all processes."""
+        if self.batch_size is not None:
+            return self.batch_size
+        return self.batch_tokens // self.model.block_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.sequences * self.model.block_size
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps if self.steps is not None else -(-self.tokens // self.tokens_per_step)
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches per process and step. Raises ValueError, with the nearest choices, if nothing divides."""
+        per_round = self.micro_batch * world_size
+        if self.sequences % per_round == 0:
+            return self.sequences // per_round
+        micro = [m for m in range(1, self.sequences + 1) if self.sequences % (m * world_size) == 0]
+        advice = [f"--micro_batch={m}" for m in _nearest(self.micro_batch, micro)]
+        processes = [w for w in range(1, self.sequences + 1) if self.sequences % (self.micro_batch * w) == 0]
+        advice += [f"{w} processes" for w in _nearest(world_size, processes)]
+        sizes = [per_round * k for k in (self.sequences // per_round, self.sequences // per_round + 1) if k]
+        advice += [f"--batch_size={b}" for b in sizes]
+        raise ValueError(
+            f"a batch of {self.sequences} sequences does not divide into {world_size} processes x "
+            f"micro_batch={self.micro_batch}; nearest that do: {', '.join(advice)}"
+        )
+
+
+def _nearest(value: int, choices: list[int]) -> list[int]:
+    """The closest choice below and above a value."""
+    below = [c for c in choices if c <= value][-1:]
+    return below + [c for c in choices if c > value][:1]
+
+
+def free_keys() -> set[str]:
+    """Dotted keys that may change when a run is continued."""
+    out = {"size", "name"}
+    for f in fields(RunConfig):
+        if f.metadata.get("free"):
+            out.add(f.name)
+        if f.name in SECTIONS and f.name != "optim":
+            out |= {f"{f.name}.{g.name}" for g in fields(f.default_factory) if g.metadata.get("free")}
+    return out

@@ -1,0 +1,133 @@
+"""Text from a checkpoint: python -m eval.sample runs/NAME --prompt "Return the"
+
+Reads a run folder (its newest good checkpoint) or one checkpoint folder.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: python eval/sample.py
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+from torch import Tensor
+
+from data.shards import MANIFEST
+from data.tokenizer import Tokenizer, get_tokenizer
+from model import GPT, GPTConfig, KVCache
+from runtime.checkpoint import Checkpoint, open_checkpoint
+from runtime.distributed import resolve_device
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device) -> GPT:
+    """The model of a checkpoint, in evaluation mode."""
+    model = GPT(GPTConfig(**checkpoint.state["config"]["model"]))
+    model.load_state_dict(checkpoint.model())
+    return model.to(device).eval()
+
+
+def tokenizer_of(checkpoint: Checkpoint, name: str | None = None, ranks: str | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint's dataset; by vocabulary size if the dataset is gone."""
+    if name is None:
+        manifest = Path(checkpoint.state["config"]["data"]["path"], MANIFEST)
+        if manifest.exists():
+            name = json.loads(manifest.read_text())["tokenizer"]["name"]
+        else:
+            name = "byte" if checkpoint.state["config"]["model"]["vocab_size"] == 257 else "gpt2"
+    return get_tokenizer(name, ranks)
+
+
+def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
+    """Draw one id (1, 1) from logits (1, V). temperature 0 takes the most likely; top_k 0 and top_p 1 keep all."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k:
+        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p < 1:
+        ordered, ids = logits.sort(descending=True)
+        p = ordered.softmax(-1)
+        beyond = p.cumsum(-1) - p >= top_p  # the ids before this one already hold top_p
+        logits = logits.masked_fill(beyond.scatter(-1, ids, beyond), -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT,
+    prompt: list[int],
+    max_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    eot: int | None = None,
+) -> Iterator[int]:
+    """Yield up to max_tokens new ids after a non-empty prompt, until end-of-text.
+
+    Keys and values are cached. When the context is full, its newer half is read anew and generation
+    goes on from there: learned positions cannot shift.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    ids, cache = prompt[-model.config.block_size :], KVCache()
+    fresh = ids
+    for _ in range(max_tokens):
+        if len(cache) + len(fresh) > model.config.block_size:
+            fresh, cache = ids[-max(1, model.config.block_size // 2) :], KVCache()
+        hidden = model.hidden(torch.tensor([fresh], device=device), cache)
+        chosen = choose(model.logits(hidden[:, -1]), temperature, top_k, top_p, generator).item()
+        if chosen == eot:
+            return
+        yield chosen
+        fresh = [chosen]
+        ids = (ids + fresh)[-model.config.block_size :]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="eval.sample", description="Generate text from a checkpoint.")
+    parser.add_argument("checkpoint", help="run folder or checkpoint folder")
+    parser.add_argument("--prompt", default="", help="text to continue; empty: start of a document")
+    parser.add_argument("--samples", type=int, default=1)
+    parser.add_argument("--max-tokens", type=int, default=500)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0: all")
+    parser.add_argument("--top-p", type=float, default=0.95, help="draw from the likeliest tokens that hold this mass")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--tokenizer", choices=("byte", "gpt2"), help="default: the dataset's")
+    parser.add_argument("--ranks", help="local GPT-2 ranks file, for machines without a network")
+    args = parser.parse_args(argv)
+    try:
+        if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0:
+            raise ValueError("--temperature must be >= 0, --top-k >= 0 and --top-p in (0, 1]")
+        checkpoint = open_checkpoint(args.checkpoint)
+        tokenizer = tokenizer_of(checkpoint, args.tokenizer, args.ranks)
+        model = load_model(checkpoint, resolve_device(args.device))
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(f"tokenizer {tokenizer.name} does not fit vocab_size={model.config.vocab_size}")
+        prompt = [tokenizer.eot, *tokenizer.encode(args.prompt)]
+        for i in range(args.samples):
+            ids = generate(
+                model,
+                prompt,
+                args.max_tokens,
+                temperature=args.temperature,
+                top_k=args.top_k,
+                top_p=args.top_p,
+                seed=args.seed + i,
+                eot=tokenizer.eot,
+            )
+            print(args.prompt + tokenizer.decode(list(ids)))
+            print("-" * 40)
+    except (ValueError, ImportError) as error:
+        sys.exit(f"eval.sample: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Checkpoints: plain tensors and JSON, complete or absent.
+
+    checkpoints/step_0001000/model.safetensors         the weights, by parameter name
+                             optimizer-0.safetensors   optimizer state held by rank 0, "parameter/key"
+                             state.json                step, losses, config, sha256 of each file
+
+A checkpoint is written under a temporary name, flushed to the disk and renamed, so a folder with its
+final name is whole; damage that comes later is found by its hashes.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from runtime.distributed import World
+
+MODEL, STATE = "model.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and what to keep."""
+
+    every: int = field(default=1000, metadata={"free": True})  # steps between them; the last step is saved too
+    keep: int = field(default=2, metadata={"free": True})  # latest checkpoints to keep; the best one is kept besides
+    milestone_every: int = field(default=0, metadata={"free": True})  # keep every multiple of this for good; 0: none
+
+    def faults(self) -> list[str]:
+        """Everything wrong with this config, a line each."""
+        out = []
+        if self.every < 1:
+            out.append(f"every={self.every}: must be at least 1")
+        if self.keep < 1:
+            out.append(f"keep={self.keep}: must be at least 1")
+        if self.milestone_every < 0:
+            out.append(f"milestone_every={self.milestone_every}: must not be negative")
+        return out
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or read; the message names it and the reason."""
+
+
+class OptimizerTensors(Mapping):
+    """The optimizer tensors of a checkpoint, "parameter/key", read from their files one by one when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = {}
+        for path in sorted(folder.glob("optimizer-*.safetensors")):
+            with safe_open(path, framework="pt") as f:
+                self._file |= dict.fromkeys(f.keys(), path)
+
+    def __getitem__(self, key: str) -> Tensor:
+        with safe_open(self._file[key], framework="pt") as f:
+            return f.get_tensor(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file)
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+
+@dataclass
+class Checkpoint:
+    """A verified checkpoint folder."""
+
+    folder: Path
+    state: dict
+
+    def model(self) -> dict[str, Tensor]:
+        return load_file(self.folder / MODEL)
+
+    def optimizer(self) -> OptimizerTensors:
+        return OptimizerTensors(self.folder)
+
+
+class Checkpointer:
+    """Writes, prunes and finds the checkpoints of one run."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig, world: World) -> None:
+        self.folder, self.config, self.world = folder, config, world
+
+    def save(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: dict) -> None:
+        """Write checkpoint state["step"]. Called by every rank with the optimizer tensors it is to write.
+
+        Raises CheckpointError, on every rank, if one rank could not write; earlier checkpoints are untouched.
+        """
+        final = self.folder / f"step_{state['step']:07d}"
+        aside = self.folder / f"tmp-{final.name}"
+        files, problem = {}, None
+        try:
+            if self.world.is_main:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+                files[MODEL] = _write_tensors(aside / MODEL, model)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            problem = str(error)
+        if not any(self.world.gather(problem)):  # the folder is there for everybody
+            try:
+                if optimizer:
+                    name = f"optimizer-{self.world.rank}.safetensors"
+                    files[name] = _write_tensors(aside / name, optimizer)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                problem = str(error)
+        reports = self.world.gather((files, problem))
+        problem = next((p for _, p in reports if p), None)
+        if self.world.is_main:
+            if problem is None:
+                hashes = {name: digest for written, _ in reports for name, digest in written.items()}
+                problem = self._commit(aside, final, {**state, "sha256": hashes})
+            if problem is not None:
+                shutil.rmtree(aside, ignore_errors=True)
+        problem = self.world.from_main(problem)
+        if problem is not None:
+            raise CheckpointError(f"checkpoint of step {state['step']} could not be written: {problem}")
+
+    def _commit(self, aside: Path, final: Path, state: dict) -> str | None:
+        try:
+            with open(aside / STATE, "w", encoding="utf-8") as f:
+                json.dump(state, f, indent=1)
+                f.flush()
+                os.fsync(f.fileno())
+            _sync_folder(aside)
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
+            _sync_folder(self.folder)
+            self._prune()
+        except OSError as error:
+            return str(error)
+        return None
+
+    def _prune(self) -> None:
+        """Delete what is neither among the latest `keep`, nor the best, nor a milestone."""
+        states = {path: _read_state(path) for path in self._folders()}
+        losses = {path: s["val_loss"] for path, s in states.items() if s and s.get("val_loss") is not None}
+        kept = set(list(states)[: self.config.keep])
+        if losses:
+            kept.add(min(losses, key=losses.__getitem__))
+        for path, state in states.items():
+            every = self.config.milestone_every
+            if path not in kept and state and not (every and state["step"] % every == 0):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _folders(self) -> list[Path]:
+        """Checkpoint folders, newest first."""
+        found = [p for p in self.folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
+        return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+
+    def latest(self) -> Checkpoint | None:
+        """The newest undamaged checkpoint, the same on every rank; damaged ones are named and left alone."""
+        chosen = None
+        if self.world.is_main:
+            for folder in self._folders():
+                problem = damage(folder)
+                if problem is None:
+                    chosen = folder
+                    break
+                print(f"checkpoint {folder} is damaged ({problem}); trying the one before it", file=sys.stderr)
+        chosen = self.world.from_main(chosen)
+        return Checkpoint(chosen, _read_state(chosen)) if chosen else None
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """A checkpoint folder, or the newest good one of a run folder. Raises CheckpointError if there is none."""
+    path = Path(path)
+    if (path / STATE).exists():
+        if problem := damage(path):
+            raise CheckpointError(f"checkpoint {path} is damaged ({problem}); use another one of this run")
+        return Checkpoint(path, _read_state(path))
+    alone = World(0, 1, torch.device("cpu"))
+    found = Checkpointer(path / "checkpoints", CheckpointConfig(), alone).latest()
+    if found is None:
+        raise CheckpointError(f"{path}: neither a checkpoint (no {STATE}) nor a run folder with one")
+    return found
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None: state.json must parse and every hash must match."""
+    state = _read_state(folder)
+    if state is None:
+        return f"{STATE} is missing or unreadable"
+    for name, digest in state["sha256"].items():
+        path = folder / name
+        if not path.exists():
+            return f"{name} is missing"
+        if _sha256(path) != digest:
+            return f"{name} does not match its sha256"
+    return None
+
+
+def _read_state(folder: Path) -> dict | None:
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        return state if {"step", "sha256", "config"} <= state.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write tensors, flush them to the disk, and return the file's sha256."""
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
+    return _sha256(path)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,139 @@
+"""The processes of a run: who am I, on which device, and how do we agree.
+
+The only reader of torchrun's environment variables.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT = timedelta(minutes=10)  # a collective that takes longer ends the run instead of hanging it
+
+
+@dataclass
+class World:
+    """This process among the processes of a run. At size 1 nothing communicates."""
+
+    rank: int
+    size: int
+    device: torch.device
+    control: dist.ProcessGroup | None = None  # CPU-side group for flags and file bookkeeping
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum of a tensor over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def gather(self, item: object) -> list:
+        """Every rank's small Python object, in rank order, on every rank."""
+        if self.size == 1:
+            return [item]
+        out: list = [None] * self.size
+        dist.all_gather_object(out, item, group=self.control)
+        return out
+
+    def from_main(self, item: object) -> object:
+        """Rank 0's small Python object, on every rank."""
+        return self.gather(item)[0]
+
+
+@contextmanager
+def start_world(device: str) -> Iterator[World]:
+    """Join the run that torchrun described, or run alone. device: "auto", "cpu", "cuda" or "cuda:N".
+
+    Raises ValueError if the device does not exist.
+    """
+    launched = "RANK" in os.environ
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    torch_device = resolve_device(device, local_rank if launched else None)
+    if torch_device.type == "cuda":
+        torch.cuda.set_device(torch_device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    if not launched:
+        yield World(0, 1, torch_device)
+        return
+    on_gpu = torch_device.type == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=torch_device if on_gpu else None)
+    try:
+        control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        yield World(dist.get_rank(), dist.get_world_size(), torch_device, control)
+    finally:
+        dist.destroy_process_group()
+
+
+def resolve_device(device: str, local_rank: int | None = None) -> torch.device:
+    """Turn a device name into a device that exists; a launcher's local rank picks the GPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f'device="{device}": must be "auto", "cpu", "cuda" or "cuda:N"') from None
+    if resolved.type == "cpu":
+        return resolved
+    if resolved.type != "cuda":
+        raise ValueError(f'device="{device}": must be "auto", "cpu", "cuda" or "cuda:N"')
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = local_rank if local_rank is not None else resolved.index or 0
+    if index >= count:
+        raise ValueError(
+            f'device="{device}": GPU {index} was asked for and torch {torch.__version__} sees {count}; '
+            "use --device=cpu, or fewer processes per machine"
+        )
+    return torch.device("cuda", index)
+
+
+class StopRequest:
+    """SIGTERM, SIGINT or SIGUSR1 asks the run to finish its step, save and leave.
+
+    A signal may reach only some ranks, and at different steps. `agreed()` is called by every rank once
+    a step: it reads the answer of the exchange started one step earlier and starts the next, so all
+    ranks leave at the same step and no step waits for the network.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.signal: str | None = None  # name of the signal that reached this rank
+        self._pending: tuple[dist.Work, Tensor] | None = None
+        self._before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+
+    def _receive(self, number: int, frame: object) -> None:
+        if self.signal is None and self.world.is_main:
+            name = signal.Signals(number).name
+            print(f"{name}: will finish this step, save and stop", file=sys.stderr, flush=True)
+        self.signal = signal.Signals(number).name
+
+    def agreed(self) -> bool:
+        """Whether all ranks stop here."""
+        if self.world.size == 1:
+            return self.signal is not None
+        stop = False
+        if self._pending:
+            work, flag = self._pending
+            work.wait()
+            stop = bool(flag.item())
+        flag = torch.tensor(int(self.signal is not None))
+        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.world.control, async_op=True)
+        self._pending = (work, flag)
+        return stop
+
+    def close(self) -> None:
+        """Finish the exchange in flight and give the signals back."""
+        if self._pending:
+            self._pending[0].wait()
+            self._pending = None
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

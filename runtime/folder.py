@@ -1,0 +1,72 @@
+"""The run folder: a name nobody else uses, and a refusal to continue another run in it."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+from runtime.distributed import World
+
+CONFIG, ENVIRONMENT = "config.json", "environment.json"
+
+
+class RunFolderError(ValueError):
+    """A run folder that cannot be used; the message names it and the remedy."""
+
+
+def open_run_folder(path: Path, config: dict, free: set[str], environment: dict, fresh: bool, world: World) -> Path:
+    """Create a run folder, or enter the one that is there to continue its run.
+
+    config: the resolved configuration as nested dicts; free: dotted keys that may differ from the
+    folder's. fresh: move an existing folder aside and start over.
+    Raises RunFolderError, on every rank, if the folder cannot be written or holds a different run.
+    """
+    problem = None
+    if world.is_main:
+        try:
+            problem = _open(path, config, free, environment, fresh)
+        except OSError as error:
+            problem = f"run folder {path}: {error.strerror or error}; choose another with --log.folder"
+    problem = world.from_main(problem)
+    if problem is not None:
+        raise RunFolderError(problem)
+    return path
+
+
+def _open(path: Path, config: dict, free: set[str], environment: dict, fresh: bool) -> str | None:
+    if fresh and path.exists():
+        path.rename(path.with_name(f"{path.name}.until-{time.strftime('%Y%m%d-%H%M%S')}"))
+    if (path / CONFIG).exists():
+        try:
+            before = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        except ValueError:
+            return f"{path / CONFIG} is not readable; repair it, or start over with --fresh"
+        changed = differences(before, json.loads(json.dumps(config)), free)
+        if changed:
+            lines = "\n".join(f"  {key}: {old} -> {new}" for key, (old, new) in changed.items())
+            return (
+                f"{path} holds a run with another configuration (there -> now):\n{lines}\n"
+                "give the old values to continue it, another --name to run beside it, or --fresh to start over"
+            )
+    (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for name, content in ((CONFIG, config), (ENVIRONMENT, environment)):
+        aside = path / f"{name}.tmp"
+        aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(aside, path / name)
+    return None
+
+
+def differences(before: dict, now: dict, free: set[str]) -> dict[str, tuple]:
+    """Dotted keys whose values differ, without the free ones, as key: (before, now)."""
+    a, b = _flat(before), _flat(now)
+    return {k: (a.get(k), b.get(k)) for k in sorted(a | b) if k not in free and a.get(k) != b.get(k)}
+
+
+def _flat(nested: dict, prefix: str = "") -> dict:
+    out = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out

@@ -1,0 +1,299 @@
+"""Pretrain a GPT-2.
+
+    python train_gpt.py config/quickstart.py
+    torchrun --nproc_per_node=8 train_gpt.py config/gpt2_small.py --optimizer=adamw --seed=2
+
+The same command continues an interrupted run. --help CONFIG lists every key.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from config.load import ConfigError, describe_keys, load_config, short_count, to_dict
+from config.schema import RunConfig, free_keys
+from data.loader import TrainLoader, ValidationSet, prefetch, to_device
+from data.shards import open_dataset
+from model import GPT
+from optimizers import build_optimizer
+from optimizers.state import load_named_state, named_state
+from runtime.checkpoint import Checkpointer, CheckpointError
+from runtime.distributed import StopRequest, World, start_world
+from runtime.folder import open_run_folder
+from runtime.guard import Guard, NonFiniteError
+from runtime.hardware import environment, memory_gb, peak_flops
+from runtime.logger import Meter, RunLogger
+from runtime.plot import plot_run
+from runtime.schedule import learning_rate
+
+
+class Trainer:
+    """The pieces of one run, built from its config and the checkpoint it continues, if there is one."""
+
+    def __init__(self, run: RunConfig, world: World, fresh: bool) -> None:
+        self.run, self.world = run, world
+        self.accumulation = run.accumulation(world.size)
+        self.steps = run.total_steps
+        dataset = open_dataset(run.data.path, run.model.vocab_size)
+        sizes = dict(block_size=run.model.block_size, vocab_size=run.model.vocab_size, seed=run.seed)
+        ranks = dict(rank=world.rank, world_size=world.size)
+        self.loader = TrainLoader(dataset, run.data, batch_size=run.sequences, **sizes, **ranks)
+        self.validation = ValidationSet(dataset, run.data, micro_batch=run.micro_batch, **sizes)
+        self.bytes_per_token = dataset.bytes_per_token("val")
+
+        torch.manual_seed(run.seed)
+        self.model = GPT(run.model).to(world.device)
+        self.optimizer = build_optimizer(self.model, run.optim)
+        self.guard = Guard(self.model, self.optimizer, run.grad_clip)
+
+        facts = environment(world.device, world.size)
+        self.folder = Path(run.log.folder) / run.name
+        open_run_folder(self.folder, to_dict(run), free_keys(), facts, fresh, world)
+        self.checkpoints = Checkpointer(self.folder / "checkpoints", run.checkpoint, world)
+        self.step, self.val_loss, self.best, trained = self.restore()
+        self.meter = Meter(trained)
+        self.log = RunLogger(self.folder, run.log, to_dict(run), run.name, self.steps, self.step, world.is_main)
+
+        self.autocast = autocast(run.dtype, world.device)
+        self.compiled = compiled(self.model, run.compile, world.device)
+        self.forward = self.compiled
+        if world.size > 1:
+            self.forward = DistributedDataParallel(self.compiled, gradient_as_bucket_view=True, broadcast_buffers=False)
+        self.flops_per_step = self.model.flops_per_token("palm") * run.tokens_per_step
+        peak = peak_flops(world.device)
+        self.peak = peak * world.size if peak else None
+
+    def restore(self) -> tuple[int, float | None, float | None, float]:
+        """Step, last and best validation loss and training seconds of the newest good checkpoint."""
+        found = self.checkpoints.latest()
+        if found is None:
+            return 0, None, None, 0.0
+        self.model.load_state_dict(found.model())
+        load_named_state(self.optimizer, self.model, found.optimizer())
+        return found.state["step"], found.state["val_loss"], found.state["best_val_loss"], found.state["train_seconds"]
+
+    def save(self) -> None:
+        """Write a checkpoint; training survives a failure to do so, and so does every earlier checkpoint."""
+        tensors = dict(self.model.named_parameters())
+        state = dict(step=self.step, tokens=self.tokens, val_loss=self.val_loss, best_val_loss=self.best)
+        state |= dict(train_seconds=self.meter.trained, config=to_dict(self.run), processes=self.world.size)
+        self.checkpoints.save(tensors, named_state(self.optimizer, self.model, self.world.rank), state)
+        self.log.say(f"saved {self.checkpoints.folder}/step_{self.step:07d}")
+
+    @property
+    def tokens(self) -> int:
+        return self.step * self.run.tokens_per_step
+
+    def set_rates(self) -> float:
+        """Set every group's learning rate for the coming step; returns that of the main group."""
+        peak = self.run.optim.lr
+        lr = learning_rate(self.run.schedule, self.step, self.steps, peak)
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+            group["lr"] = group["initial_lr"] * (lr / peak if peak else 0.0)
+        return lr
+
+    def accumulate(self, batch: Tensor, step: int) -> Tensor:
+        """Gradients of the mean loss over a step's batch, synchronised once; returns this rank's mean loss."""
+        torch.manual_seed(self.run.seed + 1_000_003 * (step + 1) + 7919 * self.world.rank)  # dropout, without a state
+        total = torch.zeros((), device=self.world.device)
+        share = 1 / self.accumulation
+        for i, part in enumerate(batch.split(self.run.micro_batch)):
+            last = i == self.accumulation - 1
+            with nullcontext() if last or self.world.size == 1 else self.forward.no_sync():
+                with self.autocast:
+                    loss = self.forward(*to_device(part, self.world.device))
+                (loss * share if self.run.grad_reduction == "mean" else loss).backward()
+            total += loss.detach() * share
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, stop: StopRequest) -> None:
+        """Mean loss over the validation windows, each batch on one rank; a stop request cuts it short unused."""
+        sums = torch.zeros(2, len(self.validation), dtype=torch.float64, device=self.world.device)
+        self.compiled.eval()
+        for number in range(self.world.rank, len(self.validation), self.world.size):
+            if stop.signal:
+                break
+            tokens = torch.from_numpy(self.validation.batch(number, self.step))
+            count = tokens.size(0) * self.run.model.block_size
+            whole = torch.zeros(self.run.micro_batch, tokens.size(1), dtype=tokens.dtype)
+            whole[: tokens.size(0)] = tokens
+            idx, targets = to_device(whole, self.world.device)
+            targets[tokens.size(0) :] = -1  # rows that fill up the last batch do not count
+            with self.autocast:
+                sums[0, number] = self.compiled(idx, targets).double() * count
+            sums[1, number] = count
+        self.compiled.train()
+        loss_sum, count = self.world.sum(sums).sum(dim=1).tolist()
+        if count < self.validation.count * self.run.model.block_size:
+            return
+        self.val_loss = loss_sum / count
+        self.best = min(self.val_loss, self.best) if self.best is not None else self.val_loss
+        numbers = dict(step=self.step, tokens=self.tokens, val_loss=self.val_loss)
+        text = f"step {self.step:>6}  validation loss {self.val_loss:.4f} nats/token"
+        if self.bytes_per_token:
+            numbers["val_bits_per_byte"] = self.val_loss / self.bytes_per_token / 0.6931471805599453
+            text += f", {numbers['val_bits_per_byte']:.4f} bits/byte"
+        self.log.record(numbers, text)
+
+    def report(self, loss: Tensor, norm: Tensor, lr: float, steps: int) -> None:
+        """Log one step; times are means over the `steps` steps since the last report."""
+        loss = (self.world.sum(loss) / self.world.size).item()
+        numbers = dict(step=self.step, tokens=self.tokens, loss=loss, lr=lr, grad_norm=norm.item())
+        seconds, waited = (t / steps for t in self.meter.read())
+        rate = self.run.tokens_per_step / seconds
+        numbers |= dict(tokens_per_s=rate, step_ms=1e3 * seconds, data_ms=1e3 * waited)
+        numbers |= dict(memory_gb=memory_gb(self.world.device), train_s=self.meter.trained)
+        left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.steps - self.step)))
+        text = f"step {self.step:>6}/{self.steps}  loss {loss:.4f}  lr {lr:.2e}  norm {numbers['grad_norm']:.3f}"
+        text += f"  {short_count(round(rate))} tok/s  {1e3 * seconds:.0f} ms"
+        if self.peak:
+            numbers["mfu"] = self.flops_per_step / seconds / self.peak
+            text += f"  MFU {100 * numbers['mfu']:.1f}%"
+        self.log.record(numbers, f"{text}  left {left}")
+
+    def blame(self, step: int) -> str:
+        """Which sequences of a step's batch have a loss that is not finite, as shard and token offset."""
+        rows = self.loader.batch(step)
+        ids = self.loader.window_ids(step)[self.loader.mine]
+        bad = []
+        with torch.no_grad(), self.autocast:
+            for row, window in zip(rows, ids, strict=True):
+                if not torch.isfinite(self.model(*to_device(row[None], self.world.device))):
+                    shard, offset = self.loader.windows.locate(window)
+                    bad.append(f"{shard.path.name}@{offset}")
+        bad = [name for names in self.world.gather(bad) for name in names]
+        return ", ".join(bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "") if bad else "none by itself"
+
+
+def autocast(dtype: str, device: torch.device) -> torch.autocast:
+    """bf16 autocast where it is asked for or, with "auto", where the GPU has bf16; no-op otherwise."""
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    elif dtype == "bfloat16" and device.type == "cpu":
+        print("dtype=bfloat16 on a CPU: many CPUs emulate it, 100 times slower than float32", file=sys.stderr)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def compiled(model: GPT, choice: str, device: torch.device) -> nn.Module:
+    """The model, compiled into one graph with its loss where asked for; "auto" compiles on a GPU."""
+    wanted = device.type == "cuda" if choice == "auto" else choice == "true"
+    return torch.compile(model, fullgraph=True, dynamic=False) if wanted else model
+
+
+def train(t: Trainer) -> None:
+    """Run steps until the budget is spent or somebody asks to stop."""
+    stop = StopRequest(t.world)
+    batches: Iterator[Tensor] = prefetch(t.loader, t.step, pin=t.world.device.type == "cuda")
+    logged, stopping, unsaved = t.step, False, False
+    try:
+        while t.step < t.steps and not stopping:
+            with t.meter.waiting():
+                batch = next(batches)
+            lr = t.set_rates()
+            loss = t.accumulate(batch, t.step)
+            norm = t.guard.clip(t.step)
+            t.optimizer.step()
+            t.optimizer.zero_grad(set_to_none=True)
+            t.step += 1
+
+            stopping, last = stop.agreed(), t.step == t.steps
+            log_due = last or stopping or t.step % t.run.log.every == 0
+            eval_due = last or t.step % t.run.eval_every == 0
+            save_due = last or stopping or t.step % t.run.checkpoint.every == 0
+            if log_due or eval_due or save_due or t.world.device.type == "cpu":
+                t.guard.check()  # before anything is saved
+            if log_due:
+                t.report(loss, norm, lr, t.step - logged)
+                logged = t.step
+            with t.meter.excluded():
+                if eval_due:
+                    t.evaluate(stop)
+                if save_due:
+                    unsaved = try_to_save(t)
+        if unsaved:
+            raise CheckpointError(f"the run stops at step {t.step} without its last checkpoint; see above")
+    finally:
+        batches.close()
+        stop.close()
+    if stopping and t.step < t.steps:
+        t.log.say(f"stopped at step {t.step} of {t.steps}; the same command continues the run")
+
+
+def try_to_save(t: Trainer) -> bool:
+    """Save; a full disk or the like costs this checkpoint and nothing else. Returns whether it failed."""
+    try:
+        t.save()
+        return False
+    except CheckpointError as error:
+        t.log.say(f"{error}; training goes on, earlier checkpoints are untouched")
+        return True
+
+
+def introduce(t: Trainer) -> None:
+    """Say what is about to run."""
+    run, world = t.run, t.world
+    c = run.model
+    t.log.say(
+        f"{run.name}\n"
+        f"  model      {t.model.num_params():,} parameters: {c.n_layer} layers x {c.n_embd}, context {c.block_size}\n"
+        f"  data       {run.data.path}: {t.steps * run.sequences / len(t.loader.windows):.2f} epochs of "
+        f"{len(t.loader.windows):,} windows, {run.data.sampling}\n"
+        f"  batch      {run.sequences} sequences = {world.size} processes x {run.micro_batch} x "
+        f"{t.accumulation} accumulated = {run.tokens_per_step:,} tokens\n"
+        f"  budget     {t.steps:,} steps = {t.steps * run.tokens_per_step:,} tokens\n"
+        f"  optimizer  {run.optimizer}: {run.optim}\n"
+        f"  device     {world.device}\n"
+        f"  folder     {t.folder}"
+    )
+    if t.step:
+        t.log.say(f"continuing at step {t.step}")
+
+
+def conclude(t: Trainer) -> None:
+    """Draw the curves and say where everything is."""
+    if t.world.is_main:
+        try:
+            t.log.say(f"curves  {plot_run(t.folder)}")
+        except (ImportError, ValueError, OSError) as error:
+            t.log.say(f"no curves: {error}")
+        if t.step == t.steps and t.val_loss is not None:
+            bits = f", {t.val_loss / t.bytes_per_token / 0.6931471805599453:.4f} bits/byte" if t.bytes_per_token else ""
+            t.log.say(f"final   validation loss {t.val_loss:.4f} nats/token{bits}")
+        t.log.say(f"run     {t.folder}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    paths = [a for a in argv if not a.startswith("-")]
+    flags = {a for a in argv if a in ("--fresh", "--help", "-h")}
+    if len(paths) != 1:
+        sys.exit(f"{__doc__}\nusage: train_gpt.py CONFIG [--key=value ...] [--fresh] [--help]")
+    try:
+        run = load_config(paths[0], [a for a in argv if a not in flags | set(paths)])
+        if flags & {"--help", "-h"}:
+            print(f"{__doc__}\nkeys, as {paths[0]} sets them:\n{describe_keys(run)}")
+            return
+        with start_world(run.device) as world:
+            trainer = Trainer(run, world, "--fresh" in flags)
+            introduce(trainer)
+            try:
+                train(trainer)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{error}; sequences: {trainer.blame(error.step)}") from None
+            finally:
+                trainer.log.close()
+            conclude(trainer)
+    except (ConfigError, ValueError, ImportError) as error:
+        sys.exit(f"train_gpt: {error}" if not isinstance(error, ConfigError) else str(error))
+
+
+if __name__ == "__main__":
+    main()
