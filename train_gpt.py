@@ -126,6 +126,7 @@ class Trainer:
             whole = torch.zeros(self.run.micro_batch, tokens.size(1), dtype=tokens.dtype)
             whole[: tokens.size(0)] = tokens
             idx, targets = to_device(whole, self.world.device)
+            targets = targets.clone()  # shares its memory with idx
             targets[tokens.size(0) :] = -1  # rows that fill up the last batch do not count
             with self.autocast:
                 sums[0, number] = self.compiled(idx, targets).double() * count

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Set up what is missing, then lint and run the tests. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh
+
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest "$@"

@@ -1,0 +1,137 @@
+"""Config files, overrides and their faults."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from conftest import CONFIG, ROOT
+
+from config.load import ConfigError, all_keys, describe_keys, load_config, parse
+from config.schema import RunConfig
+
+SHIPPED = sorted(p for p in (ROOT / "config").glob("*.py") if "config = RunConfig(" in p.read_text())
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_every_shipped_config_loads_and_its_runs_have_names_of_their_own(path):
+    config = load_config(path)
+    assert config.size == path.stem
+    assert config.name.startswith(f"{path.stem}-{config.optimizer}-{Path(config.data.path).name}-")
+    assert config.accumulation(1) >= 1
+
+
+def test_overrides_are_typed_by_the_schema():
+    config = load_config(
+        CONFIG, ["--optim.lr=1", "--betas=0.8,0.9", "--model.bias=true", "--steps=1e2", "--seed=7", "--data.path=a/b=c"]
+    )
+    assert (config.optim.lr, type(config.optim.lr)) == (1.0, float)
+    assert config.optim.betas == (0.8, 0.9)
+    assert config.model.bias is True
+    assert (config.steps, type(config.steps)) == (100, int)
+    assert config.data.path == "a/b=c"
+
+
+def test_all_faults_are_reported_together():
+    overrides = ["--optim.lrr=1", "--steps=1.5", "--bias=perhaps", "--dropout=2", "--betas=1", "--every=3", "warmup=3"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(CONFIG, overrides)
+    text = str(caught.value)
+    assert "optim.lrr: unknown key; nearest: optim.lr" in text
+    assert "steps=1.5: expected a whole number" in text
+    assert "bias=perhaps: expected true or false" in text
+    assert "model.dropout=2.0: must be in [0, 1)" in text
+    assert "betas=1: expected 2 numbers" in text
+    assert "every: could be checkpoint.every or log.every; give the full key" in text
+    assert "warmup=3: expected --key=value" in text
+    assert len(text.splitlines()) == 7
+
+
+@pytest.mark.parametrize(
+    "key, nearest", [("batchsize", "batch_size"), ("n_layers", "model.n_layer"), ("lr_min", "min_lr")]
+)
+def test_unknown_keys_answer_with_the_nearest(key, nearest):
+    with pytest.raises(ConfigError, match=f"{key}: unknown key; nearest: .*{nearest}"):
+        load_config(CONFIG, [f"--{key}=3"])
+
+
+def test_unknown_optimizers_and_files_answer_with_those_there_are():
+    with pytest.raises(ConfigError, match='optimizer="adam": unknown; choose from adamw'):
+        load_config(CONFIG, ["--optimizer=adam"])
+    with pytest.raises(ConfigError, match=r"gpt9.py: no such config file; there are: .*quickstart.py"):
+        load_config(ROOT / "config" / "gpt9.py")
+
+
+def test_a_config_file_that_fails_is_one_line(tmp_path):
+    (tmp_path / "broken.py").write_text("config = 1 / 0")
+    with pytest.raises(ConfigError, match="broken.py: ZeroDivisionError"):
+        load_config(tmp_path / "broken.py")
+    (tmp_path / "empty.py").write_text("x = 1")
+    with pytest.raises(ConfigError, match="must define `config`, a RunConfig"):
+        load_config(tmp_path / "empty.py")
+
+
+def test_config_files_leave_no_trace_in_anybodys_globals():
+    import config.load
+
+    before = set(vars(config.load))
+    load_config(CONFIG)
+    assert set(vars(config.load)) == before
+
+
+def test_batch_and_budget_in_tokens():
+    config = load_config(CONFIG, ["--batch_tokens=192", "--tokens=1000"])
+    assert (config.batch_size, config.steps) == (None, None)
+    assert (config.sequences, config.tokens_per_step, config.total_steps) == (12, 192, 6)
+    with pytest.raises(ConfigError, match="batch_tokens=100: must be a multiple of block_size=16"):
+        load_config(CONFIG, ["--batch_tokens=100"])
+    with pytest.raises(
+        ConfigError, match=r"batch_size or batch_tokens: give exactly one \(batch_size=4 and batch_tokens"
+    ):
+        load_config(CONFIG, ["--batch_tokens=160", "--batch_size=4"])
+
+
+def test_accumulation_follows_from_processes_and_micro_batch():
+    config = load_config(CONFIG, ["--batch_size=480", "--micro_batch=15"])
+    assert [config.accumulation(w) for w in (1, 2, 4, 8, 16, 32)] == [32, 16, 8, 4, 2, 1]
+
+
+def test_an_indivisible_batch_is_refused_with_the_nearest_that_divide():
+    config = load_config(CONFIG, ["--batch_size=480", "--micro_batch=15"])
+    with pytest.raises(ValueError, match="480 sequences does not divide into 7 processes x micro_batch=15") as caught:
+        config.accumulation(7)
+    assert "4 processes, 8 processes, --batch_size=420, --batch_size=525" in str(caught.value)
+    with pytest.raises(ValueError, match="--micro_batch=12, --micro_batch=15"):
+        dataclasses.replace(config, micro_batch=14).accumulation(8)
+
+
+def test_run_names_tell_budget_and_overrides():
+    assert load_config(CONFIG).name == "tiny_config-adamw-missing-2.3k"
+    assert load_config(CONFIG, ["--tokens=5e6"]).name == "tiny_config-adamw-missing-5M"
+    changed = load_config(CONFIG, ["--lr=0.003", "--seed=2", "--device=cpu", "--log.every=5"])
+    assert changed.name == "tiny_config-adamw-missing-2.3k-lr0.003-seed2"
+    with pytest.raises(ConfigError, match="must be a plain folder name"):
+        load_config(CONFIG, ["--name=../elsewhere"])
+
+
+def test_parse_reads_none_for_optional_keys_only():
+    assert parse("none", int | None) is None
+    assert parse("none", str) == "none"
+    with pytest.raises(ValueError, match="expected a whole number"):
+        parse("none", int)
+    with pytest.raises(ValueError, match="expected a number"):
+        parse("true", float)
+
+
+def test_help_lists_every_key_with_its_comment():
+    config = load_config(CONFIG)
+    lines = {line.split("=")[0].strip(): line for line in describe_keys(config).splitlines()}
+    sections = {"model", "data", "optim", "schedule", "checkpoint", "log"}
+    assert lines.keys() == {f"--{key}" for key in all_keys(config) if key not in sections}
+    assert "peak learning rate" in lines["--optim.lr"]
+    assert "sequences per step" in lines["--batch_size"]
+
+
+def test_a_longer_warm_up_than_the_run_is_refused():
+    with pytest.raises(ConfigError, match="warmup=50: is longer than the run of 12 steps"):
+        load_config(CONFIG, ["--warmup=50"])
+    assert RunConfig(steps=10).faults() == ["schedule.warmup=2000: is longer than the run of 10 steps"]

@@ -1,0 +1,369 @@
+"""The trainer: what it learns, how it is interrupted and continued, and what stops it."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIG, ROOT, VOCAB, finish, launch, make_dataset, make_tokens
+from safetensors.torch import load_file
+
+import train_gpt
+from config.load import load_config
+from data.loader import DataConfig, TrainLoader
+from data.shards import open_dataset
+from model import GPT
+from runtime.checkpoint import Checkpointer
+from runtime.logger import read_metrics
+from runtime.schedule import learning_rate
+
+FINAL = "checkpoints/step_0000012/model.safetensors"
+
+
+def run_in_process(arguments, *more) -> Path:
+    train_gpt.main([*arguments, *more])
+    return folder_of(arguments)
+
+
+def folder_of(arguments) -> Path:
+    return Path(next(a for a in arguments if a.startswith("--log.folder=")).partition("=")[2]) / "run"
+
+
+def series(folder: Path, key="loss") -> dict[int, float]:
+    return {r["step"]: r[key] for r in read_metrics(folder / "metrics.jsonl") if key in r}
+
+
+def assert_same_weights(a: Path, b: Path):
+    one, two = load_file(a), load_file(b)
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+@pytest.fixture(scope="module")
+def straight(dataset, tmp_path_factory) -> Path:
+    """The run folder of an uninterrupted run of 12 steps."""
+    folder = tmp_path_factory.mktemp("straight")
+    return run_in_process([str(CONFIG), f"--data.path={dataset}", f"--log.folder={folder}", "--name=run"])
+
+
+# ---- what a run is
+
+
+def test_steps_equal_a_plain_loop(dataset, straight):
+    """Batch order, accumulation, clipping, schedule and AdamW against a loop written out here."""
+    run = load_config(CONFIG, [f"--data.path={dataset}"])
+    torch.manual_seed(run.seed)
+    model = GPT(run.model)
+    matrices = [p for n, p in model.named_parameters() if model.parameter_roles()[n] == "matrix"]
+    rest = [p for n, p in model.named_parameters() if model.parameter_roles()[n] != "matrix"]
+    groups = [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    loader = TrainLoader(
+        open_dataset(dataset, VOCAB), DataConfig(), block_size=16, batch_size=12, vocab_size=VOCAB, seed=run.seed
+    )
+    for step in range(12):
+        tokens = torch.from_numpy(loader.batch(step).astype(np.int64))
+        torch.manual_seed(run.seed + 1_000_003 * (step + 1))
+        for part in tokens.split(3):
+            (model(part[:, :-1], part[:, 1:]) / 4).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(run.schedule, step, 12, 1e-2)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert norm.item() == pytest.approx(series(straight, "grad_norm")[step + 1], rel=1e-4)
+    for name, weights in load_file(straight / FINAL).items():
+        torch.testing.assert_close(weights, dict(model.named_parameters())[name].data, atol=2e-5, rtol=1e-3)
+
+
+def test_a_run_learns_and_leaves_a_folder_that_explains_it(dataset, tmp_path, capsys):
+    train_gpt.main([str(CONFIG), f"--data.path={dataset}", f"--log.folder={tmp_path}", "--steps=150", "--log.every=10"])
+    (folder,) = tmp_path.iterdir()
+    assert folder.name == "tiny_config-adamw-counting-28.8k"
+    assert series(folder)[150] < 0.6 * series(folder)[10]
+    assert series(folder, "val_loss")[150] < 0.6 * np.log(VOCAB)
+    record = read_metrics(folder / "metrics.jsonl")[0]
+    assert record.keys() >= {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "step_ms", "data_ms"}
+    assert "mfu" not in record  # the peak of a CPU is not known
+    assert json.loads((folder / "config.json").read_text())["optim"]["lr"] == 1e-2
+    assert json.loads((folder / "environment.json").read_text())["packages"]["torch"] == torch.__version__
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    output = capsys.readouterr().out
+    assert "batch      12 sequences = 1 processes x 3 x 4 accumulated = 192 tokens" in output
+    assert f"run     {folder}" in output
+    assert "bits/byte" in output
+
+
+def test_micro_batch_and_evaluation_do_not_change_training(arguments, straight):
+    folder = run_in_process(arguments, "--micro_batch=12", "--eval_every=5", "--dropout=0", "--val_windows=7")
+    shutil.rmtree(folder)
+    other = run_in_process(arguments, "--micro_batch=4", "--eval_every=3", "--dropout=0")
+    reference = load_file(other / FINAL)
+    shutil.rmtree(other)
+    again = load_file(run_in_process(arguments, "--micro_batch=12", "--dropout=0") / FINAL)
+    for name, weights in reference.items():
+        torch.testing.assert_close(weights, again[name], atol=2e-5, rtol=1e-3)
+
+
+def test_compiled_training_equals_eager(arguments):
+    """One graph for model and loss; the slowest test of this file."""
+    eager = series(run_in_process(arguments, "--dropout=0", "--steps=3", "--warmup=1"))
+    compiled = series(run_in_process(arguments, "--dropout=0", "--steps=3", "--warmup=1", "--compile=true", "--fresh"))
+    assert compiled == pytest.approx(eager, abs=1e-5)
+
+
+# ---- interruption
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kills_at_random_moments_change_nothing(dataset, tmp_path, processes):
+    """SIGKILL, three times, then a last start to the end: losses and weights are those of a straight run."""
+    steps = ["--steps=60", "--checkpoint.every=7", "--eval_every=20"]
+    common = [str(CONFIG), f"--data.path={dataset}", "--name=run", *steps]
+    finish(launch([*common, f"--log.folder={tmp_path / 'straight'}"], processes))
+    killed = [*common, f"--log.folder={tmp_path / 'killed'}"]
+    chance = random.Random(processes)
+    metrics = tmp_path / "killed" / "run" / "metrics.jsonl"
+    for aim in (5, 25, 45):
+        process = launch(killed, processes, start_new_session=True)
+        target, deadline = aim + chance.randrange(10), time.monotonic() + 120
+        while not (metrics.exists() and f'"step": {target},' in metrics.read_text()):
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    finish(launch(killed, processes))
+    one, two = tmp_path / "straight" / "run", tmp_path / "killed" / "run"
+    for key in ("loss", "grad_norm", "lr", "val_loss"):
+        assert series(one, key) == series(two, key)
+    last = "checkpoints/step_0000060"
+    assert_same_weights(one / last / "model.safetensors", two / last / "model.safetensors")
+    assert_same_weights(one / last / "optimizer-0.safetensors", two / last / "optimizer-0.safetensors")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signals_finish_the_step_save_and_exit_cleanly(dataset, tmp_path, number):
+    arguments = [str(CONFIG), f"--data.path={dataset}", f"--log.folder={tmp_path}", "--name=run", "--steps=100000"]
+    process = launch([*arguments, "--checkpoint.every=100000"])
+    wait_for_metrics(tmp_path / "run", process)
+    process.send_signal(number)
+    output = finish(process)
+    assert f"{number.name}: will finish this step, save and stop" in output
+    assert "the same command continues the run" in output
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert max(series(tmp_path / "run")) == int(checkpoint.name[5:])
+
+
+def test_a_signal_to_one_rank_stops_all_ranks_at_one_step(dataset, tmp_path):
+    arguments = [str(CONFIG), f"--data.path={dataset}", f"--log.folder={tmp_path}", "--name=run", "--steps=100000"]
+    process = launch([*arguments, "--checkpoint.every=100000"], processes=2)
+    wait_for_metrics(tmp_path / "run", process)
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(found.stdout.split()[-1]), signal.SIGTERM)
+    output = finish(process)
+    assert output.count("the same command continues the run") == 1
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert checkpoint.name.startswith("step_")
+
+
+def wait_for_metrics(folder: Path, process: subprocess.Popen):
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or len(series(folder)) < 3:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_finished_run_is_not_run_again(arguments, straight, capsys):
+    shutil.copytree(straight, folder_of(arguments))
+    before = (folder_of(arguments) / FINAL).stat().st_mtime_ns
+    run_in_process(arguments)
+    assert "continuing at step 12" in capsys.readouterr().out
+    assert (folder_of(arguments) / FINAL).stat().st_mtime_ns == before
+    assert series(folder_of(arguments)) == series(straight)
+
+
+def test_fresh_starts_over_and_keeps_the_old_run(arguments, straight):
+    shutil.copytree(straight, folder_of(arguments))
+    run_in_process(arguments, "--fresh", "--seed=5")
+    (old,) = folder_of(arguments).parent.glob("run.until-*")
+    assert_same_weights(old / FINAL, straight / FINAL)
+    assert series(folder_of(arguments)) != series(straight)
+
+
+# ---- several processes
+
+
+def test_two_processes_equal_one_and_continue_each_other(dataset, tmp_path):
+    """The same global batches: a run on one process continued on two, and on two continued on one."""
+    changes = ["--dropout=0", "--micro_batch=2"]
+    common = [str(CONFIG), f"--data.path={dataset}", "--name=run", *changes]
+    folders = {name: tmp_path / name for name in ("one", "two", "mixed")}
+    run_in_process([*common, f"--log.folder={folders['one']}"])
+    finish(launch([*common, f"--log.folder={folders['two']}"], 2))
+    run_in_process([*common, f"--log.folder={folders['mixed']}"])
+    shutil.rmtree(folders["mixed"] / "run/checkpoints/step_0000012")
+    assert "continuing at step 8" in finish(launch([*common, f"--log.folder={folders['mixed']}"], 2))
+    reference = load_file(folders["one"] / "run" / FINAL)
+    for name in ("two", "mixed"):
+        assert series(folders[name] / "run") == pytest.approx(series(folders["one"] / "run"), abs=2e-5)
+        for key, weights in load_file(folders[name] / "run" / FINAL).items():
+            torch.testing.assert_close(weights, reference[key], atol=2e-5, rtol=1e-3)
+    first = read_metrics(folders["mixed"] / "run" / "metrics.jsonl")
+    assert [r["step"] for r in first if "loss" in r] == list(range(1, 13))
+
+
+# ---- what stops a run, in one line and without loss
+
+
+def stops(arguments, *more) -> str:
+    with pytest.raises(SystemExit) as caught:
+        train_gpt.main([*arguments, *more])
+    assert isinstance(caught.value.code, str)
+    return caught.value.code
+
+
+def test_bad_input_is_answered_in_one_line(arguments, tmp_path):
+    assert "dataset folder /nowhere: not found; prepare one" in stops(arguments, "--data.path=/nowhere")
+    assert "does not fit vocab_size=30" in stops(arguments, "--vocab_size=30")
+    assert "use a smaller --block_size or more text" in stops(arguments, "--block_size=16000")
+    assert "does not divide into 1 processes x micro_batch=5" in stops(arguments, "--micro_batch=5")
+    assert "config: optim.lr=-1.0: must be >= 0\nconfig: steps=0" in stops(arguments, "--lr=-1", "--steps=0")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_where_there_is_none(arguments):
+    assert "GPU 0 was asked for" in stops(arguments, "--device=cuda")
+    assert 'device="gpu": must be "auto", "cpu", "cuda"' in stops(arguments, "--device=gpu")
+
+
+def test_an_unwritable_run_folder(arguments, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    assert f"run folder {tmp_path}/file/run: Not a directory" in stops(arguments, f"--log.folder={tmp_path}/file")
+
+
+def test_another_configuration_in_the_same_folder_is_refused_with_the_difference(arguments, straight):
+    shutil.copytree(straight, folder_of(arguments))
+    message = stops(arguments, "--n_embd=32", "--lr=0.5", "--log.every=3")
+    assert "model.n_embd: 16 -> 32" in message
+    assert "optim.lr: 0.01 -> 0.5" in message
+    assert "log.every" not in message
+    assert "--fresh" in message
+    assert_same_weights(folder_of(arguments) / FINAL, straight / FINAL)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(arguments, straight, capsys):
+    shutil.copytree(straight, folder_of(arguments))
+    path = folder_of(arguments) / FINAL
+    os.truncate(path, path.stat().st_size // 2)
+    run_in_process(arguments)
+    captured = capsys.readouterr()
+    assert "step_0000012 is damaged (model.safetensors does not match its sha256)" in captured.err
+    assert "continuing at step 8" in captured.out
+    assert_same_weights(path, straight / FINAL)
+    assert series(folder_of(arguments)) == series(straight)
+
+
+def test_a_full_disk_costs_a_checkpoint_and_nothing_else(arguments, straight, monkeypatch, capsys):
+    """Step 8 cannot be written; training goes on, step 4 is still there, step 12 is saved."""
+    save, refused = Checkpointer.save, []
+
+    def full_at_8(self, model, optimizer, state):
+        if state["step"] == 8:
+            limit_file_size(1000)
+            refused.append(state["step"])
+        try:
+            save(self, model, optimizer, state)
+        finally:
+            limit_file_size(None)
+
+    monkeypatch.setattr(Checkpointer, "save", full_at_8)
+    folder = run_in_process(arguments)
+    assert refused == [8]
+    assert "checkpoint of step 8 could not be written" in capsys.readouterr().out
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_0000004", "step_0000012"]
+    assert_same_weights(folder / FINAL, straight / FINAL)
+
+
+def test_a_disk_full_at_the_end_is_an_error(arguments, monkeypatch):
+    save = Checkpointer.save
+
+    def full_at_12(self, model, optimizer, state):
+        limit_file_size(1000 if state["step"] == 12 else None)
+        try:
+            save(self, model, optimizer, state)
+        finally:
+            limit_file_size(None)
+
+    monkeypatch.setattr(Checkpointer, "save", full_at_12)
+    assert "stops at step 12 without its last checkpoint" in stops(arguments)
+    assert "step_0000008" in {p.name for p in (folder_of(arguments) / "checkpoints").iterdir()}
+
+
+def limit_file_size(limit: int | None):
+    """Let writes fail as on a full disk once a file would pass `limit` bytes."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard if limit is None else limit, hard))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(arguments, straight, monkeypatch):
+    """Sequence 5 of step 9 poisons the gradient: the run names both, and step 8's checkpoint is the last."""
+    poisoned = {}
+    forward = GPT.forward
+
+    def poison(self, idx, targets=None):
+        loss = forward(self, idx, targets)
+        if targets is not None and (idx == poisoned["row"]).all(dim=1).any():
+            loss = loss * float("nan")
+        return loss
+
+    run = load_config(CONFIG, arguments[1:])
+    loader = TrainLoader(
+        open_dataset(run.data.path, VOCAB), run.data, block_size=16, batch_size=12, vocab_size=VOCAB, seed=run.seed
+    )
+    poisoned["row"] = torch.from_numpy(loader.batch(9)[5, :-1].astype(np.int64))
+    shard, offset = loader.windows.locate(loader.window_ids(9)[5])
+    monkeypatch.setattr(GPT, "forward", poison)
+    message = stops(arguments)
+    assert "the gradient of step 9 (counted from 0) is not finite; it was not applied" in message
+    assert message.endswith(f"sequences: {shard.path.name}@{offset}")
+    saved = sorted(p.name for p in (folder_of(arguments) / "checkpoints").iterdir())
+    assert saved == ["step_0000004", "step_0000008"]
+    monkeypatch.undo()
+    run_in_process(arguments)  # the checkpoint is good: without the poison the run ends as if nothing had happened
+    assert_same_weights(folder_of(arguments) / FINAL, straight / FINAL)
+
+
+def test_usage_and_help(capsys):
+    assert "usage: train_gpt.py CONFIG" in stops([])
+    train_gpt.main([str(CONFIG), "--help"])
+    assert "--optim.lr=0.01  peak learning rate" in capsys.readouterr().out
+
+
+def test_from_the_command_line_errors_are_one_line(dataset):
+    process = launch([str(CONFIG), f"--data.path={dataset}", "--n_hed=3"])
+    output, _ = process.communicate()
+    assert (process.returncode, output) == (1, "config: n_hed: unknown key; nearest: model.n_head\n")
+
+
+def test_nanogpt_files_train(tmp_path):
+    make_tokens(3000).tofile(tmp_path / "train.bin")
+    make_tokens(500).tofile(tmp_path / "val.bin")
+    train_gpt.main([str(CONFIG), f"--data.path={tmp_path}", f"--log.folder={tmp_path / 'runs'}"])
+    assert sys.version_info >= (3, 10)
+    assert make_dataset(tmp_path / "x").exists()
+    assert ROOT.exists()
