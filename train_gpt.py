@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from config.load import ConfigError, describe_keys, load_config, short_count, to_dict
@@ -30,7 +30,7 @@ from runtime.guard import Guard, NonFiniteError
 from runtime.hardware import environment, memory_gb, peak_flops
 from runtime.logger import Meter, RunLogger
 from runtime.plot import plot_run
-from runtime.schedule import learning_rate
+from runtime.schedule import interpolate, learning_rate
 
 
 class Trainer:
@@ -49,7 +49,10 @@ class Trainer:
 
         torch.manual_seed(run.seed)
         self.model = GPT(run.model).to(world.device)
-        self.optimizer = build_optimizer(self.model, run.optim)
+        group = torch.distributed.group.WORLD if world.size > 1 else None
+        self.compile = wants_compile(run.compile, world.device)
+        self.optimizer = build_optimizer(self.model, run.optim, group, self.compile)
+        self.lookahead = getattr(self.optimizer, "needs_lookahead", False)
         self.guard = Guard(self.model, self.optimizer, run.grad_clip)
 
         facts = environment(world.device, world.size)
@@ -61,11 +64,12 @@ class Trainer:
         self.log = RunLogger(self.folder, run.log, to_dict(run), run.name, self.steps, self.step, world.is_main)
 
         self.autocast = autocast(run.dtype, world.device)
-        self.compiled = compiled(self.model, run.compile, world.device)
+        self.compiled = torch.compile(self.model, fullgraph=True, dynamic=False) if self.compile else self.model
         self.forward = self.compiled
         if world.size > 1:
             self.forward = DistributedDataParallel(self.compiled, gradient_as_bucket_view=True, broadcast_buffers=False)
-        self.flops_per_step = self.model.flops_per_token("palm") * run.tokens_per_step
+        self.passes = 2 if self.lookahead else 1  # gradient evaluations per step
+        self.flops_per_step = self.passes * self.model.flops_per_token("palm") * run.tokens_per_step
         peak = peak_flops(world.device)
         self.peak = peak * world.size if peak else None
 
@@ -91,12 +95,15 @@ class Trainer:
         return self.step * self.run.tokens_per_step
 
     def set_rates(self) -> float:
-        """Set every group's learning rate for the coming step; returns that of the main group."""
-        peak = self.run.optim.lr
-        lr = learning_rate(self.run.schedule, self.step, self.steps, peak)
+        """Set every group's learning rate, and gamma if it moves, for the coming step; returns the main rate."""
+        optim = self.run.optim
+        lr = learning_rate(self.run.schedule, self.step, self.steps, optim.lr)
+        gamma_end = getattr(optim, "gamma_end", None)
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
-            group["lr"] = group["initial_lr"] * (lr / peak if peak else 0.0)
+            group["lr"] = group["initial_lr"] * (lr / optim.lr if optim.lr else 0.0)
+            if gamma_end is not None:
+                group["gamma"] = interpolate("linear", self.step / max(1, self.steps - 1), optim.gamma, gamma_end)
         return lr
 
     def accumulate(self, batch: Tensor, step: int) -> Tensor:
@@ -112,6 +119,20 @@ class Trainer:
                 (loss * share if self.run.grad_reduction == "mean" else loss).backward()
             total += loss.detach() * share
         return total
+
+    def look_ahead(self, following: Tensor) -> None:
+        """Keep the next batch's gradient, clipped like any other, for the next step's correction."""
+        self.accumulate(following, self.step + 1)
+        self.guard.clip(self.step + 1)
+        self.optimizer.update_previous_grad()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def update(self) -> None:
+        """Take the step and drop its gradients."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.lookahead:
+            self.optimizer.update_last_grad()
 
     @torch.no_grad()
     def evaluate(self, stop: StopRequest) -> None:
@@ -148,6 +169,7 @@ class Trainer:
         """Log one step; times are means over the `steps` steps since the last report."""
         loss = (self.world.sum(loss) / self.world.size).item()
         numbers = dict(step=self.step, tokens=self.tokens, loss=loss, lr=lr, grad_norm=norm.item())
+        numbers["gradient_evaluations"] = self.step * self.passes
         seconds, waited = (t / steps for t in self.meter.read())
         rate = self.run.tokens_per_step / seconds
         numbers |= dict(tokens_per_s=rate, step_ms=1e3 * seconds, data_ms=1e3 * waited)
@@ -183,27 +205,27 @@ def autocast(dtype: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
 
 
-def compiled(model: GPT, choice: str, device: torch.device) -> nn.Module:
-    """The model, compiled into one graph with its loss where asked for; "auto" compiles on a GPU."""
-    wanted = device.type == "cuda" if choice == "auto" else choice == "true"
-    return torch.compile(model, fullgraph=True, dynamic=False) if wanted else model
+def wants_compile(choice: str, device: torch.device) -> bool:
+    """Whether to compile the model, in one graph with its loss, and the optimizer; "auto": on a GPU."""
+    return device.type == "cuda" if choice == "auto" else choice == "true"
 
 
 def train(t: Trainer) -> None:
     """Run steps until the budget is spent or somebody asks to stop."""
     stop = StopRequest(t.world)
     batches: Iterator[Tensor] = prefetch(t.loader, t.step, pin=t.world.device.type == "cuda")
-    logged, stopping, unsaved = t.step, False, False
+    batch, logged, stopping, unsaved = next(batches), t.step, False, False
     try:
         while t.step < t.steps and not stopping:
             with t.meter.waiting():
-                batch = next(batches)
+                following = next(batches)
             lr = t.set_rates()
+            if t.lookahead:  # exact form: the next batch's gradient at the present weights
+                t.look_ahead(following)
             loss = t.accumulate(batch, t.step)
             norm = t.guard.clip(t.step)
-            t.optimizer.step()
-            t.optimizer.zero_grad(set_to_none=True)
-            t.step += 1
+            t.update()
+            batch, t.step = following, t.step + 1
 
             stopping, last = stop.agreed(), t.step == t.steps
             log_due = last or stopping or t.step % t.run.log.every == 0

@@ -38,7 +38,7 @@ def load_config(path: str | Path, overrides: list[str] = (), as_published: bool 
     given, faults = _split(overrides)
 
     name = given.pop("optimizer", config.optimizer)
-    settings = optimizers.get(name) or (OPTIMIZERS[name]() if name in OPTIMIZERS else None)
+    settings = optimizers.get(name) or OPTIMIZERS.get(name)
     if settings is None:
         known = sorted(optimizers.keys() | OPTIMIZERS.keys())
         raise ConfigError([*faults, f'optimizer="{name}": unknown; choose from {", ".join(known)}'])

@@ -9,14 +9,14 @@ from runtime.logger import LogConfig
 from runtime.schedule import ScheduleConfig
 
 config = RunConfig(
-    model=GPTConfig(n_layer=4, n_head=4, n_embd=192, block_size=256, vocab_size=257),  # 256 bytes and end-of-text
-    data=DataConfig(path="data/tokens/pydocs", val_windows=512),
-    schedule=ScheduleConfig(shape="cosine", warmup=40, min_lr=2e-4),
-    checkpoint=CheckpointConfig(every=100),
-    log=LogConfig(every=10),
+    model=GPTConfig(n_layer=4, n_head=4, n_embd=192, block_size=128, vocab_size=257),  # 256 bytes and end-of-text
+    data=DataConfig(path="data/tokens/pydocs", val_windows=1024),
+    schedule=ScheduleConfig(shape="cosine", warmup=50, min_lr=3e-4),
+    checkpoint=CheckpointConfig(every=200),
+    log=LogConfig(every=20),
     batch_size=16,
     micro_batch=16,
-    steps=400,
-    eval_every=100,
+    steps=1200,
+    eval_every=200,
 )
-optimizers = {"adamw": AdamWConfig(lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)}
+optimizers = {"adamw": AdamWConfig(lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)}

@@ -1,15 +1,20 @@
-"""AdamW (Loshchilov and Hutter 2019): torch's own fused class."""
+"""AdamW (Loshchilov and Hutter 2019): torch's own fused class.
+
+p <- (1 - lr wd) p - lr m_hat / (sqrt(v_hat) + eps)
+"""
 
 from dataclasses import dataclass
 
-import torch
+from torch.distributed import ProcessGroup
+from torch.optim import AdamW
 
-from optimizers.roles import Claim
+from optimizers.roles import Claim, grouped
+from optimizers.rules import fraction_faults, number_faults
 
 
 @dataclass(frozen=True)
 class AdamWConfig:
-    """p <- (1 - lr wd) p - lr m_hat / (sqrt(v_hat) + eps), decay on matrices only."""
+    """AdamW on every tensor; only matrices are decayed."""
 
     lr: float = 6e-4  # peak learning rate
     betas: tuple[float, float] = (0.9, 0.95)  # decay of the first and second moment
@@ -18,18 +23,10 @@ class AdamWConfig:
 
     def faults(self) -> list[str]:
         """Everything wrong with this config, a line each."""
-        out = [f"{k}={v}: must be >= 0" for k in ("lr", "eps", "weight_decay") if not (v := getattr(self, k)) >= 0]
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
-            out.append(f"betas={self.betas}: must be two numbers in [0, 1)")
-        return out
+        numbers = number_faults(lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
+        return numbers + fraction_faults(betas=self.betas)
 
-    def build(self, claims: list[Claim]) -> torch.optim.Optimizer:
-        """torch.optim.AdamW over the claimed parameters."""
-        groups = [
-            {
-                "params": [c.param for c in claims if (c.role == "matrix") == decayed],
-                "weight_decay": self.weight_decay if decayed else 0.0,
-            }
-            for decayed in (True, False)
-        ]
-        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+    def build(self, claims: list[Claim], group: ProcessGroup | None = None, compiled: bool = False) -> AdamW:
+        """torch.optim.AdamW over the claimed parameters; it is fused already and replicated on every rank."""
+        groups = grouped(claims, weight_decay={"matrix": self.weight_decay, "embedding": 0.0, "vector": 0.0})
+        return AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,11 +16,6 @@ class Claim:
     name: str
     param: Tensor
     role: str
-
-
-def role_of(param: Tensor) -> str:
-    """The role of a parameter nobody described: "matrix" from two dimensions on, else "vector"."""
-    return "matrix" if param.dim() >= 2 else "vector"
 
 
 def claim(named_parameters: Iterable[tuple[str, nn.Parameter]], roles: Mapping[str, str]) -> list[Claim]:
@@ -36,3 +32,16 @@ def claim(named_parameters: Iterable[tuple[str, nn.Parameter]], roles: Mapping[s
     if unknown := {roles[name] for name in trainable} - set(ROLES):
         raise ValueError(f"unknown roles {', '.join(sorted(unknown))}; known: {', '.join(ROLES)}")
     return [Claim(name, p, roles[name]) for name, p in trainable.items()]
+
+
+def grouped(claims: list[Claim], **settings: Any) -> list[dict[str, Any]]:
+    """Parameter groups, one for each role and combination of settings.
+
+    A setting is a dict from role to value, or a function of a Claim.
+    """
+    groups: dict[tuple, dict[str, Any]] = {}
+    for c in claims:
+        chosen = {key: s(c) if callable(s) else s[c.role] for key, s in settings.items()}
+        group = groups.setdefault((c.role, *chosen.values()), {"params": [], "role": c.role, **chosen})
+        group["params"].append(c.param)
+    return list(groups.values())

@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -12,7 +11,7 @@ def named_state(optimizer: Optimizer, model: nn.Module, rank: int = 0) -> dict[s
     """State tensors as "parameter/key" that this rank is to write: what it owns, and on rank 0 what all ranks hold."""
     owner = getattr(optimizer, "owner", {})
     return {
-        f"{name}/{key}": torch.as_tensor(value)
+        f"{name}/{key}": value if value.dim() else value.clone()  # step counts may be one shared tensor
         for name, p in model.named_parameters()
         if p in optimizer.state and owner.get(p, 0) == rank
         for key, value in optimizer.state[p].items()
@@ -22,25 +21,28 @@ def named_state(optimizer: Optimizer, model: nn.Module, rank: int = 0) -> dict[s
 def load_named_state(optimizer: Optimizer, model: nn.Module, saved: Mapping[str, Tensor]) -> None:
     """Put named state back into an optimizer over the same parameters, on any number of processes.
 
-    Raises ValueError if the state belongs to another optimizer or to other shapes.
+    Each rank reads what it holds. Raises ValueError if the state is another optimizer's or of other shapes.
     """
+    if not saved and not optimizer.state:
+        return  # torch's classes have no state before their first step
     names = {p: name for name, p in model.named_parameters()}
-    keys: dict[str, list[str]] = defaultdict(list)
+    keys: dict[str, set[str]] = defaultdict(set)
     for full in saved:
         name, _, key = full.rpartition("/")
-        keys[name].append(key)
+        keys[name].add(key)
     state = optimizer.state_dict()
-    order = [p for group in optimizer.param_groups for p in group["params"]]
-    state["state"] = {}
-    for i, p in enumerate(order):
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         name = names[p]
-        held = optimizer.state.get(p)  # allocated up front by our own optimizers; empty in torch's before a step
-        if held is not None and held.keys() != set(keys[name]):
-            raise ValueError(f"optimizer state of {name}: saved {sorted(keys[name])}, expected {sorted(held)}")
-        state["state"][i] = {key: saved[f"{name}/{key}"] for key in keys[name]}
+        if optimizer.state and p not in optimizer.state:
+            continue  # another rank's
+        expected = set(optimizer.state[p]) if optimizer.state else keys[name]
+        if not keys[name] or keys[name] != expected:
+            raise ValueError(
+                f"optimizer state of {name}: saved {sorted(keys[name])}, expected {sorted(expected) or 'some'}; "
+                "it belongs to another optimizer"
+            )
+        state["state"][i] = {key: saved[f"{name}/{key}"] for key in sorted(keys[name])}
         for key, tensor in state["state"][i].items():
             if tensor.dim() and tensor.shape != p.shape:
                 raise ValueError(f"optimizer state {name}/{key}: shape {tuple(tensor.shape)}, not {tuple(p.shape)}")
-        if not keys[name] and saved:
-            raise ValueError(f"optimizer state of {name}: missing")
     optimizer.load_state_dict(state)

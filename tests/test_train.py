@@ -6,14 +6,13 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIG, ROOT, VOCAB, finish, launch, make_dataset, make_tokens
+from conftest import CONFIG, VOCAB, finish, launch, make_tokens
 from safetensors.torch import load_file
 
 import train_gpt
@@ -89,8 +88,7 @@ def test_a_run_learns_and_leaves_a_folder_that_explains_it(dataset, tmp_path, ca
     train_gpt.main([str(CONFIG), f"--data.path={dataset}", f"--log.folder={tmp_path}", "--steps=150", "--log.every=10"])
     (folder,) = tmp_path.iterdir()
     assert folder.name == "tiny_config-adamw-counting-28.8k"
-    assert series(folder)[150] < 0.6 * series(folder)[10]
-    assert series(folder, "val_loss")[150] < 0.6 * np.log(VOCAB)
+    assert series(folder, "val_loss")[150] < 1.8 < 3 < series(folder)[10]  # from log 60 = 4.1 towards log 3 = 1.1
     record = read_metrics(folder / "metrics.jsonl")[0]
     assert record.keys() >= {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "step_ms", "data_ms"}
     assert "mfu" not in record  # the peak of a CPU is not known
@@ -355,15 +353,13 @@ def test_usage_and_help(capsys):
 
 
 def test_from_the_command_line_errors_are_one_line(dataset):
-    process = launch([str(CONFIG), f"--data.path={dataset}", "--n_hed=3"])
+    process = launch([str(CONFIG), f"--data.path={dataset}", "--n_heads=3"])
     output, _ = process.communicate()
-    assert (process.returncode, output) == (1, "config: n_hed: unknown key; nearest: model.n_head\n")
+    assert (process.returncode, output) == (1, "config: n_heads: unknown key; nearest: model.n_head\n")
 
 
 def test_nanogpt_files_train(tmp_path):
     make_tokens(3000).tofile(tmp_path / "train.bin")
     make_tokens(500).tofile(tmp_path / "val.bin")
     train_gpt.main([str(CONFIG), f"--data.path={tmp_path}", f"--log.folder={tmp_path / 'runs'}"])
-    assert sys.version_info >= (3, 10)
-    assert make_dataset(tmp_path / "x").exists()
-    assert ROOT.exists()
+    assert series(next((tmp_path / "runs").iterdir())).keys() == set(range(1, 13))

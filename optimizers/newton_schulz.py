@@ -1,0 +1,66 @@
+"""Newton-Schulz orthogonalization (Jordan et al. 2024), the only one in the project."""
+
+import torch
+from torch import Tensor
+
+# K. Jordan, "Muon" (2024): steepest at zero. Singular values end between about 0.7 and 1.2, not at 1.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+GRAM_FROM_ASPECT = 2  # wider than this: iterate on the Gram matrix
+RESTART = 3  # steps after which the Gram matrix is computed anew from the iterate
+
+
+def newton_schulz_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype to iterate in. "auto": bfloat16 on a GPU, float32 on a CPU, where bfloat16 is emulated."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in ("bfloat16", "float32"):
+        raise ValueError(f'ns_dtype="{name}": must be "auto", "bfloat16" or "float32"')
+    return getattr(torch, name)
+
+
+def orthogonalize(G: Tensor, steps: int = 5, eps: float = 1e-7, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Matrices G (B, m, n) with U S V^T replaced by about U V^T, as dtype.
+
+    X <- a X + (b A + c A^2) X with A = X X^T, from X = G / (|G|_F + eps), on the transpose if m > n.
+    In float32, wide matrices iterate on A instead of X: every step multiplies X from the left by a
+    polynomial in A, so the small products suffice; X and A are formed anew after RESTART steps, which
+    keeps the result within rounding of the plain iteration. bfloat16 is too coarse for that.
+    """
+    transposed = G.size(-2) > G.size(-1)
+    X = G.mT if transposed else G
+    largest = X.abs().amax(dim=(-2, -1), keepdim=True).float().clamp(min=torch.finfo(torch.float32).tiny)
+    X = X / largest.to(X.dtype)  # so that neither huge nor tiny matrices overflow their norm
+    norm = torch.linalg.matrix_norm(X.float(), keepdim=True)
+    X = (X / (norm + eps / largest).to(X.dtype)).to(dtype)
+    gram = dtype == torch.float32 and X.size(-1) >= GRAM_FROM_ASPECT * X.size(-2)
+    iterate = _iterate_on_gram if gram else _iterate
+    if X.device.type == "cpu":  # one by one: no faster in a batch, and independent of the batch's size
+        X = torch.stack([iterate(x[None], steps)[0] for x in X]) if len(X) else X
+    else:
+        X = iterate(X, steps)
+    return X.mT if transposed else X
+
+
+def _iterate(X: Tensor, steps: int) -> Tensor:
+    a, b, c = COEFFICIENTS
+    for _ in range(steps):
+        A = torch.bmm(X, X.mT)
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, B, X, beta=a)
+    return X
+
+
+def _iterate_on_gram(X: Tensor, steps: int) -> Tensor:
+    """The same iteration as X <- P X with P a product of Q = a I + b A + c A^2, and A <- Q A Q."""
+    a, b, c = COEFFICIENTS
+    for start in range(0, steps, RESTART):
+        A, P = torch.bmm(X, X.mT), None
+        count = min(RESTART, steps - start)
+        for step in range(count):
+            Q = torch.baddbmm(A, A, A, beta=b, alpha=c)
+            Q.diagonal(dim1=-2, dim2=-1).add_(a)
+            P = Q if P is None else torch.bmm(Q, P)
+            if step < count - 1:
+                A = torch.bmm(torch.bmm(Q, A), Q)
+        X = torch.bmm(P, X)
+    return X

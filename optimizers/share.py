@@ -1,0 +1,34 @@
+"""Dividing the costly part of a step over processes: every matrix has one owner."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Share:
+    """Who owns what in a process group; without one, this process owns everything."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group) if group is not None else 0
+        self.size = dist.get_world_size(group) if group is not None else 1
+
+    def owner(self, index: int, count: int) -> int:
+        """The rank that owns item `index` of `count`: contiguous slices of ceil(count / size)."""
+        return index // -(-count // self.size)
+
+    def gather(self, mine: list[Tensor], count: int, like: Tensor) -> tuple[dist.Work | None, list[Tensor]]:
+        """Start to share the results of `count` items of like's shape, of which `mine` are this rank's.
+
+        Returns the transfer in flight (None if there is none) and the results in order, valid once it
+        has finished.
+        """
+        if self.size == 1:
+            return None, mine
+        slots = -(-count // self.size)
+        send = torch.zeros(slots, *like.shape, dtype=like.dtype, device=like.device)
+        for slot, result in zip(send, mine, strict=False):
+            slot.copy_(result)
+        received = torch.empty(self.size * slots, *like.shape, dtype=like.dtype, device=like.device)
+        work = dist.all_gather_into_tensor(received, send, group=self.group, async_op=True)
+        return work, list(received[:count])

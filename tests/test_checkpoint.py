@@ -1,0 +1,127 @@
+"""Checkpoints: what is kept, what is read, what is refused."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from optimizers import AdamWConfig, build_optimizer
+from optimizers.state import load_named_state, named_state
+from runtime.checkpoint import CheckpointConfig, Checkpointer, CheckpointError, damage, open_checkpoint
+from runtime.distributed import World
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+class Small(torch.nn.Module):
+    def __init__(self, width=3):
+        super().__init__()
+        self.matrix = torch.nn.Parameter(torch.randn(width, 4))
+        self.gain = torch.nn.Parameter(torch.ones(4))
+
+    def parameter_roles(self):
+        return {"matrix": "matrix", "gain": "vector"}
+
+
+def stepped(model, steps=3):
+    optimizer = build_optimizer(model, AdamWConfig())
+    for _ in range(steps):
+        (model.matrix.sum() ** 2 + (model.gain**3).sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def save(checkpointer, step, val_loss=None, model=None):
+    model = model or Small()
+    state = dict(step=step, val_loss=val_loss, config={})
+    checkpointer.save(dict(model.named_parameters()), named_state(stepped(model), model), state)
+
+
+def steps_in(folder):
+    return sorted(int(p.name[5:]) for p in folder.iterdir())
+
+
+def test_latest_best_and_milestones_are_kept(tmp_path):
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(keep=2, milestone_every=30), ALONE)
+    for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, None), (50, 2.5), (60, 2.4), (70, 2.2), (80, 2.6)):
+        save(checkpointer, step, loss)
+    assert steps_in(tmp_path) == [20, 30, 60, 70, 80]
+    assert checkpointer.latest().state["step"] == 80
+
+
+def test_state_comes_back_by_name(tmp_path):
+    model = Small()
+    optimizer = stepped(model)
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(), ALONE)
+    checkpointer.save(dict(model.named_parameters()), named_state(optimizer, model), dict(step=3, config={}))
+    found = checkpointer.latest()
+    assert set(found.optimizer()) == {f"{n}/{k}" for n in ("matrix", "gain") for k in ("step", "exp_avg", "exp_avg_sq")}
+    other = Small()
+    other.load_state_dict(found.model())
+    continued = build_optimizer(other, AdamWConfig())
+    load_named_state(continued, other, found.optimizer())
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        for key, value in optimizer.state[a].items():
+            assert torch.equal(value, continued.state[b][key])
+
+
+def test_state_of_other_shapes_or_parameters_is_refused(tmp_path):
+    model, wider = Small(), Small(width=5)
+    saved = named_state(stepped(model), model)
+    with pytest.raises(ValueError, match=r"matrix/exp_avg: shape \(3, 4\), not \(5, 4\)"):
+        load_named_state(build_optimizer(wider, AdamWConfig()), wider, saved)
+    del saved["gain/step"], saved["gain/exp_avg"], saved["gain/exp_avg_sq"]
+    with pytest.raises(ValueError, match="optimizer state of gain: missing"):
+        load_named_state(build_optimizer(model, AdamWConfig()), model, saved)
+
+
+@pytest.mark.parametrize(
+    "harm, reason",
+    [
+        (lambda f: os.truncate(f / "model.safetensors", 50), "model.safetensors does not match its sha256"),
+        (lambda f: (f / "optimizer-0.safetensors").unlink(), "optimizer-0.safetensors is missing"),
+        (lambda f: (f / "state.json").write_text('{"step":'), "state.json is missing or unreadable"),
+        (lambda f: (f / "state.json").unlink(), "state.json is missing or unreadable"),
+    ],
+)
+def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path, capsys, harm, reason):
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(), ALONE)
+    save(checkpointer, 1)
+    save(checkpointer, 2)
+    harm(tmp_path / "step_0000002")
+    assert damage(tmp_path / "step_0000002") == reason
+    assert checkpointer.latest().state["step"] == 1
+    assert f"step_0000002 is damaged ({reason}); trying the one before it" in capsys.readouterr().err
+
+
+def test_leftovers_of_a_killed_save_are_ignored_and_replaced(tmp_path):
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(), ALONE)
+    (tmp_path / "tmp-step_0000002").mkdir()
+    (tmp_path / "tmp-step_0000002" / "model.safetensors").write_bytes(b"half")
+    assert checkpointer.latest() is None
+    save(checkpointer, 2)
+    assert steps_in(tmp_path) == [2]
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="neither a checkpoint"):
+        open_checkpoint(tmp_path)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "state.json").write_text(json.dumps({"iter_num": 3}))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        open_checkpoint(foreign)
+
+
+def test_a_write_that_fails_leaves_no_trace(tmp_path):
+    checkpointer = Checkpointer(tmp_path / "file", CheckpointConfig(), ALONE)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError, match="checkpoint of step 5 could not be written"):
+        save(checkpointer, 5)
+
+
+def test_faults_are_named():
+    assert len(CheckpointConfig(every=0, keep=0, milestone_every=-1).faults()) == 3

@@ -1,0 +1,105 @@
+"""metrics.jsonl, the meter, and wandb as a mirror that may break."""
+
+import json
+import sys
+import time
+import types
+
+import pytest
+
+from runtime.logger import LogConfig, Meter, RunLogger, read_metrics
+from runtime.plot import plot_run
+
+
+def logger(folder, resume_step=0, **config):
+    return RunLogger(folder, LogConfig(**config), {"lr": 1}, "name", steps=10, resume_step=resume_step, main=True)
+
+
+def test_records_after_the_checkpoint_are_dropped_on_resume(tmp_path):
+    log = logger(tmp_path)
+    for step in range(1, 6):
+        log.record({"step": step, "loss": 1 / step}, "")
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"step": 6, "lo')  # torn by a crash
+    log = logger(tmp_path, resume_step=3)
+    log.record({"step": 4, "loss": 9.0}, "")
+    log.close()
+    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path / "metrics.jsonl")] == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, 1 / 3),
+        (4, 9.0),
+    ]
+
+
+def test_wandb_mirrors_the_series_offline_and_keeps_its_id(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    log = logger(tmp_path, wandb="offline", project="p")
+    log.record({"step": 1, "loss": 2.0}, "")
+    log.close()
+    run_id = (tmp_path / "wandb_id").read_text()
+    log = logger(tmp_path, resume_step=1, wandb="offline", project="p")
+    log.close()
+    assert (tmp_path / "wandb_id").read_text() == run_id
+    assert len(list(tmp_path.glob(f"wandb/offline-run-*-{run_id}"))) >= 1
+
+
+def fake_wandb(monkeypatch, init):
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+
+
+def test_wandb_online_without_a_network_falls_back_to_offline(tmp_path, monkeypatch, capsys):
+    modes = []
+
+    def init(mode, **settings):
+        modes.append(mode)
+        if mode == "online":
+            raise ConnectionError("no route")
+        return types.SimpleNamespace(log=lambda *a, **k: None, finish=lambda: None)
+
+    fake_wandb(monkeypatch, init)
+    logger(tmp_path, wandb="online").close()
+    assert modes == ["online", "offline"]
+    assert "wandb (online) did not start: no route" in capsys.readouterr().out
+
+
+def test_wandb_breaking_in_mid_run_stops_nothing(tmp_path, monkeypatch, capsys):
+    def log(numbers, step):
+        raise OSError("backend gone")
+
+    fake_wandb(monkeypatch, lambda **settings: types.SimpleNamespace(log=log, finish=lambda: None))
+    run = logger(tmp_path, wandb="online")
+    run.record({"step": 1, "loss": 2.0}, "")
+    run.record({"step": 2, "loss": 1.0}, "")
+    run.close()
+    assert capsys.readouterr().out.count("wandb stopped listening (backend gone)") == 1
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_the_meter_counts_training_and_waiting_apart_from_the_rest():
+    meter = Meter(trained=100.0)
+    time.sleep(0.02)
+    with meter.waiting():
+        time.sleep(0.02)
+    with meter.excluded():
+        time.sleep(0.2)
+    seconds, waited = meter.read()
+    assert 0.04 <= seconds < 0.2
+    assert 0.02 <= waited < 0.15
+    assert meter.trained == pytest.approx(100 + seconds)
+    assert meter.read()[1] == 0
+
+
+def test_curves_are_drawn_from_metrics_alone(tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match="no metrics.jsonl in it"):
+        plot_run(tmp_path)
+    records = [dict(step=s, tokens=100 * s, loss=3 / s, lr=0.1, grad_norm=1.0) for s in range(1, 9)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert plot_run(tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_faults_are_named():
+    assert len(LogConfig(every=0, wandb="maybe").faults()) == 2

@@ -1,0 +1,655 @@
+"""The optimizers against recurrences, identities, torch's own classes, and bad input."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from optimizers import MARS, MARSM, OPTIMIZERS, AdamWConfig, Lion, MARSConfig, Muon, MuonConfig, build_optimizer
+from optimizers.newton_schulz import COEFFICIENTS, orthogonalize
+
+SHAPES = {"wide": (6, 24), "tall": (24, 6), "square": (8, 8), "gain": (16,)}
+
+
+def parameters(seed=0, dtype=torch.float64, shapes=SHAPES):
+    g = torch.Generator().manual_seed(seed)
+    return {n: nn.Parameter(torch.randn(s, generator=g, dtype=dtype)) for n, s in shapes.items()}
+
+
+def gradients(params, steps, scale=1.0, seed=1):
+    """Gradients of `steps` steps whose norms lie on both sides of 1."""
+    g = torch.Generator().manual_seed(seed)
+    out = []
+    for t in range(steps):
+        size = scale * (0.05, 1.0)[t % 2]
+        out.append({n: size * torch.randn(p.shape, generator=g, dtype=p.dtype) for n, p in params.items()})
+    return out
+
+
+def run(optimizer, params, steps_of_gradients, lookahead=None):
+    for t, step in enumerate(steps_of_gradients):
+        if lookahead:
+            for n, p in params.items():
+                p.grad = lookahead[t][n].clone()
+            optimizer.update_previous_grad()
+        for n, p in params.items():
+            p.grad = step[n].clone()
+        optimizer.step()
+        optimizer.zero_grad()
+        if lookahead:
+            optimizer.update_last_grad()
+
+
+def newton_schulz(G, steps=5, eps=0.0):
+    """The published iteration, spelled out."""
+    a, b, c = COEFFICIENTS
+    X = G.mT if G.shape[0] > G.shape[1] else G
+    X = X / (X.norm() + eps)
+    for _ in range(steps):
+        A = X @ X.T
+        X = a * X + (b * A + c * A @ A) @ X
+    return X.mT if G.shape[0] > G.shape[1] else X
+
+
+# ---- the papers' equations in float64
+
+
+def recurrence(kind, p, grads, previous_grads, *, lr, wd, betas, gamma, clip, eps=1e-8):
+    """One tensor through the equations of the papers; previous_grads: None for the approximate form."""
+    beta1, beta2 = betas
+    m = v = previous = torch.zeros_like(p)
+    for t, g in enumerate(grads, start=1):
+        c = g + gamma * beta1 / (1 - beta1) * (g - previous)
+        if clip and c.norm() > 1:
+            c = c / c.norm()
+        previous = g if previous_grads is None else previous_grads[t - 1]
+        m = beta1 * m + (1 - beta1) * c
+        v = beta2 * v + (1 - beta2) * c * c
+        if kind == "adamw":
+            u = m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + eps)
+        elif kind == "lion":
+            u = m.sign()
+        elif kind == "shampoo":
+            u = math.sqrt(max(1, p.shape[0] / p.shape[1])) * newton_schulz(m)
+        elif kind == "mars-m":
+            u = 0.2 * math.sqrt(max(p.shape)) * newton_schulz(m)
+        p = p - lr * (wd * p + u)
+    return p
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("kind", ["adamw", "lion", "shampoo"])
+def test_mars_agrees_with_its_equations(kind, clip, exact):
+    params = parameters()
+    start = {n: p.detach().clone() for n, p in params.items()}
+    grads, ahead = gradients(params, 50), gradients(params, 50, seed=2)
+    settings = dict(lr=3e-3, betas=(0.9, 0.98), weight_decay=0.1, gamma=0.05)
+    optimizer = MARS(
+        params.values(), **settings, mars_type=f"mars-{kind}", clip_c=clip, optimize_1d=True, is_approx=not exact
+    )
+    run(optimizer, params, grads, ahead if exact else None)
+    for n, p in params.items():
+        rule = "adamw" if kind == "shampoo" and p.dim() == 1 else kind
+        previous = [a[n] for a in ahead] if exact else None
+        common = dict(lr=3e-3, wd=0.1, betas=(0.9, 0.98), gamma=0.05, clip=clip)
+        expected = recurrence(rule, start[n], [g[n] for g in grads], previous, **common)
+        close(p, expected, orthogonal=rule == "shampoo")
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("clip", [True, False])
+def test_mars_m_agrees_with_its_equations(clip, exact):
+    params = parameters()
+    start = {n: p.detach().clone() for n, p in params.items()}
+    grads, ahead = gradients(params, 50), gradients(params, 50, seed=2)
+    optimizer = MARSM(
+        params.values(),
+        lr=3e-3,
+        weight_decay=0.1,
+        momentum=0.9,
+        gamma=0.05,
+        clip_c=clip,
+        is_approx=not exact,
+        adamw_eps_first=False,
+    )
+    run(optimizer, params, grads, ahead if exact else None)
+    for n, p in params.items():
+        matrix = p.dim() == 2
+        previous = [a[n] for a in ahead] if exact else None
+        common = dict(lr=3e-3, wd=0.1, betas=(0.9, 0.95))
+        common |= dict(gamma=0.05, clip=clip) if matrix else dict(gamma=0.0, clip=False)
+        expected = recurrence("mars-m" if matrix else "adamw", start[n], [g[n] for g in grads], previous, **common)
+        close(p, expected, orthogonal=matrix)
+
+
+@pytest.mark.parametrize("scale", ["moonlight", "original"])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_agrees_with_its_equations(nesterov, scale):
+    params = parameters(shapes={n: s for n, s in SHAPES.items() if len(s) == 2})
+    start = {n: p.detach().clone() for n, p in params.items()}
+    grads = gradients(params, 50)
+    run(Muon(params.values(), lr=3e-3, weight_decay=0.1, momentum=0.9, nesterov=nesterov, scale=scale), params, grads)
+    for n, p in params.items():
+        rows, columns = p.shape
+        factor = 0.2 * math.sqrt(max(rows, columns)) if scale == "moonlight" else math.sqrt(max(1, rows / columns))
+        q, m = start[n], torch.zeros_like(p)
+        for g in grads:
+            m = 0.9 * m + g[n]
+            q = q - 3e-3 * (0.1 * q + factor * newton_schulz(g[n] + 0.9 * m if nesterov else m))
+        close(p, q, orthogonal=True)
+
+
+def test_lion_agrees_with_its_equations():
+    params = parameters()
+    start = {n: p.detach().clone() for n, p in params.items()}
+    grads = gradients(params, 50)
+    run(Lion(params.values(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.1), params, grads)
+    for n, p in params.items():
+        q, m = start[n], torch.zeros_like(p)
+        for g in grads:
+            q = q - 1e-3 * (0.1 * q + (0.9 * m + 0.1 * g[n]).sign())
+            m = 0.98 * m + 0.02 * g[n]
+        close(p, q)
+
+
+def close(ours, expected, orthogonal=False):
+    """Newton-Schulz runs in float32, everything else here in float64."""
+    tolerance = 2e-5 if orthogonal else 1e-11
+    torch.testing.assert_close(ours.detach(), expected.detach(), atol=tolerance, rtol=tolerance)
+
+
+# ---- identities
+
+
+def two_runs(make_one, make_two, steps=20, atol=1e-11, shapes=SHAPES, scale=1.0):
+    one = parameters(shapes=shapes)
+    two = copy.deepcopy(one)
+    grads = gradients(one, steps, scale)
+    run(make_one(one.values()), one, grads)
+    run(make_two(two.values()), two, grads)
+    for n in one:
+        torch.testing.assert_close(one[n].detach(), two[n].detach(), atol=atol, rtol=atol)
+
+
+MATRICES = {n: s for n, s in SHAPES.items() if len(s) == 2}
+
+
+def test_mars_adamw_without_correction_is_adamw():
+    settings = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    two_runs(
+        lambda p: MARS(p, **settings, gamma=0.0, clip_c=False, optimize_1d=True),
+        lambda p: torch.optim.AdamW(p, **settings),
+    )
+    two_runs(
+        lambda p: MARS(p, **settings, gamma=0.0, clip_c=False, optimize_1d=True, amsgrad=True),
+        lambda p: torch.optim.AdamW(p, **settings, amsgrad=True),
+    )
+
+
+@pytest.mark.parametrize("gamma", [0.02, 0.1])
+def test_unclipped_mars_lion_is_lion(gamma):
+    """Lemma 3.4 of the MARS paper: MARS-Lion with momentum beta is Lion with (beta (1 - gamma), beta).
+
+    At gamma = 1 - beta2 (0.02 here) that is Lion with beta1 = beta2^2.
+    """
+    beta = 0.98
+    mars = dict(betas=(beta, 0.99), gamma=gamma, mars_type="mars-lion", clip_c=False, optimize_1d=True)
+    two_runs(
+        lambda p: MARS(p, lr=1e-3, **mars),
+        lambda p: Lion(p, lr=1e-3, betas=(beta * (1 - gamma), beta)),
+    )
+
+
+def test_mars_m_without_correction_is_plain_muon():
+    two_runs(
+        lambda p: MARSM(p, lr=1e-2, gamma=0.0, clip_c=False),
+        lambda p: Muon(p, lr=1e-2, weight_decay=0.1, nesterov=False),
+        atol=1e-5,
+    )
+
+
+def test_mars_m_at_gamma_one_minus_beta_is_torchs_nesterov_muon(monkeypatch):
+    """torch's Muon in float32: its cast to bfloat16 is replaced, since ours iterates in float32 on a CPU."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    settings = dict(lr=1e-2, weight_decay=0.1, momentum=0.95)
+    two_runs(
+        lambda p: MARSM(p, **settings, gamma=0.05, clip_c=False),
+        lambda p: torch.optim.Muon(p, **settings, nesterov=True, adjust_lr_fn="match_rms_adamw"),
+        atol=2e-5,
+        shapes=MATRICES,
+    )
+
+
+def test_one_buffer_mars_m_equals_two_buffers():
+    two_runs(
+        lambda p: MARSM(p, lr=1e-2, gamma=0.05, clip_c=False),
+        lambda p: MARSM(p, lr=1e-2, gamma=0.05, clip_c=False, keep_previous=True),
+        atol=1e-5,
+    )
+    two_runs(  # and both equal the clipped rule as long as nothing is clipped
+        lambda p: MARSM(p, lr=1e-2, gamma=0.05, clip_c=False),
+        lambda p: MARSM(p, lr=1e-2, gamma=0.05, clip_c=True),
+        atol=1e-5,
+        scale=1e-3,
+    )
+
+
+def test_the_clip_is_really_switched():
+    one, two = parameters(), parameters()
+    grads = gradients(one, 4)
+    run(MARSM(one.values(), lr=1e-2, clip_c=True), one, grads)
+    run(MARSM(two.values(), lr=1e-2, clip_c=False), two, grads)
+    assert (one["wide"] - two["wide"]).abs().max() > 1e-4
+
+
+def test_exact_mode_given_this_steps_gradients_is_approximate_mode():
+    one, two = parameters(), parameters()
+    grads = gradients(one, 10)
+    run(MARS(one.values(), lr=1e-2), one, grads)
+    run(MARS(two.values(), lr=1e-2, is_approx=False), two, grads, lookahead=grads)
+    for n in one:
+        assert torch.equal(one[n], two[n])
+
+
+def test_split_qkv_orthogonalizes_three_matrices():
+    g = torch.randn(24, 8)
+    whole, split = nn.Parameter(torch.zeros(24, 8)), nn.Parameter(torch.zeros(24, 8))
+    for p, blocks in ((whole, 1), (split, 3)):
+        optimizer = Muon([{"params": [p], "blocks": blocks}], lr=1.0, nesterov=False)
+        p.grad = g.clone()
+        optimizer.step()
+    expected = torch.cat([-0.2 * math.sqrt(8) * newton_schulz(part) for part in g.split(8)])
+    torch.testing.assert_close(split.detach(), expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(whole, split, atol=1e-2)
+
+
+def test_convolution_filters_are_flattened():
+    conv, flat = nn.Parameter(torch.zeros(6, 4, 3, 3)), nn.Parameter(torch.zeros(6, 36))
+    g = torch.randn(6, 4, 3, 3)
+    conv.grad, flat.grad = g, g.reshape(6, 36).clone()
+    Muon([conv]).step()
+    Muon([flat]).step()
+    torch.testing.assert_close(conv.reshape(6, 36), flat)
+
+
+# ---- Newton-Schulz
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 64), (2, 64, 16), (2, 40, 48)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonalize_brings_singular_values_into_the_published_band(shape, dtype):
+    G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    out = orthogonalize(G, dtype=dtype)
+    assert out.dtype == dtype
+    values = torch.linalg.svdvals(out.float())
+    large = torch.linalg.svdvals(G) > 0.05 * torch.linalg.matrix_norm(G)[:, None]
+    assert values[large].min() > 0.65
+    assert values.max() < 1.25
+    for one, matrix in zip(out, G, strict=True):
+        torch.testing.assert_close(one, orthogonalize(matrix[None], dtype=dtype)[0])
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (96, 288), (256, 64), (40, 400)])
+def test_iterating_on_the_gram_matrix_stays_within_rounding(shape):
+    """float32 against float64 of the plain iteration, also for badly conditioned matrices."""
+    g = torch.Generator().manual_seed(0)
+    U, _, Vh = torch.linalg.svd(torch.randn(shape, generator=g, dtype=torch.float64), full_matrices=False)
+    for decay in (1, 1e-3, 1e-6):
+        S = torch.logspace(0, math.log10(decay), min(shape), dtype=torch.float64)
+        G = U @ torch.diag(S) @ Vh
+        error = (orthogonalize(G.float()[None], dtype=torch.float32)[0] - newton_schulz(G)).norm()
+        assert error < 1e-4 * newton_schulz(G).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_huge_tiny_and_rank_deficient_matrices_stay_finite(dtype):
+    rank_one = torch.outer(torch.randn(8), torch.randn(32))
+    for G in (torch.zeros(8, 32), 1e30 * torch.randn(8, 32), 1e-30 * torch.randn(8, 32), rank_one, rank_one.T):
+        out = orthogonalize(G[None].contiguous(), dtype=dtype)
+        assert torch.isfinite(out).all()
+        assert torch.linalg.svdvals(out.float()).max() < 1.3
+    huge = torch.randn(1, 8, 32)
+    torch.testing.assert_close(orthogonalize(1e30 * huge), orthogonalize(huge), atol=0.05, rtol=0.05)
+
+
+# ---- being an ordinary optimizer
+
+
+EVERY = {
+    "lion": lambda p, **k: Lion(p, lr=1e-2, **k),
+    "muon": lambda p, **k: Muon(p, lr=1e-2, **k),
+    "mars": lambda p, **k: MARS(p, lr=1e-2, **k),
+    "mars-exact": lambda p, **k: MARS(p, lr=1e-2, is_approx=False, **k),
+    "mars-lion": lambda p, **k: MARS(p, lr=1e-2, mars_type="mars-lion", **k),
+    "mars-shampoo": lambda p, **k: MARS(p, lr=1e-2, mars_type="mars-shampoo", amsgrad=True, **k),
+    "mars-m": lambda p, **k: MARSM(p, lr=1e-2, **k),
+    "mars-m-one-buffer": lambda p, **k: MARSM(p, lr=1e-2, clip_c=False, **k),
+}
+every = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY.keys())
+
+
+@every
+def test_state_dict_round_trip_continues_bit_for_bit(make):
+    params = parameters(dtype=torch.float32)
+    optimizer, grads = make(params.values()), gradients(params, 8)
+    run(optimizer, params, grads[:4])
+    twin = copy.deepcopy(params)
+    other = make(twin.values())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    run(optimizer, params, grads[4:])
+    run(other, twin, grads[4:])
+    for n in params:
+        assert torch.equal(params[n], twin[n])
+
+
+@every
+def test_state_is_complete_before_the_first_step(make):
+    params = parameters(dtype=torch.float32)
+    optimizer = make(params.values())
+    before = {i: set(s) for i, s in optimizer.state_dict()["state"].items()}
+    run(optimizer, params, gradients(params, 2))
+    assert before == {i: set(s) for i, s in optimizer.state_dict()["state"].items()}
+    assert len(before) == len(params)
+
+
+@every
+def test_both_styles_of_zero_grad_give_the_same_weights(make):
+    results = []
+    for set_to_none in (True, False):
+        params = parameters(dtype=torch.float32)
+        optimizer = make(params.values())
+        for grads in gradients(params, 6):
+            for n, p in params.items():
+                if p.grad is None:
+                    p.grad = grads[n].clone()
+                else:
+                    p.grad += grads[n]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=set_to_none)
+        results.append(params)
+    for n in results[0]:
+        assert torch.equal(results[0][n], results[1][n])
+
+
+@every
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(make, bad):
+    """Neither weights nor state; the run goes on as if that step had not been."""
+    clean, params = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
+    reference, optimizer = make(clean.values()), make(params.values())
+    grads = gradients(params, 6)
+    run(reference, clean, grads)
+    run(optimizer, params, grads[:3])
+    poisoned = {n: g.clone() for n, g in grads[3].items()}
+    poisoned["tall"][3, 2] = bad
+    run(optimizer, params, [poisoned])
+    run(optimizer, params, grads[3:])
+    for n in params:
+        assert torch.equal(params[n], clean[n]), n
+
+
+@every
+def test_a_step_asks_the_device_for_nothing(make, monkeypatch):
+    params = parameters(dtype=torch.float32)
+    optimizer, grads = make(params.values()), gradients(params, 2)
+
+    def refuse(*args):
+        raise AssertionError("a tensor's value was read on the host")
+
+    for method in ("item", "__bool__", "__float__", "__int__", "__index__", "tolist", "numpy", "cpu"):
+        monkeypatch.setattr(torch.Tensor, method, refuse)
+    run(optimizer, params, grads, lookahead=grads if optimizer.needs_lookahead else None)
+
+
+@every
+def test_parameters_without_gradient_and_frozen_ones_are_left_alone(make):
+    params = parameters(dtype=torch.float32)
+    params["square"].requires_grad = False
+    optimizer, before = make(params.values()), {n: p.detach().clone() for n, p in params.items()}
+    for n in ("wide", "gain"):
+        params[n].grad = torch.ones_like(params[n])
+    optimizer.update_previous_grad()
+    optimizer.step()
+    optimizer.update_last_grad()
+    for n, p in params.items():
+        assert torch.equal(p, before[n]) == (n in ("tall", "square"))
+    optimizer.zero_grad()
+    optimizer.step()  # nothing has a gradient
+
+
+@every
+def test_closures_schedulers_and_step_hooks_work(make):
+    params = parameters(dtype=torch.float32)
+    optimizer = make(params.values())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step == 0 else 1.0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = sum((p**2).sum() for p in params.values())
+        loss.backward()
+        return loss
+
+    before = {n: p.detach().clone() for n, p in params.items()}
+    first = optimizer.step(closure)
+    assert all(torch.equal(p, before[n]) for n, p in params.items())  # at learning rate 0 no weight moves
+    scheduler.step()
+    optimizer.step(closure)
+    assert optimizer.step(closure) < first
+    assert not any(torch.equal(p, before[n]) for n, p in params.items())
+
+
+def test_grad_scale_divides_and_found_inf_skips():
+    """The protocol by which the trainer clips and skips without a pass of its own."""
+    for make in EVERY.values():
+        one, two = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
+        plain, scaled = make(one.values()), make(two.values())
+        grads = gradients(one, 5)
+        run(plain, one, grads)
+        scaled.grad_scale, scaled.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+        run(scaled, two, [{n: 4 * g for n, g in step.items()} for step in grads])
+        scaled.found_inf = torch.tensor(1.0)
+        run(scaled, two, grads[:1])
+        for n in one:
+            torch.testing.assert_close(one[n], two[n], atol=1e-5, rtol=1e-5)
+
+
+def test_a_loop_written_for_the_official_class_runs_unchanged():
+    """The documented use of the official MARS; set_to_none changes nothing."""
+    results = []
+    for set_to_none in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+        x = torch.randn(64, 4)
+        y = x.sum(dim=1, keepdim=True)
+        optimizer = MARS(
+            model.parameters(), lr=1e-2, betas=(0.95, 0.99), gamma=0.025, is_approx=True, mars_type="mars-adamw"
+        )
+        losses = []
+        for _ in range(60):
+            loss = ((model(x) - y) ** 2).mean()
+            loss.backward()
+            optimizer.step(bs=64)
+            optimizer.zero_grad(set_to_none=set_to_none)
+            optimizer.update_last_grad()
+            losses.append(loss.item())
+        assert losses[-1] < 0.5 * losses[0]
+        results.append(losses)
+    assert results[0] == results[1]
+
+
+def test_a_group_may_set_every_number_for_itself():
+    params = parameters(dtype=torch.float32)
+    alone = copy.deepcopy(params)
+    special = dict(lr=0.02, gamma=0.2, betas=(0.8, 0.9), mars_type="mars-lion", optimize_1d=True)
+    together = MARS([{"params": [params["wide"]], **special}, {"params": [params["tall"]]}], lr=1e-3)
+    grads = gradients(params, 5)
+    run(together, params, grads)
+    run(MARS([alone["wide"]], **special), alone, grads)
+    assert torch.equal(params["wide"], alone["wide"])
+    assert not torch.equal(params["tall"], alone["tall"])
+
+
+def test_compiled_rules_agree_and_new_rates_do_not_recompile():
+    from torch._dynamo.utils import counters
+
+    for make in (EVERY["mars"], EVERY["mars-m"]):
+        plain, compiled = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
+        grads = gradients(plain, 6)
+        one, two = make(plain.values()), make(compiled.values(), compiled=True)
+        counters.clear()
+        for t, step in enumerate(grads):
+            for optimizer in (one, two):
+                for group in optimizer.param_groups:
+                    group["lr"] = 1e-2 / (t + 1)
+                    group["gamma"] = 0.02 + 0.01 * t
+            run(one, plain, [step])
+            run(two, compiled, [step])
+            if t == 0:
+                graphs = counters["stats"]["unique_graphs"]
+        assert graphs > 0
+        assert counters["stats"]["unique_graphs"] == graphs
+        for n in plain:
+            torch.testing.assert_close(plain[n], compiled[n], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make, per_parameter",
+    [
+        (lambda p: MARS([p]), 12),
+        (lambda p: MARS([p], amsgrad=True), 16),
+        (lambda p: MARS([p], mars_type="mars-lion"), 8),
+        (lambda p: MARS([p], mars_type="mars-shampoo"), 8),
+        (lambda p: MARSM([p]), 8),
+        (lambda p: MARSM([p], is_approx=False), 12),
+        (lambda p: MARSM([p], clip_c=False), 4),
+        (lambda p: Muon([p]), 4),
+        (lambda p: Lion([p]), 4),
+    ],
+)
+def test_state_bytes_per_parameter(make, per_parameter):
+    p = nn.Parameter(torch.zeros(32, 64))
+    optimizer = make(p)
+    assert optimizer.state_bytes() == per_parameter * p.numel()
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.state_bytes() == per_parameter * p.numel()
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda p: MARS(p, lr=-1), "lr=-1: must be a number >= 0"),
+        (lambda p: MARS(p, gamma=float("nan")), "gamma=nan"),
+        (lambda p: MARS(p, betas=(0.9, 1.0)), r"betas=\(0.9, 1.0\): must be two numbers in \[0, 1\)"),
+        (lambda p: MARS(p, mars_type="mars-sgd"), "mars_type='mars-sgd': must be one of mars-adamw, mars-lion"),
+        (lambda p: MARS(p, eps=float("inf"), weight_decay_1d=-1), "eps=inf.*weight_decay_1d=-1"),
+        (lambda p: MARSM(p, momentum=1.0), "momentum=1.0: must be a number in"),
+        (lambda p: MARSM(p, ns_steps=0), "ns_steps=0: must be at least 1"),
+        (lambda p: Muon(p, scale="spectral"), "scale='spectral': must be one of moonlight, original"),
+        (lambda p: Muon(p, ns_dtype="float16"), "ns_dtype='float16'"),
+        (lambda p: Lion(p, weight_decay=None), "weight_decay=None"),
+        (lambda p: Muon([{"params": list(p), "role": "head"}]), "role='head': must be one of matrix"),
+        (lambda p: Muon([{"params": list(p), "role": "matrix"}]), r"shape \(16,\): has the role of a matrix"),
+        (lambda p: Muon([{"params": list(p), "blocks": 5}]), r"blocks=5: does not divide the rows of shape \(6, 24\)"),
+        (lambda p: MARS([nn.Parameter(torch.zeros(2, dtype=torch.complex64))]), "dtype torch.complex64"),
+        (lambda p: MARS([nn.Parameter(torch.zeros(2, dtype=torch.float16))]), "dtype torch.float16"),
+    ],
+)
+def test_bad_hyperparameters_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(parameters(dtype=torch.float32).values())
+
+
+def test_sparse_gradients_are_refused():
+    embedding = nn.Embedding(8, 4, sparse=True)
+    optimizer = MARS(embedding.parameters())
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match=r"shape \(8, 4\) is sparse: must be dense .* set sparse=False"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        (lambda p: Lion(p), "expected"),
+        (lambda p: MARS(p, is_approx=False), "expected"),
+        (lambda p: torch.optim.AdamW(p), "state is that of other parameters"),
+        (lambda p: MARS(list(p)[:2]), "other numbers of parameters"),
+    ],
+)
+def test_a_state_dict_of_another_optimizer_is_refused(other, message):
+    params = parameters(dtype=torch.float32)
+    optimizer = MARS(params.values())
+    with pytest.raises(ValueError, match=f"state_dict: .*{message}"):
+        optimizer.load_state_dict(other(params.values()).state_dict())
+
+
+def test_a_state_dict_of_other_shapes_is_refused():
+    one, two = MARS([nn.Parameter(torch.zeros(3, 4))]), MARS([nn.Parameter(torch.zeros(4, 3))])
+    with pytest.raises(ValueError, match=r"state_dict: exp_avg of parameter 0 has another shape than \(3, 4\)"):
+        one.load_state_dict(two.state_dict())
+
+
+# ---- routing
+
+
+class Routed(nn.Module):
+    def __init__(self, roles):
+        super().__init__()
+        self.weight, self.table = nn.Parameter(torch.zeros(8, 4)), nn.Parameter(torch.zeros(16, 4))
+        self.gain, self.roles = nn.Parameter(torch.ones(4)), roles
+
+    def parameter_roles(self):
+        return self.roles
+
+
+GOOD = {"weight": "matrix", "table": "embedding", "gain": "vector"}
+
+
+def test_every_tensor_is_claimed_by_the_rule_of_its_role():
+    model = Routed(GOOD)
+    for name, config in OPTIMIZERS.items():
+        optimizer = build_optimizer(model, config)
+        claimed = [id(p) for g in optimizer.param_groups for p in g["params"]]
+        assert sorted(claimed) == sorted(map(id, model.parameters())), name
+        decays = {id(p): g.get("weight_decay") for g in optimizer.param_groups for p in g["params"]}
+        assert decays[id(model.weight)] == config.weight_decay > 0
+        assert decays[id(model.table)] == 0
+    muon = build_optimizer(model, MuonConfig(lr=1.0, adamw_lr=0.5))
+    rules = {r: muon.rule(g, r) for g in muon.param_groups for r in [g["role"]]}
+    assert {r: (rule.direction, rule.lr) for r, rule in rules.items()} == {
+        "matrix": ("orthogonal", 1.0),
+        "embedding": ("adaptive", 0.5),
+        "vector": ("adaptive", 0.5),
+    }
+
+
+@pytest.mark.parametrize(
+    "roles, message",
+    [
+        ({k: v for k, v in GOOD.items() if k != "gain"}, "without a role, which no rule would update: gain"),
+        (GOOD | {"head": "matrix"}, "roles for parameters that do not exist: head"),
+        (GOOD | {"gain": "norm"}, "unknown roles norm"),
+    ],
+)
+def test_unclaimed_and_unknown_tensors_are_errors(roles, message):
+    with pytest.raises(ValueError, match=message):
+        build_optimizer(Routed(roles), AdamWConfig())
+
+
+def test_a_tensor_in_two_groups_is_an_error():
+    p = nn.Parameter(torch.zeros(4, 4))
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        MARSM([{"params": [p], "role": "matrix"}, {"params": [p], "role": "embedding"}])
+
+
+def test_frozen_parameters_need_no_role():
+    model = Routed({k: v for k, v in GOOD.items() if k != "gain"})
+    model.gain.requires_grad = False
+    assert len(build_optimizer(model, MARSConfig()).param_groups) == 2

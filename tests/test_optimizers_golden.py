@@ -1,0 +1,125 @@
+"""Every golden optimizer and training case, by the public classes, within the manifest's tolerances."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from optimizers import MARS, MARSM, AdamWConfig, Lion, MARSConfig, MARSMConfig, Muon, MuonConfig, build_optimizer
+
+GOLDEN = Path(__file__).parent / "golden"
+MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
+INPUTS = dict(np.load(GOLDEN / "optim_inputs.npz"))
+
+
+def build(case, params):
+    """The public class of a case, called with the case's own hyperparameters."""
+    h = dict(case["hyperparameters"])
+    ns = {"ns_dtype": case["newton_schulz"]["dtype"]} if "newton_schulz" in case else {}
+    for key in ("betas", "betas_1d", "adamw_betas"):
+        if key in h:
+            h[key] = tuple(h[key])
+    if case["optimizer"] in ("adamw", "mars", "lion"):
+        groups = [{"params": [params[n] for n in g["params"]], "weight_decay": g["weight_decay"]}
+                  for g in case["param_groups"]]  # fmt: skip
+        return {"adamw": torch.optim.AdamW, "mars": MARS, "lion": Lion}[case["optimizer"]](groups, **h, **ns)
+    matrices = {"params": [params[n] for n in case["matrix_params"]], "role": "matrix"}
+    others = {"params": [params[n] for n in case["adamw_params"]], "role": "vector"}
+    h["weight_decay"] = h.pop("wd", h.get("weight_decay"))
+    if case["optimizer"] == "muon":
+        aux = h.pop("adamw")
+        others |= dict(lr=aux["lr"], weight_decay=aux["weight_decay"])
+        return Muon([matrices, others], **h, **ns, scale="original")
+    if case["optimizer"] == "moonlight":
+        return Muon([matrices, others], **h, **ns, scale="moonlight")
+    exact = dict(is_approx=case["mode"] == "approx", clip_c=case["optimizer"] == "mars_m")
+    return MARSM([matrices, others], **h, **ns, **exact)
+
+
+@pytest.mark.parametrize("case", MANIFEST["optimizers"], ids=lambda c: c["id"])
+def test_optimizer_follows_the_reference(case):
+    params = {n: torch.nn.Parameter(torch.tensor(INPUTS[f"init/{n}"])) for n in MANIFEST["shapes"]}
+    optimizer = build(case, params)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    expected = dict(np.load(GOLDEN / case["file"]))
+    checked = 0
+    for step in range(1, MANIFEST["steps"] + 1):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * (case["lr_factors"][step - 1] if case["lr_factors"] else 1)
+        if case["mode"] == "exact":
+            give(params, "next_grads", step)
+            optimizer.update_previous_grad()
+            optimizer.zero_grad(set_to_none=True)
+        give(params, "grads", step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if case["mode"] == "exact":
+            optimizer.update_last_grad()
+        if step in case["snapshots"]:
+            for name in case["compare"]:
+                golden, path = expected[f"step{step:02d}/{name}"], float(expected[f"path{step:02d}/{name}"])
+                matrix = name in case.get("matrix_params", ()) or (
+                    case["hyperparameters"].get("mars_type") == "mars-shampoo" and golden.ndim == 2
+                )
+                relative = case["tolerance"]["matrix_relative" if matrix else "other_relative"]
+                allowed = relative * path + case["tolerance"]["rounding"] * np.linalg.norm(golden)
+                assert np.linalg.norm(params[name].detach().numpy() - golden) <= allowed, (step, name)
+                checked += 1
+    assert checked == len(case["snapshots"]) * len(case["compare"])
+
+
+def give(params, kind, step):
+    for name, p in params.items():
+        p.grad = torch.tensor(INPUTS[f"{kind}/{name}"][step - 1])
+
+
+def training_config(case):
+    """Settings of the trainer's own configs that reproduce a golden training case."""
+    h = case["hyperparameters"]
+    lr, decay = h["learning_rate"], h["weight_decay"]
+    if case["optimizer"] == "adamw":
+        return AdamWConfig(lr=lr, betas=tuple(h["betas"]), weight_decay=decay)
+    if case["optimizer"] == "mars":
+        approx = case["mode"] == "approx"
+        return MARSConfig(lr=lr, weight_decay=decay, lr_1d=h["lr_1d"], weight_decay_1d=0.1, is_approx=approx)
+    published = dict(lr=lr, adamw_lr=lr, weight_decay=decay, adamw_weight_decay=decay, adamw_eps_first=True)
+    return (MARSMConfig if case["optimizer"] == "mars_m" else MuonConfig)(**published)
+
+
+@pytest.mark.parametrize("case", MANIFEST["training"]["cases"], ids=lambda c: c["id"])
+def test_training_follows_the_reference(case):
+    t, data = MANIFEST["training"], dict(np.load(GOLDEN / MANIFEST["training"]["file"]))
+    shape = {k: v for k, v in t["model"].items() if k != "source"}
+    model = GPT(GPTConfig(**shape))
+    model.load_state_dict({n: torch.tensor(data[f"param/{n}"]) for n, _ in model.named_parameters()})
+    optimizer = build_optimizer(model, training_config(case))
+    batches = torch.tensor(data["batches"]).long()
+    s, peak, low = t["schedule"], case["hyperparameters"]["learning_rate"], case["hyperparameters"]["min_lr"]
+
+    def gradient(i):
+        loss = model(batches[i, :, :-1], batches[i, :, 1:])
+        loss.backward()
+        return loss.item(), torch.nn.utils.clip_grad_norm_(model.parameters(), s["grad_clip"]).item()
+
+    for i in range(s["steps"]):
+        w, progress = s["warmup_iters"], (i - s["warmup_iters"]) / (s["lr_decay_iters"] - s["warmup_iters"])
+        lr = peak * i / w if i < w else low + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - low)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if case["mode"] == "exact":
+            gradient(i + 1)
+            optimizer.update_previous_grad()
+            optimizer.zero_grad()
+        loss, norm = gradient(i)
+        assert loss == pytest.approx(float(data[f"{case['id']}/losses"][i]), abs=case["tolerance"]["loss_abs"])
+        assert norm == pytest.approx(float(data[f"{case['id']}/grad_norms"][i]), rel=1e-3)
+        optimizer.step()
+        optimizer.zero_grad()
+        if case["mode"] == "exact":
+            optimizer.update_last_grad()
+    last = model(batches[-1, :, :-1], batches[-1, :, 1:]).item()
+    assert last == pytest.approx(float(data[f"{case['id']}/losses"][-1]), abs=case["tolerance"]["loss_abs"])
