@@ -1,9 +1,9 @@
-"""A GPT of 1.9 million parameters on the embedded corpus: four minutes on two CPU cores."""
+"""A GPT of 1.9 million parameters on the embedded corpus: minutes on two CPU cores."""
 
 from config.schema import RunConfig
 from data.loader import DataConfig
 from model import GPTConfig
-from optimizers import AdamWConfig
+from optimizers import AdamWConfig, LionConfig, MARSConfig, MARSMConfig, MuonConfig
 from runtime.checkpoint import CheckpointConfig
 from runtime.logger import LogConfig
 from runtime.schedule import ScheduleConfig
@@ -16,7 +16,16 @@ config = RunConfig(
     log=LogConfig(every=20),
     batch_size=16,
     micro_batch=16,
-    steps=1200,
+    steps=1000,
     eval_every=200,
 )
-optimizers = {"adamw": AdamWConfig(lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)}
+# the best of three learning rates in bench/compare_optimizers.py
+optimizers = {
+    "adamw": AdamWConfig(lr=3e-3),
+    "lion": LionConfig(lr=3e-4, weight_decay=0.1),
+    "muon": MuonConfig(lr=1e-2),
+    "mars": MARSConfig(lr=3e-3),
+    "mars_lion": MARSConfig(mars_type="mars-lion", lr=3e-4, weight_decay=0.1),
+    "mars_shampoo": MARSConfig(mars_type="mars-shampoo", lr=1e-2),
+    "mars_m": MARSMConfig(lr=1e-2),
+}

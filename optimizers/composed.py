@@ -24,7 +24,7 @@ from optimizers.newton_schulz import newton_schulz_dtype, orthogonalize
 from optimizers.roles import ROLES
 from optimizers.rules import Rule
 from optimizers.share import Share
-from optimizers.variance_reduction import EstimateNumbers, correction_weight, estimate, taken, unit_norm_factor
+from optimizers.variance_reduction import EstimateNumbers, correction_weight, estimate_norm, taken, unit_norm_factor
 
 BLOCK = 1 << 16  # elements worked on at a time on a CPU: five such float32 blocks stay in a core's cache
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -63,6 +63,7 @@ class ComposedOptimizer(Optimizer):
         self.found_inf: Tensor | None = None
         self._steps: dict[tuple[int, str], Tensor] = {}  # steps taken, by group and role, 0-d float64
         self._compiled, self._compilations = compiled, {}
+        self._scratch: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         super().__init__(params, defaults)
 
     # ---- what an algorithm says
@@ -116,7 +117,7 @@ class ComposedOptimizer(Optimizer):
         if rule.direction == "adaptive":
             self._steps[key] = torch.zeros((), dtype=torch.float64, device=members[0].device)
         if rule.direction == "orthogonal":
-            for family in by_shape(members, group).values():
+            for family in by_shape(members, group.get("blocks", 1)):
                 self.owner |= {p: self.share.owner(i, len(family)) for i, p in enumerate(family)}
         for p in members:
             if self.owner.get(p, self.share.rank) == self.share.rank:
@@ -194,17 +195,16 @@ class ComposedOptimizer(Optimizer):
         for job in jobs:
             job.factors = self._clip_factors(job)
         ok = self._all_finite(jobs)
-        sharing = [self._orthogonalize(job, ok) for job in jobs if job.rule.direction == "orthogonal"]
+        transfers = [t for job in jobs if job.rule.direction == "orthogonal" for t in self._start_families(job, ok)]
         for job in jobs:
             if job.rule.direction == "adaptive":
                 self._step_adaptive(job, ok)
             elif job.rule.direction == "sign":
                 self._step_signed(job, ok)
-        for families in sharing:
-            for transfer, apply in families:
-                if transfer is not None:
-                    transfer.wait()
-                apply()
+        for transfer in transfers:
+            if transfer.work is not None:
+                transfer.work.wait()
+            self._run(_apply_all, transfer.updates, transfer.decay)
         return loss
 
     def _with_gradient(self, group: dict[str, Any]) -> Iterator[tuple[str, list[Tensor]]]:
@@ -219,9 +219,8 @@ class ComposedOptimizer(Optimizer):
         held = [p for p in job.params if p in self.state]
         if not job.rule.clip:
             return [None] * len(held)
-        pieces = [(p.grad, self.state[p].get("previous")) for p in held]
-        cut = [self._cut(piece) for piece in pieces]
-        norms = self._run(_estimate_norms, [x for c in cut for x in c], self._estimate_numbers(job, None))
+        cut = [self._cut((p.grad, self.state[p].get("previous"))) for p in held]
+        norms = self._run(_estimate_norms, [x for c in cut for x in c], self._estimate_numbers(job))
         ends = list(accumulate(len(c) for c in cut))
         per_tensor = [norms[end - len(c) : end] for end, c in zip(ends, cut, strict=True)]
         job.norms = [n[0] if len(n) == 1 else torch.linalg.vector_norm(torch.stack(n)) for n in per_tensor]
@@ -236,13 +235,14 @@ class ComposedOptimizer(Optimizer):
         norms = known + ([get_total_norm(rest)] if rest else [])
         return torch.isfinite(torch.stack([n.double() for n in norms])).all()
 
-    def _estimate_numbers(self, job: "Job", ok: Tensor | None) -> EstimateNumbers:
+    def _estimate_numbers(self, job: "Job", ok: Tensor | None = None) -> EstimateNumbers:
         like = job.params[0]
+        on = torch.ones((), device=like.device) if ok is None else ok
         weight = None
         if job.rule.correction is not None:
             weight = torch.full((), correction_weight(*job.rule.correction), dtype=like.dtype, device=like.device)
-        scale = None if self.grad_scale is None else self.grad_scale.to(like.dtype)
-        return EstimateNumbers(ok, scale, weight)
+        inverse = None if self.grad_scale is None else self.grad_scale.reciprocal().to(like.dtype)
+        return EstimateNumbers(on.to(like.dtype), inverse, weight)
 
     def _step_adaptive(self, job: "Job", ok: Tensor) -> None:
         job.steps.add_(ok)
@@ -258,19 +258,27 @@ class ComposedOptimizer(Optimizer):
         self._run(_signed_all, pieces, self._estimate_numbers(job, ok), job.remember, numbers)
 
     def _pieces(self, job: "Job", keys: tuple[str, ...]) -> list[tuple]:
-        """(clip factor, p, grad, *state tensors) of every parameter, on a CPU in blocks that fit its cache."""
+        """(clip factor, p, grad, *state tensors, scratch) of every parameter, on a CPU in blocks that fit its cache."""
         out = []
         for p, factor in zip(job.params, job.factors, strict=True):
             out += [(factor, *piece) for piece in self._cut((p, p.grad, *(self.state[p].get(k) for k in keys)))]
         return out
 
     def _cut(self, tensors: tuple[Tensor | None, ...]) -> list[tuple]:
-        """Tensors of one shape as tuples of blocks; whole on a GPU, compiled, or when not contiguous."""
+        """Tensors of one shape as tuples of blocks, each with scratch memory that stays in the cache.
+
+        Whole, and without scratch memory, on a GPU, compiled, or when not contiguous.
+        """
         given = [t for t in tensors if t is not None]
         if self._compiled or given[0].device.type != "cpu" or not all(t.is_contiguous() for t in given):
-            return [tensors]
-        count = -(-given[0].numel() // BLOCK)
-        return list(zip(*(t.view(-1).split(BLOCK) if t is not None else [None] * count for t in tensors), strict=True))
+            return [(*tensors, (None, None))]
+        dtype, n = given[0].dtype, given[0].numel()
+        if dtype not in self._scratch:
+            self._scratch[dtype] = (torch.empty(BLOCK, dtype=dtype), torch.empty(BLOCK, dtype=dtype))
+        whole, last = self._scratch[dtype], tuple(s[: n % BLOCK or BLOCK] for s in self._scratch[dtype])
+        count = -(-n // BLOCK)
+        columns = [t.view(-1).split(BLOCK) if t is not None else [None] * count for t in tensors]
+        return list(zip(*columns, [whole] * (count - 1) + [last], strict=True))
 
     def _run(self, function: Callable, *arguments: Any) -> Any:
         """Call one of the functions below this class, compiled if this optimizer is."""
@@ -280,40 +288,55 @@ class ComposedOptimizer(Optimizer):
             self._compilations[function] = torch.compile(function, dynamic=False)
         return self._compilations[function](*arguments)
 
-    def _orthogonalize(self, job: "Job", ok: Tensor) -> list[tuple[Any, Callable[[], None]]]:
+    def _start_families(self, job: "Job", ok: Tensor) -> Iterator["Transfer"]:
         """Momentum and Newton-Schulz of the matrices this rank owns, family by family of one shape.
 
-        Returns, for each family, the transfer in flight and the function that updates the weights after it.
+        Each family's results are on their way to the other ranks while the next one is computed.
         """
-        r, group, out = job.rule, job.group, []
+        r, group = job.rule, job.group
+        blocks = group.get("blocks", 1)
         numbers = momentum_numbers(ok, job.params[0], r.lr, r.weight_decay, r.momentum)
-        estimate = self._estimate_numbers(job, ok)
+        estimate_numbers = self._estimate_numbers(job, ok)
         dtype = newton_schulz_dtype(r.ns_dtype, job.params[0].device)
-        factors = dict(zip([p for p in job.params if p in self.state], job.factors, strict=True))
-        for family in by_shape([p for p in group["params"] if p in self.owner], group).values():
-            present = [p for p in family if p.grad is not None]
-            if not present:
-                continue
+        factors = dict(zip((p for p in job.params if p in self.state), job.factors, strict=True))
+        for family in by_shape((p for p in group["params"] if p in self.owner), blocks):
             mine = [p for p in family if self.owner[p] == self.share.rank]
-            moving = [p for p in mine if p.grad is not None]
-            pieces = [(factors[p], p, p.grad, self.state[p].get("previous"), self.state[p]["momentum"]) for p in moving]
-            used = self._run(_mix_all, pieces, estimate, job.remember, numbers)
-            stacks = [as_wide_matrices(u, group.get("blocks", 1)) for u in used]
-            results = orthogonalize(torch.cat(stacks), r.ns_steps, r.eps, dtype) if stacks else None
-            done = dict(zip(moving, results.split(group.get("blocks", 1)), strict=True)) if stacks else {}
-            like = as_wide_matrices(family[0], group.get("blocks", 1)).to(dtype)
-            transfer, shared = self.share.gather([done.get(p) for p in mine], len(family), like)
-
-            def apply(family: list = family, shared: list = shared) -> None:
-                updates = [
-                    (p, o, numbers.rate * orthogonal_scale(r.scale, *matrix_shape(p, group.get("blocks", 1))))
-                    for p, o in zip(family, shared, strict=True)
-                    if p.grad is not None
+            done = {}
+            for batch in self._batches([p for p in mine if p.grad is not None]):
+                used = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in batch]
+                pieces = [
+                    (factors[p], *piece)
+                    for p, u in zip(batch, used, strict=True)
+                    for piece in self._cut((p.grad, self.state[p].get("previous"), self.state[p]["momentum"], u))
                 ]
-                self._run(_apply_all, updates, numbers.decay)
+                self._run(_mix_all, pieces, estimate_numbers, job.remember, numbers)
+                wide = [as_wide_matrices(u, blocks) for u in used]
+                stack = torch.cat(wide) if len(wide) > 1 else wide[0]
+                done |= zip(batch, orthogonalize(stack, r.ns_steps, r.eps, dtype).split(blocks), strict=True)
+            like = as_wide_matrices(family[0], blocks)
+            work, shared = self.share.gather([done.get(p) for p in mine], len(family), like.shape, dtype, like.device)
+            updates = [
+                (p, o, numbers.rate * orthogonal_scale(r.scale, *matrix_shape(p, blocks)))
+                for p, o in zip(family, shared, strict=True)
+                if p.grad is not None
+            ]
+            yield Transfer(work, updates, numbers.decay)
 
-            out.append((transfer, apply))
-        return out
+    def _batches(self, params: list[Tensor]) -> list[list[Tensor]]:
+        """What is orthogonalized together: everything on a GPU; on a CPU one by one, which is as fast, needs less
+        memory, and gives results that do not depend on who else is there."""
+        if params and params[0].device.type == "cpu" and not self._compiled:
+            return [[p] for p in params]
+        return [params] if params else []
+
+
+@dataclass
+class Transfer:
+    """Orthogonal directions on their way between ranks, and the weights they will move."""
+
+    work: torch.distributed.Work | None  # None: nothing to wait for
+    updates: list[tuple[Tensor, Tensor, Tensor]]  # weight, direction (blocks, m, n), rate
+    decay: Tensor
 
 
 @dataclass
@@ -344,12 +367,12 @@ def as_wide_matrices(p: Tensor, blocks: int) -> Tensor:
     return matrices.mT if matrices.size(1) > matrices.size(2) else matrices
 
 
-def by_shape(params: list[Tensor], group: dict[str, Any]) -> dict[tuple[int, int], list[Tensor]]:
+def by_shape(params: Iterable[Tensor], blocks: int) -> list[list[Tensor]]:
     """Families of parameters whose matrices have one shape, a matrix and its transpose alike."""
     families: dict[tuple[int, int], list[Tensor]] = {}
     for p in params:
-        families.setdefault(tuple(sorted(matrix_shape(p, group.get("blocks", 1)))), []).append(p)
-    return families
+        families.setdefault(tuple(sorted(matrix_shape(p, blocks))), []).append(p)
+    return list(families.values())
 
 
 def _check_gradients(params: list[Tensor]) -> None:
@@ -367,24 +390,25 @@ def _check_gradients(params: list[Tensor]) -> None:
 
 
 def _estimate_norms(pieces: list[tuple], numbers: EstimateNumbers) -> list[Tensor]:
-    return [torch.linalg.vector_norm(estimate(g, previous, numbers)) for g, previous in pieces]
+    return [estimate_norm(g, previous, numbers, scratch) for g, previous, scratch in pieces]
 
 
 def _adaptive_all(pieces: list[tuple], e: EstimateNumbers, remember: bool, n: AdaptiveNumbers) -> None:
-    for factor, p, g, previous, m, v, v_max in pieces:
-        adaptive(p, taken(g, previous, factor, e, remember), m, v, v_max, n)
+    for factor, p, g, previous, m, v, v_max, scratch in pieces:
+        adaptive(p, taken(g, previous, factor, e, remember, scratch), m, v, v_max, n, scratch[0])
 
 
 def _signed_all(pieces: list[tuple], e: EstimateNumbers, remember: bool, n: MomentumNumbers) -> None:
-    for factor, p, g, previous, m in pieces:
-        signed(p, taken(g, previous, factor, e, remember), m, n)
+    for factor, p, g, previous, m, scratch in pieces:
+        signed(p, taken(g, previous, factor, e, remember, scratch), m, n)
 
 
-def _mix_all(pieces: list[tuple], e: EstimateNumbers, remember: bool, n: MomentumNumbers) -> list[Tensor]:
-    return [mix(taken(g, previous, factor, e, remember), m, n) for factor, _, g, previous, m in pieces]
+def _mix_all(pieces: list[tuple], e: EstimateNumbers, remember: bool, n: MomentumNumbers) -> None:
+    for factor, g, previous, m, used, scratch in pieces:
+        mix(taken(g, previous, factor, e, remember, scratch), m, n, out=used)
 
 
 def _apply_all(updates: list[tuple], decay: Tensor) -> None:
     for p, direction, rate in updates:
         rows = direction.mT if direction.size(1) * direction.size(0) != p.shape[0] else direction
-        p.mul_(decay).sub_(rows.reshape(p.shape).to(p.dtype) * rate)
+        p.mul_(decay).addcmul_(rows.reshape(p.shape).to(p.dtype), rate, value=-1)

@@ -102,27 +102,30 @@ def momentum_numbers(ok: Tensor, like: Tensor, lr: float, weight_decay: float, m
     )
 
 
-def adaptive(p: Tensor, c: Tensor, m: Tensor, v: Tensor, v_max: Tensor | None, n: AdaptiveNumbers) -> None:
+def adaptive(
+    p: Tensor, c: Tensor, m: Tensor, v: Tensor, v_max: Tensor | None, n: AdaptiveNumbers, scratch: Tensor | None = None
+) -> None:
     """Adam (Kingma and Ba 2015) with decoupled decay: p <- (1 - lr wd) p - lr m_hat / (sqrt(v_hat) + eps).
 
-    p, c, m, v of one shape, all but c updated in place. v_max: the running maximum of v (AMSGrad).
+    p, c, m, v of one shape; p, m and v are updated in place and c is used up. v_max: the running maximum of v
+    (AMSGrad). scratch: memory to work in.
     """
     m.lerp_(c, n.inflow1)
-    v.lerp_(c * c, n.inflow2)
-    second = v if v_max is None else torch.maximum(v_max, v, out=v_max)
-    p.mul_(n.decay).addcdiv_(m, second.sqrt().mul_(n.root).add_(n.floor), value=-1)
+    v.lerp_(torch.mul(c, c, out=c), n.inflow2)  # c is not needed any more
+    root = torch.sqrt(v if v_max is None else torch.maximum(v_max, v, out=v_max), out=scratch)
+    p.mul_(n.decay).addcdiv_(m, root.mul_(n.root).add_(n.floor), value=-1)
 
 
-def mix(c: Tensor, m: Tensor, n: MomentumNumbers) -> Tensor:
-    """Update momentum m in place with gradient c of the same shape; returns what the direction is taken of."""
-    used = (m * n.use_momentum).add_(c * n.use_gradient)
-    m.mul_(n.keep_momentum).add_(c * n.keep_gradient)
-    return used
+def mix(c: Tensor, m: Tensor, n: MomentumNumbers, out: Tensor) -> Tensor:
+    """Update momentum m in place with gradient c; fills and returns `out`, which gives the direction. One shape."""
+    torch.mul(m, n.use_momentum, out=out).addcmul_(c, n.use_gradient)
+    m.mul_(n.keep_momentum).addcmul_(c, n.keep_gradient)
+    return out
 
 
 def signed(p: Tensor, c: Tensor, m: Tensor, n: MomentumNumbers) -> None:
     """Lion's direction (Chen et al. 2023): p <- (1 - lr wd) p - lr sign(used)."""
-    p.mul_(n.decay).sub_(mix(c, m, n).sign_().mul_(n.rate))
+    p.mul_(n.decay).addcmul_(mix(c, m, n, out=torch.empty_like(c)).sign_(), n.rate, value=-1)
 
 
 def orthogonal_scale(kind: str, rows: int, columns: int) -> float:

@@ -34,10 +34,7 @@ def orthogonalize(G: Tensor, steps: int = 5, eps: float = 1e-7, dtype: torch.dty
     X = (X / (norm + eps / largest).to(X.dtype)).to(dtype)
     gram = dtype == torch.float32 and X.size(-1) >= GRAM_FROM_ASPECT * X.size(-2)
     iterate = _iterate_on_gram if gram else _iterate
-    if X.device.type == "cpu":  # one by one: no faster in a batch, and independent of the batch's size
-        X = torch.stack([iterate(x[None], steps)[0] for x in X]) if len(X) else X
-    else:
-        X = iterate(X, steps)
+    X = iterate(X, steps)
     return X.mT if transposed else X
 
 

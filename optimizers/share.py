@@ -17,18 +17,21 @@ class Share:
         """The rank that owns item `index` of `count`: contiguous slices of ceil(count / size)."""
         return index // -(-count // self.size)
 
-    def gather(self, mine: list[Tensor], count: int, like: Tensor) -> tuple[dist.Work | None, list[Tensor]]:
-        """Start to share the results of `count` items of like's shape, of which `mine` are this rank's.
+    def gather(
+        self, mine: list[Tensor | None], count: int, shape: torch.Size, dtype: torch.dtype, device: torch.device
+    ) -> tuple[dist.Work | None, list[Tensor | None]]:
+        """Start to share the results, all of one shape, of `count` items, of which `mine` are this rank's.
 
-        Returns the transfer in flight (None if there is none) and the results in order, valid once it
-        has finished.
+        An item without a result is None. Returns the transfer in flight (None if there is none) and the
+        results in order, valid once it has finished.
         """
         if self.size == 1:
             return None, mine
         slots = -(-count // self.size)
-        send = torch.zeros(slots, *like.shape, dtype=like.dtype, device=like.device)
+        send = torch.zeros(slots, *shape, dtype=dtype, device=device)
         for slot, result in zip(send, mine, strict=False):
-            slot.copy_(result)
-        received = torch.empty(self.size * slots, *like.shape, dtype=like.dtype, device=like.device)
+            if result is not None:
+                slot.copy_(result)
+        received = torch.empty(self.size * slots, *shape, dtype=dtype, device=device)
         work = dist.all_gather_into_tensor(received, send, group=self.group, async_op=True)
         return work, list(received[:count])
