@@ -3,7 +3,8 @@
     python train_gpt.py config/quickstart.py
     torchrun --nproc_per_node=8 train_gpt.py config/gpt2_small.py --optimizer=adamw --seed=2
 
-The same command continues an interrupted run. --help CONFIG lists every key.
+The same command continues an interrupted run; --fresh starts over and keeps the old folder under another name.
+--as_published sets what the official runs of the papers did. CONFIG --help lists every key.
 """
 
 import sys
@@ -22,7 +23,8 @@ from data.loader import TrainLoader, ValidationSet, prefetch, to_device
 from data.shards import open_dataset
 from model import GPT
 from optimizers import build_optimizer
-from optimizers.state import load_named_state, named_state
+from optimizers.roles import claim_table, folded
+from optimizers.state import load_named_state, named_state, state_bytes
 from runtime.checkpoint import Checkpointer, CheckpointError
 from runtime.distributed import StopRequest, World, start_world
 from runtime.folder import open_run_folder
@@ -31,6 +33,8 @@ from runtime.hardware import environment, memory_gb, peak_flops
 from runtime.logger import Meter, RunLogger
 from runtime.plot import plot_run
 from runtime.schedule import interpolate, learning_rate
+
+FLAGS = ("--fresh", "--as_published", "--help", "-h")
 
 
 class Trainer:
@@ -273,9 +277,16 @@ def introduce(t: Trainer) -> None:
         f"{t.accumulation} accumulated = {run.tokens_per_step:,} tokens\n"
         f"  budget     {t.steps:,} steps = {t.steps * run.tokens_per_step:,} tokens\n"
         f"  optimizer  {run.optimizer}: {run.optim}\n"
+        f"  state      {state_bytes(t.optimizer) / 1e6:,.1f} MB of optimizer state in this process\n"
         f"  device     {world.device}\n"
         f"  folder     {t.folder}"
     )
+    rows = claim_table(t.optimizer, {p: name for name, p in t.model.named_parameters()})
+    header = ("tensor", "shape", "estimate x direction", "lr", "decay")
+    if world.is_main:
+        (t.folder / "parameters.txt").write_text("".join("\t".join(row) + "\n" for row in (header, *rows)))
+    for name, shape, rule, lr, decay in (header, *folded(rows)):
+        t.log.say(f"  {name:36} {shape:>12}  {rule:32} {lr:>8} {decay:>6}")
     if t.step:
         t.log.say(f"continuing at step {t.step}")
 
@@ -296,11 +307,12 @@ def conclude(t: Trainer) -> None:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     paths = [a for a in argv if not a.startswith("-")]
-    flags = {a for a in argv if a in ("--fresh", "--help", "-h")}
+    flags = {a for a in argv if a in FLAGS}
     if len(paths) != 1:
-        sys.exit(f"{__doc__}\nusage: train_gpt.py CONFIG [--key=value ...] [--fresh] [--help]")
+        sys.exit(f"{__doc__}\nusage: train_gpt.py CONFIG [--key=value ...] [--fresh] [--as_published] [--help]")
     try:
-        run = load_config(paths[0], [a for a in argv if a not in flags | set(paths)])
+        overrides = [a for a in argv if a not in flags | set(paths)]
+        run = load_config(paths[0], overrides, as_published="--as_published" in flags)
         if flags & {"--help", "-h"}:
             print(f"{__doc__}\nkeys, as {paths[0]} sets them:\n{describe_keys(run)}")
             return

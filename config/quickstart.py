@@ -23,9 +23,9 @@ config = RunConfig(
 optimizers = {
     "adamw": AdamWConfig(lr=3e-3),
     "lion": LionConfig(lr=3e-4, weight_decay=0.1),
-    "muon": MuonConfig(lr=1e-2),
+    "muon": MuonConfig(lr=1e-2, adamw_lr=3e-3),
     "mars": MARSConfig(lr=3e-3),
     "mars_lion": MARSConfig(mars_type="mars-lion", lr=3e-4, weight_decay=0.1),
     "mars_shampoo": MARSConfig(mars_type="mars-shampoo", lr=1e-2),
-    "mars_m": MARSMConfig(lr=1e-2),
+    "mars_m": MARSMConfig(lr=1e-2, adamw_lr=3e-3),
 }

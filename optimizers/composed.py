@@ -147,10 +147,6 @@ class ComposedOptimizer(Optimizer):
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in saved.items() if key != "params"})
 
-    def state_bytes(self) -> int:
-        """Bytes of optimizer state in this process."""
-        return sum(t.numel() * t.element_size() for s in self.state.values() for k, t in s.items() if k != "step")
-
     @property
     def needs_lookahead(self) -> bool:
         """Whether the loop has to evaluate the next batch before each step (the exact form)."""

@@ -83,7 +83,7 @@ class MARSMConfig:
     """MARS-M on matrices, AdamW with its own learning rate on embeddings and vectors, which are not decayed."""
 
     lr: float = 6e-3  # peak learning rate of matrices
-    adamw_lr: float = 3e-3  # peak learning rate of embeddings and vectors
+    adamw_lr: float | None = None  # peak learning rate of embeddings and vectors; none: lr
     weight_decay: float = 0.1  # of matrices
     adamw_weight_decay: float = 0.0  # of embeddings and vectors
     momentum: float = 0.95
@@ -104,7 +104,7 @@ class MARSMConfig:
         return common_faults(vars(self)) + number_faults(
             gamma=self.gamma,
             gamma_end=self.gamma_end or 0.0,
-            adamw_lr=self.adamw_lr,
+            adamw_lr=self.adamw_lr or 0.0,
             adamw_weight_decay=self.adamw_weight_decay,
         )
 

@@ -94,7 +94,7 @@ class MuonConfig:
     """Muon on matrices, AdamW with its own learning rate on embeddings and vectors, which are not decayed."""
 
     lr: float = 6e-3  # peak learning rate of matrices
-    adamw_lr: float = 3e-3  # peak learning rate of embeddings and vectors
+    adamw_lr: float | None = None  # peak learning rate of embeddings and vectors; none: lr
     weight_decay: float = 0.1  # of matrices
     adamw_weight_decay: float = 0.0  # of embeddings and vectors
     momentum: float = 0.95
@@ -111,7 +111,7 @@ class MuonConfig:
     def faults(self) -> list[str]:
         """Everything wrong with this config, a line each."""
         return common_faults(vars(self)) + number_faults(
-            adamw_lr=self.adamw_lr, adamw_weight_decay=self.adamw_weight_decay
+            adamw_lr=self.adamw_lr or 0.0, adamw_weight_decay=self.adamw_weight_decay
         )
 
     def build(self, claims: list[Claim], group: ProcessGroup | None = None, compiled: bool = False) -> Muon:
@@ -129,11 +129,10 @@ class MuonConfig:
 
 def matrix_groups(claims: list[Claim], config: Any) -> list[dict[str, Any]]:
     """Groups of an optimizer that orthogonalizes: learning rate and decay by role, fused QKV in three if asked."""
-    decay, other = config.weight_decay, config.adamw_weight_decay
-    groups = grouped(
+    lr, decay = config.lr if config.adamw_lr is None else config.adamw_lr, config.adamw_weight_decay
+    return grouped(
         claims,
-        lr={"matrix": config.lr, "embedding": config.adamw_lr, "vector": config.adamw_lr},
-        weight_decay={"matrix": decay, "embedding": other, "vector": other},
+        lr={"matrix": config.lr, "embedding": lr, "vector": lr},
+        weight_decay={"matrix": config.weight_decay, "embedding": decay, "vector": decay},
         blocks=lambda c: 3 if config.split_qkv and c.role == "matrix" and c.name.endswith("attn.c_attn.weight") else 1,
     )
-    return groups

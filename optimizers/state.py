@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 
 def named_state(optimizer: Optimizer, model: nn.Module, rank: int = 0) -> dict[str, Tensor]:
@@ -46,3 +46,11 @@ def load_named_state(optimizer: Optimizer, model: nn.Module, saved: Mapping[str,
             if tensor.dim() and tensor.shape != p.shape:
                 raise ValueError(f"optimizer state {name}/{key}: shape {tuple(tensor.shape)}, not {tuple(p.shape)}")
     optimizer.load_state_dict(state)
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of optimizer state this process holds or, for torch's AdamW before its first step, will hold."""
+    if isinstance(optimizer, AdamW) and not optimizer.state:
+        return sum(2 * p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
+    tensors = (t for state in optimizer.state.values() for key, t in state.items() if key != "step")
+    return sum(t.numel() * t.element_size() for t in tensors)

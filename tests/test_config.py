@@ -4,10 +4,13 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import CONFIG, ROOT
 
 from config.load import ConfigError, all_keys, describe_keys, load_config, parse
 from config.schema import RunConfig
+from model import GPT
+from optimizers import build_optimizer
 
 SHIPPED = sorted(p for p in (ROOT / "config").glob("*.py") if "config = RunConfig(" in p.read_text())
 
@@ -18,6 +21,35 @@ def test_every_shipped_config_loads_and_its_runs_have_names_of_their_own(path):
     assert config.size == path.stem
     assert config.name.startswith(f"{path.stem}-{config.optimizer}-{Path(config.data.path).name}-")
     assert config.accumulation(1) >= 1
+
+
+@pytest.mark.parametrize("size", ["small", "medium", "large", "xl"])
+def test_the_four_sizes_have_the_papers_settings(size):
+    path = ROOT / "config" / f"gpt2_{size}.py"
+    for optimizer in ("adamw", "lion", "muon", "muon_original", "mars", "mars_lion", "mars_shampoo", "mars_m"):
+        run = load_config(path, [f"--optimizer={optimizer}"])
+        assert run.name == f"gpt2_{size}-{optimizer}-openwebtext-49.2B"
+        assert run.tokens_per_step == 491_520
+        assert [run.accumulation(w) * w * run.micro_batch for w in (1, 2, 4, 8, 16, 32)] == [480] * 6
+        with torch.device("meta"):
+            model = GPT(run.model)
+        steps = build_optimizer(model, run.optim)
+        assert sum(len(g["params"]) for g in steps.param_groups) == len(list(model.parameters()))
+
+
+def test_as_published_sets_what_the_official_runs_did():
+    small = ROOT / "config" / "gpt2_small.py"
+    run = load_config(small, ["--optimizer=mars_m"], as_published=True)
+    assert run.name == "gpt2_small-mars_m-openwebtext-49.2B-published"
+    assert (run.seed, run.grad_reduction, run.schedule.zero_first) == (5000, "sum", True)
+    assert (run.model.vocab_size, run.model.scale_attn_by_inverse_layer_idx) == (50304, True)
+    assert (run.data.sampling, run.data.val_sampling, run.data.val_windows) == ("replacement", "random", 3000)
+    o = run.optim
+    assert (o.weight_decay, o.adamw_weight_decay, o.adamw_lr, o.adamw_eps_first) == (0.01, 0.01, None, True)
+    assert load_config(small, ["--optimizer=mars", "--seed=3"], as_published=True).optim.weight_decay_1d == 0.1
+    assert load_config(small, ["--optimizer=mars", "--seed=3"], as_published=True).seed == 3
+    assert load_config(small, ["--optimizer=muon_original"], as_published=True).optim.embeddings_as_matrices
+    assert load_config(small, ["--optimizer=adamw"], as_published=True).optim == load_config(small).optim
 
 
 def test_overrides_are_typed_by_the_schema():

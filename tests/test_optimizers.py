@@ -7,8 +7,22 @@ import pytest
 import torch
 from torch import nn
 
-from optimizers import MARS, MARSM, OPTIMIZERS, AdamWConfig, Lion, MARSConfig, Muon, MuonConfig, build_optimizer
+from model import GPT, GPTConfig
+from optimizers import (
+    MARS,
+    MARSM,
+    OPTIMIZERS,
+    AdamWConfig,
+    Lion,
+    MARSConfig,
+    MARSMConfig,
+    Muon,
+    MuonConfig,
+    build_optimizer,
+)
 from optimizers.newton_schulz import COEFFICIENTS, orthogonalize
+from optimizers.roles import claim_table, folded
+from optimizers.state import state_bytes
 
 SHAPES = {"wide": (6, 24), "tall": (24, 6), "square": (8, 8), "gain": (16,)}
 
@@ -532,10 +546,10 @@ def test_compiled_rules_agree_and_new_rates_do_not_recompile():
 def test_state_bytes_per_parameter(make, per_parameter):
     p = nn.Parameter(torch.zeros(32, 64))
     optimizer = make(p)
-    assert optimizer.state_bytes() == per_parameter * p.numel()
+    assert state_bytes(optimizer) == per_parameter * p.numel()
     p.grad = torch.ones_like(p)
     optimizer.step()
-    assert optimizer.state_bytes() == per_parameter * p.numel()
+    assert state_bytes(optimizer) == per_parameter * p.numel()
 
 
 # ---- bad input
@@ -628,6 +642,21 @@ def test_every_tensor_is_claimed_by_the_rule_of_its_role():
         "embedding": ("adaptive", 0.5),
         "vector": ("adaptive", 0.5),
     }
+
+
+def test_the_claim_table_names_every_tensor_and_folds_layers():
+    model = GPT(GPTConfig(n_layer=3, n_head=2, n_embd=16, block_size=8, vocab_size=64))
+    names = {p: n for n, p in model.named_parameters()}
+    config = MARSMConfig(lr=0.02, adamw_lr=0.01, weight_decay=0.1, split_qkv=True)
+    rows = claim_table(build_optimizer(model, config), names)
+    assert [row[0] for row in rows] == list(names.values())
+    short = folded(rows)
+    rule = "corrected clipped x orthogonal in 3 blocks"
+    assert ("transformer.h.*.attn.c_attn.weight (3)", "48x16", rule, "0.02", "0.1") in short
+    assert ("transformer.wte.weight", "64x16", "raw x adaptive", "0.01", "0") in short
+    assert len(short) == 9
+    adamw = claim_table(build_optimizer(model, AdamWConfig(lr=0.5)), names)
+    assert ("transformer.ln_f.weight", "16", "raw x adaptive", "0.5", "0") in adamw
 
 
 @pytest.mark.parametrize(

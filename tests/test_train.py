@@ -20,6 +20,7 @@ from config.load import load_config
 from data.loader import DataConfig, TrainLoader
 from data.shards import open_dataset
 from model import GPT
+from optimizers import MARSM
 from runtime.checkpoint import Checkpointer
 from runtime.logger import read_metrics
 from runtime.schedule import learning_rate
@@ -88,7 +89,7 @@ def test_a_run_learns_and_leaves_a_folder_that_explains_it(dataset, tmp_path, ca
     train_gpt.main([str(CONFIG), f"--data.path={dataset}", f"--log.folder={tmp_path}", "--steps=150", "--log.every=10"])
     (folder,) = tmp_path.iterdir()
     assert folder.name == "tiny_config-adamw-counting-28.8k"
-    assert series(folder, "val_loss")[150] < 1.8 < 3 < series(folder)[10]  # from log 60 = 4.1 towards log 3 = 1.1
+    assert series(folder, "val_loss")[150] < 1.8 < 2.4 < series(folder)[10]  # from log 60 = 4.1 towards log 3 = 1.1
     record = read_metrics(folder / "metrics.jsonl")[0]
     assert record.keys() >= {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "step_ms", "data_ms"}
     assert "mfu" not in record  # the peak of a CPU is not known
@@ -110,6 +111,33 @@ def test_micro_batch_and_evaluation_do_not_change_training(arguments, straight):
     again = load_file(run_in_process(arguments, "--micro_batch=12", "--dropout=0") / FINAL)
     for name, weights in reference.items():
         torch.testing.assert_close(weights, again[name], atol=2e-5, rtol=1e-3)
+
+
+def test_the_as_published_mode_trains_and_differs(arguments, straight):
+    folder = run_in_process(arguments, "--as_published", "--optimizer=mars_m", "--lr=0.01")
+    saved = json.loads((folder / "config.json").read_text())
+    assert saved["grad_reduction"] == "sum"
+    assert saved["data"]["sampling"] == "replacement"
+    assert series(folder, "lr")[1] == 0
+    assert series(folder, "grad_norm")[1] > 2 * series(straight, "grad_norm")[1]  # a sum of four micro-batches
+
+
+def test_gamma_moves_linearly_over_the_run(arguments, monkeypatch):
+    seen = []
+    step = MARSM.step
+    monkeypatch.setattr(MARSM, "step", lambda self: (seen.append(self.param_groups[0]["gamma"]), step(self)))
+    run_in_process(arguments, "--optimizer=mars_m", "--gamma=0.1", "--gamma_end=0")
+    assert seen == pytest.approx([0.1 * (11 - i) / 11 for i in range(12)])
+
+
+def test_the_parameter_table_is_printed_and_kept(arguments, capsys):
+    folder = run_in_process(arguments, "--optimizer=mars_m")
+    lines = (folder / "parameters.txt").read_text().splitlines()
+    assert len(lines) == 1 + len(load_file(folder / FINAL))
+    assert "transformer.h.1.mlp.c_fc.weight\t64x16\tcorrected clipped x orthogonal\t0.006\t0.1" in lines
+    output = capsys.readouterr().out
+    assert "transformer.h.*.mlp.c_fc.weight (2)" in output
+    assert "MB of optimizer state in this process" in output
 
 
 def test_compiled_training_equals_eager(arguments):

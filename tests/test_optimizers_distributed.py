@@ -1,0 +1,158 @@
+"""Owners compute: the same weights on any number of processes, and checkpoints that fit any number."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, environment, finish, launch
+from safetensors.torch import load_file
+from torch import nn
+
+from optimizers import MARSConfig, MARSMConfig, MuonConfig, build_optimizer
+from optimizers.state import load_named_state, named_state, state_bytes
+from runtime.checkpoint import CheckpointConfig, Checkpointer
+from runtime.distributed import start_world
+
+CONFIGS = {
+    "muon": MuonConfig(split_qkv=True),
+    "mars_m": MARSMConfig(),
+    "mars_m_exact": MARSMConfig(is_approx=False),
+    "mars_m_one_buffer": MARSMConfig(clip_c=False),
+    "mars_shampoo": MARSConfig(mars_type="mars-shampoo", optimize_1d=True),
+}
+
+
+class Odd(nn.Module):
+    """Five wide or tall matrices, one square matrix (fewer than ranks), a frozen one, a table, a gain."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        shapes = {f"m{i}": (8, 24) if i % 2 else (24, 8) for i in range(5)}
+        shapes |= {"attn_c_attn": (24, 8), "square": (8, 8), "frozen": (8, 24), "table": (16, 8), "gain": (8,)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape)))
+        self.frozen.requires_grad = False
+
+    def parameter_roles(self):
+        special = {"table": "embedding", "gain": "vector"}
+        return {n: special.get(n, "matrix") for n, p in self.named_parameters() if p.requires_grad}
+
+
+def take_steps(model, optimizer, start, stop):
+    """Steps on gradients that depend on the step number and the name alone, equal on all ranks."""
+    for step in range(start, stop):
+        for kind in ("ahead", "now") if getattr(optimizer, "needs_lookahead", False) else ("now",):
+            for i, p in enumerate(p for p in model.parameters() if p.requires_grad):
+                g = torch.Generator().manual_seed(1000 * step + i + 500 * (kind == "ahead"))
+                p.grad = torch.randn(p.shape, generator=g)
+            if kind == "ahead":
+                optimizer.update_previous_grad()
+        model.square.grad = None if step % 3 == 2 else model.square.grad  # sometimes without a gradient
+        optimizer.step()
+        optimizer.update_last_grad()
+
+
+def main(folder: str, start: int, stop: int) -> None:
+    """What each process runs: continue every config's checkpoint from `start` to `stop` and save."""
+    with start_world("cpu") as world:
+        held = {}
+        for name, config in CONFIGS.items():
+            model = Odd()
+            optimizer = build_optimizer(model, config, dist.group.WORLD if world.size > 1 else None)
+            held[name] = world.gather(state_bytes(optimizer))
+            checkpoints = Checkpointer(Path(folder) / name, CheckpointConfig(keep=9), world)
+            if start is not None and (found := checkpoints.latest()):
+                assert found.state["step"] == start
+                model.load_state_dict(found.model())
+                load_named_state(optimizer, model, found.optimizer())
+            take_steps(model, optimizer, start or 0, stop)
+            weights = world.gather({n: p.detach() for n, p in model.named_parameters()})
+            assert all(torch.equal(weights[0][n], w[n]) for w in weights for n in w)
+            tensors = {n: p.detach() for n, p in model.named_parameters()}
+            checkpoints.save(tensors, named_state(optimizer, model, world.rank), dict(step=stop, config={}))
+        if world.is_main:
+            (Path(folder) / "held.json").write_text(json.dumps(held))
+
+
+def processes(n: int, folder: Path, start: int, stop: int) -> dict:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+    command = [*(command if n > 1 else [sys.executable]), __file__, str(folder), str(start), str(stop)]
+    environ = environment() | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "held.json").read_text())
+
+
+def assert_same_checkpoints(a: Path, b: Path, step: int):
+    for name in CONFIGS:
+        one, two = (load_all(f / name / f"step_{step:07d}") for f in (a, b))
+        assert one.keys() == two.keys(), name
+        for key in one:
+            assert torch.equal(one[key], two[key]), (name, key)
+
+
+def load_all(checkpoint: Path) -> dict:
+    return {k: v for path in sorted(checkpoint.glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> Path:
+    """Checkpoints after 4 and after 8 steps in one process."""
+    folder = tmp_path_factory.mktemp("single")
+    processes(1, folder, 0, 4)
+    processes(1, folder, 4, 8)
+    return folder
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_weights_and_state_are_bitwise_those_of_one_process(n, single, tmp_path):
+    held = processes(n, tmp_path, 0, 4)
+    assert_same_checkpoints(single, tmp_path, 4)
+    for name, per_rank in held.items():
+        assert min(per_rank) < max(per_rank) or n == 1, name  # the matrices' state is divided, not copied
+
+
+def test_saved_on_three_and_continued_on_one_and_two(single, tmp_path):
+    for n in (1, 2):
+        folder = tmp_path / str(n)
+        processes(3, folder, 0, 4)
+        processes(n, folder, 4, 8)
+        assert_same_checkpoints(single, folder, 8)
+
+
+def test_a_checkpoint_before_the_first_step_is_complete(tmp_path, single):
+    processes(2, tmp_path, 0, 0)
+    for name in CONFIGS:
+        saved, later = (load_all(f / name / f"step_{s:07d}") for f, s in ((tmp_path, 0), (single, 4)))
+        assert saved.keys() == later.keys()
+
+
+@pytest.mark.parametrize("optimizer", ["mars_m", "mars"])
+def test_training_on_two_processes_equals_one_and_resumes(dataset, tmp_path, optimizer):
+    """The trainer's exact form: two gradients a step, owners compute, continued on another number of processes."""
+    common = ["tests/tiny_config.py", f"--data.path={dataset}", f"--optimizer={optimizer}", "--name=run"]
+    common += ["--is_approx=false", "--dropout=0", "--lr=0.005"]
+    one, mixed = f"--log.folder={tmp_path / 'one'}", f"--log.folder={tmp_path / 'mixed'}"
+    finish(launch([*common, one]))
+    finish(launch([*common, mixed], processes=2))
+    for path in (tmp_path / "mixed/run/checkpoints/step_0000012").iterdir():
+        path.unlink()
+    assert "continuing at step 8" in finish(launch([*common, mixed]))
+    records = [json.loads(line) for line in (tmp_path / "mixed/run/metrics.jsonl").read_text().splitlines()]
+    steps = [r for r in records if "loss" in r]
+    assert [r["gradient_evaluations"] for r in steps] == [2 * r["step"] for r in steps]
+    assert [r["tokens"] for r in steps] == [192 * r["step"] for r in steps]
+    final = "run/checkpoints/step_0000012/model.safetensors"
+    reference = load_file(tmp_path / "one" / final)
+    for name, weights in load_file(tmp_path / "mixed" / final).items():
+        torch.testing.assert_close(weights, reference[name], atol=5e-4, rtol=5e-3)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
