@@ -51,14 +51,8 @@ def arguments(member: str, lr: float, seed: int, steps: int) -> list[str]:
     if "mars" in words[0] and "mars_m" not in words[0]:
         words.append(f"--lr_1d={lr / 2:g}")
     name = f"{member.replace(' ', '_')}-lr{lr:g}-seed{seed}-{steps}"
-    return [
-        *words,
-        f"--steps={steps}",
-        f"--name={name}",
-        f"--log.folder={FOLDER}",
-        "--eval_every=50",
-        f"--checkpoint.every={steps}",
-    ]
+    words += [f"--steps={steps}", "--eval_every=50", f"--checkpoint.every={steps}", *BATCH]
+    return [*words, f"--name={name}", f"--log.folder={FOLDER}"]
 
 
 def series(member: str, lr: float, seed: int, steps: int) -> list[tuple[int, float]] | None:
