@@ -15,9 +15,10 @@ RESULTS = Path(__file__).parent / "results"
 class Report:
     """Rows of one bench run, written to bench/results/NAME_HARDWARE_DATE.jsonl as they come."""
 
-    def __init__(self, name: str, device: torch.device, folder: Path = RESULTS) -> None:
+    def __init__(self, name: str, device: torch.device, folder: Path | None = None) -> None:
         hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{platform.machine()}"
         stem = f"{name}_{hardware.replace(' ', '-')}_{time.strftime('%Y-%m-%d')}"
+        folder = folder or RESULTS
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{stem}.jsonl"
         self.rows: list[dict] = []

@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from pathlib import Path
 
 from runtime.distributed import World
@@ -35,7 +34,8 @@ def open_run_folder(path: Path, config: dict, free: set[str], environment: dict,
 
 def _open(path: Path, config: dict, free: set[str], environment: dict, fresh: bool) -> str | None:
     if fresh and path.exists():
-        path.rename(path.with_name(f"{path.name}.until-{time.strftime('%Y%m%d-%H%M%S')}"))
+        aside = [path.with_name(f"{path.name}.before-{n}") for n in range(1, 1 + len(list(path.parent.iterdir())))]
+        path.rename(next(p for p in aside if not p.exists()))
     if (path / CONFIG).exists():
         try:
             before = json.loads((path / CONFIG).read_text(encoding="utf-8"))

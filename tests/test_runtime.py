@@ -1,0 +1,135 @@
+"""Devices, the guard, and the run folder."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from optimizers import AdamWConfig, build_optimizer
+from runtime import hardware
+from runtime.distributed import World, resolve_device, start_world
+from runtime.folder import RunFolderError, differences, open_run_folder
+from runtime.guard import Guard, NonFiniteError
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "name, tflops",
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L4", 121),
+        ("Somebody's GPU", None),
+    ],
+)
+def test_peak_by_device_name(monkeypatch, name, tflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    peak = hardware.peak_flops(torch.device("cuda", 0))
+    assert peak == (tflops * 1e12 if tflops else None)
+
+
+def test_a_cpu_has_no_peak_and_a_resident_size():
+    assert hardware.peak_flops(torch.device("cpu")) is None
+    assert 0.05 < hardware.memory_gb(torch.device("cpu")) < 100
+
+
+def test_the_environment_names_versions_and_device():
+    facts = hardware.environment(torch.device("cpu"), 2)
+    assert facts["packages"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert facts["processes"] == 2
+    json.dumps(facts)
+
+
+def test_devices_that_do_not_exist_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("auto") == torch.device("cuda", 0)
+    assert resolve_device("cuda", local_rank=1) == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="GPU 2 was asked for and torch .* sees 2; use --device=cpu, or fewer"):
+        resolve_device("cuda", local_rank=2)
+    for name in ("tpu", "mps", "gpu:0"):
+        with pytest.raises(ValueError, match=f'device="{name}": must be "auto"'):
+            resolve_device(name)
+
+
+def test_one_process_needs_no_process_group(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with start_world("cpu") as world:
+        assert (world.rank, world.size, world.is_main) == (0, 1, True)
+        assert world.gather("x") == ["x"]
+        assert world.sum(torch.ones(2)).tolist() == [1, 1]
+
+
+def small():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    model.parameter_roles = lambda: {"weight": "matrix", "bias": "vector"}
+    return model, build_optimizer(model, AdamWConfig(lr=0.1))
+
+
+@pytest.mark.parametrize("scale", [0.01, 10.0])
+def test_clipping_inside_the_update_equals_clip_grad_norm(scale):
+    (one, first), (two, second) = small(), small()
+    guard = Guard(one, first, max_norm=1.0)
+    for step in range(5):
+        for model in (one, two):
+            model.zero_grad()
+            (model(torch.full((2, 4), float(step + 1))).pow(2).sum() * scale).backward()
+        norm = guard.clip(step)
+        expected = torch.nn.utils.clip_grad_norm_(two.parameters(), 1.0)
+        torch.testing.assert_close(norm, expected)
+        first.step()
+        second.step()
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_first_bad_step_is_named_and_nothing_is_applied_from_there_on():
+    model, optimizer = small()
+    guard = Guard(model, optimizer, max_norm=1.0)
+    for step in range(6):
+        model.zero_grad()
+        model(torch.ones(1, 4)).sum().backward()
+        if step == 3:
+            model.bias.grad[0] = float("nan")
+            before = model.weight.detach().clone()
+        guard.clip(step)
+        optimizer.step()
+    assert torch.equal(model.weight, before)
+    with pytest.raises(NonFiniteError, match="step 3") as caught:
+        guard.check()
+    assert caught.value.step == 3
+
+
+def test_an_empty_folder_is_entered_and_a_finished_one_compared(tmp_path):
+    run = {"seed": 1, "optim": {"lr": 0.1}, "log": {"every": 1}}
+    for every in (1, 5):
+        open_run_folder(tmp_path / "r", run | {"log": {"every": every}}, {"log.every"}, {}, False, ALONE)
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["log"]["every"] == 5
+    with pytest.raises(RunFolderError, match="seed: 1 -> 2"):
+        open_run_folder(tmp_path / "r", run | {"seed": 2}, {"log.every"}, {}, False, ALONE)
+    (tmp_path / "r" / "config.json").write_text("{")
+    with pytest.raises(RunFolderError, match="config.json is not readable"):
+        open_run_folder(tmp_path / "r", run, set(), {}, False, ALONE)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_parent_is_named(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(RunFolderError, match="Permission denied"):
+        open_run_folder(tmp_path / "r", {}, set(), {}, False, ALONE)
+
+
+def test_differences_leave_free_keys_out():
+    before, now = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 5, "d": 4, "e": 6}}
+    assert differences(before, now, {"b.d"}) == {"b.c": (2, 5), "b.e": (None, 6)}
+
+
+def test_fresh_moves_every_earlier_run_aside(tmp_path):
+    for i in range(3):
+        open_run_folder(tmp_path / "r", {"i": i}, set(), {}, True, ALONE)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r", "r.before-1", "r.before-2"]
