@@ -7,6 +7,7 @@ The same command continues an interrupted run; --fresh starts over and keeps the
 --as_published sets what the official runs of the papers did. CONFIG --help lists every key.
 """
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -163,11 +164,16 @@ class Trainer:
         self.val_loss = loss_sum / count
         self.best = min(self.val_loss, self.best) if self.best is not None else self.val_loss
         numbers = dict(step=self.step, tokens=self.tokens, val_loss=self.val_loss)
-        text = f"step {self.step:>6}  validation loss {self.val_loss:.4f} nats/token"
         if self.bytes_per_token:
-            numbers["val_bits_per_byte"] = self.val_loss / self.bytes_per_token / 0.6931471805599453
-            text += f", {numbers['val_bits_per_byte']:.4f} bits/byte"
-        self.log.record(numbers, text)
+            numbers["val_bits_per_byte"] = self.val_loss / self.bytes_per_token / math.log(2)
+        self.log.record(numbers, f"step {self.step:>6}  {self.validation_text()}")
+
+    def validation_text(self) -> str:
+        """The last validation loss, per token and, where the dataset knows its bytes, per byte."""
+        text = f"validation loss {self.val_loss:.4f} nats/token"
+        if self.bytes_per_token:
+            text += f", {self.val_loss / self.bytes_per_token / math.log(2):.4f} bits/byte"
+        return text
 
     def report(self, loss: Tensor, norm: Tensor, lr: float, steps: int) -> None:
         """Log one step; times are means over the `steps` steps since the last report."""
@@ -299,8 +305,7 @@ def conclude(t: Trainer) -> None:
         except (ImportError, ValueError, OSError) as error:
             t.log.say(f"no curves: {error}")
         if t.step == t.steps and t.val_loss is not None:
-            bits = f", {t.val_loss / t.bytes_per_token / 0.6931471805599453:.4f} bits/byte" if t.bytes_per_token else ""
-            t.log.say(f"final   validation loss {t.val_loss:.4f} nats/token{bits}")
+            t.log.say(f"final   {t.validation_text()}")
         t.log.say(f"run     {t.folder}")
 
 
@@ -326,7 +331,7 @@ def main(argv: list[str] | None = None) -> None:
             finally:
                 trainer.log.close()
             conclude(trainer)
-    except (ConfigError, ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         sys.exit(f"train_gpt: {error}" if not isinstance(error, ConfigError) else str(error))
 
 

@@ -43,6 +43,7 @@ MEMBERS = {  # name: (arguments, learning rates)
 }
 SEEDS = (1, 2, 3)
 BATCH = ["--batch_size=8", "--micro_batch=8"]  # half the quickstart's: more updates for the same time
+VALIDATION = ["--eval_every=50", "--val_windows=256"]
 
 
 def arguments(member: str, lr: float, seed: int, steps: int) -> list[str]:
@@ -51,7 +52,7 @@ def arguments(member: str, lr: float, seed: int, steps: int) -> list[str]:
     if "mars" in words[0] and "mars_m" not in words[0]:
         words.append(f"--lr_1d={lr / 2:g}")
     name = f"{member.replace(' ', '_')}-lr{lr:g}-seed{seed}-{steps}"
-    words += [f"--steps={steps}", "--eval_every=50", f"--checkpoint.every={steps}", *BATCH]
+    words += [f"--steps={steps}", f"--checkpoint.every={steps}", *BATCH, *VALIDATION]
     return [*words, f"--name={name}", f"--log.folder={FOLDER}"]
 
 

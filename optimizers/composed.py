@@ -20,14 +20,15 @@ from optimizers.directions import (
     orthogonal_scale,
     signed,
 )
-from optimizers.newton_schulz import newton_schulz_dtype, orthogonalize
+from optimizers.newton_schulz import as_wide_matrices, by_shape, matrix_shape, newton_schulz_dtype, orthogonalize
 from optimizers.roles import ROLES
 from optimizers.rules import Rule
 from optimizers.share import Share
 from optimizers.variance_reduction import EstimateNumbers, correction_weight, estimate_norm, taken, unit_norm_factor
 
 BLOCK = 1 << 16  # elements worked on at a time on a CPU: five such float32 blocks stay in a core's cache
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+BATCH = 1 << 28  # elements of matrices orthogonalized at a time on a GPU: bounds the memory beside the weights
+DTYPES = (torch.float32, torch.float64)
 
 
 class ComposedOptimizer(Optimizer):
@@ -90,8 +91,8 @@ class ComposedOptimizer(Optimizer):
         if group.get("role") not in (None, *ROLES):
             faults.append(f"role={group['role']!r}: must be one of {', '.join(ROLES)}")
         for p in group["params"]:
-            if p.dtype not in DTYPES:
-                faults.append(f"parameter of dtype {p.dtype}: must be float32, float64 or bfloat16")
+            if p.dtype not in DTYPES or p.dtype != group["params"][0].dtype:
+                faults.append(f"parameter of dtype {p.dtype}: must be float32 or float64, one of them in a group")
             elif self._role(group, p) == "matrix" and p.dim() < 2:
                 faults.append(f"parameter of shape {tuple(p.shape)}: has the role of a matrix and is none")
             elif p.dim() and p.shape[0] % group.get("blocks", 1):
@@ -154,12 +155,15 @@ class ComposedOptimizer(Optimizer):
 
     @torch.no_grad()
     def update_previous_grad(self) -> None:
-        """Exact form: keep the present gradients, those of the next batch; without a gradient, nothing is kept."""
+        """Exact form: keep the present gradients, those of the next batch; where one is not finite, 0.
+
+        A parameter without a gradient keeps what it had.
+        """
         for p, state in self.state.items():
             if "upcoming" in state and p.grad is not None:
-                state["upcoming"].copy_(p.grad)
+                torch.nan_to_num(p.grad, nan=0.0, posinf=0.0, neginf=0.0, out=state["upcoming"])
                 if self.grad_scale is not None:
-                    state["upcoming"].div_(self.grad_scale)
+                    state["upcoming"].mul_(self._inverse_scale())
 
     @torch.no_grad()
     def update_last_grad(self) -> None:
@@ -237,8 +241,11 @@ class ComposedOptimizer(Optimizer):
         weight = None
         if job.rule.correction is not None:
             weight = torch.full((), correction_weight(*job.rule.correction), dtype=like.dtype, device=like.device)
-        inverse = None if self.grad_scale is None else self.grad_scale.reciprocal().to(like.dtype)
+        inverse = None if self.grad_scale is None else self._inverse_scale().to(like.dtype)
         return EstimateNumbers(on.to(like.dtype), inverse, weight)
+
+    def _inverse_scale(self) -> Tensor:
+        return self.grad_scale.reciprocal().nan_to_num(nan=0.0)
 
     def _step_adaptive(self, job: "Job", ok: Tensor) -> None:
         job.steps.add_(ok)
@@ -319,11 +326,12 @@ class ComposedOptimizer(Optimizer):
             yield Transfer(work, updates, numbers.decay)
 
     def _batches(self, params: list[Tensor]) -> list[list[Tensor]]:
-        """What is orthogonalized together: everything on a GPU; on a CPU one by one, which is as fast, needs less
-        memory, and gives results that do not depend on who else is there."""
-        if params and params[0].device.type == "cpu" and not self._compiled:
-            return [[p] for p in params]
-        return [params] if params else []
+        """What is orthogonalized together: on a GPU as many as memory allows; on a CPU one by one, which is as fast,
+        needs less memory, and gives results that do not depend on who else is there."""
+        if not params:
+            return []
+        count = max(1, BATCH // params[0].numel()) if params[0].device.type == "cuda" else 1
+        return [params[i : i + count] for i in range(0, len(params), count)]
 
 
 @dataclass
@@ -352,33 +360,14 @@ class Job:
         return self.rule.correction is not None and self.group.get("is_approx", True)
 
 
-def matrix_shape(p: Tensor, blocks: int) -> tuple[int, int]:
-    """Rows and columns of a parameter seen as `blocks` matrices; filters are flattened to (out, rest)."""
-    return p.shape[0] // blocks, p[0].numel()
-
-
-def as_wide_matrices(p: Tensor, blocks: int) -> Tensor:
-    """A parameter as (blocks, m, n) with m <= n, transposed where it is tall."""
-    matrices = p.reshape(blocks, *matrix_shape(p, blocks))
-    return matrices.mT if matrices.size(1) > matrices.size(2) else matrices
-
-
-def by_shape(params: Iterable[Tensor], blocks: int) -> list[list[Tensor]]:
-    """Families of parameters whose matrices have one shape, a matrix and its transpose alike."""
-    families: dict[tuple[int, int], list[Tensor]] = {}
-    for p in params:
-        families.setdefault(tuple(sorted(matrix_shape(p, blocks))), []).append(p)
-    return list(families.values())
-
-
 def _check_gradients(params: list[Tensor]) -> None:
     for p in params:
         g = p.grad
         if g.is_sparse or g.dtype not in DTYPES:
             kind = "sparse" if g.is_sparse else str(g.dtype)
             raise ValueError(
-                f"gradient of a parameter of shape {tuple(p.shape)} is {kind}: must be dense and float32, float64 "
-                "or bfloat16; for embeddings set sparse=False, for float16 train in bfloat16 or float32"
+                f"gradient of a parameter of shape {tuple(p.shape)} is {kind}: must be dense and float32 or float64; "
+                "for embeddings set sparse=False, for lower precision keep the weights in float32 and use autocast"
             )
 
 

@@ -1,5 +1,7 @@
 """Newton-Schulz orthogonalization (Jordan et al. 2024), the only one in the project."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -61,3 +63,22 @@ def _iterate_on_gram(X: Tensor, steps: int) -> Tensor:
                 A = torch.bmm(torch.bmm(Q, A), Q)
         X = torch.bmm(P, X)
     return X
+
+
+def matrix_shape(p: Tensor, blocks: int) -> tuple[int, int]:
+    """Rows and columns of a parameter seen as `blocks` matrices; filters are flattened to (out, rest)."""
+    return p.shape[0] // blocks, p[0].numel()
+
+
+def as_wide_matrices(p: Tensor, blocks: int) -> Tensor:
+    """A parameter as (blocks, m, n) with m <= n, transposed where it is tall."""
+    matrices = p.reshape(blocks, *matrix_shape(p, blocks))
+    return matrices.mT if matrices.size(1) > matrices.size(2) else matrices
+
+
+def by_shape(params: Iterable[Tensor], blocks: int) -> list[list[Tensor]]:
+    """Families of parameters whose matrices have one shape, a matrix and its transpose alike."""
+    families: dict[tuple[int, int], list[Tensor]] = {}
+    for p in params:
+        families.setdefault(tuple(sorted(matrix_shape(p, blocks))), []).append(p)
+    return list(families.values())

@@ -405,6 +405,32 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(make, bad):
         assert torch.equal(params[n], clean[n]), n
 
 
+@pytest.mark.parametrize("make", [EVERY["mars-exact"], lambda p: MARSM(p, lr=1e-2, is_approx=False)])
+def test_a_next_batch_that_is_not_finite_never_reaches_the_weights(make):
+    params = parameters(dtype=torch.float32)
+    optimizer, grads = make(params.values()), gradients(params, 4)
+    ahead = [{n: g.clone() for n, g in step.items()} for step in grads]
+    ahead[1]["tall"][0, 0] = float("nan")
+    run(optimizer, params, grads, lookahead=ahead)
+    assert all(torch.isfinite(p).all() for p in params.values())
+
+
+@every
+def test_a_skip_the_caller_decides_changes_nothing(make):
+    """As the trainer does it: the norm is NaN, so the clipping factor is too, and found_inf says skip."""
+    params = parameters(dtype=torch.float32)
+    optimizer, grads = make(params.values()), gradients(params, 3)
+    run(optimizer, params, grads[:2])
+    weights = {n: p.detach().clone() for n, p in params.items()}
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(float("nan")), torch.tensor(1.0)
+    grads[2]["wide"][0, 0] = float("nan")
+    run(optimizer, params, grads[2:])
+    assert all(torch.equal(p, weights[n]) for n, p in params.items())
+    for i, kept in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(t, state[i][key]) for key, t in kept.items())
+
+
 @every
 def test_a_step_asks_the_device_for_nothing(make, monkeypatch):
     params = parameters(dtype=torch.float32)
@@ -578,6 +604,12 @@ def test_state_bytes_per_parameter(make, per_parameter):
 def test_bad_hyperparameters_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make(parameters(dtype=torch.float32).values())
+
+
+def test_parameters_of_two_dtypes_in_a_group_are_refused():
+    params = [nn.Parameter(torch.zeros(2, dtype=d)) for d in (torch.float32, torch.float64)]
+    with pytest.raises(ValueError, match="must be float32 or float64, one of them in a group"):
+        MARS(params)
 
 
 def test_sparse_gradients_are_refused():
