@@ -30,10 +30,11 @@ def orthogonalize(G: Tensor, steps: int = 5, eps: float = 1e-7, dtype: torch.dty
     """
     transposed = G.size(-2) > G.size(-1)
     X = G.mT if transposed else G
-    largest = X.abs().amax(dim=(-2, -1), keepdim=True).float().clamp(min=torch.finfo(torch.float32).tiny)
-    X = X / largest.to(X.dtype)  # so that neither huge nor tiny matrices overflow their norm
-    norm = torch.linalg.matrix_norm(X.float(), keepdim=True)
-    X = (X / (norm + eps / largest).to(X.dtype)).to(dtype)
+    over = dict(dim=(-2, -1), keepdim=True, dtype=torch.promote_types(X.dtype, torch.float32))
+    largest = torch.linalg.vector_norm(X, torch.inf, **over).clamp(min=torch.finfo(torch.float32).tiny)
+    X = X / largest.to(X.dtype)  # so that the norm of neither huge nor tiny matrices overflows
+    norm = torch.linalg.vector_norm(X, **over)
+    X = X.div_((norm + eps / largest).to(X.dtype)).to(dtype)
     gram = dtype == torch.float32 and X.size(-1) >= GRAM_FROM_ASPECT * X.size(-2)
     iterate = _iterate_on_gram if gram else _iterate
     X = iterate(X, steps)
