@@ -123,7 +123,7 @@ def describe_keys(config: RunConfig) -> str:
     lines = []
     for section in ("", *SECTIONS):
         part = getattr(config, section) if section else config
-        source = inspect.getsource(type(part))
+        source = "".join(inspect.getsource(c) for c in type(part).__mro__ if dataclasses.is_dataclass(c))
         for f in dataclasses.fields(part):
             if f.name not in SECTIONS:
                 comment = re.search(rf"^    {f.name}: .*?  # (.*)$", source, re.MULTILINE)

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 from optimizers.composed import ComposedOptimizer
 from optimizers.directions import averaged, mixed
-from optimizers.muon import adamw_rule, common_faults, matrix_groups
+from optimizers.muon import OrthogonalConfig, adamw_rule, common_faults
 from optimizers.roles import Claim
 from optimizers.rules import Rule, number_faults
 
@@ -79,42 +79,20 @@ class MARSM(ComposedOptimizer):
 
 
 @dataclass(frozen=True)
-class MARSMConfig:
-    """MARS-M on matrices, AdamW with its own learning rate on embeddings and vectors, which are not decayed."""
+class MARSMConfig(OrthogonalConfig):
+    """MARS-M on matrices."""
 
-    lr: float = 6e-3  # peak learning rate of matrices
-    adamw_lr: float | None = None  # peak learning rate of embeddings and vectors; none: lr
-    weight_decay: float = 0.1  # of matrices
-    adamw_weight_decay: float = 0.0  # of embeddings and vectors
-    momentum: float = 0.95
     gamma: float = 0.025  # strength of the correction
     gamma_end: float | None = None  # gamma moves there linearly over the run; none: it stays
     clip_c: bool = True  # clip the corrected gradient of each tensor to unit norm; false: one buffer instead of two
     is_approx: bool = True  # false: exact correction, a second gradient per step
-    scale: str = "moonlight"  # "moonlight": 0.2 sqrt(max(rows, columns)); "original": sqrt(max(1, rows/columns))
-    ns_steps: int = 5  # Newton-Schulz iterations
-    ns_dtype: str = "auto"  # "auto" (bfloat16 on a GPU, float32 on a CPU), "bfloat16" or "float32"
-    split_qkv: bool = False  # orthogonalize query, key and value apart instead of as one matrix (as published)
-    adamw_betas: tuple[float, float] = (0.9, 0.95)
-    adamw_eps: float = 1e-8
-    adamw_eps_first: bool = False  # add eps before the bias correction of v (as published)
 
     def faults(self) -> list[str]:
         """Everything wrong with this config, a line each."""
-        return common_faults(vars(self)) + number_faults(
-            gamma=self.gamma,
-            gamma_end=self.gamma_end or 0.0,
-            adamw_lr=self.adamw_lr or 0.0,
-            adamw_weight_decay=self.adamw_weight_decay,
-        )
+        return super().faults() + number_faults(gamma=self.gamma, gamma_end=self.gamma_end or 0.0)
 
     def build(self, claims: list[Claim], group: ProcessGroup | None = None, compiled: bool = False) -> MARSM:
         """MARS-M over the claimed parameters."""
-        keys = ("momentum", "gamma", "ns_steps", "clip_c", "is_approx", "scale", "ns_dtype")
-        return MARSM(
-            matrix_groups(claims, self),
-            **{k: getattr(self, k) for k in (*keys, "adamw_betas", "adamw_eps", "adamw_eps_first")},
-            keep_previous=self.gamma_end is not None,
-            process_group=group,
-            compiled=compiled,
-        )
+        arguments = dict(gamma=self.gamma, clip_c=self.clip_c, is_approx=self.is_approx)
+        arguments |= dict(keep_previous=self.gamma_end is not None, process_group=group, compiled=compiled)
+        return MARSM(self.groups(claims), **self.arguments(), **arguments)

@@ -90,49 +90,56 @@ class Muon(ComposedOptimizer):
 
 
 @dataclass(frozen=True)
-class MuonConfig:
-    """Muon on matrices, AdamW with its own learning rate on embeddings and vectors, which are not decayed."""
+class OrthogonalConfig:
+    """What Muon and MARS-M share: matrices are orthogonalized, embeddings and vectors get AdamW and no decay."""
 
     lr: float = 6e-3  # peak learning rate of matrices
     adamw_lr: float | None = None  # peak learning rate of embeddings and vectors; none: lr
     weight_decay: float = 0.1  # of matrices
     adamw_weight_decay: float = 0.0  # of embeddings and vectors
     momentum: float = 0.95
-    nesterov: bool = True
     scale: str = "moonlight"  # "moonlight": 0.2 sqrt(max(rows, columns)); "original": sqrt(max(1, rows/columns))
     ns_steps: int = 5  # Newton-Schulz iterations
     ns_dtype: str = "auto"  # "auto" (bfloat16 on a GPU, float32 on a CPU), "bfloat16" or "float32"
     split_qkv: bool = False  # orthogonalize query, key and value apart instead of as one matrix (as published)
-    embeddings_as_matrices: bool = False  # put embeddings under Muon too (as published for "original")
     adamw_betas: tuple[float, float] = (0.9, 0.95)
     adamw_eps: float = 1e-8
     adamw_eps_first: bool = False  # add eps before the bias correction of v (as published)
 
     def faults(self) -> list[str]:
         """Everything wrong with this config, a line each."""
-        return common_faults(vars(self)) + number_faults(
-            adamw_lr=self.adamw_lr or 0.0, adamw_weight_decay=self.adamw_weight_decay
+        extra = number_faults(adamw_lr=self.adamw_lr or 0.0, adamw_weight_decay=self.adamw_weight_decay)
+        return common_faults(vars(self)) + extra
+
+    def groups(self, claims: list[Claim]) -> list[dict[str, Any]]:
+        """Parameter groups with learning rate and decay by role, and fused QKV in three blocks if asked."""
+        lr = self.lr if self.adamw_lr is None else self.adamw_lr
+        decay = self.adamw_weight_decay
+        return grouped(
+            claims,
+            lr={"matrix": self.lr, "embedding": lr, "vector": lr},
+            weight_decay={"matrix": self.weight_decay, "embedding": decay, "vector": decay},
+            blocks=lambda c: (
+                3 if self.split_qkv and c.role == "matrix" and c.name.endswith("attn.c_attn.weight") else 1
+            ),
         )
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that Muon and MARSM share."""
+        keys = ("momentum", "scale", "ns_steps", "ns_dtype", "adamw_betas", "adamw_eps", "adamw_eps_first")
+        return {key: getattr(self, key) for key in keys}
+
+
+@dataclass(frozen=True)
+class MuonConfig(OrthogonalConfig):
+    """Muon on matrices."""
+
+    nesterov: bool = True
+    embeddings_as_matrices: bool = False  # put embeddings under Muon too (as published for "original")
 
     def build(self, claims: list[Claim], group: ProcessGroup | None = None, compiled: bool = False) -> Muon:
         """Muon over the claimed parameters."""
         if self.embeddings_as_matrices:
             claims = [Claim(c.name, c.param, "matrix" if c.role == "embedding" else c.role) for c in claims]
-        return Muon(
-            matrix_groups(claims, self),
-            **{k: getattr(self, k) for k in ("momentum", "nesterov", "scale", "ns_steps", "ns_dtype")},
-            **{k: getattr(self, k) for k in ("adamw_betas", "adamw_eps", "adamw_eps_first")},
-            process_group=group,
-            compiled=compiled,
-        )
-
-
-def matrix_groups(claims: list[Claim], config: Any) -> list[dict[str, Any]]:
-    """Groups of an optimizer that orthogonalizes: learning rate and decay by role, fused QKV in three if asked."""
-    lr, decay = config.lr if config.adamw_lr is None else config.adamw_lr, config.adamw_weight_decay
-    return grouped(
-        claims,
-        lr={"matrix": config.lr, "embedding": lr, "vector": lr},
-        weight_decay={"matrix": config.weight_decay, "embedding": decay, "vector": decay},
-        blocks=lambda c: 3 if config.split_qkv and c.role == "matrix" and c.name.endswith("attn.c_attn.weight") else 1,
-    )
+        arguments = dict(nesterov=self.nesterov, process_group=group, compiled=compiled)
+        return Muon(self.groups(claims), **self.arguments(), **arguments)
