@@ -1,4 +1,4 @@
-"""Does variance reduction help here, and does MARS-M beat Muon? The quickstart model under every optimizer.
+"""Does variance reduction help here, and does MARS-M beat Muon? A small GPT under every optimizer.
 
     python -m bench.compare_optimizers                  every run that is not done yet, then table and plot
     python -m bench.compare_optimizers --report-only
@@ -42,8 +42,9 @@ MEMBERS = {  # name: (arguments, learning rates)
     "MARS-M exact": (["--optimizer=mars_m", "--is_approx=false"], ORTHOGONAL),
 }
 SEEDS = (1, 2, 3)
-BATCH = ["--batch_size=8", "--micro_batch=8"]  # half the quickstart's: more updates for the same time
-VALIDATION = ["--eval_every=50", "--val_windows=256"]
+# the quickstart's corpus and settings with half its layers and batch and two thirds of its width: 45 runs in minutes
+SIZE = ["--n_layer=2", "--n_embd=128", "--batch_size=8", "--micro_batch=8"]
+VALIDATION = ["--eval_every=50", "--val_windows=512"]
 
 
 def arguments(member: str, lr: float, seed: int, steps: int) -> list[str]:
@@ -52,7 +53,7 @@ def arguments(member: str, lr: float, seed: int, steps: int) -> list[str]:
     if "mars" in words[0] and "mars_m" not in words[0]:
         words.append(f"--lr_1d={lr / 2:g}")
     name = f"{member.replace(' ', '_')}-lr{lr:g}-seed{seed}-{steps}"
-    words += [f"--steps={steps}", f"--checkpoint.every={steps}", *BATCH, *VALIDATION]
+    words += [f"--steps={steps}", f"--checkpoint.every={steps}", *SIZE, *VALIDATION]
     return [*words, f"--name={name}", f"--log.folder={FOLDER}"]
 
 
@@ -86,7 +87,7 @@ def step_seconds(rounds: int) -> dict[str, float]:
     """Seconds per step of every member, all taking turns in this process."""
     sides = {}
     for member, (words, rates) in MEMBERS.items():
-        run = load_config(ROOT / "config/quickstart.py", [*words, f"--optim.lr={rates[0]}", *BATCH])
+        run = load_config(ROOT / "config/quickstart.py", [*words, f"--optim.lr={rates[0]}", *SIZE])
         torch.manual_seed(0)
         model = GPT(run.model)
         optimizer = build_optimizer(model, run.optim)
@@ -155,7 +156,7 @@ def report(steps: int, rounds: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.compare_optimizers")
-    parser.add_argument("--steps", type=int, default=400, help="steps of 1024 tokens (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=500, help="steps of 1024 tokens (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of the step time calibration")
     parser.add_argument("--report-only", action="store_true")

@@ -14,9 +14,10 @@ config = RunConfig(
     schedule=ScheduleConfig(shape="cosine", warmup=50, min_lr=3e-4),
     checkpoint=CheckpointConfig(every=200),
     log=LogConfig(every=20),
+    optimizer="mars_m",
     batch_size=16,
     micro_batch=16,
-    steps=1000,
+    steps=700,
     eval_every=200,
 )
 # the best of three learning rates in bench/compare_optimizers.py
