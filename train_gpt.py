@@ -9,9 +9,9 @@ The same command continues an interrupted run; --fresh starts over and keeps the
 
 import math
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from optimizers.roles import claim_table, folded
 from optimizers.state import load_named_state, named_state, state_bytes
 from runtime.checkpoint import Checkpointer, CheckpointError
 from runtime.distributed import StopRequest, World, start_world
-from runtime.folder import open_run_folder
+from runtime.folder import open_run_folder, run_lock
 from runtime.guard import Guard, NonFiniteError
 from runtime.hardware import environment, memory_gb, peak_flops
 from runtime.logger import Meter, RunLogger
@@ -62,11 +62,12 @@ class Trainer:
 
         facts = environment(world.device, world.size)
         self.folder = Path(run.log.folder) / run.name
-        open_run_folder(self.folder, to_dict(run), free_keys(), facts, fresh, world)
+        settings = to_dict(run) | {"dataset": dataset.fingerprint()}
+        open_run_folder(self.folder, settings, free_keys(), facts, fresh, world)
         self.checkpoints = Checkpointer(self.folder / "checkpoints", run.checkpoint, world)
-        self.step, self.val_loss, self.best, trained = self.restore()
+        self.step, self.val_loss, self.best, trained = self.restore()  # val_loss: of this very step, or None
         self.meter = Meter(trained)
-        self.log = RunLogger(self.folder, run.log, to_dict(run), run.name, self.steps, self.step, world.is_main)
+        self.log = RunLogger(self.folder, run.log, settings, run.name, self.steps, self.step, world.is_main)
 
         self.autocast = autocast(run.dtype, world.device)
         self.compiled = torch.compile(self.model, fullgraph=True, dynamic=False) if self.compile else self.model
@@ -79,13 +80,14 @@ class Trainer:
         self.peak = peak * world.size if peak else None
 
     def restore(self) -> tuple[int, float | None, float | None, float]:
-        """Step, last and best validation loss and training seconds of the newest good checkpoint."""
+        """Step, its and the best validation loss and training seconds of the newest good checkpoint."""
         found = self.checkpoints.latest()
         if found is None:
             return 0, None, None, 0.0
         self.model.load_state_dict(found.model())
         load_named_state(self.optimizer, self.model, found.optimizer())
-        return found.state["step"], found.state["val_loss"], found.state["best_val_loss"], found.state["train_seconds"]
+        state = found.state
+        return state["step"], state.get("val_loss"), state.get("best_val_loss"), state.get("train_seconds", 0.0)
 
     def save(self) -> None:
         """Write a checkpoint; training survives a failure to do so, and so does every earlier checkpoint."""
@@ -98,6 +100,10 @@ class Trainer:
     @property
     def tokens(self) -> int:
         return self.step * self.run.tokens_per_step
+
+    @property
+    def evaluation_due(self) -> bool:
+        return self.step > 0 and (self.step == self.steps or self.step % self.run.eval_every == 0)
 
     def set_rates(self) -> float:
         """Set every group's learning rate, and gamma if it moves, for the coming step; returns the main rate."""
@@ -121,7 +127,7 @@ class Trainer:
             with nullcontext() if last or self.world.size == 1 else self.forward.no_sync():
                 with self.autocast:
                     loss = self.forward(*to_device(part, self.world.device))
-                (loss * share if self.run.grad_reduction == "mean" else loss).backward()
+                (loss * (share * self.run.grad_multiple)).backward()
             total += loss.detach() * share
         return total
 
@@ -141,7 +147,10 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, stop: StopRequest) -> None:
-        """Mean loss over the validation windows, each batch on one rank; a stop request cuts it short unused."""
+        """Mean loss over the validation windows, each batch on one rank.
+
+        A stop request cuts it short; the evaluation is then made when the run continues.
+        """
         sums = torch.zeros(2, len(self.validation), dtype=torch.float64, device=self.world.device)
         self.compiled.eval()
         for number in range(self.world.rank, len(self.validation), self.world.size):
@@ -184,7 +193,7 @@ class Trainer:
         rate = self.run.tokens_per_step / seconds
         numbers |= dict(tokens_per_s=rate, step_ms=1e3 * seconds, data_ms=1e3 * waited)
         numbers |= dict(memory_gb=memory_gb(self.world.device), train_s=self.meter.trained)
-        left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.steps - self.step)))
+        left = timedelta(seconds=round(seconds * (self.steps - self.step)))
         text = f"step {self.step:>6}/{self.steps}  loss {loss:.4f}  lr {lr:.2e}  norm {numbers['grad_norm']:.3f}"
         text += f"  {short_count(round(rate))} tok/s  {1e3 * seconds:.0f} ms"
         if self.peak:
@@ -209,7 +218,8 @@ class Trainer:
 def autocast(dtype: str, device: torch.device) -> torch.autocast:
     """bf16 autocast where it is asked for or, with "auto", where the GPU has bf16; no-op otherwise."""
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if native else "float32"
     elif dtype == "bfloat16" and device.type == "cpu":
         print("dtype=bfloat16 on a CPU: many CPUs emulate it, 100 times slower than float32", file=sys.stderr)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
@@ -226,6 +236,9 @@ def train(t: Trainer) -> None:
     batches: Iterator[Tensor] = prefetch(t.loader, t.step, pin=t.world.device.type == "cuda")
     batch, logged, stopping, unsaved = next(batches), t.step, False, False
     try:
+        if t.evaluation_due and t.val_loss is None:  # a stop request came in its way
+            t.evaluate(stop)
+            unsaved = try_to_save(t)
         while t.step < t.steps and not stopping:
             with t.meter.waiting():
                 following = next(batches)
@@ -235,19 +248,18 @@ def train(t: Trainer) -> None:
             loss = t.accumulate(batch, t.step)
             norm = t.guard.clip(t.step)
             t.update()
-            batch, t.step = following, t.step + 1
+            batch, t.step, t.val_loss = following, t.step + 1, None
 
             stopping, last = stop.agreed(), t.step == t.steps
             log_due = last or stopping or t.step % t.run.log.every == 0
-            eval_due = last or t.step % t.run.eval_every == 0
             save_due = last or stopping or t.step % t.run.checkpoint.every == 0
-            if log_due or eval_due or save_due or t.world.device.type == "cpu":
+            if log_due or t.evaluation_due or save_due or t.world.device.type == "cpu":
                 t.guard.check()  # before anything is saved
             if log_due:
                 t.report(loss, norm, lr, t.step - logged)
                 logged = t.step
             with t.meter.excluded():
-                if eval_due:
+                if t.evaluation_due:
                     t.evaluate(stop)
                 if save_due:
                     unsaved = try_to_save(t)
@@ -321,7 +333,7 @@ def main(argv: list[str] | None = None) -> None:
         if flags & {"--help", "-h"}:
             print(f"{__doc__}\nkeys, as {paths[0]} sets them:\n{describe_keys(run)}")
             return
-        with start_world(run.device) as world:
+        with start_world(run.device) as world, run_lock(Path(run.log.folder) / run.name, world):
             trainer = Trainer(run, world, "--fresh" in flags)
             introduce(trainer)
             try:
@@ -331,8 +343,14 @@ def main(argv: list[str] | None = None) -> None:
             finally:
                 trainer.log.close()
             conclude(trainer)
+    except ConfigError as error:
+        sys.exit(str(error))
     except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"train_gpt: {error}" if not isinstance(error, ConfigError) else str(error))
+        sys.exit(f"train_gpt: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            sys.exit(f"train_gpt: out of memory; use a smaller --micro_batch or model ({str(error).splitlines()[0]})")
+        raise
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ config = RunConfig(
 )
 optimizers = {
     "adamw": AdamWConfig(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1),  # [1]
-    "lion": LionConfig(lr=3e-05, betas=(0.95, 0.98), weight_decay=1.0),  # [ours] AdamW's lr / 10, decay x 10
+    "lion": LionConfig(lr=1e-4, betas=(0.95, 0.98), weight_decay=1.0),  # [ours]
     # Moonlight's scale, the baseline of the MARS-M paper: lr and decay [3]; FineWeb-Edu: --lr=5e-3
     "muon": MuonConfig(lr=5e-3, weight_decay=0.1, momentum=0.95, scale="moonlight"),
     # K. Jordan's scale, the baseline of the MARS paper: lr [3]; embeddings under AdamW at AdamW's lr [ours]

@@ -16,7 +16,7 @@ import typing
 from pathlib import Path
 
 from config.schema import ALTERNATIVES, SECTIONS, RunConfig, free_keys
-from optimizers import OPTIMIZERS
+from optimizers import OPTIMIZERS, OptimizerConfig
 
 
 class ConfigError(ValueError):
@@ -38,11 +38,12 @@ def load_config(path: str | Path, overrides: list[str] = (), as_published: bool 
     given, faults = _split(overrides)
 
     name = given.pop("optimizer", config.optimizer)
-    settings = optimizers.get(name) or OPTIMIZERS.get(name)
-    if settings is None:
-        known = sorted(optimizers.keys() | OPTIMIZERS.keys())
-        raise ConfigError([*faults, f'optimizer="{name}": unknown; choose from {", ".join(known)}'])
-    config = dataclasses.replace(config, optimizer=name, optim=settings)
+    settings = OPTIMIZERS | optimizers
+    if name not in settings:
+        near = difflib.get_close_matches(name, settings, n=3, cutoff=0.4) or sorted(settings)
+        faults.append(f'optimizer="{name}": unknown; nearest: {", ".join(near)}')
+        name = "adamw"  # to check the rest
+    config = dataclasses.replace(config, optimizer=name, optim=settings[name])
     if as_published:
         from config.published import published
 
@@ -64,7 +65,7 @@ def load_config(path: str | Path, overrides: list[str] = (), as_published: bool 
             if key in changes and other not in changes:
                 changes[other] = None
     config = apply(config, changes)
-    faults += config.faults()
+    faults += type_faults(config) or config.faults()
     if faults:
         raise ConfigError(faults)
     return dataclasses.replace(config, name=config.name or run_name(config, changes, as_published))
@@ -118,6 +119,28 @@ def all_keys(config: RunConfig) -> dict[str, typing.Any]:
     return keys
 
 
+def type_faults(config: RunConfig) -> list[str]:
+    """Values, wherever they come from, that are not of the type the schema declares, a line each."""
+    out = []
+    for key, kind in all_keys(config).items():
+        section, _, last = key.rpartition(".")
+        value = getattr(getattr(config, section) if section else config, last)
+        if key not in SECTIONS and not _is_of(value, kind):
+            out.append(f"{key}={value!r}: expected {getattr(kind, '__name__', kind)}")
+    return out
+
+
+def _is_of(value: object, kind: typing.Any) -> bool:
+    if isinstance(kind, types.UnionType):
+        return any(_is_of(value, k) for k in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)
+        return isinstance(value, tuple) and len(value) == len(inner) and all(map(_is_of, value, inner))
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is kind
+
+
 def describe_keys(config: RunConfig) -> str:
     """Every key with its present value and the comment that stands beside it in the code."""
     lines = []
@@ -158,7 +181,8 @@ def parse(text: str, kind: typing.Any) -> object:
 
 def _number(value: object, kind: type) -> int | float:
     names = {int: "a whole number", float: "a number"}
-    if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value != int(value)):
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and not whole):
         raise ValueError(f"expected {names[kind]}")
     return kind(value)
 
@@ -198,7 +222,7 @@ def _resolve(key: str, keys: dict) -> tuple[str, str | None]:
 
 def _read_module(path: Path) -> tuple[RunConfig, dict]:
     """Import a config file under a private name and take its two definitions."""
-    if not path.is_file():
+    if not path.is_file() or path.suffix != ".py":
         near = ", ".join(sorted(str(p) for p in path.parent.glob("*.py") if p.stem not in _NOT_CONFIGS))
         raise ConfigError([f"{path}: no such config file{'; there are: ' + near if near else ''}"])
     spec = importlib.util.spec_from_file_location(f"_config_file_{path.stem}", path)
@@ -210,6 +234,14 @@ def _read_module(path: Path) -> tuple[RunConfig, dict]:
     config, optimizers = getattr(module, "config", None), getattr(module, "optimizers", {})
     if not isinstance(config, RunConfig) or not isinstance(optimizers, dict):
         raise ConfigError([f"{path}: must define `config`, a RunConfig, and may define `optimizers`, a dict"])
+    kinds = typing.get_args(OptimizerConfig)
+    wrong = [f"{path}: optimizers[{k!r}] is no optimizer config" for k, v in optimizers.items() if type(v) not in kinds]
+    sections = {
+        f.name: f.default_factory for f in dataclasses.fields(config) if f.name in SECTIONS and f.name != "optim"
+    }
+    wrong += [f"{path}: {k} must be a {c.__name__}" for k, c in sections.items() if type(getattr(config, k)) is not c]
+    if wrong:
+        raise ConfigError(wrong)
     return config, optimizers
 
 

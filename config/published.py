@@ -14,9 +14,9 @@ def published(config: RunConfig) -> RunConfig:
     return replace(
         config,
         seed=5000,
-        # gradients are summed over the micro-batches of a process, so the clip at 1.0 acts more often the more
-        # there are of them: 4 on 8 GPUs for small and medium, 12 for large and XL
-        grad_reduction="sum",
+        # gradients are summed over the micro-batches of a process, so the clip at 1.0 acts more often; on the 8 GPUs
+        # of the official scripts there are 4 of them for small and medium and 12 for large and XL
+        grad_multiple=max(1, config.sequences // (8 * config.micro_batch)),
         # attention logits are divided by layer + 1 in every size, and the softmax runs over the padding, too
         model=replace(config.model, scale_attn_by_inverse_layer_idx=True, vocab_size=config.model.padded_vocab_size),
         # windows are drawn with replacement, for training and anew for each evaluation: 200 micro-batches

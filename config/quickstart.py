@@ -11,7 +11,7 @@ from runtime.schedule import ScheduleConfig
 config = RunConfig(
     model=GPTConfig(n_layer=4, n_head=4, n_embd=192, block_size=128, vocab_size=257),  # 256 bytes and end-of-text
     data=DataConfig(path="data/tokens/pydocs", val_windows=1024),
-    schedule=ScheduleConfig(shape="cosine", warmup=50, min_lr=3e-4),
+    schedule=ScheduleConfig(shape="cosine", warmup=50),
     checkpoint=CheckpointConfig(every=200),
     log=LogConfig(every=20),
     optimizer="mars_m",

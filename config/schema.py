@@ -35,7 +35,7 @@ class RunConfig:
     steps: int | None = None  # budget in steps
     tokens: int | None = None  # the same in tokens; the last step is rounded up
     micro_batch: int = field(default=8, metadata=FREE)  # sequences per process and forward pass
-    grad_reduction: str = "mean"  # over a process's micro-batches: "mean", or "sum" (as published)
+    grad_multiple: int = 1  # gradients are this many times the mean: sums over 4 or 12 micro-batches as published
     grad_clip: float = 1.0  # global gradient norm; 0: no clipping
 
     device: str = field(default="auto", metadata=FREE)  # "auto", "cpu", "cuda" or "cuda:N"
@@ -51,17 +51,18 @@ class RunConfig:
             if len(given) != 1:
                 told = " and ".join(f"{k}={v}" for k, v in given.items()) or "neither"
                 out.append(f"{pair[0]} or {pair[1]}: give exactly one ({told} given)")
-        for key in ("batch_size", "batch_tokens", "steps", "tokens", "micro_batch", "eval_every"):
+        for key in ("batch_size", "batch_tokens", "steps", "tokens", "micro_batch", "eval_every", "grad_multiple"):
             if (value := getattr(self, key)) is not None and value < 1:
                 out.append(f"{key}={value}: must be at least 1")
         if self.batch_tokens and self.batch_tokens > 0 and self.batch_tokens % max(1, self.model.block_size):
             out.append(f"batch_tokens={self.batch_tokens}: must be a multiple of block_size={self.model.block_size}")
-        if self.seed < 0:
-            out.append(f"seed={self.seed}: must not be negative")
+        if not 0 <= self.seed < 2**62:
+            out.append(f"seed={self.seed}: must be at least 0 and below 2^62")
+        if self.optim is not None and (self.schedule.min_lr or 0.0) > self.optim.lr:
+            out.append(f"schedule.min_lr={self.schedule.min_lr}: is above optim.lr={self.optim.lr}, the peak")
         if not self.grad_clip >= 0:
             out.append(f"grad_clip={self.grad_clip}: must be >= 0 (0 switches clipping off)")
         choices = {
-            "grad_reduction": ("mean", "sum"),
             "dtype": ("auto", "bfloat16", "float32"),
             "compile": ("auto", "true", "false"),
         }
@@ -94,10 +95,11 @@ class RunConfig:
         per_round = self.micro_batch * world_size
         if self.sequences % per_round == 0:
             return self.sequences // per_round
-        micro = [m for m in range(1, self.sequences + 1) if self.sequences % (m * world_size) == 0]
-        advice = [f"--micro_batch={m}" for m in _nearest(self.micro_batch, micro)]
-        processes = [w for w in range(1, self.sequences + 1) if self.sequences % (self.micro_batch * w) == 0]
-        advice += [f"{w} processes" for w in _nearest(world_size, processes)]
+        advice = []
+        if self.sequences % world_size == 0:
+            advice += [f"--micro_batch={m}" for m in _nearest_divisors(self.micro_batch, self.sequences // world_size)]
+        if self.sequences % self.micro_batch == 0:
+            advice += [f"{w} processes" for w in _nearest_divisors(world_size, self.sequences // self.micro_batch)]
         sizes = [per_round * k for k in (self.sequences // per_round, self.sequences // per_round + 1) if k]
         advice += [f"--batch_size={b}" for b in sizes]
         raise ValueError(
@@ -106,10 +108,11 @@ class RunConfig:
         )
 
 
-def _nearest(value: int, choices: list[int]) -> list[int]:
-    """The closest choice below and above a value."""
-    below = [c for c in choices if c <= value][-1:]
-    return below + [c for c in choices if c > value][:1]
+def _nearest_divisors(value: int, total: int, reach: int = 100_000) -> list[int]:
+    """The closest divisors of total at or below a value and above it, within reach."""
+    below = range(min(value, total), max(0, value - reach), -1)
+    above = range(value + 1, min(total, value + reach) + 1)
+    return [found for side in (below, above) if (found := next((d for d in side if total % d == 0), None))]
 
 
 def free_keys() -> set[str]:

@@ -23,7 +23,8 @@ from data.shards import DataError, Dataset, Shard
 class DataConfig:
     """Which tokens are read, and in which order."""
 
-    path: str = "data/tokens/pydocs"  # folder written by data.prepare, or with nanoGPT's train.bin and val.bin
+    # folder written by data.prepare, or with nanoGPT's train.bin and val.bin; a run knows its data by content
+    path: str = field(default="data/tokens/pydocs", metadata={"free": True})  # folder of token shards
     sampling: str = "permutation"  # "permutation" (every window once per epoch) or "replacement" (as published)
     val_windows: int = field(default=4096, metadata={"free": True})  # windows of the validation set to use, at most
     val_sampling: str = field(default="fixed", metadata={"free": True})  # "fixed", or "random" windows (as published)

@@ -9,6 +9,7 @@ count, largest token and sha256.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -86,6 +87,16 @@ class Dataset:
     def tokens(self, split: str) -> int:
         return sum(shard.tokens for shard in self.splits[split])
 
+    def fingerprint(self) -> str:
+        """A name for exactly these tokens: hash of the shards' names, sizes and, from a manifest, contents."""
+        listed = (
+            {s: [(e["file"], e["tokens"], e.get("sha256")) for e in self.manifest["splits"].get(s, [])] for s in SPLITS}
+            if self.manifest
+            else None
+        )
+        found = listed or {s: [(x.path.name, x.tokens) for x in shards] for s, shards in self.splits.items()}
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+
     def bytes_per_token(self, split: str) -> float | None:
         """UTF-8 bytes of text per token, to turn nats per token into bits per byte; None if unknown."""
         entries = self.manifest.get("splits", {}).get(split, [])
@@ -111,7 +122,10 @@ def open_dataset(folder: str | Path, vocab_size: int) -> Dataset:
         top = max((e["max_token"] for s in SPLITS for e in manifest["splits"].get(s, [])), default=-1)
         where = f"its tokenizer {manifest['tokenizer']['name']} has {manifest['tokenizer']['vocab_size']} ids"
     else:
-        splits = {s: [read_shard_header(p) for p in sorted(folder.glob("*.bin")) if s in p.name] for s in SPLITS}
+        files = {s: [p for p in sorted(folder.glob("*.bin")) if _names_split(p.name, s)] for s in SPLITS}
+        if both := set(files["train"]) & set(files["val"]):
+            raise DataError(f"{min(both)}: its name says both train and val; rename it")
+        splits = {s: [read_shard_header(p) for p in paths] for s, paths in files.items()}
         top = max((_probe_largest_token(shard) for s in SPLITS for shard in splits[s]), default=-1)
         where = "seen when probing its shards"
     for split in SPLITS:
@@ -125,12 +139,23 @@ def open_dataset(folder: str | Path, vocab_size: int) -> Dataset:
     return Dataset(folder, splits, manifest)
 
 
+def _names_split(name: str, split: str) -> bool:
+    """Whether a file name has "train" or "val" as a word of its own, so that "retrieval" is no validation data."""
+    return re.search(rf"(^|[^a-z]){split}([^a-z]|$)", name.lower()) is not None
+
+
 def _read_manifest(path: Path) -> dict:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        for split in SPLITS:
-            for entry in manifest["splits"].get(split, []):
-                entry["file"], entry["tokens"], entry["max_token"]
+        if manifest["format"] != 1:
+            raise ValueError(f"format {manifest['format']!r}, this program reads 1")
+        entries = [e for split in SPLITS for e in manifest["splits"].get(split, [])]
+        for e in entries:
+            numbers = [e["tokens"], e["max_token"], e.get("bytes", 0)]
+            if Path(e["file"]).name != e["file"] or any(type(n) is not int or n < 0 for n in numbers):
+                raise ValueError(f"bad entry for {e['file']!r}")
+        if len({e["file"] for e in entries}) < len(entries):
+            raise ValueError("a file is listed twice")
         manifest["tokenizer"]["name"], manifest["tokenizer"]["vocab_size"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a dataset manifest ({type(error).__name__}: {error})") from None

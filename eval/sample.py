@@ -18,14 +18,19 @@ from torch import Tensor
 from data.shards import MANIFEST
 from data.tokenizer import Tokenizer, get_tokenizer
 from model import GPT, GPTConfig, KVCache
-from runtime.checkpoint import Checkpoint, open_checkpoint
+from runtime.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from runtime.distributed import resolve_device
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device) -> GPT:
     """The model of a checkpoint, in evaluation mode."""
-    model = GPT(GPTConfig(**checkpoint.state["config"]["model"]))
-    model.load_state_dict(checkpoint.model())
+    try:
+        model = GPT(GPTConfig(**checkpoint.state["config"]["model"]))
+        model.load_state_dict(checkpoint.model())
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{checkpoint.folder}: weights and config do not make a GPT of this version ({error})"
+        ) from None
     return model.to(device).eval()
 
 
@@ -67,8 +72,9 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     eot: int | None = None,
+    vocab_size: int | None = None,
 ) -> Iterator[int]:
-    """Yield up to max_tokens new ids after a non-empty prompt, until end-of-text.
+    """Yield up to max_tokens new ids, all below vocab_size, after a non-empty prompt, until end-of-text.
 
     Keys and values are cached. When the context is full, its newer half is read anew and generation
     goes on from there: learned positions cannot shift.
@@ -81,7 +87,7 @@ def generate(
         if len(cache) + len(fresh) > model.config.block_size:
             fresh, cache = ids[-max(1, model.config.block_size // 2) :], KVCache()
         hidden = model.hidden(torch.tensor([fresh], device=device), cache)
-        chosen = choose(model.logits(hidden[:, -1]), temperature, top_k, top_p, generator).item()
+        chosen = choose(model.logits(hidden[:, -1])[:, :vocab_size], temperature, top_k, top_p, generator).item()
         if chosen == eot:
             return
         yield chosen
@@ -104,8 +110,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ranks", help="local GPT-2 ranks file, for machines without a network")
     args = parser.parse_args(argv)
     try:
-        if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0:
-            raise ValueError("--temperature must be >= 0, --top-k >= 0 and --top-p in (0, 1]")
+        if not (args.temperature == 0 or 1e-3 <= args.temperature < 1e3):
+            raise ValueError(f"--temperature {args.temperature}: must be 0 or between 0.001 and 1000")
+        if not 0 < args.top_p <= 1 or min(args.top_k, args.samples, args.max_tokens) < 0:
+            raise ValueError("--top-p must be in (0, 1], and --top-k, --samples and --max-tokens at least 0")
         checkpoint = open_checkpoint(args.checkpoint)
         tokenizer = tokenizer_of(checkpoint, args.tokenizer, args.ranks)
         model = load_model(checkpoint, resolve_device(args.device))
@@ -122,10 +130,11 @@ def main(argv: list[str] | None = None) -> None:
                 top_p=args.top_p,
                 seed=args.seed + i,
                 eot=tokenizer.eot,
+                vocab_size=tokenizer.vocab_size,  # a model may be wider than its tokenizer
             )
             print(args.prompt + tokenizer.decode(list(ids)))
             print("-" * 40)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         sys.exit(f"eval.sample: {error}")
 
 

@@ -22,7 +22,7 @@ from optimizers.directions import (
 )
 from optimizers.newton_schulz import as_wide_matrices, by_shape, matrix_shape, newton_schulz_dtype, orthogonalize
 from optimizers.roles import ROLES
-from optimizers.rules import Rule
+from optimizers.rules import Rule, count_faults
 from optimizers.share import Share
 from optimizers.variance_reduction import EstimateNumbers, correction_weight, estimate_norm, taken, unit_norm_factor
 
@@ -64,6 +64,7 @@ class ComposedOptimizer(Optimizer):
         self.found_inf: Tensor | None = None
         self._steps: dict[tuple[int, str], Tensor] = {}  # steps taken, by group and role, 0-d float64
         self._compiled, self._compilations = compiled, {}
+        self._ahead = False  # exact form: whether the next batch's gradient is there
         self._scratch: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         super().__init__(params, defaults)
 
@@ -81,6 +82,11 @@ class ComposedOptimizer(Optimizer):
         """The role of a parameter whose group names none."""
         return "matrix" if p.dim() >= 2 else "vector"
 
+    def __getstate__(self) -> dict[str, Any]:
+        ours = ("share", "owner", "grad_scale", "found_inf", "_steps", "_compiled", "_ahead")
+        fresh = dict(_compilations={}, _scratch={})
+        return super().__getstate__() | {name: getattr(self, name) for name in ours} | fresh
+
     # ---- construction
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -90,7 +96,8 @@ class ComposedOptimizer(Optimizer):
         faults = self.faults(group)
         if group.get("role") not in (None, *ROLES):
             faults.append(f"role={group['role']!r}: must be one of {', '.join(ROLES)}")
-        for p in group["params"]:
+        faults += count_faults(blocks=group.get("blocks", 1))
+        for p in group["params"] if not faults else ():
             if p.dtype not in DTYPES or p.dtype != group["params"][0].dtype:
                 faults.append(f"parameter of dtype {p.dtype}: must be float32 or float64, one of them in a group")
             elif self._role(group, p) == "matrix" and p.dim() < 2:
@@ -102,7 +109,7 @@ class ComposedOptimizer(Optimizer):
             raise ValueError(f"{type(self).__name__}: {'; '.join(faults)}")
         group["constructed_lr"] = group["lr"]
         for role in ROLES:
-            members = [p for p in group["params"] if self._role(group, p) == role]
+            members = [p for p in group["params"] if p.numel() and self._role(group, p) == role]
             if members:
                 self._allocate(group, role, members)
 
@@ -131,6 +138,8 @@ class ComposedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned. Raises ValueError if it is another optimizer's or of other shapes."""
         ours = self.state_dict()
+        if not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError("state_dict: has no state and param_groups")
         if [len(g["params"]) for g in ours["param_groups"]] != [len(g["params"]) for g in state_dict["param_groups"]]:
             raise ValueError("state_dict: its groups have other numbers of parameters")
         if ours["state"].keys() != state_dict["state"].keys():
@@ -159,6 +168,7 @@ class ComposedOptimizer(Optimizer):
 
         A parameter without a gradient keeps what it had.
         """
+        self._ahead = True
         for p, state in self.state.items():
             if "upcoming" in state and p.grad is not None:
                 torch.nan_to_num(p.grad, nan=0.0, posinf=0.0, neginf=0.0, out=state["upcoming"])
@@ -205,11 +215,18 @@ class ComposedOptimizer(Optimizer):
             if transfer.work is not None:
                 transfer.work.wait()
             self._run(_apply_all, transfer.updates, transfer.decay)
+        self._ahead = False
         return loss
 
     def _with_gradient(self, group: dict[str, Any]) -> Iterator[tuple[str, list[Tensor]]]:
+        if faults := self.faults(group):
+            raise ValueError(f"{type(self).__name__}: {'; '.join(faults)}")
+        if not group.get("is_approx", True) and not self._ahead:
+            raise ValueError(
+                "is_approx=False: call update_previous_grad() with the next batch's gradient before step()"
+            )
         for role in ROLES:
-            params = [p for p in group["params"] if p.grad is not None and self._role(group, p) == role]
+            params = [p for p in group["params"] if p.grad is not None and p.numel() and self._role(group, p) == role]
             if params:
                 _check_gradients(params)
                 yield role, params

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from optimizers.composed import ComposedOptimizer
 from optimizers.directions import summed
 from optimizers.roles import Claim, grouped
-from optimizers.rules import Rule, choice_faults, fraction_faults, number_faults
+from optimizers.rules import Rule, choice_faults, count_faults, fraction_faults, number_faults
 
 SCALES = ("moonlight", "original")
 NS_DTYPES = ("auto", "bfloat16", "float32")
@@ -37,7 +37,7 @@ def common_faults(group: dict[str, Any]) -> list[str]:
     fractions = {k: group[k] for k in ("momentum", "adamw_betas")}
     out = number_faults(**numbers) + fraction_faults(**fractions)
     out += choice_faults(scale=(group["scale"], SCALES), ns_dtype=(group["ns_dtype"], NS_DTYPES))
-    return out + ([] if group["ns_steps"] >= 1 else [f"ns_steps={group['ns_steps']}: must be at least 1"])
+    return out + count_faults(ns_steps=group["ns_steps"])
 
 
 class Muon(ComposedOptimizer):

@@ -12,9 +12,10 @@ RESTART = 3  # steps after which the Gram matrix is computed anew from the itera
 
 
 def newton_schulz_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype to iterate in. "auto": bfloat16 on a GPU, float32 on a CPU, where bfloat16 is emulated."""
+    """The dtype to iterate in. "auto": bfloat16 on a GPU that has it, float32 elsewhere."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float32
     if name not in ("bfloat16", "float32"):
         raise ValueError(f'ns_dtype="{name}": must be "auto", "bfloat16" or "float32"')
     return getattr(torch, name)
@@ -26,7 +27,8 @@ def orthogonalize(G: Tensor, steps: int = 5, eps: float = 1e-7, dtype: torch.dty
     X <- a X + (b A + c A^2) X with A = X X^T, from X = G / (|G|_F + eps), on the transpose if m > n.
     In float32, wide matrices iterate on A instead of X: every step multiplies X from the left by a
     polynomial in A, so the small products suffice; X and A are formed anew after RESTART steps, which
-    keeps the result within rounding of the plain iteration. bfloat16 is too coarse for that.
+    keeps the result within rounding of the plain iteration (with TF32 products, within theirs). bfloat16
+    is too coarse for that.
     """
     transposed = G.size(-2) > G.size(-1)
     X = G.mT if transposed else G

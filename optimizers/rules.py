@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 from optimizers.directions import Momentum
 
@@ -41,7 +42,16 @@ def number_faults(**numbers: float) -> list[str]:
     return [
         f"{key}={value}: must be a number >= 0"
         for key, value in numbers.items()
-        if not (isinstance(value, int | float) and 0 <= value < math.inf)
+        if not (isinstance(value, Real) and 0 <= value < math.inf)
+    ]
+
+
+def count_faults(**counts: int) -> list[str]:
+    """What is wrong with hyperparameters that must be whole numbers from 1 on, a line each."""
+    return [
+        f"{key}={value}: must be a whole number of at least 1"
+        for key, value in counts.items()
+        if type(value) is not int or value < 1
     ]
 
 
@@ -51,7 +61,7 @@ def fraction_faults(**numbers: float | tuple[float, ...]) -> list[str]:
     for key, value in numbers.items():
         values = value if isinstance(value, tuple | list) else (value,)
         pair = "betas" in key
-        if not all(isinstance(v, int | float) and 0 <= v < 1 for v in values) or (pair and len(values) != 2):
+        if not all(isinstance(v, Real) and 0 <= v < 1 for v in values) or (pair and len(values) != 2):
             out.append(f"{key}={value}: must be {'two numbers' if pair else 'a number'} in [0, 1)")
     return out
 

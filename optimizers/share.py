@@ -33,5 +33,6 @@ class Share:
             if result is not None:
                 slot.copy_(result)
         received = torch.empty(self.size * slots, *shape, dtype=dtype, device=device)
-        work = dist.all_gather_into_tensor(received, send, group=self.group, async_op=True)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+        work = gather(received, send, group=self.group, async_op=True)
         return work, list(received[:count])

@@ -33,7 +33,7 @@ class CheckpointConfig:
     """When to save, and what to keep."""
 
     every: int = field(default=1000, metadata={"free": True})  # steps between them; the last step is saved too
-    keep: int = field(default=2, metadata={"free": True})  # latest checkpoints to keep; the best one is kept besides
+    keep: int = field(default=2, metadata={"free": True})  # latest to keep; the best of those evaluated is kept besides
     milestone_every: int = field(default=0, metadata={"free": True})  # keep every multiple of this for good; 0: none
 
     def faults(self) -> list[str]:
@@ -55,9 +55,9 @@ class CheckpointError(ValueError):
 class OptimizerTensors(Mapping):
     """The optimizer tensors of a checkpoint, "parameter/key", read from their files one by one when asked for."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, files: list[Path]) -> None:
         self._file = {}
-        for path in sorted(folder.glob("optimizer-*.safetensors")):
+        for path in files:
             with safe_open(path, framework="pt") as f:
                 self._file |= dict.fromkeys(f.keys(), path)
 
@@ -83,7 +83,7 @@ class Checkpoint:
         return load_file(self.folder / MODEL)
 
     def optimizer(self) -> OptimizerTensors:
-        return OptimizerTensors(self.folder)
+        return OptimizerTensors([self.folder / name for name in self.state["sha256"] if name != MODEL])
 
 
 class Checkpointer:
@@ -136,21 +136,26 @@ class Checkpointer:
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
             _sync_folder(self.folder)
-            self._prune()
+            self._prune(state["step"])
         except OSError as error:
             return str(error)
         return None
 
-    def _prune(self) -> None:
-        """Delete what is neither among the latest `keep`, nor the best, nor a milestone."""
+    def _prune(self, newest: int) -> None:
+        """Delete what is neither among the latest `keep`, nor the best, nor a milestone.
+
+        newest: the step just written. Later folders are left from before a damaged checkpoint was passed
+        over; they neither count nor go.
+        """
         states = {path: _read_state(path) for path in self._folders()}
-        losses = {path: s["val_loss"] for path, s in states.items() if s and s.get("val_loss") is not None}
+        states = {path: s for path, s in states.items() if s and s["step"] <= newest}
+        losses = {path: s["val_loss"] for path, s in states.items() if s.get("val_loss") is not None}
         kept = set(list(states)[: self.config.keep])
         if losses:
             kept.add(min(losses, key=losses.__getitem__))
         for path, state in states.items():
             every = self.config.milestone_every
-            if path not in kept and state and not (every and state["step"] % every == 0):
+            if path not in kept and not (every and state["step"] % every == 0):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _folders(self) -> list[Path]:
@@ -159,16 +164,22 @@ class Checkpointer:
         return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
     def latest(self) -> Checkpoint | None:
-        """The newest undamaged checkpoint, the same on every rank; damaged ones are named and left alone."""
-        chosen = None
-        if self.world.is_main:
-            for folder in self._folders():
-                problem = damage(folder)
-                if problem is None:
-                    chosen = folder
-                    break
-                print(f"checkpoint {folder} is damaged ({problem}); trying the one before it", file=sys.stderr)
-        chosen = self.world.from_main(chosen)
+        """The newest undamaged checkpoint, the same on every rank; damaged ones are named and left alone.
+
+        None if there is none at all. Raises CheckpointError if there are some and all are damaged.
+        """
+        chosen, folders = None, self._folders() if self.world.is_main else []
+        for folder in folders:
+            problem = damage(folder)
+            if problem is None:
+                chosen = folder
+                break
+            print(f"checkpoint {folder} is damaged ({problem}); trying the one before it", file=sys.stderr)
+        chosen, any_there = self.world.from_main((chosen, bool(folders)))
+        if any_there and chosen is None:
+            raise CheckpointError(
+                f"every checkpoint in {self.folder} is damaged; repair one, or start over with --fresh"
+            )
         return Checkpoint(chosen, _read_state(chosen)) if chosen else None
 
 
@@ -201,10 +212,12 @@ def damage(folder: Path) -> str | None:
 
 
 def _read_state(folder: Path) -> dict | None:
+    """The state.json of a checkpoint folder; None if it is not there or not one."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        return state if {"step", "sha256", "config"} <= state.keys() else None
-    except (OSError, ValueError, AttributeError):
+        good = type(state["step"]) is int and state["step"] >= 0 and isinstance(state["config"], dict)
+        return state if good and MODEL in state["sha256"] and isinstance(state["sha256"], dict) else None
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 

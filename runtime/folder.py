@@ -1,7 +1,11 @@
 """The run folder: a name nobody else uses, and a refusal to continue another run in it."""
 
+import errno
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from runtime.distributed import World
@@ -13,7 +17,34 @@ class RunFolderError(ValueError):
     """A run folder that cannot be used; the message names it and the remedy."""
 
 
-def open_run_folder(path: Path, config: dict, free: set[str], environment: dict, fresh: bool, world: World) -> Path:
+@contextmanager
+def run_lock(path: Path, world: World) -> Iterator[None]:
+    """Hold a run folder for this run. Raises RunFolderError, on every rank, if another run holds it."""
+    problem, handle = None, None
+    if world.is_main:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115  held until the run ends
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.close()
+            handle = None  # the other run's, not to be removed
+            problem = f"{path} is in use by another process; wait for it, or give this run another --name"
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # some network file systems know no locks
+                problem = f"run folder {path}: {error.strerror or error}; choose another with --log.folder"
+    try:
+        problem = world.from_main(problem)
+        if problem is not None:
+            raise RunFolderError(problem)
+        yield
+    finally:
+        if handle is not None:
+            Path(handle.name).unlink(missing_ok=True)
+            handle.close()
+
+
+def open_run_folder(path: Path, config: dict, free: set[str], environment: dict, fresh: bool, world: World) -> None:
     """Create a run folder, or enter the one that is there to continue its run.
 
     config: the resolved configuration as nested dicts; free: dotted keys that may differ from the
@@ -29,7 +60,6 @@ def open_run_folder(path: Path, config: dict, free: set[str], environment: dict,
     problem = world.from_main(problem)
     if problem is not None:
         raise RunFolderError(problem)
-    return path
 
 
 def _open(path: Path, config: dict, free: set[str], environment: dict, fresh: bool) -> str | None:
@@ -40,6 +70,8 @@ def _open(path: Path, config: dict, free: set[str], environment: dict, fresh: bo
         try:
             before = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         except ValueError:
+            before = None
+        if not isinstance(before, dict):
             return f"{path / CONFIG} is not readable; repair it, or start over with --fresh"
         changed = differences(before, json.loads(json.dumps(config)), free)
         if changed:
@@ -48,6 +80,8 @@ def _open(path: Path, config: dict, free: set[str], environment: dict, fresh: bo
                 f"{path} holds a run with another configuration (there -> now):\n{lines}\n"
                 "give the old values to continue it, another --name to run beside it, or --fresh to start over"
             )
+    elif any(path.glob("checkpoints/step_*")):
+        return f"{path} has checkpoints and no {CONFIG}; put it back (state.json has it), or start over with --fresh"
     (path / "checkpoints").mkdir(parents=True, exist_ok=True)
     for name, content in ((CONFIG, config), (ENVIRONMENT, environment)):
         aside = path / f"{name}.tmp"

@@ -1,6 +1,7 @@
 """Facts about devices: peak rates, memory, versions."""
 
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -9,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-# Dense bf16 peak in TFLOP/s without sparsity, from the vendors' data sheets. The first name that the
-# device's name contains counts, so variants come before the names they contain.
+# Dense bf16 peak in TFLOP/s without sparsity, from the vendors' data sheets. The first name among
+# the words of the device's name counts, so variants come before the names they contain.
 PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
@@ -35,7 +36,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((1e12 * tflops for key, tflops in PEAK_TFLOPS.items() if key in name), None)
+    return next((1e12 * tflops for key, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def memory_gb(device: torch.device) -> float:

@@ -135,29 +135,31 @@ class RunLogger:
             print(f"{path} cannot be written ({error.strerror}); training goes on without it", file=sys.stderr)
 
     def _start_wandb(self, folder: Path, run: dict, name: str) -> None:
-        try:
-            import wandb
-        except ImportError:
-            self.say("wandb is not installed (pip install wandb); training goes on without it")
-            return
-        path = folder / WANDB_ID
-        if not path.exists():
-            path.write_text(uuid.uuid4().hex[:12])
-        settings = dict(project=self.config.project, name=name, id=path.read_text(), resume="allow", config=run)
         for mode in dict.fromkeys((self.config.wandb, "offline")):
             try:
+                import wandb
+
+                path = folder / WANDB_ID
+                if not path.exists():
+                    path.write_text(uuid.uuid4().hex[:12])
+                settings = dict(project=self.config.project, name=name, id=path.read_text(), resume="allow", config=run)
                 self._wandb = wandb.init(mode=mode, dir=str(folder), **settings)
                 return
-            except Exception as error:
+            except ImportError:
+                self.say("wandb is not installed (pip install wandb); training goes on without it")
+                return
+            except Exception as error:  # whatever it is, it must not stop a run
                 self.say(f"wandb ({mode}) did not start: {error}")
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; a last line torn by a crash is left out."""
+    """The records of a metrics.jsonl; lines that are none, such as one torn by a crash, are left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             continue
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            records.append(record)
     return records

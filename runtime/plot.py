@@ -20,7 +20,8 @@ def plot_run(folder: Path) -> Path:
     if not (folder / METRICS).exists():
         raise ValueError(f"{folder}: no {METRICS} in it")
     records = read_metrics(folder / METRICS)
-    train, val = ([r for r in records if key in r] for key in ("loss", "val_loss"))
+    train = [r for r in records if r.keys() >= {"tokens", "loss", "grad_norm", "lr"}]
+    val = [r for r in records if r.keys() >= {"tokens", "val_loss"}]
     if not train:
         raise ValueError(f"{folder / METRICS}: nothing logged yet")
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -56,5 +57,5 @@ if __name__ == "__main__":
         print(plot_run(Path(sys.argv[1])))
     except IndexError:
         sys.exit("usage: python -m runtime.plot RUN_FOLDER")
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, OSError) as error:
         sys.exit(f"plot: {error}")

@@ -12,7 +12,7 @@ class ScheduleConfig:
 
     shape: str = "cosine"  # "cosine", "wsd" (hold, then linear), "linear", "exponential" or "constant"
     warmup: int = 2000  # steps of linear warm-up
-    min_lr: float = 0.0  # learning rate at the end; other groups shrink in proportion
+    min_lr: float | None = None  # learning rate at the end, none: a tenth of the peak; other groups in proportion
     wsd_decay: float = 0.2  # "wsd": last share of the run, spent decaying
     zero_first: bool = False  # start the warm-up at 0 instead of lr / warmup (as published)
 
@@ -23,7 +23,7 @@ class ScheduleConfig:
             out.append(f'shape="{self.shape}": must be one of {", ".join(SHAPES)}')
         if self.warmup < 0:
             out.append(f"warmup={self.warmup}: must not be negative")
-        if not 0 <= self.min_lr < math.inf:
+        if not 0 <= (self.min_lr or 0.0) < math.inf:
             out.append(f"min_lr={self.min_lr}: must be a number >= 0")
         if not 0 < self.wsd_decay <= 1:
             out.append(f"wsd_decay={self.wsd_decay}: must be in (0, 1]")
@@ -52,4 +52,5 @@ def learning_rate(config: ScheduleConfig, step: int, steps: int, peak: float) ->
     if step < config.warmup:
         return peak * (step if config.zero_first else step + 1) / config.warmup
     progress = min(1.0, (step - config.warmup) / max(1, steps - config.warmup))
-    return interpolate(config.shape, progress, peak, config.min_lr, config.wsd_decay)
+    low = peak / 10 if config.min_lr is None else config.min_lr
+    return interpolate(config.shape, progress, peak, low, config.wsd_decay)

@@ -6,8 +6,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 
 .venv/bin/python -m data.prepare pydocs
-.venv/bin/python train_gpt.py config/quickstart.py "$@"
-run=$(ls -td runs/quickstart-* | head -n 1)
+output=$(mktemp)
+trap 'rm -f "$output"' EXIT
+.venv/bin/python -u train_gpt.py config/quickstart.py "$@" | tee "$output"
+run=$(sed -n 's/^run  *//p' "$output" | tail -n 1)
+[ -n "$run" ] || exit 0
 echo "sample"
 .venv/bin/python -m eval.sample "$run" --max-tokens 400
 echo "run folder: $run"

@@ -74,7 +74,7 @@ def test_state_of_other_shapes_or_parameters_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"matrix/exp_avg: shape \(3, 4\), not \(5, 4\)"):
         load_named_state(build_optimizer(wider, AdamWConfig()), wider, saved)
     del saved["gain/step"], saved["gain/exp_avg"], saved["gain/exp_avg_sq"]
-    with pytest.raises(ValueError, match="optimizer state of gain: missing"):
+    with pytest.raises(ValueError, match=r"optimizer state of gain: saved \[\], .* it belongs to another optimizer"):
         load_named_state(build_optimizer(model, AdamWConfig()), model, saved)
 
 
@@ -95,6 +95,26 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path, capsys, har
     assert damage(tmp_path / "step_0000002") == reason
     assert checkpointer.latest().state["step"] == 1
     assert f"step_0000002 is damaged ({reason}); trying the one before it" in capsys.readouterr().err
+
+
+def test_a_new_checkpoint_survives_damaged_ones_of_later_steps(tmp_path):
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(keep=1), ALONE)
+    save(checkpointer, 10)
+    save(checkpointer, 20)
+    os.truncate(tmp_path / "step_0000020" / "model.safetensors", 50)
+    (tmp_path / "step_0000030").mkdir()
+    save(checkpointer, 12)
+    save(checkpointer, 14)
+    assert steps_in(tmp_path) == [14, 20, 30]
+    assert checkpointer.latest().state["step"] == 14
+
+
+def test_where_every_checkpoint_is_damaged_nothing_is_read_and_nothing_lost(tmp_path):
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(), ALONE)
+    save(checkpointer, 1)
+    os.truncate(tmp_path / "step_0000001" / "state.json", 10)
+    with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged; repair one, or start .*--fresh"):
+        checkpointer.latest()
 
 
 def test_leftovers_of_a_killed_save_are_ignored_and_replaced(tmp_path):

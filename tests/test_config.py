@@ -10,7 +10,8 @@ from conftest import CONFIG, ROOT
 from config.load import ConfigError, all_keys, describe_keys, load_config, parse
 from config.schema import RunConfig
 from model import GPT
-from optimizers import build_optimizer
+from optimizers import OPTIMIZERS, build_optimizer
+from runtime.schedule import learning_rate
 
 SHIPPED = sorted(p for p in (ROOT / "config").glob("*.py") if "config = RunConfig(" in p.read_text())
 
@@ -41,7 +42,7 @@ def test_as_published_sets_what_the_official_runs_did():
     small = ROOT / "config" / "gpt2_small.py"
     run = load_config(small, ["--optimizer=mars_m"], as_published=True)
     assert run.name == "gpt2_small-mars_m-openwebtext-49.2B-published"
-    assert (run.seed, run.grad_reduction, run.schedule.zero_first) == (5000, "sum", True)
+    assert (run.seed, run.grad_multiple, run.schedule.zero_first) == (5000, 4, True)
     assert (run.model.vocab_size, run.model.scale_attn_by_inverse_layer_idx) == (50304, True)
     assert (run.data.sampling, run.data.val_sampling, run.data.val_windows) == ("replacement", "random", 3000)
     o = run.optim
@@ -87,7 +88,7 @@ def test_unknown_keys_answer_with_the_nearest(key, nearest):
 
 
 def test_unknown_optimizers_and_files_answer_with_those_there_are():
-    with pytest.raises(ConfigError, match='optimizer="adam": unknown; choose from adamw'):
+    with pytest.raises(ConfigError, match='optimizer="adam": unknown; nearest: adamw'):
         load_config(CONFIG, ["--optimizer=adam"])
     with pytest.raises(ConfigError, match=r"gpt9.py: no such config file; there are: .*quickstart.py"):
         load_config(ROOT / "config" / "gpt9.py")
@@ -161,6 +162,25 @@ def test_help_lists_every_key_with_its_comment():
     assert lines.keys() == {f"--{key}" for key in all_keys(config) if key not in sections}
     assert "peak learning rate" in lines["--optim.lr"]
     assert "sequences per step" in lines["--batch_size"]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_no_shipped_optimizer_ends_above_half_its_peak(path):
+    for name in OPTIMIZERS:
+        run = load_config(path, [f"--optimizer={name}"])
+        assert learning_rate(run.schedule, run.total_steps, run.total_steps, run.optim.lr) <= 0.6 * run.optim.lr
+    with pytest.raises(ConfigError, match=r"schedule.min_lr=0.1: is above optim.lr=0.01, the peak"):
+        load_config(path, ["--optim.lr=0.01", "--min_lr=0.1"])
+
+
+def test_an_unknown_optimizer_does_not_hide_other_faults():
+    with pytest.raises(ConfigError) as caught:
+        load_config(CONFIG, ["--optimizer=mars_n", "--steps=0", "--batch_size=1e999", "--seed=99999999999999999999"])
+    text = str(caught.value)
+    assert 'optimizer="mars_n": unknown; nearest: mars_m' in text
+    assert "steps=0: must be at least 1" in text
+    assert "batch_size=1e999: expected a whole number" in text
+    assert "seed=99999999999999999999: must be at least 0 and below 2^62" in text
 
 
 def test_a_longer_warm_up_than_the_run_is_refused():

@@ -77,7 +77,16 @@ def damage_manifest_text(folder):
 
 
 def damage_manifest_fields(folder):
-    (folder / "manifest.json").write_text('{"splits": {"train": [{"file": "x"}]}}')
+    (folder / "manifest.json").write_text('{"format": 1, "splits": {"train": [{"file": "x"}]}}')
+
+
+def damage_manifest(key, value):
+    def damage(folder):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["splits"]["train"][0][key] = value
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return damage
 
 
 def remove_validation(folder):
@@ -96,6 +105,13 @@ def remove_validation(folder):
         (damage_manifest_count, "holds 77 tokens where manifest.json says 10000"),
         (damage_manifest_text, "manifest.json: not a dataset manifest"),
         (damage_manifest_fields, "manifest.json: not a dataset manifest .*tokens"),
+        (
+            damage_manifest("max_token", "59"),
+            "manifest.json: not a dataset manifest .*bad entry for 'train_000000.bin'",
+        ),
+        (damage_manifest("bytes", -5), "bad entry"),
+        (damage_manifest("file", "../x/train_000000.bin"), "bad entry for '../x/train_000000.bin'"),
+        (damage_manifest("file", "train_000001.bin"), "a file is listed twice"),
         (remove_validation, r"no \*val\*.bin shards"),
     ],
 )
@@ -104,6 +120,24 @@ def test_a_damaged_dataset_is_named(tmp_path, damage, message):
     damage(folder)
     with pytest.raises(DataError, match=message):
         open_dataset(folder, VOCAB)
+
+
+def test_without_a_manifest_splits_go_by_whole_words(tmp_path):
+    for name in ("retrieval_train_0.bin", "pretrain.bin", "x_val_0.bin"):
+        write_shard(tmp_path / name, make_tokens(100), 100)
+    dataset = open_dataset(tmp_path, VOCAB)
+    names = {split: [s.path.name for s in shards] for split, shards in dataset.splits.items()}
+    assert names == {"train": ["retrieval_train_0.bin"], "val": ["x_val_0.bin"]}
+    write_shard(tmp_path / "train_val.bin", make_tokens(100), 100)
+    with pytest.raises(DataError, match="train_val.bin: its name says both train and val"):
+        open_dataset(tmp_path, VOCAB)
+
+
+def test_a_fingerprint_names_the_tokens_and_not_their_place(tmp_path):
+    one, two = (open_dataset(make_dataset(tmp_path / n), VOCAB) for n in "ab")
+    assert one.fingerprint() == two.fingerprint()
+    other = open_dataset(make_dataset(tmp_path / "c", tokens=20_016), VOCAB)
+    assert other.fingerprint() != one.fingerprint()
 
 
 def test_a_missing_dataset_says_how_to_make_one(tmp_path):

@@ -43,6 +43,8 @@ def gradients(params, steps, scale=1.0, seed=1):
 
 
 def run(optimizer, params, steps_of_gradients, lookahead=None):
+    if lookahead is None and getattr(optimizer, "needs_lookahead", False):
+        lookahead = steps_of_gradients
     for t, step in enumerate(steps_of_gradients):
         if lookahead:
             for n, p in params.items():
@@ -343,6 +345,8 @@ EVERY = {
     "mars-m-one-buffer": lambda p, **k: MARSM(p, lr=1e-2, clip_c=False, **k),
 }
 every = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY.keys())
+APPROXIMATE = {name: make for name, make in EVERY.items() if name != "mars-exact"}
+approximate = pytest.mark.parametrize("make", APPROXIMATE.values(), ids=APPROXIMATE.keys())
 
 
 @every
@@ -376,6 +380,7 @@ def test_both_styles_of_zero_grad_give_the_same_weights(make):
         params = parameters(dtype=torch.float32)
         optimizer = make(params.values())
         for grads in gradients(params, 6):
+            optimizer.update_previous_grad()
             for n, p in params.items():
                 if p.grad is None:
                     p.grad = grads[n].clone()
@@ -388,7 +393,7 @@ def test_both_styles_of_zero_grad_give_the_same_weights(make):
         assert torch.equal(results[0][n], results[1][n])
 
 
-@every
+@approximate
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(make, bad):
     """Neither weights nor state; the run goes on as if that step had not been."""
@@ -415,7 +420,7 @@ def test_a_next_batch_that_is_not_finite_never_reaches_the_weights(make):
     assert all(torch.isfinite(p).all() for p in params.values())
 
 
-@every
+@approximate
 def test_a_skip_the_caller_decides_changes_nothing(make):
     """As the trainer does it: the norm is NaN, so the clipping factor is too, and found_inf says skip."""
     params = parameters(dtype=torch.float32)
@@ -457,6 +462,7 @@ def test_parameters_without_gradient_and_frozen_ones_are_left_alone(make):
     for n, p in params.items():
         assert torch.equal(p, before[n]) == (n in ("tall", "square"))
     optimizer.zero_grad()
+    optimizer.update_previous_grad()
     optimizer.step()  # nothing has a gradient
 
 
@@ -468,6 +474,7 @@ def test_closures_schedulers_and_step_hooks_work(make):
 
     def closure():
         optimizer.zero_grad()
+        optimizer.update_previous_grad()
         loss = sum((p**2).sum() for p in params.values())
         loss.backward()
         return loss
@@ -574,6 +581,7 @@ def test_state_bytes_per_parameter(make, per_parameter):
     optimizer = make(p)
     assert state_bytes(optimizer) == per_parameter * p.numel()
     p.grad = torch.ones_like(p)
+    optimizer.update_previous_grad()
     optimizer.step()
     assert state_bytes(optimizer) == per_parameter * p.numel()
 
@@ -590,12 +598,14 @@ def test_state_bytes_per_parameter(make, per_parameter):
         (lambda p: MARS(p, mars_type="mars-sgd"), "mars_type='mars-sgd': must be one of mars-adamw, mars-lion"),
         (lambda p: MARS(p, eps=float("inf"), weight_decay_1d=-1), "eps=inf.*weight_decay_1d=-1"),
         (lambda p: MARSM(p, momentum=1.0), "momentum=1.0: must be a number in"),
-        (lambda p: MARSM(p, ns_steps=0), "ns_steps=0: must be at least 1"),
+        (lambda p: MARSM(p, ns_steps=0), "ns_steps=0: must be a whole number of at least 1"),
         (lambda p: Muon(p, scale="spectral"), "scale='spectral': must be one of moonlight, original"),
         (lambda p: Muon(p, ns_dtype="float16"), "ns_dtype='float16'"),
         (lambda p: Lion(p, weight_decay=None), "weight_decay=None"),
         (lambda p: Muon([{"params": list(p), "role": "head"}]), "role='head': must be one of matrix"),
         (lambda p: Muon([{"params": list(p), "role": "matrix"}]), r"shape \(16,\): has the role of a matrix"),
+        (lambda p: Muon([{"params": list(p), "blocks": 0}]), "blocks=0: must be a whole number of at least 1"),
+        (lambda p: MARSM(p, ns_steps=2.5), "ns_steps=2.5: must be a whole number"),
         (lambda p: Muon([{"params": list(p), "blocks": 5}]), r"blocks=5: does not divide the rows of shape \(6, 24\)"),
         (lambda p: MARS([nn.Parameter(torch.zeros(2, dtype=torch.complex64))]), "dtype torch.complex64"),
         (lambda p: MARS([nn.Parameter(torch.zeros(2, dtype=torch.float16))]), "dtype torch.float16"),
@@ -618,6 +628,42 @@ def test_sparse_gradients_are_refused():
     embedding(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(ValueError, match=r"shape \(8, 4\) is sparse: must be dense .* set sparse=False"):
         optimizer.step()
+
+
+@every
+def test_copies_of_an_optimizer_go_on_by_themselves(make):
+    params = parameters(dtype=torch.float32)
+    optimizer, grads = make(params.values()), gradients(params, 4)
+    run(optimizer, params, grads[:2])
+    twin_params, twin = copy.deepcopy((params, optimizer))
+    run(optimizer, params, grads[2:])
+    run(twin, twin_params, grads[2:])
+    for n in params:
+        assert torch.equal(params[n], twin_params[n])
+
+
+@every
+def test_empty_parameters_are_nothing_to_do(make):
+    params = {"empty": nn.Parameter(torch.zeros(0, 4)), "full": nn.Parameter(torch.ones(4, 4))}
+    run(make(params.values()), params, gradients(params, 2))
+    assert not torch.equal(params["full"], torch.ones(4, 4))
+
+
+def test_exact_mode_without_lookahead_is_an_error():
+    params = parameters(dtype=torch.float32)
+    for optimizer in (MARS(params.values(), is_approx=False), MARSM(params.values(), is_approx=False)):
+        for p in params.values():
+            p.grad = torch.ones_like(p)
+        with pytest.raises(ValueError, match=r"is_approx=False: call update_previous_grad\(\)"):
+            optimizer.step()
+
+
+def test_a_rate_that_becomes_nonsense_is_refused():
+    params = parameters(dtype=torch.float32)
+    optimizer = MARS(params.values())
+    optimizer.param_groups[0]["lr"] = float("nan")
+    with pytest.raises(ValueError, match="MARS: lr=nan: must be a number >= 0"):
+        run(optimizer, params, gradients(params, 1))
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ ALONE = World(0, 1, torch.device("cpu"))
         ("NVIDIA H100 PCIe", 756),
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA L4", 121),
+        ("NVIDIA L40", None),
+        ("NVIDIA GB200", None),
         ("Somebody's GPU", None),
     ],
 )

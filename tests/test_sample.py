@@ -32,6 +32,7 @@ def test_generation_goes_on_beyond_the_context_and_never_emits_a_padded_id(model
     new = list(generate(model, [5] * 30, 100, temperature=5.0, seed=1))
     assert len(new) == 100
     assert max(new) < 70
+    assert max(generate(model, [5], 60, temperature=5.0, vocab_size=40)) < 40
 
 
 def test_a_seed_names_a_sample(model):
@@ -69,7 +70,7 @@ def test_the_command_prints_text_from_a_run_folder(tmp_path, capsys):
     assert output.count("the cat") >= 2
     sample.main(command)
     assert capsys.readouterr().out == output
-    with pytest.raises(SystemExit, match="temperature must be >= 0"):
+    with pytest.raises(SystemExit, match="--temperature -1.0: must be 0 or between"):
         sample.main([*command, "--temperature", "-1"])
     with pytest.raises(SystemExit, match="neither a checkpoint"):
         sample.main([str(tmp_path)])
