@@ -210,7 +210,7 @@ class FolderTokenizer:
             self.name = "gpt2"
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)
