@@ -95,11 +95,11 @@ class Tasks:
             os.environ.get("HF_HOME", "~/.cache/huggingface"), "datasets"
         )
         folder = source.replace("/", "___")
-        wanted = " or ".join(f"{name}/{split}.jsonl" for split in SPLITS)
         return (
             f"task {name}: data set {source} is neither cached nor reachable ({reason}). Run the same command once on "
-            f"a machine with a network and copy {cache}/{folder} from there to {cache}/{folder} here; or put the rows "
-            f"into {wanted} below a folder given with --data"
+            f"a machine with a network and copy {cache}/{folder} from there to {cache}/{folder} here (HF_HUB_OFFLINE=1 "
+            f"then skips the network); or put the rows, one JSON object a line, into {name}/validation.jsonl, "
+            "test.jsonl and train.jsonl, as it has them, below a folder given with --data"
         )
 
     def _source(self, name: str) -> str | None:
