@@ -186,6 +186,11 @@ def _open_hugging_face(path: Path, device: torch.device, tokenizer: str | None, 
     absent = {"wte.weight", "wpe.weight", "ln_f.weight", f"h.{last}.mlp.c_proj.weight"} - names
     if absent:
         raise ValueError(f"{path}: the weights lack {sorted(absent)[0]}; not the GPT-2 that config.json describes")
+    try:
+        from transformers.utils import logging
+    except ImportError:
+        raise ImportError("Hugging Face folders need: pip install transformers") from None
+    logging.disable_progress_bar()
     model = GPT.from_pretrained(str(path)).to(device).eval()
     if tokenizer:
         chosen = get_tokenizer(tokenizer, ranks)

@@ -19,6 +19,7 @@ if __package__ in (None, ""):  # run as a file: python scripts/report.py
 
 import torch
 
+from config.load import short_count
 from data.shards import write_durably
 from eval.perplexity import describe, describe_pair
 from eval.table import markdown, published, size_of
@@ -26,11 +27,8 @@ from model import GPT, GPTConfig
 from runtime.folder import CONFIG
 from runtime.logger import METRICS, read_metrics
 
-AXES = (  # key of an evaluation, label, unit
-    ("tokens", "tokens, billions", 1e9),
-    ("train_s", "training time, hours", 3600),
-    ("gradients", "gradient evaluations, thousands", 1e3),
-)
+AXES = {"tokens": "tokens", "train_s": "training time, seconds", "gradients": "gradient evaluations"}
+PUBLISHED_BUDGET = 100_000 * 480 * 1024  # tokens of the published runs
 SAME_COUNT = 0.02  # a published number without neighbours holds this far from its token count, relatively
 
 
@@ -43,6 +41,7 @@ class Run:
     parameters: int
     data: str  # "openwebtext", "fineweb-edu" or the data set folder's name
     method: str  # the name published results go by
+    budget: int  # tokens the whole run is to take, which its learning rate follows
     points: list[dict]  # tokens, val_loss, train_s, gradients of each evaluation; the last two may be None
     mfu: float | None
 
@@ -75,7 +74,15 @@ def read_run(folder: Path) -> Run:
     if not points:
         raise ValueError(f"{folder}: no evaluation in {METRICS} yet")
     mfu = next((r["mfu"] for r in reversed(records) if "mfu" in r), None)
-    return Run(folder.resolve().name, size_of(parameters), parameters, data, method_of(config), points, mfu)
+    name, size = folder.resolve().name, size_of(parameters)
+    return Run(name, size, parameters, data, method_of(config), budget_of(config), points, mfu)
+
+
+def budget_of(config: dict) -> int:
+    """Tokens of a whole run, from its config.json."""
+    if config.get("tokens"):
+        return config["tokens"]
+    return config["steps"] * (config.get("batch_tokens") or config["batch_size"] * config["model"]["block_size"])
 
 
 def method_of(config: dict) -> str:
@@ -113,14 +120,18 @@ def on_track(run: Run) -> str:
     loss, expected = run.best(), published_loss(run, tokens)
     what = f"{run.name}: {run.method}, {run.size or f'{run.parameters:,} parameters'}, {run.data}"
     if expected is None:
-        return f"{what}: nothing published to compare with at {tokens / 1e9:.2f} billion tokens (best loss {loss:.3f})"
+        return f"{what}: nothing published to compare with at {short_count(tokens)} tokens (best loss {loss:.3f})"
     difference = loss - expected
     verdict = (
         "inside the band" if abs(difference) <= width else "above the band" if difference > 0 else "below the band"
     )
+    note = ""
+    if abs(run.budget - PUBLISHED_BUDGET) > SAME_COUNT * PUBLISHED_BUDGET:
+        theirs = short_count(PUBLISHED_BUDGET)
+        note = f"; its budget is {short_count(run.budget)} tokens, the published {theirs}, so learning rates differ"
     return (
-        f"{what}: {verdict} the band at {tokens / 1e9:.2f} billion tokens: best loss {loss:.3f}, "
-        f"published {expected:.3f} +- {width}"
+        f"{what}: {verdict} the band at {short_count(tokens)} tokens: best loss {loss:.3f}, "
+        f"published {expected:.3f} +- {width}{note}"
     )
 
 
@@ -147,7 +158,7 @@ def loss_tables(runs: list[Run]) -> list[str]:
     counts = token_counts(runs)
     lines += ["", "## Best validation loss up to a token count", ""]
     lines += ["Nats per token; in brackets what was published for the same method, size and data.", ""]
-    lines += ["| run | " + " | ".join(f"{c / 1e9:.3g} B" for c in counts) + " |", "|---|" + "---:|" * len(counts)]
+    lines += ["| run | " + " | ".join(short_count(round(c)) for c in counts) + " |", "|---|" + "---:|" * len(counts)]
     for r in runs:
         cells = []
         for count in counts:
@@ -162,18 +173,19 @@ def draw(runs: list[Run], path: Path) -> None:
     """Loss against tokens, time and gradient evaluations. Raises ImportError, with the remedy, without matplotlib."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter
     except ImportError:
         raise ImportError("drawing curves needs: pip install matplotlib") from None
     figure = Figure(figsize=(15, 4.5), layout="constrained")
-    for axes, (key, label, unit) in zip(figure.subplots(1, 3, sharey=True), AXES, strict=True):
+    for axes, (key, label) in zip(figure.subplots(1, 3, sharey=True), AXES.items(), strict=True):
         for number, r in enumerate(runs):
-            points = [(p[key] / unit, p["val_loss"]) for p in r.points if p[key] is not None]
-            axes.plot(*zip(*points, strict=True) if points else ([], []), color=f"C{number}", label=r.name)
+            points = [(p[key], p["val_loss"]) for p in r.points if p[key] is not None]
+            axes.plot(*zip(*points, strict=True) if points else ([], []), ".-", color=f"C{number}", label=r.name)
             if key == "tokens":
                 counts = [c for c in token_counts(runs) if published_loss(r, c) is not None]
-                theirs = [published_loss(r, c) for c in counts]
-                axes.plot([c / unit for c in counts], theirs, "x", color=f"C{number}")
+                axes.plot(counts, [published_loss(r, c) for c in counts], "x", color=f"C{number}")
         axes.set(xlabel=label)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.25)
     figure.axes[0].set(ylabel="validation loss, nats per token (x: published)")
     figure.axes[0].legend()

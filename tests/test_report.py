@@ -13,10 +13,10 @@ from scripts.report import method_of, on_track, published_loss, read_run
 SMALL = asdict(GPTConfig(n_layer=12, n_head=12, n_embd=768, vocab_size=50257))
 
 
-def run_folder(folder, losses, optimizer="adamw", data="data/tokens/openwebtext", model=SMALL, **optim):
+def run_folder(folder, losses, optimizer="adamw", data="data/tokens/openwebtext", model=SMALL, steps=100_000, **optim):
     """losses: tokens to validation loss; 1,000 tokens a second and 10 a gradient evaluation."""
     folder.mkdir(parents=True)
-    config = dict(model=model, data=dict(path=data), optimizer=optimizer, optim=optim)
+    config = dict(model=model, data=dict(path=data), optimizer=optimizer, optim=optim, steps=steps, batch_size=480)
     (folder / "config.json").write_text(json.dumps(config))
     records = []
     for step, (tokens, loss) in enumerate((int(t), x) for t, x in losses.items()):
@@ -35,7 +35,16 @@ def test_on_track_at_a_published_count(tmp_path, loss, verdict, capsys):
     line = capsys.readouterr().out
     assert verdict in line
     assert "a: AdamW, small, openwebtext" in line
-    assert f"20.00 billion tokens: best loss {loss:.3f}, published 3.024 +- 0.03" in line
+    assert f"20B tokens: best loss {loss:.3f}, published 3.024 +- 0.03" in line
+
+
+def test_a_budget_other_than_the_published_is_said(tmp_path):
+    same = run_folder(tmp_path / "same", {20e9: 3.03})
+    short = run_folder(tmp_path / "short", {20e9: 2.9}, steps=40_690)
+    assert "budget" not in on_track(read_run(same))
+    assert "its budget is 20B tokens, the published 49.2B" in on_track(read_run(short))
+    assert report.budget_of(dict(tokens=None, steps=3, batch_size=None, batch_tokens=64)) == 192
+    assert report.budget_of(dict(tokens=500, steps=None)) == 500
 
 
 def test_published_losses_are_interpolated_between_counts_and_never_extrapolated(tmp_path):
@@ -90,7 +99,7 @@ def test_the_page_holds_losses_pairs_and_scores(tmp_path, capsys):
     report.main([*map(str, runs), "--out", str(tmp_path / "out"), *more])
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| openwebtext | 20,000,000,000 | 3.0300 | 3.0300 | 5555.56 | 41.0% |" in text
-    assert "| run | 2 B | 4 B | 5 B | 6 B | 8 B | 20 B |" in text
+    assert "| run | 2B | 4B | 5B | 6B | 8B | 20B |" in text
     base = next(line for line in text.splitlines() if line.startswith("| base | 3."))
     assert base.split(" | ")[3:] == ["3.3000 (3.193)", *base.split(" | ")[4:6], "3.0300 (3.024) |"]
     ours = next(line for line in text.splitlines() if line.startswith("| ours | 3."))
