@@ -14,6 +14,7 @@ from runtime.checkpoint import CheckpointConfig, Checkpointer
 from runtime.distributed import World
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=257, scale_attn_by_inverse_layer_idx=True)
+WORDS = ["river", "stone", "light", "green", "house", "water", "small", "bread", "cloud", "seven", "horse", "music"]
 
 
 def byte_dataset(folder: Path) -> Path:
@@ -50,3 +51,22 @@ def byte_run(folder: Path, dataset: Path, seed: int = 0, name: str = "run", **ch
     checkpointer.save(dict(small_model(seed, config).named_parameters()), {}, state)
     (folder / name / "config.json").write_text(json.dumps(run))
     return folder / name
+
+
+def phrase(*numbers):
+    """Words by their numbers."""
+    return " ".join(WORDS[n % len(WORDS)] for n in numbers)
+
+
+def hellaswag(n):
+    """n rows in HellaSwag's format."""
+    return [
+        dict(
+            activity_label=phrase(i),
+            ctx_a=f"The {phrase(i + 1)} is [substeps] here.",
+            ctx_b=f"then {phrase(i + 2)}",
+            endings=[phrase(i, i + 3) + " goes.", phrase(i + 5), phrase(i + 7, i, i + 1) + ".", phrase(2 * i) + "?"],
+            label=str(i % 4),
+        )
+        for i in range(n)
+    ]

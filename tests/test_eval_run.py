@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from small_runs import byte_run
+from small_runs import byte_run, hellaswag, phrase
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("transformers")
@@ -19,24 +19,6 @@ from eval.table import markdown, published, size_of
 from eval.tasks import PAPER, Tasks, metric_of
 
 CPU = torch.device("cpu")
-WORDS = ["river", "stone", "light", "green", "house", "water", "small", "bread", "cloud", "seven", "horse", "music"]
-
-
-def phrase(*numbers):
-    return " ".join(WORDS[n % len(WORDS)] for n in numbers)
-
-
-def hellaswag(n):
-    return [
-        dict(
-            activity_label=phrase(i),
-            ctx_a=f"The {phrase(i + 1)} is [substeps] here.",
-            ctx_b=f"then {phrase(i + 2)}",
-            endings=[phrase(i, i + 3) + " goes.", phrase(i + 5), phrase(i + 7, i, i + 1) + ".", phrase(2 * i) + "?"],
-            label=str(i % 4),
-        )
-        for i in range(n)
-    ]
 
 
 def arc(n):
