@@ -304,3 +304,9 @@ def test_the_mean_of_published_rows_and_the_sizes():
     assert [size_of(n) for n in (124_000_000, 353_000_000, 1_557_000_000, 3_000_000)] == ["small", "medium", "xl", None]
     assert metric_of("other", {"acc,none": 1, "acc_norm,none": 1, "acc_stderr,none": 1}) == "acc_norm"
     assert metric_of("other", {"alias": "x", "bpb,none": 1, "bpb_stderr,none": 1}) == "bpb"
+
+
+def test_without_lm_eval_the_pip_line_is_given(folders, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(SystemExit, match="benchmark scores need: pip install lm_eval"):
+        run.main([str(folders[0]), "--tasks", "boolq", "--out", str(tmp_path)])
