@@ -20,8 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config.load import ConfigError, describe_keys, load_config, short_count, to_dict
 from config.schema import RunConfig, free_keys
+from data.choices import count_right, read_items
 from data.loader import TrainLoader, ValidationSet, prefetch, to_device
 from data.shards import open_dataset
+from data.tokenizer import get_tokenizer
 from model import GPT
 from optimizers import build_optimizer
 from optimizers.roles import claim_table, folded
@@ -51,6 +53,10 @@ class Trainer:
         self.loader = TrainLoader(dataset, run.data, batch_size=run.sequences, **sizes, **ranks)
         self.validation = ValidationSet(dataset, run.data, micro_batch=run.micro_batch, **sizes)
         self.bytes_per_token = dataset.bytes_per_token("val")
+        self.choices = []
+        if run.data.choices:
+            tokenizer = get_tokenizer(dataset.manifest.get("tokenizer", {}).get("name", "gpt2"))
+            self.choices = read_items(run.data.choices, run.data.choices_items, tokenizer)
 
         torch.manual_seed(run.seed)
         self.model = GPT(run.model).to(world.device)
@@ -175,7 +181,12 @@ class Trainer:
         numbers = dict(step=self.step, tokens=self.tokens, val_loss=self.val_loss)
         if self.bytes_per_token:
             numbers["val_bits_per_byte"] = self.val_loss / self.bytes_per_token / math.log(2)
-        self.log.record(numbers, f"step {self.step:>6}  {self.validation_text()}")
+        text = f"step {self.step:>6}  {self.validation_text()}"
+        due = self.step // self.run.eval_every % self.run.data.choices_every == 0 or self.step == self.steps
+        if self.choices and due:
+            numbers["hellaswag_acc_norm"] = self.score_choices()
+            text += f", {len(self.choices)} HellaSwag items {100 * numbers['hellaswag_acc_norm']:.1f}% right"
+        self.log.record(numbers, text)
 
     def validation_text(self) -> str:
         """The last validation loss, per token and, where the dataset knows its bytes, per byte."""
@@ -183,6 +194,15 @@ class Trainer:
         if self.bytes_per_token:
             text += f", {self.val_loss / self.bytes_per_token / math.log(2):.4f} bits/byte"
         return text
+
+    def score_choices(self) -> float:
+        """Share of the HellaSwag items answered rightly, each item on one rank, by the model as it is not compiled."""
+        self.model.eval()
+        with self.autocast:
+            sums = count_right(self.model, self.choices[self.world.rank :: self.world.size], self.world.device)
+        self.model.train()
+        right, count = self.world.sum(sums).tolist()
+        return right / count
 
     def report(self, loss: Tensor, norm: Tensor, lr: float, steps: int) -> None:
         """Log one step; times are means over the `steps` steps since the last report."""

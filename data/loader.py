@@ -28,10 +28,16 @@ class DataConfig:
     sampling: str = "permutation"  # "permutation" (every window once per epoch) or "replacement" (as published)
     val_windows: int = field(default=4096, metadata={"free": True})  # windows of the validation set to use, at most
     val_sampling: str = field(default="fixed", metadata={"free": True})  # "fixed", or "random" windows (as published)
+    choices: str = field(default="", metadata={"free": True})  # file of HellaSwag rows to score on the way; "": none
+    choices_every: int = field(default=5, metadata={"free": True})  # evaluations from one such score to the next
+    choices_items: int = field(default=256, metadata={"free": True})  # items of the file to score at most
 
     def faults(self) -> list[str]:
         """Everything wrong with this config, a line each."""
         out = []
+        for key in ("choices_every", "choices_items"):
+            if getattr(self, key) < 1:
+                out.append(f"{key}={getattr(self, key)}: must be at least 1")
         if self.sampling not in ("permutation", "replacement"):
             out.append(f'sampling="{self.sampling}": must be "permutation" or "replacement"')
         if self.val_sampling not in ("fixed", "random"):

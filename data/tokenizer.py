@@ -67,6 +67,11 @@ class GPT2Tokenizer:
                 f"network and name it with --ranks FILE or the variable {RANKS_VARIABLE}"
             ) from None
 
+    @property
+    def ranks(self) -> dict[bytes, int]:
+        """The byte pairs and their ids, end-of-text left out."""
+        return self._encoding._mergeable_ranks
+
     def encode(self, text: str) -> list[int]:
         return self._encoding.encode_ordinary(text)
 

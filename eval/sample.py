@@ -4,7 +4,6 @@ Reads a run folder (its newest good checkpoint) or one checkpoint folder.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,34 +14,10 @@ if __package__ in (None, ""):  # run as a file: python eval/sample.py
 import torch
 from torch import Tensor
 
-from data.shards import MANIFEST
-from data.tokenizer import Tokenizer, get_tokenizer
-from model import GPT, GPTConfig, KVCache
-from runtime.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from eval.checkpoint import load_model, tokenizer_of
+from model import GPT, KVCache
+from runtime.checkpoint import open_checkpoint
 from runtime.distributed import resolve_device
-
-
-def load_model(checkpoint: Checkpoint, device: torch.device) -> GPT:
-    """The model of a checkpoint, in evaluation mode."""
-    try:
-        model = GPT(GPTConfig(**checkpoint.state["config"]["model"]))
-        model.load_state_dict(checkpoint.model())
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{checkpoint.folder}: weights and config do not make a GPT of this version ({error})"
-        ) from None
-    return model.to(device).eval()
-
-
-def tokenizer_of(checkpoint: Checkpoint, name: str | None = None, ranks: str | None = None) -> Tokenizer:
-    """The tokenizer of a checkpoint's dataset; by vocabulary size if the dataset is gone."""
-    if name is None:
-        manifest = Path(checkpoint.state["config"]["data"]["path"], MANIFEST)
-        if manifest.exists():
-            name = json.loads(manifest.read_text())["tokenizer"]["name"]
-        else:
-            name = "byte" if checkpoint.state["config"]["model"]["vocab_size"] == 257 else "gpt2"
-    return get_tokenizer(name, ranks)
 
 
 def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:

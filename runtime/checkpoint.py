@@ -206,7 +206,7 @@ def damage(folder: Path) -> str | None:
         path = folder / name
         if not path.exists():
             return f"{name} is missing"
-        if _sha256(path) != digest:
+        if file_sha256(path) != digest:
             return f"{name} does not match its sha256"
     return None
 
@@ -226,10 +226,11 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
     with open(path, "rb") as f:
         os.fsync(f.fileno())
-    return _sha256(path)
+    return file_sha256(path)
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, in hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while block := f.read(1 << 20):

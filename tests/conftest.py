@@ -11,6 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):  # read when the libraries are imported; no test needs a network
+    os.environ[name] = "1"
+
 from data.shards import write_manifest, write_shard  # noqa: E402
 
 CONFIG = ROOT / "tests" / "tiny_config.py"

@@ -1,0 +1,225 @@
+"""Trained models from wherever they are: our runs, Hugging Face folders, nanoGPT's and the MARS code's .pt files."""
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from data.shards import MANIFEST
+from data.tokenizer import ByteTokenizer, Tokenizer, get_tokenizer
+from model import GPT, GPTConfig
+from runtime.checkpoint import MODEL, STATE, Checkpoint, file_sha256, open_checkpoint
+
+WRAPPERS = ("_orig_mod.", "module.")  # prefixes that torch.compile and DDP leave in parameter names
+
+
+@dataclass
+class Trained:
+    """A model in evaluation mode with what is known of its training."""
+
+    name: str  # short name for tables
+    path: Path  # the checkpoint folder, Hugging Face folder or .pt file
+    kind: str  # "checkpoint", "huggingface" or "pt"
+    model: GPT
+    tokenizer: Tokenizer
+    sha256: str  # of the file that holds the weights
+    state: dict  # of our checkpoints state.json; of a .pt file its step and loss; else empty
+
+    @property
+    def run_folder(self) -> Path | None:
+        """The run folder a checkpoint of ours lies in."""
+        return self.path.parent.parent if self.kind == "checkpoint" else None
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device) -> GPT:
+    """The model of a checkpoint, in evaluation mode."""
+    try:
+        config = GPTConfig(**checkpoint.state["config"]["model"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{checkpoint.folder}: its config is not that of this program's GPT ({error})") from None
+    return build(config, checkpoint.model(), str(checkpoint.folder), device)
+
+
+def tokenizer_of(checkpoint: Checkpoint, name: str | None = None, ranks: str | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint's dataset; by vocabulary size if the dataset is gone."""
+    if name is None:
+        manifest = Path(checkpoint.state["config"]["data"]["path"], MANIFEST)
+        if manifest.exists():
+            name = json.loads(manifest.read_text())["tokenizer"]["name"]
+        else:
+            name = name_by_size(checkpoint.state["config"]["model"]["vocab_size"])
+    return get_tokenizer(name, ranks)
+
+
+def name_by_size(vocab_size: int) -> str:
+    """The tokenizer a vocabulary size, perhaps padded to a multiple of 64, points at. ValueError if none."""
+    sizes = {257: "byte", 320: "byte", 50257: "gpt2", 50304: "gpt2"}
+    if vocab_size not in sizes:
+        raise ValueError(f'vocab_size={vocab_size} fits no known tokenizer; name one with --tokenizer "byte" or "gpt2"')
+    return sizes[vocab_size]
+
+
+def build(config: GPTConfig, tensors: Mapping[str, Tensor], source: str, device: torch.device) -> GPT:
+    """A GPT with the given weights (linear ones (out, in)), in evaluation mode.
+
+    Wrapper prefixes, the tied output layer and causal masks of other code are understood; rows of the
+    embedding beyond the vocabulary are cut. Raises ValueError, naming `source`, if the rest is not exactly a GPT-2.
+    """
+    model, found = GPT(config), {}
+    for name, tensor in tensors.items():
+        while prefix := next((w for w in WRAPPERS if name.startswith(w)), None):
+            name = name.removeprefix(prefix)
+        if name != "lm_head.weight" and not re.fullmatch(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)", name):
+            found[name] = tensor
+    wanted = dict(model.named_parameters())
+    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    if missing or extra:
+        what = f"{missing[0]} is missing" if missing else f"{extra[0]} is none of its parameters"
+        raise ValueError(
+            f"{source}: not the GPT-2 its settings describe ({what}; {len(missing) + len(extra)} such names)"
+        )
+    with torch.no_grad():
+        for name, p in wanted.items():
+            tensor = found[name]
+            rows = config.vocab_size if name == "transformer.wte.weight" else p.size(0)
+            if tensor.dim() != p.dim() or tensor.shape[1:] != p.shape[1:] or tensor.size(0) < rows:
+                raise ValueError(f"{source}: {name} has shape {tuple(tensor.shape)}, its settings say {tuple(p.shape)}")
+            if name != "transformer.wte.weight" and tensor.size(0) != rows:
+                raise ValueError(f"{source}: {name} has shape {tuple(tensor.shape)}, its settings say {tuple(p.shape)}")
+            p.zero_()[:rows].copy_(tensor[:rows])
+    return model.to(device).eval()
+
+
+def open_trained(
+    path: str | Path, device: torch.device, tokenizer: str | None = None, ranks: str | None = None
+) -> Trained:
+    """A model from a run folder, a checkpoint folder, a Hugging Face GPT-2 folder or a .pt file.
+
+    tokenizer: "byte" or "gpt2" to override what the source says. The vocabulary is cut to the tokenizer's.
+    Raises ValueError, in one line, for a damaged file, another architecture or a tokenizer that does not fit.
+    """
+    path = Path(path)
+    if path.is_file():
+        found = _open_pt(path, device, tokenizer, ranks)
+    elif _is_hugging_face(path):
+        found = _open_hugging_face(path, device, tokenizer, ranks)
+    else:
+        checkpoint = open_checkpoint(path)
+        folder = checkpoint.folder.resolve()
+        step = f"/{folder.name}" if (path / STATE).exists() else ""  # a run's name stands for its newest checkpoint
+        found = Trained(
+            name=folder.parent.parent.name + step,
+            path=folder,
+            kind="checkpoint",
+            model=load_model(checkpoint, device),
+            tokenizer=tokenizer_of(checkpoint, tokenizer, ranks),
+            sha256=checkpoint.state["sha256"][MODEL],
+            state=checkpoint.state,
+        )
+    return _fit(found)
+
+
+def _fit(found: Trained) -> Trained:
+    """Cut the vocabulary to the tokenizer's ids."""
+    size, config = found.tokenizer.vocab_size, found.model.config
+    if size > config.vocab_size:
+        raise ValueError(f"{found.path}: tokenizer {found.tokenizer.name} does not fit vocab_size={config.vocab_size}")
+    if size < config.vocab_size:
+        config = replace(config, vocab_size=size)
+        device = next(found.model.parameters()).device
+        found.model = build(config, dict(found.model.named_parameters()), str(found.path), device)
+    return found
+
+
+def _open_pt(path: Path, device: torch.device, tokenizer: str | None, ranks: str | None) -> Trained:
+    """A checkpoint of nanoGPT or of the official MARS code; plain tensors and numbers only."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0])
+        raise ValueError(f"{path}: holds more than tensors and numbers, which is not loaded: {reason[:200]}") from None
+    except (OSError, RuntimeError, EOFError, KeyError) as error:
+        raise ValueError(f"{path}: not readable as a torch file ({str(error).splitlines()[0]})") from None
+    args = content.get("model_args") if isinstance(content, dict) else None
+    if not isinstance(args, dict) or not isinstance(content.get("model"), dict):
+        raise ValueError(f"{path}: not a checkpoint of nanoGPT or MARS (no model and model_args in it)")
+    try:
+        shape = {k: args[k] for k in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")}
+    except KeyError as error:
+        raise ValueError(f"{path}: another architecture than GPT-2 (model_args has no {error})") from None
+    # nanoGPT's GELU is the exact one and it has no such key; the MARS code has it and uses the tanh form
+    official = "scale_attn_by_inverse_layer_idx" in args
+    scaled = bool(args.get("scale_attn_by_inverse_layer_idx"))
+    config = GPTConfig(**shape, gelu="tanh" if official else "exact", scale_attn_by_inverse_layer_idx=scaled)
+    model = build(config, content["model"], str(path), device)
+    state = {"step": content.get("iter_num"), "code": "MARS" if official else "nanoGPT"}
+    if content.get("best_val_loss") is not None:
+        state["best_val_loss"] = float(content["best_val_loss"])
+    chosen = get_tokenizer(tokenizer or name_by_size(config.vocab_size), ranks)
+    return Trained(path.stem, path.resolve(), "pt", model, chosen, file_sha256(path), state)
+
+
+def _is_hugging_face(path: Path) -> bool:
+    """Whether a folder has a config.json that names a model type; a run folder's config.json does not."""
+    try:
+        return "model_type" in json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def _open_hugging_face(path: Path, device: torch.device, tokenizer: str | None, ranks: str | None) -> Trained:
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    if config["model_type"] != "gpt2":
+        raise ValueError(f"{path}: its architecture is {config['model_type']}, only gpt2 can be read")
+    files, names = sorted(path.glob("*.safetensors")), set()
+    if not files:
+        raise ValueError(f"{path}: no model.safetensors in it")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as f:
+                names |= {name.removeprefix("transformer.") for name in f.keys()}  # noqa: SIM118  not a dict
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: damaged ({error}); export or copy it again") from None
+    last = config.get("n_layer", 12) - 1  # what is missing would silently keep random values
+    absent = {"wte.weight", "wpe.weight", "ln_f.weight", f"h.{last}.mlp.c_proj.weight"} - names
+    if absent:
+        raise ValueError(f"{path}: the weights lack {sorted(absent)[0]}; not the GPT-2 that config.json describes")
+    try:
+        from transformers.utils import logging
+    except ImportError:
+        raise ImportError("Hugging Face folders need: pip install transformers") from None
+    logging.disable_progress_bar()
+    model = GPT.from_pretrained(str(path)).to(device).eval()
+    if tokenizer:
+        chosen = get_tokenizer(tokenizer, ranks)
+    elif (path / "tokenizer.json").exists():
+        chosen = FolderTokenizer(path)
+    else:
+        chosen = get_tokenizer(name_by_size(model.config.vocab_size), ranks)
+    return Trained(path.resolve().name, path.resolve(), "huggingface", model, chosen, file_sha256(files[0]), {})
+
+
+class FolderTokenizer:
+    """The tokenizer files of a Hugging Face folder; special tokens in text are read as plain text."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        self.name, self.vocab_size, self.eot = "folder", len(self._tokenizer), self._tokenizer.eos_token_id
+        if self.vocab_size == ByteTokenizer.vocab_size:
+            self.name = "byte"
+        elif self.vocab_size == 50257:
+            self.name = "gpt2"
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids)

@@ -1,0 +1,208 @@
+"""Loss over a whole validation split or any text: python -m eval.perplexity runs/A runs/B
+
+Several models are compared pairwise on the same windows with a confidence interval: differences between optimizers
+are far smaller than the differences between windows, which cancel. Runs on all ranks under torchrun.
+"""
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: python eval/perplexity.py
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.shards import open_dataset, write_durably
+from eval.checkpoint import Trained, open_trained
+from eval.scoring import Scorer
+from runtime.distributed import World, start_world
+
+CHUNK = 256  # windows handed to the scorer at a time
+Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
+
+
+def spans(tokens: int, context: int, stride: int) -> list[tuple[int, int, int]]:
+    """Windows (begin, end, scored) over a stream: inputs [begin, end), of whose targets the last `scored` count.
+
+    Every token but the first is a target that counts once. With stride < context, all but the first window
+    give their targets at least context - stride tokens to look back on.
+    """
+    out, done = [], 0
+    for begin in range(0, max(0, tokens - 1), stride):
+        end = min(begin + context, tokens - 1)
+        out.append((begin, end, end - done))
+        done = end
+        if end == tokens - 1:
+            break
+    return out
+
+
+@dataclass
+class Stream:
+    """Token streams (uint16 arrays, each read on its own) and the UTF-8 bytes a token stands for, if known."""
+
+    name: str
+    parts: list[np.ndarray]
+    bytes_per_token: float | None
+
+
+def read_split(folder: str, split: str, vocab_size: int) -> Stream:
+    """A split of a data set, memory-mapped. Raises DataError if it cannot be used."""
+    dataset = open_dataset(folder, vocab_size)
+    parts = [np.memmap(s.path, dtype="<u2", mode="r", offset=s.start, shape=(s.tokens,)) for s in dataset.splits[split]]
+    for shard, part in zip(dataset.splits[split], parts, strict=True):
+        if len(part) and part.max() >= vocab_size:
+            raise ValueError(f"{shard.path}: token {part.max()} does not fit vocab_size={vocab_size}")
+    return Stream(f"{folder}, {split} split", parts, dataset.bytes_per_token(split))
+
+
+def read_text(files: list[str], trained: Trained) -> Stream:
+    """Text files as token streams, each after an end-of-text token. Raises ValueError for one that is not UTF-8."""
+    parts, size = [], 0
+    for file in files:
+        try:
+            text = Path(file).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: not UTF-8 text (byte {error.start})") from None
+        size += len(text.encode())
+        parts.append(np.array([trained.tokenizer.eot, *trained.tokenizer.encode(text)], dtype=np.uint16))
+    targets = sum(len(p) - 1 for p in parts)
+    return Stream(", ".join(files), parts, size / targets if targets else None)
+
+
+def window_losses(scorer: Scorer, stream: Stream, context: int, stride: int, world: World) -> np.ndarray:
+    """Loss sum (nats) and number of targets of every window, (windows, 2) float64, the same on every rank."""
+    windows = [(i, span) for i, part in enumerate(stream.parts) for span in spans(len(part), context, stride)]
+    if not windows:
+        raise ValueError(f"{stream.name}: nothing to score")
+    sums = torch.zeros(len(windows), 2, dtype=torch.float64, device=world.device)
+    mine = range(world.rank, len(windows), world.size)
+    with tqdm(total=len(mine), unit="window", disable=not (world.is_main and sys.stderr.isatty())) as bar:
+        for start in range(0, len(mine), CHUNK):
+            numbers = mine[start : start + CHUNK]
+            pairs = []
+            for number in numbers:
+                part, (begin, end, scored) = windows[number]
+                ids = stream.parts[part][begin : end + 1].tolist()
+                pairs.append((ids[: len(ids) - scored], ids[len(ids) - scored :]))
+            for number, (logp, _), (_, targets) in zip(numbers, scorer.loglikelihoods(pairs), pairs, strict=True):
+                sums[number] = torch.tensor([-logp, len(targets)], dtype=torch.float64)
+            bar.update(len(numbers))
+    return world.sum(sums).cpu().numpy()
+
+
+def mean_and_error(values: np.ndarray, counts: np.ndarray) -> tuple[float, float | None]:
+    """sum(values) / sum(counts) and its standard error, windows taken as independent; None for fewer than two.
+
+    The error of a ratio of sums to first order: residuals values - mean * counts.
+    """
+    n, total = len(values), counts.sum()
+    mean = values.sum() / total
+    if n < 2:
+        return float(mean), None
+    residuals = values - mean * counts
+    return float(mean), float(math.sqrt(n / (n - 1) * (residuals**2).sum()) / total)
+
+
+def paired(a: np.ndarray, b: np.ndarray) -> dict:
+    """Loss of b minus loss of a, nats per token, from window sums (windows, 2), with a 95 % interval."""
+    assert (a[:, 1] == b[:, 1]).all()
+    difference, error = mean_and_error(b[:, 0] - a[:, 0], a[:, 1])
+    interval = None if error is None else [difference - Z95 * error, difference + Z95 * error]
+    return {"difference": difference, "stderr": error, "interval95": interval}
+
+
+def compare(args: argparse.Namespace, world: World) -> dict:
+    """Loss of every model and the paired difference of each to the first."""
+    cpu = torch.device("cpu")  # one model at a time on the device
+    models = [open_trained(path, cpu, args.tokenizer, args.ranks) for path in args.models]
+    first = models[0]
+    for other in models[1:]:
+        if (other.tokenizer.name, other.tokenizer.vocab_size) != (first.tokenizer.name, first.tokenizer.vocab_size):
+            raise ValueError(
+                f"{first.name} reads {first.tokenizer.name} tokens, {other.name} {other.tokenizer.name} tokens: "
+                "their losses per token cannot be compared"
+            )
+    folder = args.data or (first.state["config"]["data"]["path"] if first.kind == "checkpoint" else None)
+    if folder is None and not args.text:
+        raise ValueError(f"{first.path} does not say what it was trained on; name --data FOLDER or --text FILE")
+    stream = read_text(args.text, first) if args.text else read_split(folder, args.split, first.tokenizer.vocab_size)
+    context = min(m.model.config.block_size for m in models)
+    stride = args.stride or context
+    if not 1 <= stride <= context:
+        raise ValueError(f"--stride {stride}: must lie between 1 and the context, {context}")
+    report = {"format": 1, "text": stream.name, "context": context, "stride": stride, "models": [], "paired": []}
+    sums = []
+    for trained in models:
+        scorer = Scorer(trained.model.to(world.device), args.batch_tokens)
+        sums.append(window_losses(scorer, stream, context, stride, world))
+        trained.model.to(cpu)
+        loss, error = mean_and_error(sums[-1][:, 0], sums[-1][:, 1])
+        row = {"name": trained.name, "path": str(trained.path), "sha256": trained.sha256}
+        row |= {"step": trained.state.get("step"), "tokens": trained.state.get("tokens"), "loss": loss}
+        row |= {"stderr": error, "windows": len(sums[-1]), "targets": int(sums[-1][:, 1].sum())}
+        if stream.bytes_per_token:
+            row["bits_per_byte"] = loss / stream.bytes_per_token / math.log(2)
+        report["models"].append(row)
+        if world.is_main:
+            print(describe(row), flush=True)
+    for trained, other in zip(models[1:], sums[1:], strict=True):
+        row = {"a": first.name, "b": trained.name, **paired(sums[0], other)}
+        report["paired"].append(row)
+        if world.is_main:
+            print(describe_pair(row), flush=True)
+    return report
+
+
+def describe(row: dict) -> str:
+    error = "" if row["stderr"] is None else f" +- {row['stderr']:.4f}"
+    bits = f", {row['bits_per_byte']:.4f} bits/byte" if "bits_per_byte" in row else ""
+    perplexity = math.exp(min(row["loss"], 700))
+    return (
+        f"{row['name']}  loss {row['loss']:.4f}{error} nats/token, perplexity {perplexity:.2f}{bits}  "
+        f"({row['targets']:,} tokens in {row['windows']:,} windows)"
+    )
+
+
+def describe_pair(row: dict) -> str:
+    text = f"{row['b']} - {row['a']}  {row['difference']:+.4f} nats/token"
+    if row["interval95"] is None:
+        return f"{text}, one window: no interval"
+    low, high = row["interval95"]
+    verdict = "indistinguishable" if low <= 0 <= high else f"{row['b' if high < 0 else 'a']} is better"
+    return f"{text}, 95 % interval {low:+.4f} to {high:+.4f}: {verdict}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="eval.perplexity", description="Loss over a split or a text.")
+    parser.add_argument("models", nargs="+", help="run folders, checkpoint folders, Hugging Face folders, .pt files")
+    parser.add_argument("--data", help="data set folder; default: the first model's own")
+    parser.add_argument("--split", choices=("train", "val"), default="val")
+    parser.add_argument("--text", nargs="+", help="text files to score instead of a data set")
+    parser.add_argument("--stride", type=int, help="tokens from one window to the next; default: the whole context")
+    parser.add_argument("--out", type=Path, help="JSON file for the numbers")
+    parser.add_argument("--batch_tokens", type=int, help="tokens a forward pass; default: as many as fit")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--tokenizer", choices=("byte", "gpt2"), help="default: the model's own")
+    parser.add_argument("--ranks", help="local GPT-2 ranks file, for machines without a network")
+    args = parser.parse_args(argv)
+    try:
+        if args.batch_tokens is not None and args.batch_tokens < 1:
+            raise ValueError("--batch_tokens must be at least 1")
+        with start_world(args.device) as world:
+            torch.set_float32_matmul_precision("highest")
+            report = compare(args, world)
+            if args.out and world.is_main:
+                write_durably(args.out, (json.dumps(report, indent=1) + "\n").encode())
+    except (ValueError, ImportError, OSError) as error:
+        sys.exit(f"eval.perplexity: {error}")
+
+
+if __name__ == "__main__":
+    main()

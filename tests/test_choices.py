@@ -1,0 +1,115 @@
+"""HellaSwag items scored during training: by the harness's rules, on any number of ranks."""
+
+import json
+
+import pytest
+import torch
+from conftest import CONFIG, finish, launch
+from small_runs import byte_dataset, hellaswag, small_model
+
+import train_gpt
+from data.choices import count_right, plain, read_items
+from data.shards import DataError
+from data.tokenizer import ByteTokenizer
+from eval import run as eval_run
+from runtime.logger import read_metrics
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A data set, and HellaSwag rows where --data of eval.run finds them."""
+    root = tmp_path_factory.mktemp("choices")
+    byte_dataset(root / "tokens")
+    (root / "hellaswag").mkdir()
+    (root / "hellaswag" / "validation.jsonl").write_text("".join(json.dumps(r) + "\n" for r in hellaswag(30)))
+    return root
+
+
+def arguments(place, folder, *more):
+    out = [str(CONFIG), f"--data.path={place / 'tokens'}", f"--log.folder={folder}", "--name=run", "--vocab_size=257"]
+    return [*out, "--steps=6", "--eval_every=1", "--block_size=256", *more]
+
+
+def scored(folder):
+    records = read_metrics(folder / "run" / "metrics.jsonl")
+    return {r["step"]: r["hellaswag_acc_norm"] for r in records if "hellaswag_acc_norm" in r}
+
+
+def test_training_logs_what_the_harness_gives_for_its_checkpoint(place, tmp_path, capsys):
+    pytest.importorskip("lm_eval")
+    choices = [f"--data.choices={place / 'hellaswag' / 'validation.jsonl'}", "--data.choices_every=4"]
+    train_gpt.main(arguments(place, tmp_path, *choices))
+    assert "30 HellaSwag items" in capsys.readouterr().out
+    found = scored(tmp_path)
+    assert list(found) == [4, 6]  # every fourth evaluation and the last
+    command = [str(tmp_path / "run"), "--tasks", "hellaswag", "--data", str(place), "--out", str(tmp_path / "scores")]
+    eval_run.main([*command, "--device", "cpu"])
+    score = json.loads((tmp_path / "scores" / "results.json").read_text())["scores"][0]
+    assert (score["metric"], score["documents"]) == ("acc_norm", 30)
+    assert found[6] == pytest.approx(score["score"])
+
+
+def test_it_is_off_by_default_and_changes_nothing_else(place, tmp_path):
+    train_gpt.main(arguments(place, tmp_path / "off"))
+    choices = [f"--data.choices={place / 'hellaswag' / 'validation.jsonl'}", "--data.choices_every=1"]
+    train_gpt.main(arguments(place, tmp_path / "on", *choices))
+    assert scored(tmp_path / "off") == {}
+    assert len(scored(tmp_path / "on")) == 6
+    losses = [
+        [r["loss"] for r in read_metrics(tmp_path / name / "run" / "metrics.jsonl") if "loss" in r]
+        for name in ("on", "off")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_two_processes_score_what_one_scores(place, tmp_path):
+    choices = [f"--data.choices={place / 'hellaswag' / 'validation.jsonl'}", "--data.choices_items=7", "--steps=1"]
+    choices += ["--schedule.warmup=0", "--dropout=0"]
+    train_gpt.main(arguments(place, tmp_path / "one", *choices))
+    finish(launch(arguments(place, tmp_path / "two", *choices), processes=2))
+    assert scored(tmp_path / "one") == scored(tmp_path / "two") != {}
+
+
+def test_the_ending_likeliest_per_character_counts(place):
+    items = read_items(str(place / "hellaswag" / "validation.jsonl"), 100, ByteTokenizer())
+    model, right = small_model(), 0
+    for item in items:
+        scores = []
+        for ending, characters in zip(item.endings, item.characters, strict=True):
+            ids = (item.context + ending)[-65:]
+            with torch.no_grad():
+                logp = model(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
+            n = min(len(ending), len(ids) - 1)
+            scores.append(logp[-n:].gather(1, torch.tensor(ids[-n:])[:, None]).sum().item() / characters)
+        right += max(range(4), key=scores.__getitem__) == item.right
+    assert count_right(model, items, torch.device("cpu")).tolist() == [right, 30]
+    assert 0 < right < 30
+
+
+def test_marks_in_brackets_are_taken_out():
+    assert plain(" Bake [title] Mix [substeps] it. [step] Stir.") == "Bake. Mix it. Stir."
+
+
+def test_items_are_spread_over_the_file(place):
+    path = str(place / "hellaswag" / "validation.jsonl")
+    every, some = read_items(path, 30, ByteTokenizer()), read_items(path, 10, ByteTokenizer())
+    assert some == every[::3]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "cannot be read"),
+        ("", "holds no rows"),
+        ('{"query": "x"}\n', "line 1 is no HellaSwag row .KeyError"),
+        (json.dumps(hellaswag(1)[0] | {"label": "7"}) + "\n", "line 1 is no HellaSwag row .IndexError"),
+        ("not json\n", "line 1 is no HellaSwag row .JSONDecodeError"),
+    ],
+)
+def test_a_file_of_something_else_is_one_clear_line(tmp_path, content, message):
+    path = tmp_path / "rows.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(DataError, match=message) as error:
+        read_items(str(path), 5, ByteTokenizer())
+    assert "\n" not in str(error.value)

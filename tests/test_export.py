@@ -1,0 +1,239 @@
+"""Hugging Face folders from checkpoints, and models from other people's checkpoints."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_runs import SHAPE, byte_dataset, byte_run, small_model
+from test_model import CASES, GOLDEN, golden_model
+
+from data.tokenizer import GPT2_PATTERN, ByteTokenizer, GPT2Tokenizer
+from eval import export
+from eval.checkpoint import open_trained
+
+transformers = pytest.importorskip("transformers")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return byte_dataset(tmp_path_factory.mktemp("data") / "licence")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, dataset):
+    return byte_run(tmp_path_factory.mktemp("runs"), dataset)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, run):
+    out = tmp_path_factory.mktemp("out") / "hf"
+    export.main([str(run), str(out)])
+    return out
+
+
+def test_an_export_loads_by_the_auto_classes_and_computes_the_same(run, exported):
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported, local_files_only=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported, local_files_only=True)
+    assert model.config.vocab_size == 257 == len(tokenizer)
+    assert model.config.scale_attn_by_inverse_layer_idx
+    text = "Licensed under: \u00e9\u4e2d\n\n\t the  'License'"
+    ids = tokenizer(text)["input_ids"]
+    assert ids == ByteTokenizer().encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eos_token_id == 256
+    ours = open_trained(run, CPU)
+    with torch.no_grad():
+        difference = (model(torch.tensor([ids])).logits - ours.model(torch.tensor([ids]))).abs().max()
+    assert difference < 1e-4
+    assert all((p == 0).all() for n, p in model.named_parameters() if n.endswith("attn.bias"))
+    card = (exported / "README.md").read_text()
+    assert "| val_loss | 5.5 |" in card
+    assert '"optimizer": "adamw"' in card
+
+
+@pytest.mark.parametrize("what", ["scale", "gelu", "bias"])
+def test_an_export_that_computes_something_else_is_not_left_behind(run, tmp_path, monkeypatch, what):
+    right = export.to_hugging_face
+
+    def wrong(model, eot):
+        out = right(model, eot)
+        if what == "scale":
+            out.config.scale_attn_by_inverse_layer_idx = False
+        elif what == "gelu":
+            out.config.activation_function = "gelu"
+        else:
+            out.transformer.h[1].mlp.c_fc.bias.data[0] = 1e-2
+        return out
+
+    monkeypatch.setattr(export, "to_hugging_face", wrong)
+    with pytest.raises(SystemExit, match="more than rounding"):
+        export.main([str(run), str(tmp_path / "hf")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_use_and_an_export_of_an_export_are_refused(run, exported, tmp_path):
+    with pytest.raises(SystemExit, match="exists; name a folder that does not"):
+        export.main([str(run), str(exported)])
+    with pytest.raises(SystemExit, match="is a Hugging Face folder already"):
+        export.main([str(exported), str(tmp_path / "again")])
+
+
+def test_a_padded_vocabulary_is_cut_to_the_tokenizer(dataset, tmp_path):
+    run = byte_run(tmp_path, dataset, vocab_size=320)
+    export.main([str(run), str(tmp_path / "hf")])
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["vocab_size"] == 257
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_models_with_and_without_biases_and_with_the_exact_gelu_are_carried_over(dataset, tmp_path, bias):
+    run = byte_run(tmp_path, dataset, bias=bias, gelu="exact", scale_attn_by_inverse_layer_idx=False)
+    export.main([str(run), str(tmp_path / "hf")])
+    back, ours = open_trained(tmp_path / "hf", CPU), open_trained(run, CPU)
+    assert back.model.config == replace(ours.model.config, bias=True)
+    idx = torch.arange(40)[None]
+    torch.testing.assert_close(back.model(idx), ours.model(idx), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c["id"])
+def test_checkpoints_of_nanogpt_and_mars_give_the_reference_logits(case, tmp_path):
+    data = dict(np.load(GOLDEN / case["file"]))
+    args = dict(case["config"]) | {"dropout": 0.0, "bias": case["config"]["bias"]}
+    if "exact" in case["gelu"]:
+        args.pop("scale_attn_by_inverse_layer_idx", None)  # nanoGPT has no such key
+    weights = {f"_orig_mod.{k[6:]}": torch.tensor(v) for k, v in data.items() if k.startswith("param/")}
+    weights["_orig_mod.lm_head.weight"] = weights["_orig_mod.transformer.wte.weight"]
+    for layer in range(args["n_layer"]):  # causal masks that the reference keeps as buffers
+        weights[f"_orig_mod.transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 4, 4)
+    content = dict(model=weights, model_args=args, iter_num=7, best_val_loss=torch.tensor(3.25), config={"seed": 5000})
+    torch.save(content | {"optimizer": {"state": {}, "param_groups": []}}, tmp_path / "ckpt.pt")
+    found = open_trained_with_any_tokenizer(tmp_path / "ckpt.pt", args["vocab_size"])
+    assert (found.state["step"], found.state["best_val_loss"]) == (7, 3.25)
+    with torch.no_grad():
+        logits = found.model(torch.tensor(data["x"]).long())
+    np.testing.assert_allclose(logits.numpy(), data["logits"], atol=case["tolerance"]["logits_abs"], rtol=0)
+    assert torch.equal(logits, golden_model(case, data)(torch.tensor(data["x"]).long()))
+
+
+def open_trained_with_any_tokenizer(path, vocab_size):
+    """The golden models have 128 or 256 ids, which are no tokenizer's."""
+
+    class Exact(ByteTokenizer):
+        pass
+
+    Exact.vocab_size = vocab_size
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eval.checkpoint.get_tokenizer", lambda name, ranks: Exact())
+        return open_trained(path, CPU, "byte")
+
+
+def pt_file(path: Path, **changes) -> Path:
+    model = small_model(config=replace(SHAPE, scale_attn_by_inverse_layer_idx=False))
+    args = dict(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=320, bias=False, dropout=0.0)
+    content = dict(model=dict(model.state_dict()), model_args=args, iter_num=1)
+    torch.save({k: v for k, v in (content | changes).items() if v is not None}, path)
+    return path
+
+
+def test_a_pt_file_can_be_exported(tmp_path):
+    export.main([str(pt_file(tmp_path / "ckpt.pt")), str(tmp_path / "hf")])
+    assert "| code | nanoGPT |" in (tmp_path / "hf" / "README.md").read_text()
+
+
+class NotATensor:
+    pass
+
+
+def break_hugging_face(folder: Path, exported: Path, how: str) -> Path:
+    folder.mkdir()
+    for file in exported.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if how == "cut":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif how == "llama":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "llama"}))
+    elif how == "deeper":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"n_layer": 3}))
+    elif how == "gone":
+        weights.unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("cut", "model.safetensors: damaged"),
+        ("llama", "its architecture is llama, only gpt2 can be read"),
+        ("deeper", "not the GPT-2 that config.json describes"),
+        ("gone", "no model.safetensors in it"),
+    ],
+)
+def test_a_broken_hugging_face_folder_is_one_clear_line(exported, tmp_path, how, message):
+    with pytest.raises(ValueError, match=message) as error:
+        open_trained(break_hugging_face(tmp_path / "hf", exported, how), CPU)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(model_args=None), "not a checkpoint of nanoGPT or MARS"),
+        (dict(model_args={"dim": 512}), "another architecture than GPT-2"),
+        (dict(model={"tok_embeddings.weight": torch.ones(2, 2)}), "not the GPT-2 its settings describe"),
+        (dict(config=NotATensor()), "holds more than tensors and numbers"),
+    ],
+)
+def test_a_foreign_pt_file_is_one_clear_line(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        open_trained(pt_file(tmp_path / "ckpt.pt", **changes), CPU)
+    assert "\n" not in str(error.value)
+
+
+def test_a_torn_pt_file_and_a_torn_checkpoint_are_one_clear_line(dataset, tmp_path):
+    path = pt_file(tmp_path / "ckpt.pt")
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(SystemExit, match="not readable as a torch file"):
+        export.main([str(path), str(tmp_path / "hf")])
+    weights = byte_run(tmp_path, dataset) / "checkpoints" / "step_0000030" / "model.safetensors"
+    os.truncate(weights, 3000)
+    with pytest.raises(SystemExit, match="does not match its sha256"):
+        export.main([str(weights.parent), str(tmp_path / "hf")])
+
+
+def test_the_runs_own_tokenizer_is_used_when_data_and_tokenizer_files_are_gone(exported, tmp_path):
+    run = byte_run(tmp_path, tmp_path / "no dataset")
+    assert open_trained(run, CPU).tokenizer.name == "byte"
+    for file in exported.glob("tokenizer*"):
+        os.rename(file, tmp_path / file.name)
+    try:
+        assert open_trained(exported, CPU).tokenizer.name == "byte"
+    finally:
+        for file in tmp_path.glob("tokenizer*"):
+            os.rename(file, exported / file.name)
+
+
+def test_merges_follow_from_ranks():
+    ranks = {bytes([b]): b for b in range(256)} | {b"th": 256, b"he": 257, b"the": 258, b" the": 259}
+    assert export.merge_of(b"the", 258, ranks) == (b"th", b"e")
+    assert export.merge_of(b" the", 259, ranks) == (b" ", b"the")
+
+
+def test_a_byte_pair_tokenizer_is_carried_over(tmp_path):
+    tiktoken = pytest.importorskip("tiktoken")
+    pairs = [bytes([b]) for b in range(256)] + [b"th", b"the", b" the", b"in", b" a", b"\n\n", "\u00e9".encode()]
+    tokenizer = GPT2Tokenizer.__new__(GPT2Tokenizer)
+    ranks = {p: i for i, p in enumerate(pairs)}
+    tokenizer.eot = len(ranks)
+    tokenizer._encoding = tiktoken.Encoding(
+        "small", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)}
+    )
+    export.hugging_face_tokenizer(tokenizer, 64).save_pretrained(tmp_path)
+    assert export.tokenizer_difference(tokenizer, tmp_path) is None
+    tokenizer.encode = lambda text: [0]
+    assert export.tokenizer_difference(tokenizer, tmp_path) is not None

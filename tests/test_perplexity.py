@@ -1,0 +1,154 @@
+"""Loss over a split or a text: against direct computations, and pairs against plain statistics."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, environment
+from small_runs import byte_dataset, byte_run, small_model
+
+from eval import perplexity
+from eval.perplexity import mean_and_error, paired, spans
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    dataset = byte_dataset(root / "tokens")
+    return [byte_run(root, dataset, seed, name) for seed, name in ((0, "one"), (1, "two"))]
+
+
+def evaluate(runs, out, *more):
+    perplexity.main([*map(str, runs), "--device", "cpu", "--out", str(out), *more])
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 64, 65, 66, 200])
+@pytest.mark.parametrize("stride", [1, 10, 63, 64])
+def test_every_token_but_the_first_is_a_target_once(tokens, stride):
+    seen = []
+    for number, (begin, end, scored) in enumerate(spans(tokens, 64, stride)):
+        assert 0 < end - begin <= 64
+        assert number == 0 or end - begin - scored >= 0
+        assert number == 0 or end == tokens - 1 or end - begin - scored == 64 - stride
+        seen += range(end - scored + 1, end + 1)
+    assert seen == list(range(1, tokens))
+
+
+def test_the_loss_is_the_mean_over_all_tokens(runs, tmp_path):
+    report = evaluate(runs[:1], tmp_path / "a.json")
+    tokens = torch.tensor([256, *(ROOT / "LICENSE").read_bytes()])
+    model, losses = small_model(0), []
+    with torch.no_grad():
+        for begin in range(0, len(tokens) - 1, 64):
+            part = tokens[begin : begin + 65]
+            losses.append(F.cross_entropy(model(part[None, :-1])[0].double(), part[1:], reduction="none"))
+    row = report["models"][0]
+    assert row["loss"] == pytest.approx(torch.cat(losses).mean().item(), abs=1e-4)
+    assert row["targets"] == len(tokens) - 1
+    assert row["bits_per_byte"] == pytest.approx(row["loss"] / math.log(2), rel=1e-3)  # end-of-text has no bytes
+    means = np.array([part.mean().item() for part in losses[:-1]])  # the last window is shorter
+    assert row["stderr"] == pytest.approx(means.std(ddof=1) / math.sqrt(len(losses)), rel=0.02)
+
+
+def test_text_gives_the_loss_of_the_same_tokens_and_a_stride_lengthens_the_context(runs, tmp_path):
+    whole = evaluate(runs[:1], tmp_path / "a.json")["models"][0]
+    text = evaluate(runs[:1], tmp_path / "b.json", "--text", str(ROOT / "LICENSE"))["models"][0]
+    assert text["loss"] == pytest.approx(whole["loss"], abs=1e-9)
+    (tmp_path / "short.txt").write_text((ROOT / "LICENSE").read_text()[:300])
+    report = evaluate(runs[:1], tmp_path / "c.json", "--text", str(tmp_path / "short.txt"), "--stride", "1")
+    ids, model = torch.tensor([256, *(tmp_path / "short.txt").read_bytes()]), small_model(0)
+    with torch.no_grad():
+        losses = [
+            F.cross_entropy(model(ids[None, max(0, i - 64) : i])[0, -1:].double(), ids[i : i + 1]).item()
+            for i in range(1, len(ids))
+        ]
+    assert report["models"][0]["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+
+
+def test_a_pair_is_compared_on_the_same_windows(runs, tmp_path, capsys):
+    report = evaluate([*runs, runs[0]], tmp_path / "a.json")
+    pair, same = report["paired"]
+    losses = [m["loss"] for m in report["models"]]
+    assert pair["difference"] == pytest.approx(losses[1] - losses[0])
+    low, high = pair["interval95"]
+    assert low < pair["difference"] < high
+    assert high - low == pytest.approx(2 * 1.96 * pair["stderr"], rel=1e-3)
+    assert (same["difference"], same["interval95"]) == (0, [0, 0])
+    output = capsys.readouterr().out
+    better = "one" if pair["difference"] > 0 else "two"
+    assert (f": {better} is better" if low * high > 0 else "two - one") in output
+    assert output.rstrip().endswith("indistinguishable")
+
+
+def test_a_pair_cancels_what_windows_have_in_common():
+    rng = np.random.default_rng(0)
+    hard = rng.normal(3, 0.5, 400)
+    a, b = ((64 * (hard + rng.normal(shift, 0.02, 400))) for shift in (0.0, 0.01))
+    counts = np.full(400, 64.0)
+    assert mean_and_error(a, counts)[1] > 0.02
+    row = paired(np.stack([a, counts], 1), np.stack([b, counts], 1))
+    d = (b - a) / 64
+    assert row["difference"] == pytest.approx(d.mean())
+    assert row["stderr"] == pytest.approx(d.std(ddof=1) / 20)
+    assert row["interval95"][0] > 0
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    counts = rng.integers(5, 65, (2000, 50)).astype(float)
+    covered = 0
+    for c in counts:
+        d = c * 0.05 + np.sqrt(c) * rng.normal(0, 0.3, 50)
+        low, high = paired(np.stack([0 * d, c], 1), np.stack([d, c], 1))["interval95"]
+        covered += low < 0.05 < high
+    assert 0.92 < covered / 2000 < 0.965
+
+
+def test_two_processes_give_the_numbers_of_one(runs, tmp_path):
+    alone = evaluate(runs, tmp_path / "one.json")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["eval/perplexity.py", *map(str, runs), "--device", "cpu", "--out", str(tmp_path / "two.json")]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    together = json.loads((tmp_path / "two.json").read_text())
+    for a, b in zip(alone["models"] + alone["paired"], together["models"] + together["paired"], strict=True):
+        for key, value in a.items():
+            assert b[key] == (pytest.approx(value, abs=1e-5) if isinstance(value, float | list) else value)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--stride", "65"], "--stride 65: must lie between 1 and the context, 64"),
+        (["--batch_tokens", "0"], "--batch_tokens must be at least 1"),
+        (["--data", "nowhere"], "dataset folder nowhere: not found"),
+        (["--text", "missing.txt"], "missing.txt"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(runs, arguments, message):
+    with pytest.raises(SystemExit, match=message) as error:
+        perplexity.main([str(runs[0]), "--device", "cpu", *arguments])
+    assert "\n" not in str(error.value)
+
+
+def test_models_of_different_tokens_and_text_that_is_none_are_refused(runs, tmp_path, monkeypatch):
+    (tmp_path / "a.bin").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SystemExit, match="not UTF-8 text"):
+        perplexity.main([str(runs[0]), "--device", "cpu", "--text", str(tmp_path / "a.bin")])
+    real = perplexity.open_trained
+
+    def other_tokenizer(path, *rest):
+        out = real(path, *rest)
+        if path.endswith("two"):
+            out.tokenizer = type("Other", (), dict(name="gpt2", vocab_size=50257))()
+        return out
+
+    monkeypatch.setattr(perplexity, "open_trained", other_tokenizer)
+    with pytest.raises(SystemExit, match="one reads byte tokens, two gpt2 tokens"):
+        perplexity.main([*map(str, runs), "--device", "cpu"])

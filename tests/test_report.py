@@ -1,0 +1,142 @@
+"""The page made of run folders and results."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from eval.table import published
+from model import GPT, GPTConfig
+from scripts import report
+from scripts.report import method_of, on_track, published_loss, read_run
+
+SMALL = asdict(GPTConfig(n_layer=12, n_head=12, n_embd=768, vocab_size=50257))
+
+
+def run_folder(folder, losses, optimizer="adamw", data="data/tokens/openwebtext", model=SMALL, steps=100_000, **optim):
+    """losses: tokens to validation loss; 1,000 tokens a second and 10 a gradient evaluation."""
+    folder.mkdir(parents=True)
+    config = dict(model=model, data=dict(path=data), optimizer=optimizer, optim=optim, steps=steps, batch_size=480)
+    (folder / "config.json").write_text(json.dumps(config))
+    records = []
+    for step, (tokens, loss) in enumerate((int(t), x) for t, x in losses.items()):
+        train = dict(step=step, tokens=tokens, loss=loss + 0.1, train_s=tokens / 1000, gradient_evaluations=tokens / 10)
+        records += [train | dict(mfu=0.41), dict(step=step, tokens=tokens, val_loss=loss)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "loss, verdict", [(3.03, "inside the band"), (2.90, "below the band"), (3.10, "above the band"), (3.053, "inside")]
+)
+def test_on_track_at_a_published_count(tmp_path, loss, verdict, capsys):
+    run_folder(tmp_path / "a", {1e9: 3.6, 20e9: loss})
+    report.main(["--on-track", str(tmp_path / "a")])
+    line = capsys.readouterr().out
+    assert verdict in line
+    assert "a: AdamW, small, openwebtext" in line
+    assert f"20B tokens: best loss {loss:.3f}, published 3.024 +- 0.03" in line
+
+
+def test_a_budget_other_than_the_published_is_said(tmp_path):
+    same = run_folder(tmp_path / "same", {20e9: 3.03})
+    short = run_folder(tmp_path / "short", {20e9: 2.9}, steps=40_690)
+    assert "budget" not in on_track(read_run(same))
+    assert "its budget is 20B tokens, the published 49.2B" in on_track(read_run(short))
+    assert report.budget_of(dict(tokens=None, steps=3, batch_size=None, batch_tokens=64)) == 192
+    assert report.budget_of(dict(tokens=500, steps=None)) == 500
+
+
+def test_published_losses_are_interpolated_between_counts_and_never_extrapolated(tmp_path):
+    run = read_run(run_folder(tmp_path / "a", {1e9: 3.6}))
+    assert published_loss(run, 5e9) == 3.193
+    assert published_loss(run, 10e9) == pytest.approx((3.193 + 3.024) / 2)  # halfway from 5 to 20 on a log scale
+    assert published_loss(run, 4e9) is None
+    assert published_loss(run, 60e9) is None
+    only_end = read_run(run_folder(tmp_path / "b", {1e9: 3.6}, "mars_m", gamma=0.025))
+    assert published_loss(only_end, 49.152e9) == 2.841
+    assert published_loss(only_end, 40e9) is None
+
+
+def test_a_run_nobody_published_is_said_to_be_one(tmp_path):
+    tiny = asdict(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=257))
+    line = on_track(read_run(run_folder(tmp_path / "a", {1e9: 3.6}, data="tokens/pydocs", model=tiny)))
+    parameters = GPT(GPTConfig(**tiny)).num_params()
+    assert f"AdamW, {parameters:,} parameters, pydocs: nothing published to compare with" in line
+
+
+@pytest.mark.parametrize(
+    "optimizer, optim, method",
+    [
+        ("adamw", {}, "AdamW"),
+        ("muon", dict(scale="moonlight"), "Moonlight"),
+        ("muon_original", dict(scale="original"), "Muon"),
+        ("mars", dict(mars_type="mars-adamw", is_approx=True), "MARS-AdamW"),
+        ("mars", dict(mars_type="mars-adamw", is_approx=False), "MARS-AdamW exact"),
+        ("mars_m", dict(gamma=0.01, is_approx=True), "MARS-M gamma 0.01"),
+        ("lion", {}, "Lion"),
+    ],
+)
+def test_methods_have_their_published_names(optimizer, optim, method):
+    assert method_of(dict(optimizer=optimizer, optim=optim)) == method
+
+
+def test_the_page_holds_losses_pairs_and_scores(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    runs = [
+        run_folder(tmp_path / "base", {1e9: 3.6, 4e9: 3.3, 8e9: 3.1, 20e9: 3.03}),
+        run_folder(tmp_path / "ours", {1e9: 3.5, 4e9: 3.2, 8e9: 3.0}, "mars", mars_type="mars-adamw"),
+    ]
+    paired = dict(text="val", context=1024, models=[], paired=[])
+    paired["models"] = [
+        dict(name=n, loss=x, stderr=0.02, targets=10, windows=2) for n, x in (("base", 3.1), ("ours", 3))
+    ]
+    paired["paired"] = [dict(a="base", b="ours", difference=-0.1, stderr=0.01, interval95=[-0.12, -0.08])]
+    (tmp_path / "paired.json").write_text(json.dumps(paired))
+    scores = [dict(checkpoint="ours", task="boolq", shots=0, metric="acc", score=0.5, stderr=0.01)]
+    (tmp_path / "results.json").write_text(json.dumps(dict(scores=scores)))
+    more = ["--paired", str(tmp_path / "paired.json"), "--scores", str(tmp_path / "results.json")]
+    report.main([*map(str, runs), "--out", str(tmp_path / "out"), *more])
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| openwebtext | 20,000,000,000 | 3.0300 | 3.0300 | 5555.56 | 41.0% |" in text
+    assert "| run | 2B | 4B | 5B | 6B | 8B | 20B |" in text
+    base = next(line for line in text.splitlines() if line.startswith("| base | 3."))
+    assert base.split(" | ")[3:] == ["3.3000 (3.193)", *base.split(" | ")[4:6], "3.0300 (3.024) |"]
+    ours = next(line for line in text.splitlines() if line.startswith("| ours | 3."))
+    assert "3.2000 (3.108)" in ours
+    assert ours.endswith(" | (2.981) |")
+    assert "- ours - base  -0.1000 nats/token, 95 % interval -0.1200 to -0.0800: ours is better" in text
+    assert "| ours | 0 | 50.00 +- 1.00 |  |" in text
+    assert "published: OpenAI GPT-2, WebText | 0 | 48.72" in text
+    assert (tmp_path / "out" / "report.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_published_rows_are_whole_and_name_their_sources():
+    for row in published()["downstream"]:
+        assert len(row["scores"]) == 9
+        assert all(20 < s < 90 for s in row["scores"].values())
+    assert {p["source"] for p in published()["losses"]} | {"downstream"} == set(published()["sources"])
+
+
+@pytest.mark.parametrize("break_it", ["config", "metrics", "torn", "no evaluation"])
+def test_a_folder_that_is_no_run_is_one_clear_line(tmp_path, break_it):
+    folder = run_folder(tmp_path / "a", {1e9: 3.6})
+    messages = {"config": "no config.json", "metrics": "no metrics.jsonl", "torn": "not readable as JSON"}
+    if break_it in ("config", "metrics"):
+        next(folder.glob(f"{break_it}*")).unlink()
+    elif break_it == "torn":
+        (folder / "config.json").write_text("{")
+    else:
+        (folder / "metrics.jsonl").write_text('{"step": 1, "tokens": 5, "loss": 3}\n')
+    with pytest.raises(SystemExit, match=messages.get(break_it, "no evaluation in metrics.jsonl yet")) as error:
+        report.main([str(folder), "--out", str(tmp_path / "out")])
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_hold_no_results_are_one_clear_line(tmp_path):
+    folder = run_folder(tmp_path / "a", {1e9: 3.6})
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(SystemExit, match=r"x.json: no scores in it"):
+        report.main([str(folder), "--scores", str(tmp_path / "x.json"), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="name at least one run folder"):
+        report.main([])
