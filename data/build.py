@@ -160,7 +160,8 @@ def build(out: Path, source: Source, settings: dict, recipe: Recipe) -> None:
     with locked(folder):
         preparation = Preparation(folder, settings, recipe, tokenizer.eot)
         sweep(folder, preparation)
-        preparation.save()
+        if not preparation.position:
+            preparation.save()  # what the source said of itself holds from here on
         start = preparation.tokens
         with tqdm(desc=f"preparing {out.name}", unit=" tokens", unit_scale=True, disable=None, initial=start) as bar:
             for chunk, result in encoded(source.chunks(preparation.position), recipe):

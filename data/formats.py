@@ -14,8 +14,8 @@ CHUNK_DOCUMENTS = 512
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
-    """A file opened for reading bytes, decompressed by its suffix; DataError if it is damaged."""
+def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """A file opened for reading, decompressed by its suffix, and the file below it; DataError if it is damaged."""
     with open(path, "rb") as raw:
         stream: BinaryIO = raw
         if path.suffix == ".gz":
@@ -25,10 +25,11 @@ def opened(path: Path) -> Iterator[BinaryIO]:
                 import zstandard
             except ImportError:
                 raise ImportError(f"{path}: reading .zst files needs: pip install zstandard") from None
-            stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-            stream.raw = raw
+            stream = io.BufferedReader(
+                zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), 1 << 20
+            )
         try:
-            yield stream
+            yield stream, raw
         except (EOFError, gzip.BadGzipFile) as error:
             raise DataError(f"{path}: damaged or cut off ({first_line(error)})") from None
         except Exception as error:
@@ -40,12 +41,9 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 def line_blocks(path: Path, start: int) -> Iterator[tuple[int, float, list[bytes]]]:
     """(number behind the block, done share of the file, its lines) of the lines that are not blank."""
     size = max(1, path.stat().st_size)
-    with opened(path) as stream:
-        raw = stream.raw if path.suffix == ".zst" else stream.fileobj if path.suffix == ".gz" else stream
-        reader = io.BufferedReader(stream, 1 << 20) if path.suffix == ".zst" else stream
-        lines, held = [], 0
-        number = 0
-        for line in reader:
+    with opened(path) as (stream, raw):
+        lines, held, number = [], 0, 0
+        for line in stream:
             if not line.strip():
                 continue
             number += 1

@@ -209,7 +209,7 @@ class TextFileChunk(Chunk):
 
     def texts(self) -> Iterator[str | Undecodable]:
         path = Path(self.items[0])
-        with opened(path) as f:
+        with opened(path) as (f, _):
             content = f.read()
         try:
             yield content.decode("utf-8")
