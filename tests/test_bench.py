@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import optimizer_step, report, train_step
+from bench import optimizer_step, prepare, report, train_step
 
 
 @pytest.fixture
@@ -34,3 +34,12 @@ def test_optimizer_step(results):
     assert measured["Muon + AdamW (torch)"]["to_torch_muon"] == 1
     assert all(r["seconds"] > 0 for r in measured.values())
     assert {"MARS-AdamW", "Muon", "MARS-M clipped", "MARS-M one buffer"} <= measured.keys()
+
+
+def test_prepare(results):
+    pytest.importorskip("pyarrow")
+    prepare.main(["--smoke"])
+    measured = {r["side"]: r for r in rows(results)}
+    assert all(r["MB_s"] > 0 for r in measured.values() if "MB_s" in r)
+    assert measured["projected: OpenWebText on 64 cores"]["hours"] > 0
+    assert len(measured) == 11

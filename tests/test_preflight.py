@@ -42,6 +42,8 @@ def kept_for_backward(shape: GPTConfig, half: bool) -> int:
 def test_activations_grow_with_depth_as_autograd_keeps_them(arguments, half):
     shapes = [GPTConfig(n_layer=n, n_head=2, n_embd=128, block_size=128, vocab_size=64) for n in (1, 4)]
     one, four = (kept_for_backward(shape, half) for shape in shapes)
+    if half:  # autocast's bf16 copies of the weights are kept, too; the reckoning counts them as weights
+        one, four = one - 2 * 12 * 128**2, four - 4 * 2 * 12 * 128**2
     plan = train_gpt.plan(load_config(arguments[0], arguments[1:]), ALONE, False, None)
     plan = replace(plan, half=half, width=128, block=128, micro_batch=2)
     needs = [memory_need(replace(plan, layers=n)).activations for n in (1, 4)]
@@ -49,7 +51,7 @@ def test_activations_grow_with_depth_as_autograd_keeps_them(arguments, half):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "mars", "mars_m", "muon"])
-def test_weights_gradients_and_state_are_those_of_the_trainer(arguments, optimizer, monkeypatch):
+def test_weights_gradients_and_state_are_those_of_the_trainer(arguments, optimizer):
     run = load_config(arguments[0], [*arguments[1:], f"--optimizer={optimizer}"])
     plan = train_gpt.plan(run, ALONE, False, None)
     trainer = train_gpt.Trainer(run, ALONE, False)
@@ -144,8 +146,8 @@ def test_a_network_that_fails_names_the_remedy(monkeypatch):
     with pytest.raises(ValueError, match=r"over 2 processes failed \(NCCL error: unhandled system error\); name the"):
         reach(World(0, 2, torch.device("cpu")))
     monkeypatch.setattr(World, "sum", lambda self, x: x)
-    with pytest.raises(ValueError, match="gives wrong sums"):
-        reach(World(1, 2, torch.device("cpu")))
+    with pytest.raises(ValueError, match="gives wrong sums"):  # nothing was added
+        reach(World(0, 2, torch.device("cpu")))
 
 
 def test_the_sizes_can_be_reckoned(dataset):

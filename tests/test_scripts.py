@@ -34,7 +34,8 @@ def run(script: str, *arguments: str, **more: str) -> subprocess.CompletedProces
 
 
 def dry(script: str, *arguments: str) -> list[str]:
-    done = run(script, *arguments[:1], "--dry-run", *arguments[1:]) if script != "train.sbatch" else None
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    done = run(script, *arguments[:end], "--dry-run", *arguments[end:])
     assert done.returncode == 0, done.stderr
     return shlex.split(done.stdout)
 
@@ -49,7 +50,7 @@ def test_shellcheck(path):
 @pytest.mark.parametrize("size", SIZES)
 def test_each_size_prints_a_command_whose_batch_divides(size):
     for gpus in (1, 2, 3, 8, 32, 480):
-        words = dry(f"train_{size}.sh", f"--gpus={gpus}".split("=")[0], str(gpus))
+        words = dry(f"train_{size}.sh", "--gpus", str(gpus))
         assert words[1:4] == ["-m", "torch.distributed.run", f"--nproc_per_node={gpus}"]
         assert f"config/gpt2_{size}.py" in words
         config = load_config(ROOT / f"config/gpt2_{size}.py", [w for w in words if re.match("--(data|micro|opt)", w)])
@@ -128,7 +129,7 @@ xargs kill "${1/--signal=/-}" <"$FAKE/tasks"
 rm "$FAKE/tasks"
 """
 SCONTROL = """#!/bin/bash
-echo "$@" >>"$FAKE/scontrol"
+echo "$@" >>"$FAKE/told"
 """
 
 
@@ -154,7 +155,7 @@ def test_a_job_that_is_told_to_leave_saves_requeues_and_continues(dataset, tmp_p
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     assert "back into the queue" in output
-    assert (tmp_path / "scontrol").read_text().splitlines()[-1] == "requeue 77"
+    assert (tmp_path / "told").read_text().splitlines()[-1] == "requeue 77"
 
     (checkpoint,) = (tmp_path / "runs" / "run" / "checkpoints").iterdir()
     step = int(checkpoint.name[5:])
