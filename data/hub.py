@@ -4,10 +4,11 @@ Only names, footers and bytes are asked for: nothing from the repository is ever
 dropped once its tokens are written, and the next one is fetched while this one is tokenized.
 """
 
+import errno
 import fnmatch
 import os
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -53,11 +54,19 @@ def asked(repo: str, revision: str, question: Callable[[], T]) -> T:
         reason = f"HF_HUB_OFFLINE is set, and {repo} has to be fetched; unset it"
     except errors.HfHubHTTPError as error:
         reason = f"{where}: {first_line(error)}; the same command continues"
-    except Exception as error:  # the hub's HTTP library has its own exceptions
-        if isinstance(error, DataError) or (isinstance(error, OSError) and error.errno == 28):
+    except Exception as error:
+        if not _of_the_network(error):
             raise
         reason = f"{site} does not answer ({type(error).__name__}): no network? The same command continues"
     raise DataError(f"{reason}; {LOCAL}") from None
+
+
+def _of_the_network(error: Exception) -> bool:
+    """Whether an exception comes from the hub's client or the libraries below it, which have their own."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EACCES):
+        return False
+    clients = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "fsspec")  # httpx2 is one, too
+    return isinstance(error, OSError | RuntimeError) or type(error).__module__.startswith(clients)
 
 
 class HubFolder:
@@ -74,20 +83,34 @@ class HubFolder:
         self.files = [SourceFile(n, e.size, e.lfs.sha256 if e.lfs else None) for n, e in sorted(found.items())]
         if not self.files:
             raise DataError(f'{repo} at {self.revision}: no file matches "{pattern}"; name the files with --pattern')
-        self._ahead: tuple[SourceFile, Future] | None = None
-        self._thread = ThreadPoolExecutor(1, "fetch")
+        self._ahead: tuple[SourceFile, threading.Thread, list[Path | Exception]] | None = None
 
     def fetch(self, file: SourceFile) -> Path:
         """Path of a file, fetched now unless it is there; the next one is then on its way."""
         if self._ahead and self._ahead[0] == file:
-            path = self._ahead[1].result()
+            _, thread, box = self._ahead
+            thread.join()
+            if isinstance(box[0], Exception):
+                raise box[0]
+            path = box[0]
         else:
             path = self._download(file)
         after = self.files.index(file) + 1
-        self._ahead = None
-        if after < len(self.files):
-            self._ahead = self.files[after], self._thread.submit(self._download, self.files[after])
+        self._ahead = self._fetch_ahead(self.files[after]) if after < len(self.files) else None
         return path
+
+    def _fetch_ahead(self, file: SourceFile) -> tuple[SourceFile, threading.Thread, list[Path | Exception]]:
+        box: list[Path | Exception] = []
+
+        def work() -> None:
+            try:
+                box.append(self._download(file))
+            except Exception as error:  # raised where the file is asked for
+                box.append(error)
+
+        thread = threading.Thread(target=work, daemon=True, name="fetch")  # a download must not hold up Ctrl-C
+        thread.start()
+        return file, thread, box
 
     def _download(self, file: SourceFile) -> Path:
         hub = hub_library()

@@ -16,6 +16,7 @@ from conftest import ROOT, environment
 from fake_hub import COMMIT, FakeHub
 
 from data import build, prepare, shards
+from data.hub import asked
 from data.loader import DataConfig, TrainLoader
 from data.shards import HEADER_BYTES, open_dataset, write_shard
 from data.sources import LocalFolder
@@ -392,6 +393,28 @@ def test_the_hub_gives_the_same_shards_and_the_commit_is_kept(hub, whole, tmp_pa
     theirs, ours = contents(whole), contents(out)
     assert ours.keys() == theirs.keys()
     assert all(ours[n] == theirs[n] for n in ours if n.endswith(".bin"))
+
+
+def test_files_of_the_hub_are_dropped_once_they_are_read(hub, tmp_path, monkeypatch):
+    write_parquet(hub.root / "data", texts(), files=12)
+    for old in hub.root.glob("data/*-of-00003.parquet"):
+        old.unlink()
+    there, take = [], build.Preparation.take
+
+    def count(self, chunk, result):
+        there.append(len(list((build.aside(tmp_path / "out") / build.FETCHED).rglob("*.parquet"))))
+        take(self, chunk, result)
+
+    monkeypatch.setattr(build.Preparation, "take", count)
+    prepare.main(hub_command(tmp_path / "out"))
+    assert len(there) >= 12
+    assert max(there) <= 3
+
+
+def test_a_fault_of_ours_is_not_taken_for_the_networks():
+    pytest.importorskip("huggingface_hub")
+    with pytest.raises(KeyError):
+        asked("some/data", "main", lambda: {}["x"])
 
 
 def stop_at(write, number, path, *more):
