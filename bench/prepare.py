@@ -19,10 +19,8 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from bench.report import Report
 from data import pydocs
 from data.build import build
 from data.prepare import cores
@@ -30,6 +28,9 @@ from data.sources import Files, LocalFolder
 from data.split import FirstShard
 from data.tokenizer import get_tokenizer
 from data.workers import Recipe
+
+if TYPE_CHECKING:
+    from bench.report import Report
 
 CORPORA = {"OpenWebText": 9e9, "FineWeb-Edu 100BT": 100e9}  # tokens
 
@@ -77,7 +78,7 @@ def pipeline(source: Path, tokenizer: str, ranks: str | None, workers: int, shar
     return dict(wall=wall, parent=after[0] - before[0], workers=after[1] - before[1])
 
 
-def bench(report: Report, megabytes: float, tokenizer: str, ranks: str | None, rounds: int) -> None:
+def bench(report: "Report", megabytes: float, tokenizer: str, ranks: str | None, rounds: int) -> None:
     """Time the three sides in turns and project."""
     encode, many = get_tokenizer(tokenizer, ranks).encode, cores()
     with tempfile.TemporaryDirectory() as folder:
@@ -125,6 +126,10 @@ def bench(report: Report, megabytes: float, tokenizer: str, ranks: str | None, r
 
 
 def main(argv: list[str] | None = None) -> None:
+    import torch  # not at the top: spawned workers import this module again, and would load it
+
+    from bench.report import Report
+
     parser = argparse.ArgumentParser(prog="bench.prepare")
     parser.add_argument("--smoke", action="store_true", help="byte tokenizer, a little text")
     parser.add_argument("--ranks", help="GPT-2 ranks file, where there is no network")

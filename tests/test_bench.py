@@ -40,6 +40,7 @@ def test_prepare(results):
     pytest.importorskip("pyarrow")
     prepare.main(["--smoke"])
     measured = {r["side"]: r for r in rows(results)}
-    assert all(r["MB_s"] > 0 for r in measured.values() if "MB_s" in r)
-    assert measured["projected: OpenWebText on 64 cores"]["hours"] > 0
-    assert len(measured) == 11
+    timed = [r["MB_s"] for side, r in measured.items() if "wall_s" in r or side.startswith("tiktoken")]
+    assert len(timed) == 5
+    assert all(rate > 0 for rate in timed)
+    assert {f"projected: {c} on {n} cores" for c in prepare.CORPORA for n in (16, 64)} < measured.keys()
