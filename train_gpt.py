@@ -5,12 +5,15 @@
 
 The same command continues an interrupted run; --fresh starts over and keeps the old folder under another name.
 --as_published sets what the official runs of the papers did. CONFIG --help lists every key.
+--preflight reports memory, disk, epochs, shards, time and the network, and stops; --verify hashes the shards, too,
+and --tokens_per_s=N states a speed that the run folder does not know yet.
 """
 
 import math
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,8 +25,9 @@ from config.load import ConfigError, describe_keys, load_config, short_count, to
 from config.schema import RunConfig, free_keys
 from data.choices import count_right, read_items
 from data.loader import TrainLoader, ValidationSet, prefetch, to_device
-from data.shards import open_dataset
+from data.shards import MANIFEST, open_dataset
 from data.tokenizer import get_tokenizer
+from data.verify import faults
 from model import GPT
 from optimizers import build_optimizer
 from optimizers.roles import claim_table, folded
@@ -33,11 +37,13 @@ from runtime.distributed import StopRequest, World, start_world
 from runtime.folder import open_run_folder, run_lock
 from runtime.guard import Guard, NonFiniteError
 from runtime.hardware import environment, memory_gb, peak_flops
-from runtime.logger import Meter, RunLogger
+from runtime.logger import METRICS, Meter, RunLogger, read_metrics
 from runtime.plot import plot_run
+from runtime.preflight import Plan, measured_rate, report
 from runtime.schedule import interpolate, learning_rate
 
-FLAGS = ("--fresh", "--as_published", "--help", "-h")
+FLAGS = ("--fresh", "--as_published", "--preflight", "--verify", "--help", "-h")
+RATE = "--tokens_per_s="
 
 
 class Trainer:
@@ -237,12 +243,16 @@ class Trainer:
 
 def autocast(dtype: str, device: torch.device) -> torch.autocast:
     """bf16 autocast where it is asked for or, with "auto", where the GPU has bf16; no-op otherwise."""
-    if dtype == "auto":
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if native else "float32"
-    elif dtype == "bfloat16" and device.type == "cpu":
+    if dtype == "bfloat16" and device.type == "cpu":
         print("dtype=bfloat16 on a CPU: many CPUs emulate it, 100 times slower than float32", file=sys.stderr)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wants_bf16(dtype, device))
+
+
+def wants_bf16(choice: str, device: torch.device) -> bool:
+    """Whether to compute in bf16; "auto": on a GPU that has it."""
+    if choice == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return choice == "bfloat16"
 
 
 def wants_compile(choice: str, device: torch.device) -> bool:
@@ -329,6 +339,50 @@ def introduce(t: Trainer) -> None:
         t.log.say(f"continuing at step {t.step}")
 
 
+def plan(run: RunConfig, world: World, verify: bool, rate: float | None) -> Plan:
+    """What a preflight needs to know; raises ValueError for a dataset or a batch that cannot be used."""
+    c, folder = run.model, Path(run.log.folder) / run.name
+    run.accumulation(world.size)
+    dataset = open_dataset(run.data.path, c.vocab_size)
+    sizes = dict(block_size=c.block_size, batch_size=run.sequences, vocab_size=c.vocab_size, seed=run.seed)
+    windows = len(TrainLoader(dataset, run.data, **sizes).windows)
+    known = (dataset.folder / MANIFEST).exists()
+    checked = "headers, counts and sha256 agree" if verify else "headers and counts agree; --verify hashes them, too"
+    with torch.device("meta"):
+        model = GPT(c)
+    group = torch.distributed.group.WORLD if world.size > 1 else None
+    optimizer = build_optimizer(model, run.optim, group)
+    if rate is None and (folder / METRICS).exists():
+        rate = measured_rate(read_metrics(folder / METRICS))
+    return Plan(
+        **dict(name=run.name, folder=folder, params=model.num_params()),
+        **dict(state=state_bytes(optimizer), whole_state=state_bytes(build_optimizer(model, run.optim))),
+        **dict(layers=c.n_layer, width=c.n_embd, vocab=c.padded_vocab_size, block=c.block_size),
+        **dict(half=wants_bf16(run.dtype, world.device), lookahead=getattr(optimizer, "needs_lookahead", False)),
+        **dict(sequences=run.sequences, micro_batch=run.micro_batch, steps=run.total_steps, windows=windows),
+        **dict(dataset=run.data.path, train_tokens=dataset.tokens("train")),
+        shards="; ".join(faults(dataset.folder, hashes=verify)) if known and world.is_main else None,
+        checked=checked if known else "headers agree; there is no manifest to check against",
+        checkpoint=asdict(run.checkpoint),
+        rate=rate,
+    )
+
+
+def preflight(run: RunConfig, world: World, verify: bool, rate: str | None) -> None:
+    """Report what the run needs and stop, with an exit status that says whether all of it is there."""
+    try:
+        told = float(rate) if rate is not None else None
+    except ValueError:
+        raise ValueError(f"{RATE}{rate}: expected a number") from None
+    if told is not None and not told > 0:
+        raise ValueError(f"{RATE}{rate}: must be above 0")
+    text, good = report(plan(run, world, verify, told), world)
+    if world.is_main:
+        print(text, flush=True)
+    if not world.from_main(good):
+        sys.exit(1)
+
+
 def conclude(t: Trainer) -> None:
     """Draw the curves and say where everything is."""
     if t.world.is_main:
@@ -341,28 +395,38 @@ def conclude(t: Trainer) -> None:
         t.log.say(f"run     {t.folder}")
 
 
+def train_run(run: RunConfig, world: World, fresh: bool) -> None:
+    """Build the pieces, train, and say how it ended."""
+    trainer = Trainer(run, world, fresh)
+    introduce(trainer)
+    try:
+        train(trainer)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{error}; sequences: {trainer.blame(error.step)}") from None
+    finally:
+        trainer.log.close()
+    conclude(trainer)
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     paths = [a for a in argv if not a.startswith("-")]
     flags = {a for a in argv if a in FLAGS}
     if len(paths) != 1:
-        sys.exit(f"{__doc__}\nusage: train_gpt.py CONFIG [--key=value ...] [--fresh] [--as_published] [--help]")
+        sys.exit(f"{__doc__}\nusage: train_gpt.py CONFIG [--key=value ...] [{'] ['.join(FLAGS[:-1])}]")
     try:
-        overrides = [a for a in argv if a not in flags | set(paths)]
+        rates = [a.removeprefix(RATE) for a in argv if a.startswith(RATE)]
+        overrides = [a for a in argv if a not in flags | set(paths) and not a.startswith(RATE)]
         run = load_config(paths[0], overrides, as_published="--as_published" in flags)
         if flags & {"--help", "-h"}:
             print(f"{__doc__}\nkeys, as {paths[0]} sets them:\n{describe_keys(run)}")
             return
-        with start_world(run.device) as world, run_lock(Path(run.log.folder) / run.name, world):
-            trainer = Trainer(run, world, "--fresh" in flags)
-            introduce(trainer)
-            try:
-                train(trainer)
-            except NonFiniteError as error:
-                raise NonFiniteError(f"{error}; sequences: {trainer.blame(error.step)}") from None
-            finally:
-                trainer.log.close()
-            conclude(trainer)
+        with start_world(run.device) as world:
+            if "--preflight" in flags:
+                preflight(run, world, "--verify" in flags, rates[-1] if rates else None)
+                return
+            with run_lock(Path(run.log.folder) / run.name, world):
+                train_run(run, world, "--fresh" in flags)
     except ConfigError as error:
         sys.exit(str(error))
     except (ValueError, ImportError, OSError) as error:

@@ -100,7 +100,7 @@ class Dataset:
     def bytes_per_token(self, split: str) -> float | None:
         """UTF-8 bytes of text per token, to turn nats per token into bits per byte; None if unknown."""
         entries = self.manifest.get("splits", {}).get(split, [])
-        if not entries or any("bytes" not in e for e in entries):
+        if not entries or any(e.get("bytes") is None for e in entries):
             return None
         return sum(e["bytes"] for e in entries) / sum(e["tokens"] for e in entries)
 
@@ -117,8 +117,8 @@ def open_dataset(folder: str | Path, vocab_size: int) -> Dataset:
         raise DataError(f"dataset folder {folder}: not found; prepare one, for example: python -m data.prepare pydocs")
     manifest: dict = {}
     if (folder / MANIFEST).exists():
-        manifest = _read_manifest(folder / MANIFEST)
-        splits = {s: [_listed_shard(folder, e) for e in manifest["splits"].get(s, [])] for s in SPLITS}
+        manifest = read_manifest(folder / MANIFEST)
+        splits = {s: [listed_shard(folder, e) for e in manifest["splits"].get(s, [])] for s in SPLITS}
         top = max((e["max_token"] for s in SPLITS for e in manifest["splits"].get(s, [])), default=-1)
         where = f"its tokenizer {manifest['tokenizer']['name']} has {manifest['tokenizer']['vocab_size']} ids"
     else:
@@ -144,14 +144,15 @@ def _names_split(name: str, split: str) -> bool:
     return re.search(rf"(^|[^a-z]){split}([^a-z]|$)", name.lower()) is not None
 
 
-def _read_manifest(path: Path) -> dict:
+def read_manifest(path: Path) -> dict:
+    """A folder's manifest; DataError if it cannot be read or lacks what every reader needs."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != 1:
             raise ValueError(f"format {manifest['format']!r}, this program reads 1")
         entries = [e for split in SPLITS for e in manifest["splits"].get(split, [])]
         for e in entries:
-            numbers = [e["tokens"], e["max_token"], e.get("bytes", 0)]
+            numbers = [e["tokens"], e["max_token"], e.get("bytes") or 0]
             if Path(e["file"]).name != e["file"] or any(type(n) is not int or n < 0 for n in numbers):
                 raise ValueError(f"bad entry for {e['file']!r}")
         if len({e["file"] for e in entries}) < len(entries):
@@ -162,7 +163,8 @@ def _read_manifest(path: Path) -> dict:
     return manifest
 
 
-def _listed_shard(folder: Path, entry: dict) -> Shard:
+def listed_shard(folder: Path, entry: dict) -> Shard:
+    """The shard that an entry of the manifest names; DataError unless header, size and count agree with it."""
     shard = read_shard_header(folder / entry["file"])
     if shard.tokens != entry["tokens"]:
         raise DataError(
@@ -187,29 +189,49 @@ class ShardEntry:
 
     file: str
     tokens: int
-    bytes: int  # UTF-8 bytes of the text these tokens stand for, without separators
+    bytes: int | None  # UTF-8 bytes of the text these tokens stand for, without separators; None if unknown
     max_token: int
     sha256: str
+    documents: int | None = None  # end-of-text tokens in it
 
 
-def write_shard(path: Path, tokens: np.ndarray, text_bytes: int) -> ShardEntry:
+def write_shard(path: Path, tokens: np.ndarray, text_bytes: int | None, eot: int | None = None) -> ShardEntry:
     """Write tokens (n,) as a shard: aside, flushed to the disk, then renamed into place."""
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    content = header.tobytes() + tokens.astype("<u2").tobytes()
-    write_durably(path, content)
-    digest = hashlib.sha256(content).hexdigest()
-    return ShardEntry(path.name, len(tokens), text_bytes, int(tokens.max(initial=0)), digest)
+    digest = write_durably(path, header, np.ascontiguousarray(tokens, dtype="<u2"))
+    documents = int(np.count_nonzero(tokens == eot)) if eot is not None else None
+    return ShardEntry(path.name, len(tokens), text_bytes, int(tokens.max(initial=0)), digest, documents)
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a file aside, flush it to the disk and rename it, so that it is there whole or not at all."""
+def write_durably(path: Path, *parts: bytes | np.ndarray) -> str:
+    """Write a file aside, flush it to the disk and rename it, so that it is there whole or not at all.
+
+    Returns its sha256. If the disk refuses, nothing is left behind.
+    """
     aside = path.with_name(path.name + ".tmp")
-    with open(aside, "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(aside, path)
+    digest = hashlib.sha256()
+    try:
+        with open(aside, "wb") as f:
+            for part in parts:
+                f.write(part)
+                digest.update(part)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+    return digest.hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_manifest(folder: Path, tokenizer: dict, source: dict, splits: dict[str, Iterable[ShardEntry]]) -> None:

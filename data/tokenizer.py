@@ -6,6 +6,8 @@ Training reads token ids only; a tokenizer is needed to prepare text and to prin
 import base64
 import hashlib
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -77,6 +79,25 @@ class GPT2Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return self._encoding.decode([i for i in ids if i < self.vocab_size])
+
+
+def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
+    """A text in parts of about `size` characters whose tokens, put together, are those of the whole.
+
+    A cut between a character that is no white space and a space or line end is exact: GPT-2's pattern
+    has no look-behind, its matches never cross such a place, and its look-ahead concerns white space only.
+    """
+    start = 0
+    while len(text) - start > size:
+        cut = _BEFORE_SPACE.search(text, start + size)
+        if cut is None:
+            break
+        yield text[start : cut.end()]
+        start = cut.end()
+    yield text[start:]
+
+
+_BEFORE_SPACE = re.compile(r"\S(?=[ \n])")
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:

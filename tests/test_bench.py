@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import optimizer_step, report, train_step
+from bench import optimizer_step, prepare, report, train_step
 
 
 @pytest.fixture
@@ -34,3 +34,13 @@ def test_optimizer_step(results):
     assert measured["Muon + AdamW (torch)"]["to_torch_muon"] == 1
     assert all(r["seconds"] > 0 for r in measured.values())
     assert {"MARS-AdamW", "Muon", "MARS-M clipped", "MARS-M one buffer"} <= measured.keys()
+
+
+def test_prepare(results):
+    pytest.importorskip("pyarrow")
+    prepare.main(["--smoke"])
+    measured = {r["side"]: r for r in rows(results)}
+    timed = [r["MB_s"] for side, r in measured.items() if "wall_s" in r or side.startswith("tiktoken")]
+    assert len(timed) == 5
+    assert all(rate > 0 for rate in timed)
+    assert {f"projected: {c} on {n} cores" for c in prepare.CORPORA for n in (16, 64)} < measured.keys()

@@ -1,0 +1,148 @@
+"""Tokenization: the pipeline of data.prepare against tiktoken alone, and what limits it on many cores.
+
+    python -m bench.prepare --ranks FILE            the prose of the installed packages, a minute
+    python -m bench.prepare --smoke                 the byte tokenizer on a little of it, seconds
+
+Four sides take turns: tiktoken alone on one process, which neither reads nor writes; as many such processes
+at once as there are cores, which is what the machine can give; the pipeline on one process; the pipeline on all
+cores, worker start-up subtracted. The processor time of the parent process,
+which hands out work and writes shards, bounds the rate on any number of cores, so projections take the
+smaller of the two. Other work on the machine slows all sides alike, so compare sides, not days.
+"""
+
+import argparse
+import resource
+import statistics
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data import pydocs
+from data.build import build
+from data.prepare import cores
+from data.sources import Files, LocalFolder
+from data.split import FirstShard
+from data.tokenizer import get_tokenizer
+from data.workers import Recipe
+
+if TYPE_CHECKING:
+    from bench.report import Report
+
+CORPORA = {"OpenWebText": 9e9, "FineWeb-Edu 100BT": 100e9}  # tokens
+
+
+def write_corpus(folder: Path, megabytes: float) -> list[str]:
+    """Write documents of about 4 kB of English prose as parquet until there are so many MB; returns them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    prose = "".join(text for _, text in islice(pydocs.documents(), None if megabytes > 1 else 40))
+    documents = [prose[i : i + 4000] for i in range(0, len(prose), 4000)]
+    size = sum(len(d.encode()) for d in documents)
+    documents = (documents * (1 + int(megabytes * 1e6 / size)))[
+        : max(1, round(len(documents) * megabytes * 1e6 / size))
+    ]
+    pq.write_table(pa.table({"text": documents}), folder / "corpus.parquet", row_group_size=250)
+    return documents
+
+
+def processor_time() -> tuple[float, float]:
+    """Processor seconds so far of this process, and of its children that have ended."""
+    own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return own.ru_utime + own.ru_stime, children.ru_utime + children.ru_stime
+
+
+def encode_all(path: Path, tokenizer: str, ranks: str | None) -> float:
+    """Seconds to tokenize a corpus that is in memory already."""
+    import pyarrow.parquet as pq
+
+    documents = pq.read_table(path)["text"].to_pylist()
+    encode = get_tokenizer(tokenizer, ranks).encode
+    start = time.perf_counter()
+    for document in documents:
+        encode(document)
+    return time.perf_counter() - start
+
+
+def pipeline(source: Path, tokenizer: str, ranks: str | None, workers: int, shard_tokens: int) -> dict:
+    """Wall and processor seconds of one preparation, without the manifest's flush."""
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Recipe(tokenizer, ranks, "before", FirstShard(), shard_tokens, workers)
+        before, start = processor_time(), time.perf_counter()
+        build(Path(folder) / "out", Files(LocalFolder(source)), {"name": "bench"}, recipe)
+        wall, after = time.perf_counter() - start, processor_time()
+    return dict(wall=wall, parent=after[0] - before[0], workers=after[1] - before[1])
+
+
+def bench(report: "Report", megabytes: float, tokenizer: str, ranks: str | None, rounds: int) -> None:
+    """Time the three sides in turns and project."""
+    encode, many = get_tokenizer(tokenizer, ranks).encode, cores()
+    with tempfile.TemporaryDirectory() as folder:
+        documents = write_corpus(Path(folder), megabytes)
+        size = sum(len(d.encode()) for d in documents) / 1e6
+        tokens = sum(len(encode(d)) + 1 for d in documents)
+        alone, single, multiple, startup, ceiling = [], [], [], [], []
+        with tempfile.TemporaryDirectory() as little:
+            write_corpus(Path(little), megabytes / 100)
+            for _ in range(rounds):
+                wall, cpu = time.perf_counter(), time.process_time()
+                for document in documents:
+                    encode(document)
+                alone.append(dict(wall=time.perf_counter() - wall, parent=time.process_time() - cpu, workers=0.0))
+                with ProcessPoolExecutor(many, get_context("spawn")) as pool:
+                    job = (encode_all, Path(folder, "corpus.parquet"), tokenizer, ranks)
+                    jobs = [pool.submit(*job) for _ in range(many)]
+                    ceiling.append(max(done.result() for done in jobs))
+                single.append(pipeline(Path(folder), tokenizer, ranks, 1, tokens // 3))
+                multiple.append(pipeline(Path(folder), tokenizer, ranks, many, tokens // 3))
+                startup.append(pipeline(Path(little), tokenizer, ranks, many, max(1, tokens // 300)))
+    sides = {"tiktoken alone, 1 process": alone, "pipeline, 1 process": single, f"pipeline, {many} workers": multiple}
+    sides[f"pipeline, {many} workers, 1/100 of the text"] = startup
+    middle = {name: {k: statistics.median(r[k] for r in rows) for k in rows[0]} for name, rows in sides.items()}
+    alone_, _, multiple_, startup_ = middle.values()
+    for name, m in middle.items():
+        part = size / 100 if m is startup_ else size
+        rate = part / m["wall"]
+        report.add(
+            side=name, MB=part, wall_s=m["wall"], MB_s=rate, parent_cpu_s=m["parent"], workers_cpu_s=m["workers"]
+        )
+    steady = (multiple_["wall"] - startup_["wall"]) / 0.99
+    most = many * size / statistics.median(ceiling)
+    report.add(side=f"tiktoken alone, {many} processes at once", MB_s=most, to_alone=most * alone_["wall"] / size)
+    rates = dict(MB_s=size / steady, to_alone=alone_["wall"] / steady, to_most=size / steady / most)
+    report.add(side=f"{many} workers without start-up", **rates)
+    parent = (multiple_["parent"] - startup_["parent"]) / 0.99 / tokens  # processor seconds per token
+    worker = (multiple_["workers"] - startup_["workers"]) / 0.99 / tokens
+    report.add(side="processor time per million tokens", parent_cpu_s=1e6 * parent, workers_cpu_s=1e6 * worker)
+    for corpus, total in CORPORA.items():
+        for n in (16, 64):
+            hours = total * max(parent, worker / n) / 3600
+            limit = "parent" if parent > worker / n else "workers"
+            report.add(side=f"projected: {corpus} on {n} cores", hours=hours, limit=limit)
+
+
+def main(argv: list[str] | None = None) -> None:
+    import torch  # not at the top: spawned workers import this module again, and would load it
+
+    from bench.report import Report
+
+    parser = argparse.ArgumentParser(prog="bench.prepare")
+    parser.add_argument("--smoke", action="store_true", help="byte tokenizer, a little text")
+    parser.add_argument("--ranks", help="GPT-2 ranks file, where there is no network")
+    parser.add_argument("--megabytes", type=float, default=50.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args(argv)
+    report = Report("prepare_smoke" if args.smoke else "prepare", torch.device("cpu"))
+    if args.smoke:
+        bench(report, 0.2, "byte", None, 1)
+    else:
+        bench(report, args.megabytes, "gpt2", args.ranks, args.rounds)
+    report.table()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Tokenization on all cores, with results in the order of the source."""
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import connection, get_context, parent_process
+
+import numpy as np
+
+from data.shards import DataError
+from data.sources import Chunk, Undecodable
+from data.split import Split
+from data.tokenizer import Tokenizer, get_tokenizer, pieces
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What turns documents into shards, beside the documents."""
+
+    tokenizer: str
+    ranks: str | None
+    eot: str  # end-of-text "before" or "after" each document
+    split: Split
+    shard_tokens: int
+    workers: int
+
+
+@dataclass
+class Encoded:
+    """A chunk's tokens (n,) uint16, and per document the number of tokens and of UTF-8 bytes."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    sizes: np.ndarray
+    unreadable: list[str]
+
+
+def encode(chunk: Chunk, tokenizer: Tokenizer, eot: str) -> Encoded:
+    """Tokenize a chunk; a document that cannot be read gets no token at all and is named."""
+    end = np.array([tokenizer.eot], dtype=np.uint16)
+    parts, lengths, sizes, unreadable = [], [], [], []
+    for text in chunk.texts():
+        if isinstance(text, Undecodable):
+            unreadable.append(text.where)
+            lengths.append(0)
+            sizes.append(0)
+            continue
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if not _encodable(text) else text
+        body = [np.array(tokenizer.encode(piece), dtype=np.uint16) for piece in pieces(text)]
+        document = [end, *body] if eot == "before" else [*body, end]
+        parts += document
+        lengths.append(sum(map(len, document)))
+        sizes.append(len(text.encode()))
+    tokens = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint16)
+    return Encoded(tokens, np.array(lengths, dtype=np.int64), np.array(sizes, dtype=np.int64), unreadable)
+
+
+def _encodable(text: str) -> bool:
+    """Whether a text has no lone surrogates, which JSON can spell and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+_worker_state: tuple[Tokenizer, str]
+
+
+def _start_worker(name: str, ranks: str | None, eot: str) -> None:
+    """Make the tokenizer once, leave Ctrl-C to the parent, and end when the parent does."""
+    global _worker_state
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    _worker_state = get_tokenizer(name, ranks), eot
+
+
+def _die_with_parent() -> None:
+    connection.wait([parent_process().sentinel])
+    os._exit(1)
+
+
+def _encode_in_worker(chunk: Chunk) -> Encoded:
+    return encode(chunk, *_worker_state)
+
+
+def encoded(chunks: Iterator[Chunk], recipe: Recipe) -> Iterator[tuple[Chunk, Encoded]]:
+    """Every chunk with its tokens, in order, at most two chunks a worker ahead."""
+    if recipe.workers == 1:
+        tokenizer = get_tokenizer(recipe.tokenizer, recipe.ranks)
+        for chunk in chunks:
+            yield chunk, encode(chunk, tokenizer, recipe.eot)
+        return
+    arguments = (recipe.tokenizer, recipe.ranks, recipe.eot)
+    pool = ProcessPoolExecutor(recipe.workers, get_context("spawn"), _start_worker, arguments)
+    waiting: deque[tuple[Chunk, Future]] = deque()
+    try:
+        for chunk in chunks:
+            waiting.append((chunk, pool.submit(_encode_in_worker, chunk)))
+            if len(waiting) > 2 * recipe.workers:
+                first, result = waiting.popleft()
+                yield first, result.result()
+        while waiting:
+            first, result = waiting.popleft()
+            yield first, result.result()
+    except BrokenProcessPool:
+        raise DataError(
+            f"one of {recipe.workers} workers died, most likely for lack of memory; the same command "
+            "continues, with fewer --workers if need be"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# Train one size of GPT-2 on the GPUs of one machine, or of several.
+# Usage: scripts/train.sh SIZE [options] [-- arguments of train_gpt.py]
+#   SIZE                    small, medium, large or xl
+#   --optimizer NAME        adamw, lion, muon, muon_original, mars, mars_lion, mars_shampoo, mars_m (default: mars_m)
+#   --dataset NAME          folder in data/tokens, or a path (default: openwebtext)
+#   --gpus N                processes on this machine (default: its GPUs)
+#   --nodes N               machines; each runs this same command (default: 1)
+#   --rendezvous HOST:PORT  where the machines meet: a name of the first one and a free port there
+#   --id NAME               tells runs apart that meet there (default: SIZE-OPTIMIZER)
+#   --launched              processes are started already, with RANK, WORLD_SIZE and MASTER_ADDR set
+#   --preflight             only report memory, disk, epochs, shards and the network
+#   --dry-run               only print the command
+# The batch is 480 sequences on any number of processes that divides it. PYTHON names the interpreter.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+fail() {
+    echo "train: $*" >&2
+    exit 2
+}
+usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
+
+optimizer=mars_m dataset=openwebtext gpus='' nodes=1 rendezvous='' id='' launched='' dry='' extra=()
+size=${1:-}
+[ $# -gt 0 ] && shift
+case $size in
+small) largest=15 ;; # micro-batch of its config
+medium) largest=15 ;;
+large) largest=5 ;;
+xl) largest=5 ;;
+-h | --help)
+    usage
+    exit 0
+    ;;
+*) fail "\"$size\" is no size; choose small, medium, large or xl" ;;
+esac
+while [ $# -gt 0 ]; do
+    case $1 in
+    --optimizer | --dataset | --gpus | --nodes | --rendezvous | --id)
+        [ $# -ge 2 ] || fail "$1 needs a value"
+        printf -v "${1#--}" %s "$2"
+        shift
+        ;;
+    --launched) launched=1 ;;
+    --preflight) extra+=(--preflight) ;;
+    --dry-run) dry=1 ;;
+    --help | -h)
+        usage
+        exit 0
+        ;;
+    --)
+        shift
+        extra+=("$@")
+        break
+        ;;
+    *) fail "$1: unknown option (--help lists them); arguments of train_gpt.py go behind --" ;;
+    esac
+    shift
+done
+
+python=${PYTHON:-}
+if [ -z "$python" ]; then
+    python=python3
+    [ -x .venv/bin/python ] && python=.venv/bin/python
+fi
+if [ -z "$gpus" ]; then
+    gpus=$(nvidia-smi -L 2>/dev/null | wc -l) || true
+    [ "$gpus" -gt 0 ] || gpus=1
+fi
+for number in "$gpus" "$nodes"; do
+    [[ $number =~ ^[1-9][0-9]*$ ]] || fail "\"$number\": --gpus and --nodes must be whole numbers from 1"
+done
+processes=$((gpus * nodes))
+[ -n "$launched" ] && processes=${WORLD_SIZE:?train: --launched needs WORLD_SIZE}
+
+batch=480
+if ((batch % processes)); then
+    below=$processes above=$processes
+    while ((batch % below)); do below=$((below - 1)); done
+    while ((above <= batch && batch % above)); do above=$((above + 1)); done
+    fail "$processes processes do not divide the batch of $batch sequences; nearest that do: $below$( ((above <= batch)) && echo " and $above")"
+fi
+micro=$largest
+while ((batch / processes % micro)); do micro=$((micro - 1)); done
+
+case $dataset in
+*/*) path=$dataset ;;
+*) path=data/tokens/$dataset ;;
+esac
+arguments=(train_gpt.py "config/gpt2_$size.py" "--optimizer=$optimizer" "--data.path=$path" "--micro_batch=$micro")
+arguments+=(${extra[@]+"${extra[@]}"})
+if [ -n "$launched" ]; then
+    command=("$python" "${arguments[@]}")
+else
+    command=("$python" -m torch.distributed.run "--nproc_per_node=$gpus")
+    if ((nodes > 1)); then
+        [ -n "$rendezvous" ] || fail "--nodes $nodes needs --rendezvous HOST:PORT"
+        command+=("--nnodes=$nodes" --rdzv_backend=c10d "--rdzv_endpoint=$rendezvous" "--rdzv_id=${id:-$size-$optimizer}")
+    else
+        command+=(--standalone)
+    fi
+    command+=("${arguments[@]}")
+fi
+[ "${RANK:-0}" = 0 ] && printf '%q ' "${command[@]}" && echo
+[ -n "$dry" ] || exec "${command[@]}"

@@ -1,0 +1,158 @@
+"""What a run will need, reckoned beforehand."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONFIG, finish, launch, make_dataset
+
+import train_gpt
+from config.load import load_config
+from model import GPT, GPTConfig
+from runtime.distributed import World
+from runtime.preflight import checkpoints_kept, duration, free_bytes, measured_rate, memory_need, reach, verdict
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def kept_for_backward(shape: GPTConfig, half: bool) -> int:
+    """Bytes that autograd keeps of one forward pass, parameters not counted, every storage once."""
+    model, seen, held = GPT(shape), {}, []
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            seen[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)
+        return tensor
+
+    tokens = torch.zeros(2, shape.block_size, dtype=torch.long)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16, enabled=half),
+    ):
+        model(tokens, tokens)
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_activations_grow_with_depth_as_autograd_keeps_them(arguments, half):
+    shapes = [GPTConfig(n_layer=n, n_head=2, n_embd=128, block_size=128, vocab_size=64) for n in (1, 4)]
+    one, four = (kept_for_backward(shape, half) for shape in shapes)
+    if half:  # autocast's bf16 copies of the weights are kept, too; the reckoning counts them as weights
+        one, four = one - 2 * 12 * 128**2, four - 4 * 2 * 12 * 128**2
+    plan = train_gpt.plan(load_config(arguments[0], arguments[1:]), ALONE, False, None)
+    plan = replace(plan, half=half, width=128, block=128, micro_batch=2)
+    needs = [memory_need(replace(plan, layers=n)).activations for n in (1, 4)]
+    assert needs[1] - needs[0] == pytest.approx(four - one, rel=0.05)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "mars", "mars_m", "muon"])
+def test_weights_gradients_and_state_are_those_of_the_trainer(arguments, optimizer):
+    run = load_config(arguments[0], [*arguments[1:], f"--optimizer={optimizer}"])
+    plan = train_gpt.plan(run, ALONE, False, None)
+    trainer = train_gpt.Trainer(run, ALONE, False)
+    trainer.log.close()
+    assert plan.state == plan.whole_state == train_gpt.state_bytes(trainer.optimizer)
+    need = memory_need(plan)
+    assert need.weights == need.gradients == sum(4 * p.numel() for p in trainer.model.parameters())
+    assert need.total == need.weights + need.gradients + need.optimizer + need.activations
+
+
+def test_the_exact_form_needs_a_second_gradient(arguments):
+    plan = train_gpt.plan(load_config(arguments[0], arguments[1:]), ALONE, False, None)
+    assert memory_need(replace(plan, lookahead=True)).gradients == 2 * memory_need(plan).gradients
+
+
+@pytest.mark.parametrize(
+    "steps, every, keep, milestone_every, expected",
+    [(100, 10, 2, 0, 4), (100, 10, 2, 50, 6), (10, 10, 2, 0, 2), (100, 30, 1, 60, 4)],
+)
+def test_checkpoints_on_the_disk_at_the_worst_moment(steps, every, keep, milestone_every, expected):
+    assert checkpoints_kept(steps, every, keep, milestone_every) == expected
+
+
+def test_small_parts(tmp_path):
+    assert [duration(s) for s in (0.2, 59, 90, 3600, 90_061)] == ["1 s", "59 s", "1 min 30 s", "1 h", "1 d 1 h"]
+    assert free_bytes(tmp_path / "not" / "yet") == pytest.approx(free_bytes(tmp_path), rel=0.01)
+    assert measured_rate([{"tokens_per_s": 3.0}, {"val_loss": 1.0}, {"tokens_per_s": 5.0}]) == 4.0
+    assert measured_rate([]) is None
+    assert verdict(2e9, 1e9) == " of 1.0 GB: short"
+    assert reach(ALONE) is None
+
+
+def test_the_report_trains_nothing_and_leaves_no_folder(arguments, capsys, tmp_path):
+    train_gpt.main([*arguments, "--preflight", "--verify", "--tokens_per_s=19.2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "preflight of run on 1 x cpu"
+    assert [line.split()[0] for line in lines[1:]] == [
+        *("memory", "batch", "tokens", "shards", "disk", "time", "network"),
+    ]
+    assert "2,304 in 12 steps: 0.12 epochs of 20,000" in lines[3]
+    assert lines[4] == "  shards   headers, counts and sha256 agree"
+    assert "for 4 checkpoints of" in lines[5]
+    assert lines[6] == "  time     2 min at 19 tokens/s"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_speed_comes_from_an_earlier_start_of_the_run(arguments, capsys, tmp_path):
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    (tmp_path / "runs" / "run" / "metrics.jsonl").write_text(json.dumps({"step": 1, "tokens_per_s": 2304.0}) + "\n")
+    train_gpt.main([*arguments, "--preflight"])
+    assert "time     1 s at 2,304 tokens/s" in capsys.readouterr().out
+
+
+def test_a_damaged_shard_fails_the_preflight(tmp_path, capsys):
+    folder = make_dataset(tmp_path / "d")
+    with open(folder / "train_000000.bin", "r+b") as f:
+        f.seek(2000)
+        f.write(b"\1\0")
+    common = [str(CONFIG), f"--data.path={folder}", f"--log.folder={tmp_path / 'runs'}", "--preflight"]
+    train_gpt.main(common)
+    with pytest.raises(SystemExit) as caught:
+        train_gpt.main([*common, "--verify"])
+    assert caught.value.code == 1
+    assert "train_000000.bin: its sha256 is not the manifest's" in capsys.readouterr().out
+
+
+def test_too_little_disk_fails_the_preflight(arguments, capsys, monkeypatch):
+    monkeypatch.setattr("runtime.preflight.free_bytes", lambda folder: 100)
+    with pytest.raises(SystemExit):
+        train_gpt.main([*arguments, "--preflight"])
+    assert "of 0.0 GB: short" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rate", ["fast", "0", "-1"])
+def test_a_speed_that_is_none(arguments, rate):
+    with pytest.raises(SystemExit, match=f"--tokens_per_s={rate}: "):
+        train_gpt.main([*arguments, "--preflight", f"--tokens_per_s={rate}"])
+
+
+def test_ranks_are_tried_and_share_the_optimizer_state(arguments):
+    printed = finish(launch([*arguments, "--preflight", "--optimizer=mars_m"], processes=2))
+    assert "preflight of run on 2 x cpu" in printed
+    assert "network  all-reduce of 17 MB in" in printed
+    assert printed.count("preflight of") == 1
+
+
+def test_a_network_that_fails_names_the_remedy(monkeypatch):
+    def broken(self, x):
+        raise RuntimeError("NCCL error: unhandled system error\nmore")
+
+    monkeypatch.setattr(World, "sum", broken)
+    with pytest.raises(ValueError, match=r"over 2 processes failed \(NCCL error: unhandled system error\); name the"):
+        reach(World(0, 2, torch.device("cpu")))
+    monkeypatch.setattr(World, "sum", lambda self, x: x)
+    with pytest.raises(ValueError, match="gives wrong sums"):  # nothing was added
+        reach(World(0, 2, torch.device("cpu")))
+
+
+def test_the_sizes_can_be_reckoned(dataset):
+    """Parameters of the four sizes, on a device that holds nothing."""
+    for size, millions in (("small", 124), ("medium", 354), ("large", 773), ("xl", 1557)):
+        path = Path(__file__).parent.parent / "config" / f"gpt2_{size}.py"
+        plan = train_gpt.plan(load_config(path, [f"--data.path={dataset}", "--block_size=16"]), ALONE, False, None)
+        assert plan.params / 1e6 == pytest.approx(millions, rel=0.02)

@@ -1,0 +1,579 @@
+"""Preparing corpora: what the shards hold, interruption, workers, checks, and every refusal in one line."""
+
+import gzip
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, environment
+from fake_hub import COMMIT, FakeHub
+
+from data import build, prepare, shards
+from data.hub import asked
+from data.loader import DataConfig, TrainLoader
+from data.shards import HEADER_BYTES, open_dataset, write_shard
+from data.sources import LocalFolder
+from data.split import NanoGPT
+from data.tokenizer import ByteTokenizer, pieces
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+EOT = 256
+ODD = ["", "naïve 東京 🙂\n\0", "<|endoftext|>", " ", "x" * 3]
+
+
+def texts(n=600):
+    """Documents of uneven length, odd ones among them."""
+    return [ODD[i % 5] if i % 7 == 0 else f"document {i} " * (1 + i * 37 % 50) for i in range(n)]
+
+
+def write_parquet(folder: Path, documents: list[str], files=3, group=40) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(files):
+        part = documents[i * len(documents) // files : (i + 1) * len(documents) // files]
+        table = pa.table({"url": ["u"] * len(part), "text": pa.array(part, pa.string())})
+        pq.write_table(table, folder / f"train-{i:05d}-of-{files:05d}.parquet", row_group_size=group)
+    return folder
+
+
+def command(corpus: str, source: Path, out: Path, *more) -> list[str]:
+    common = ["--source", str(source), "--tokenizer", "byte", "--shard-tokens", "10000", "--workers", "1"]
+    return [corpus, *common, "--out", str(out), *more]
+
+
+def stops(arguments: list[str]) -> str:
+    """The one line, or lines, that a refused command ends with."""
+    with pytest.raises(SystemExit) as caught:
+        prepare.main(arguments)
+    assert isinstance(caught.value.code, str)
+    assert "Traceback" not in caught.value.code
+    return caught.value.code
+
+
+def stream(folder: Path, split: str) -> np.ndarray:
+    found = open_dataset(folder, 257).splits[split]
+    return np.concatenate([np.fromfile(s.path, "<u2", offset=s.start) for s in found])
+
+
+def documents_in(tokens: np.ndarray, eot: str) -> list[str]:
+    """The documents of a stream that starts or ends with end-of-text."""
+    cuts = np.flatnonzero(tokens == EOT)
+    parts = np.split(tokens, cuts + (eot == "after"))
+    parts = parts[:-1] if eot == "after" else parts[1:]
+    return [ByteTokenizer().decode(p[p != EOT].tolist()) for p in parts]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return write_parquet(tmp_path_factory.mktemp("corpus") / "parquet", texts())
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory) -> Path:
+    """An uninterrupted preparation on one process."""
+    out = tmp_path_factory.mktemp("whole") / "owt"
+    prepare.main(command("openwebtext", corpus, out))
+    return out
+
+
+# ---- what the shards hold
+
+
+def test_openwebtext_has_end_of_text_behind_and_nanogpts_validation_documents(whole):
+    held_out = set(np.random.default_rng(2357).permutation(600)[:1].tolist())  # ceil(0.0005 * 600)
+    expected = {
+        "train": [t for i, t in enumerate(texts()) if i not in held_out],
+        "val": [t for i, t in enumerate(texts()) if i in held_out],
+    }
+    for split in ("train", "val"):
+        assert stream(whole, split)[-1] == EOT
+        assert documents_in(stream(whole, split), "after") == expected[split]
+    train = open_dataset(whole, 257).splits["train"]
+    assert [s.tokens for s in train[:-1]] == [10_000] * (len(train) - 1)
+    entries = json.loads((whole / "manifest.json").read_text())["splits"]
+    assert sum(e["documents"] for e in entries["train"]) == 599
+    assert sum(e["bytes"] for e in entries["train"]) == sum(len(t.encode()) for t in expected["train"])
+
+
+def test_the_split_is_that_of_the_datasets_library():
+    datasets = pytest.importorskip("datasets")
+    for n in (4001, 20_000):
+        rows = datasets.Dataset.from_dict({"row": range(n)})
+        theirs = rows.train_test_split(test_size=0.0005, seed=2357)["test"]["row"]
+        assert sorted(theirs) == NanoGPT(n).val.tolist()
+
+
+def test_fineweb_edu_has_end_of_text_before_and_its_first_shard_for_validation(corpus, tmp_path):
+    prepare.main(command("fineweb_edu", corpus, tmp_path / "edu"))
+    val, train = stream(tmp_path / "edu", "val"), stream(tmp_path / "edu", "train")
+    assert (len(val), val[0]) == (10_000, EOT)
+    assert documents_in(np.concatenate([val, train]), "before") == texts()
+    names = sorted(p.name for p in (tmp_path / "edu").glob("*.bin"))
+    assert names[0] == "train_000001.bin"
+    assert names[-1] == "val_000000.bin"
+
+
+def write_jsonl(path: Path, documents: list[str]) -> bytes:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = "\n".join(json.dumps({"text": t}, ensure_ascii=i % 2 == 0) for i, t in enumerate(documents)).encode()
+    content = content.replace(b"\n", b"\n\n", 1)  # a blank line is no document
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(content))
+    elif path.suffix == ".zst":
+        path.write_bytes(pytest.importorskip("zstandard").compress(content))
+    else:
+        path.write_bytes(content)
+    return content
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_json_lines_make_the_same_shards_as_parquet(whole, tmp_path, suffix):
+    for i in range(2):
+        write_jsonl(tmp_path / "source" / f"part{i}{suffix}", texts()[i * 300 : (i + 1) * 300])
+    prepare.main(command("openwebtext", tmp_path / "source", tmp_path / "out"))
+    same = {name: content for name, content in contents(whole).items() if name.endswith(".bin")}
+    assert {n: c for n, c in contents(tmp_path / "out").items() if n.endswith(".bin")} == same
+
+
+def test_text_files_are_a_document_each_in_the_order_of_their_names(tmp_path):
+    for i, text in enumerate(texts(100)):
+        (tmp_path / "source").mkdir(exist_ok=True)
+        (tmp_path / "source" / f"{i:03d}.txt").write_bytes(text.encode())
+    prepare.main(command("fineweb_edu", tmp_path / "source", tmp_path / "out"))
+    both = np.concatenate([stream(tmp_path / "out", "val"), stream(tmp_path / "out", "train")])
+    assert documents_in(both, "before") == texts(100)
+
+
+def test_one_enormous_document_and_ten_thousand_tiny_ones(tmp_path):
+    documents = ["ab " * 1_000_000, *(f"{i}" for i in range(10_000))]
+    write_parquet(tmp_path / "source", documents, files=1, group=5000)
+    prepare.main(command("fineweb_edu", tmp_path / "source", tmp_path / "out", "--shard-tokens", "1000000"))
+    both = np.concatenate([stream(tmp_path / "out", "val"), stream(tmp_path / "out", "train")])
+    assert documents_in(both, "before") == documents
+
+
+def test_lone_surrogates_of_json_become_replacement_characters(tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "a.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude42"}\n')
+    prepare.main(command("openwebtext", tmp_path / "source", tmp_path / "out"))
+    found = {*documents_in(stream(tmp_path / "out", "train"), "after")}
+    found |= {*documents_in(stream(tmp_path / "out", "val"), "after")}
+    assert found == {"a\ufffdb", "🙂"}
+
+
+def test_long_texts_are_cut_only_where_no_token_can_cross():
+    tiktoken = pytest.importorskip("tiktoken")
+    import random
+
+    from data.tokenizer import GPT2_PATTERN
+
+    ranks = {bytes([i]): i for i in range(256)} | {b"  ": 256, b" a": 257, b"\n\n": 258, b"ab": 259, b"'s": 260}
+    encoding = tiktoken.Encoding("test", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    chance = random.Random(0)
+    for _ in range(300):
+        text = "".join(chance.choices(["a", "b", " ", "\n", "'s", "1", "é", "\u00a0", "\t", "!"], k=200))
+        parts = list(pieces(text, size=7))
+        assert "".join(parts) == text
+        assert [t for part in parts for t in encoding.encode_ordinary(part)] == encoding.encode_ordinary(text)
+    assert len(list(pieces("word " * 100, size=7))) > 30
+
+
+def test_prepared_shards_reach_the_loader(whole):
+    dataset = open_dataset(whole, 257)
+    data = TrainLoader(dataset, DataConfig(), block_size=64, batch_size=8, vocab_size=257, seed=0)
+    tokens, first = stream(whole, "train"), dataset.splits["train"][0].tokens
+    window = int(data.window_ids(0)[0])
+    shard, offset = window // ((first - 1) // 64), window % ((first - 1) // 64) * 64
+    assert np.array_equal(data.batch(0)[0], tokens[shard * first + offset : shard * first + offset + 65])
+
+
+# ---- interruption and workers
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_number_of_workers_does_not_change_a_byte(corpus, whole, tmp_path, workers):
+    prepare.main(command("openwebtext", corpus, tmp_path / "owt", "--workers", str(workers)))
+    assert contents(tmp_path / "owt") == contents(whole)
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_a_crash_at_any_write_changes_nothing(corpus, whole, tmp_path, monkeypatch, done):
+    """Start 1 dies at its first write, start 2 at its second, ..., before it took place or after."""
+    original, starts, writes = shards.write_durably, 0, [0]
+
+    def dying(path, *parts):
+        writes[0] += 1
+        if writes[0] < starts:
+            return original(path, *parts)
+        if done:
+            original(path, *parts)
+        raise KeyboardInterrupt
+
+    for module in (shards, build):
+        monkeypatch.setattr(module, "write_durably", dying)
+    messages = set()
+    while not (tmp_path / "owt").exists() and starts < 100:
+        starts, writes[0] = starts + 1, 0
+        try:
+            prepare.main(command("openwebtext", corpus, tmp_path / "owt"))
+        except SystemExit as stop:
+            messages.add(stop.code)
+    assert messages == {"data.prepare: interrupted; the same command continues"}
+    assert starts > 10
+    assert contents(tmp_path / "owt") == contents(whole)
+
+
+def test_kills_change_nothing_and_leave_no_process(corpus, whole, tmp_path, capsys):
+    out = tmp_path / "owt"
+    arguments = command("openwebtext", corpus, out, "--workers", "2")
+    for shard in (3, 9):
+        process = subprocess.Popen([sys.executable, "-m", "data.prepare", *arguments], cwd=ROOT, env=environment())
+        deadline = time.monotonic() + 60
+        while not (build.aside(out) / f"train_{shard:06d}.bin").exists() and process.poll() is None:
+            assert time.monotonic() < deadline
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        workers = children.read_text().split() if children.exists() else []
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        while any(Path(f"/proc/{worker}").exists() for worker in workers):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    prepare.main(arguments)
+    assert contents(out) == contents(whole)
+
+
+def test_a_continued_preparation_does_not_read_from_the_start(corpus, whole, tmp_path, monkeypatch):
+    out = tmp_path / "owt"
+    write, count = shards.write_shard, [0]
+
+    def dying(*arguments):
+        count[0] += 1
+        if count[0] == 6:
+            raise KeyboardInterrupt
+        return write(*arguments)
+
+    monkeypatch.setattr(build, "write_shard", dying)
+    stops(command("openwebtext", corpus, out))
+    position = json.loads((build.aside(out) / "progress.json").read_text())["position"]
+    assert position > [0, 3]
+    seen = []
+    fetch = LocalFolder.fetch
+    monkeypatch.setattr(LocalFolder, "fetch", lambda self, file: (seen.append(file.name), fetch(self, file))[1])
+    prepare.main(command("openwebtext", corpus, out))
+    assert len(seen) == 3 - position[0]
+    assert contents(out) == contents(whole)
+
+
+def test_other_settings_do_not_continue_a_preparation(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(build.Preparation, "finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    stops(command("openwebtext", corpus, tmp_path / "owt"))
+    monkeypatch.undo()
+    message = stops(command("openwebtext", corpus, tmp_path / "owt", "--shard-tokens", "20000"))
+    assert "owt.tmp was begun with other settings (shard_tokens); repeat them or give --fresh" in message
+    prepare.main(command("openwebtext", corpus, tmp_path / "owt", "--shard-tokens", "20000", "--fresh"))
+
+
+def test_two_preparations_of_one_folder(corpus, tmp_path):
+    folder = build.aside(tmp_path / "owt")
+    folder.mkdir()
+    with build.locked(folder):
+        message = stops(command("openwebtext", corpus, tmp_path / "owt"))
+    assert "another preparation is writing there" in message
+
+
+def test_a_worker_that_dies_is_reported(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.workers._start_worker", dying_worker)
+    message = stops(command("openwebtext", corpus, tmp_path / "owt", "--workers", "2"))
+    assert "one of 2 workers died" in message
+
+
+def dying_worker(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# ---- verify and info
+
+
+def damage_hash(folder):
+    with open(folder / "train_000002.bin", "r+b") as f:
+        f.seek(HEADER_BYTES + 100)
+        f.write(b"\7\0")
+
+
+def damage_half(folder):
+    os.truncate(folder / "train_000001.bin", 5000)
+
+
+def damage_missing(folder):
+    (folder / "val_000000.bin").unlink()
+
+
+def damage_foreign(folder):
+    write_shard(folder / "train_000099.bin", np.arange(9, dtype=np.uint16), 9)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (damage_hash, "train_000002.bin: its sha256 is not the manifest's"),
+        (damage_half, "train_000001.bin: 5000 bytes where its header promises 21024"),
+        (damage_missing, "val_000000.bin: no such shard"),
+        (damage_foreign, "train_000099.bin: not in the manifest"),
+    ],
+)
+def test_verify_names_what_is_wrong(corpus, tmp_path, capsys, damage, message):
+    out = tmp_path / "owt"
+    prepare.main(command("openwebtext", corpus, out))
+    prepare.main(["verify", str(out)])
+    assert "headers, counts, sha256 agree" in capsys.readouterr().out
+    damage(out)
+    assert message in stops(["verify", str(out)])
+
+
+def test_verify_without_a_manifest_says_how_to_get_one(tmp_path):
+    write_shard(tmp_path / "train_0.bin", np.arange(9, dtype=np.uint16), 9)
+    assert "python -m data.prepare pretokenized --source" in stops(["verify", str(tmp_path)])
+
+
+def test_info_states_documents_tokens_shards_and_epochs(whole, capsys):
+    prepare.main(["info", str(whole), "--budget", "1e6"])
+    printed = capsys.readouterr().out
+    tokens = len(stream(whole, "train"))
+    assert f"{tokens:,} tokens, 599 documents, {-(-tokens // 10_000)} shards" in printed
+    assert f"{1e6 / tokens:.2f} with 1,000,000 tokens of training" in printed
+    assert "val_seed        2357" in printed
+
+
+# ---- the hub, through its own client against a local stand-in
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    pytest.importorskip("huggingface_hub")
+    root = tmp_path / "hub"
+    write_parquet(root / "data", texts())
+    for i, name in enumerate(("fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin")):
+        write_shard(root / name, np.array([50256, i, 2, 3], dtype=np.uint16), None)
+    server = FakeHub(root)
+    monkeypatch.setenv("HF_ENDPOINT", server.address)
+    monkeypatch.setenv("HF_TOKEN", "")
+    yield server
+    server.server.shutdown()
+    server.server.server_close()
+
+
+def hub_command(out: Path, *more, repo="some/data") -> list[str]:
+    common = ["--tokenizer", "byte", "--shard-tokens", "10000", "--workers", "1"]
+    return ["openwebtext", "--repo", repo, "--out", str(out), *common, *more]
+
+
+def test_the_hub_gives_the_same_shards_and_the_commit_is_kept(hub, whole, tmp_path, monkeypatch):
+    """Interrupted on the way, too; no fetched file is left behind."""
+    out = tmp_path / "out"
+    original = build.write_shard
+    monkeypatch.setattr(build, "write_shard", lambda *a: stop_at(original, 8, *a))
+    stops(hub_command(out))
+    assert json.loads((build.aside(out) / "progress.json").read_text())["source"]["revision"] == COMMIT
+    monkeypatch.undo()
+    monkeypatch.setenv("HF_ENDPOINT", hub.address)
+    prepare.main(hub_command(out))
+    source = json.loads((out / "manifest.json").read_text())["source"]
+    assert (source["revision"], source["documents"], source["repo"]) == (COMMIT, 600, "some/data")
+    theirs, ours = contents(whole), contents(out)
+    assert ours.keys() == theirs.keys()
+    assert all(ours[n] == theirs[n] for n in ours if n.endswith(".bin"))
+
+
+def test_files_of_the_hub_are_dropped_once_they_are_read(hub, tmp_path, monkeypatch):
+    write_parquet(hub.root / "data", texts(), files=12)
+    for old in hub.root.glob("data/*-of-00003.parquet"):
+        old.unlink()
+    there, take = [], build.Preparation.take
+
+    def count(self, chunk, result):
+        there.append(len(list((build.aside(tmp_path / "out") / build.FETCHED).rglob("*.parquet"))))
+        take(self, chunk, result)
+
+    monkeypatch.setattr(build.Preparation, "take", count)
+    prepare.main(hub_command(tmp_path / "out"))
+    assert len(there) >= 12
+    assert max(there) <= 3
+
+
+def test_a_fault_of_ours_is_not_taken_for_the_networks():
+    pytest.importorskip("huggingface_hub")
+    with pytest.raises(KeyError):
+        asked("some/data", "main", lambda: {}["x"])
+
+
+def stop_at(write, number, path, *more):
+    if f"{number:06d}" in path.name:
+        raise KeyboardInterrupt
+    return write(path, *more)
+
+
+@pytest.mark.parametrize(
+    "repo, more, message",
+    [
+        ("moved/data", [], "moved/data: no such dataset .* give its new name with --repo"),
+        ("gated/data", [], "gated/data is gated: accept its terms there, then log in"),
+        ("some/data", ["--revision", "nope"], "some/data: no revision nope; give a commit or branch"),
+        ("some/data", ["--pattern", "*.csv"], 'no file matches "\\*.csv"; name the files with --pattern'),
+        ("some/data", ["--column", "body"], 'some/data: data/.* no column "body"; it has url, text: name one'),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line(hub, tmp_path, repo, more, message):
+    found = stops(hub_command(tmp_path / "out", *more, repo=repo))
+    assert re.search(message, found), found
+    assert "\n" not in found
+
+
+def test_no_network_is_one_line_that_names_the_other_way(tmp_path, monkeypatch):
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    message = stops(hub_command(tmp_path / "out"))
+    assert "http://127.0.0.1:9 does not answer" in message
+    assert "no network? The same command continues; files you have can be given with --source DIR" in message
+
+
+def test_ready_made_shards_are_fetched_checked_and_indexed(hub, tmp_path, capsys):
+    arguments = ["pretokenized", "--repo", "some/data", "--pattern", "fineweb_*.bin", "--out", str(tmp_path / "ready")]
+    hub.wrong_sha = True
+    assert "came damaged (its sha256 is another)" in stops(arguments)
+    hub.wrong_sha = False
+    prepare.main([*arguments, "--shards", "1", "--fresh"])
+    assert sorted(contents(tmp_path / "ready")) == [
+        "fineweb_train_000001.bin",
+        "fineweb_val_000000.bin",
+        "manifest.json",
+    ]
+    prepare.main(["verify", str(tmp_path / "ready")])
+    prepare.main([*arguments, "--shards", "1"])
+    assert "already prepared" in capsys.readouterr().out
+    dataset = open_dataset(tmp_path / "ready", 50257)
+    assert (dataset.tokens("train"), dataset.bytes_per_token("train")) == (4, None)
+    assert dataset.manifest["splits"]["val"][0]["documents"] == 1
+
+
+def test_shards_that_are_there_are_indexed_in_place(tmp_path, capsys):
+    for name in ("x_val_0.bin", "x_train_1.bin"):
+        write_shard(tmp_path / name, np.array([50256, 1], dtype=np.uint16), None)
+    prepare.main(["pretokenized", "--source", str(tmp_path)])
+    prepare.main(["verify", str(tmp_path)])
+    assert "has a manifest.json; check it with" in stops(["pretokenized", "--source", str(tmp_path)])
+    (tmp_path / "manifest.json").unlink()
+    write_shard(tmp_path / "x_train_2.bin", np.array([60_000], dtype=np.uint16), None)
+    assert "holds token 60000; GPT-2 has 50257 ids" in stops(["pretokenized", "--source", str(tmp_path)])
+    assert "name one of fineweb_10B" in stops(["pretokenized", "nothing"])
+    assert "--repo and --pattern go together" in stops(["pretokenized", "--repo", "some/data"])
+
+
+# ---- bad input
+
+
+def test_a_parquet_without_text(tmp_path):
+    (tmp_path / "source").mkdir()
+    pq.write_table(pa.table({"body": ["a"], "id": [1]}), tmp_path / "source" / "a.parquet")
+    message = stops(command("openwebtext", tmp_path / "source", tmp_path / "out"))
+    assert 'a.parquet: no column "text"; it has body, id: name one with --column' in message
+    message = stops(command("openwebtext", tmp_path / "source", tmp_path / "out", "--column", "id"))
+    assert 'column "id" is int64, not text' in message
+    (tmp_path / "source" / "a.parquet").write_bytes(b"PAR1 nothing")
+    assert "not a readable parquet file" in stops(command("openwebtext", tmp_path / "source", tmp_path / "out"))
+
+
+def test_bytes_that_are_no_text_are_skipped_named_and_counted(tmp_path, capsys):
+    source = tmp_path / "source"
+    source.mkdir()
+    broken = pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.py_buffer(np.array([0, 3, 7], "<i4").tobytes()), pa.py_buffer(b"ab\xffgood")]
+    )
+    pq.write_table(pa.table({"text": broken}), source / "a.parquet")
+    (source / "b.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "\xff"}\n')
+    (source / "c.txt").write_bytes(b"abc\xfe")
+    prepare.main(command("fineweb_edu", source, tmp_path / "out", "--shard-tokens", "5"))
+    error = capsys.readouterr().err
+    assert f"skipped {source}/a.parquet: row 0 of row group 0: not UTF-8 (byte 2)" in error
+    assert f"skipped {source}/b.jsonl: line 2: not UTF-8 (byte 10)" in error
+    assert f"skipped {source}/c.txt: not UTF-8 (byte 3)" in error
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["source"]["read"] == {"documents": 5, "unreadable": 3}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b'{"text": "a"}\n{"text"', "a.jsonl: line 2: not JSON"),
+        (b'{"body": "a"}', 'line 1: no string "text" in it (it has: body); name another with --column'),
+        (b"\n", "the source holds no document that can be read"),
+    ],
+)
+def test_bad_json_lines(tmp_path, content, message):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "a.jsonl").write_bytes(content)
+    assert message in stops(command("fineweb_edu", tmp_path / "source", tmp_path / "out"))
+
+
+def test_a_compressed_file_that_was_cut_off(tmp_path):
+    write_jsonl(tmp_path / "source" / "a.jsonl.gz", texts())
+    path = tmp_path / "source" / "a.jsonl.gz"
+    os.truncate(path, path.stat().st_size // 2)
+    assert "a.jsonl.gz: damaged or cut off" in stops(command("openwebtext", tmp_path / "source", tmp_path / "out"))
+
+
+def test_sources_that_are_not_there(tmp_path):
+    assert "--source /nowhere: no such folder" in stops(command("openwebtext", Path("/nowhere"), tmp_path / "out"))
+    assert f"--source {tmp_path}: holds no .parquet" in stops(command("openwebtext", tmp_path, tmp_path / "out"))
+    assert "--workers 0: must be at least 1" in stops(command("openwebtext", tmp_path, tmp_path, "--workers", "0"))
+    (tmp_path / "a.txt").write_text("short")
+    message = stops(command("fineweb_edu", tmp_path, tmp_path / "out"))
+    assert "no document fell into the train split; give more text or a smaller --shard-tokens" in message
+    assert not build.aside(tmp_path / "out").exists()
+
+
+def test_a_foreign_file_and_a_damaged_shard_in_an_unfinished_folder(corpus, tmp_path, monkeypatch):
+    out = tmp_path / "owt"
+    monkeypatch.setattr(build.Preparation, "finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    stops(command("openwebtext", corpus, out))
+    (build.aside(out) / "other.bin").write_bytes(b"1")
+    assert "other.bin: not a file of this preparation; move it away" in stops(command("openwebtext", corpus, out))
+    (build.aside(out) / "other.bin").unlink()
+    os.truncate(build.aside(out) / "train_000001.bin", 3000)
+    message = stops(command("openwebtext", corpus, out))
+    assert "train_000001.bin: 3000 bytes where its header promises 21024" in message
+
+
+def test_a_full_disk_keeps_what_was_written(corpus, whole, tmp_path):
+    """A limit on file size stands in for the full disk: it is smaller than a shard."""
+    out = tmp_path / "owt"
+    limited = f"ulimit -f 12; exec {sys.executable} -m data.prepare " + " ".join(command("openwebtext", corpus, out))
+    done = subprocess.run(["bash", "-c", limited], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("make room there, the same command continues")
+    assert "Traceback" not in done.stderr
+    prepare.main(command("openwebtext", corpus, out))
+    assert contents(out) == contents(whole)
+
+
+def test_a_folder_that_is_something_else(corpus, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert "exists and has no manifest.json" in stops(command("openwebtext", corpus, tmp_path / "out"))
+
+
+def test_a_wrong_tokenizer_file(corpus, tmp_path):
+    pytest.importorskip("tiktoken")
+    (tmp_path / "ranks").write_text("IQ== 0\n")
+    arguments = command("openwebtext", corpus, tmp_path / "out", "--tokenizer", "gpt2", "--ranks", f"{tmp_path}/ranks")
+    assert "sha256 is" in stops(arguments)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,167 @@
+"""The launchers: what they would run, what they refuse, and tiny runs under torchrun and a stand-in for SLURM."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, environment
+
+from config.load import load_config
+from runtime.logger import read_metrics
+
+SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("scripts/*.sbatch")])
+SIZES = ("small", "medium", "large", "xl")
+TINY = [
+    *("--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=8", "--vocab_size=60", "--batch_size=480"),
+    *("--micro_batch=60", "--warmup=1", "--eval_every=1000", "--val_windows=8", "--device=cpu", "--name=run"),
+]
+
+
+def run(script: str, *arguments: str, **more: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", str(ROOT / "scripts" / script), *arguments],
+        env=environment() | {"PYTHON": sys.executable} | more,
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+
+
+def dry(script: str, *arguments: str) -> list[str]:
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    done = run(script, *arguments[:end], "--dry-run", *arguments[end:])
+    assert done.returncode == 0, done.stderr
+    return shlex.split(done.stdout)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_shellcheck(path):
+    done = subprocess.run(["shellcheck", "--severity=warning", path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_each_size_prints_a_command_whose_batch_divides(size):
+    for gpus in (1, 2, 3, 8, 32, 480):
+        words = dry(f"train_{size}.sh", "--gpus", str(gpus))
+        assert words[1:4] == ["-m", "torch.distributed.run", f"--nproc_per_node={gpus}"]
+        assert f"config/gpt2_{size}.py" in words
+        config = load_config(ROOT / f"config/gpt2_{size}.py", [w for w in words if re.match("--(data|micro|opt)", w)])
+        assert (config.optimizer, config.data.path) == ("mars_m", "data/tokens/openwebtext")
+        assert config.accumulation(gpus) * gpus * config.micro_batch == 480
+    default = load_config(ROOT / f"config/gpt2_{size}.py").micro_batch
+    assert f"--micro_batch={default}" in dry(f"train_{size}.sh", "--gpus", "8")
+
+
+def test_choices_and_what_stands_behind_the_dashes_reach_the_command():
+    words = dry("train_small.sh", "--optimizer", "adamw", "--dataset", "/data/edu", "--gpus", "4", "--", "--name=a b")
+    assert words[-5:] == [
+        "config/gpt2_small.py",
+        "--optimizer=adamw",
+        "--data.path=/data/edu",
+        "--micro_batch=15",
+        "--name=a b",
+    ]
+    assert dry("train_xl.sh", "--gpus", "8", "--preflight")[-1] == "--preflight"
+
+
+def test_several_machines_meet_at_one_address():
+    words = dry("train_multinode.sh", "medium", "--nodes", "4", "--gpus", "8", "--rendezvous", "first:29400")
+    assert {"--nnodes=4", "--nproc_per_node=8", "--rdzv_backend=c10d", "--rdzv_endpoint=first:29400"} < set(words)
+    assert "--rdzv_id=medium-mars_m" in words
+
+
+@pytest.mark.parametrize(
+    "script, arguments, message",
+    [
+        ("train_small.sh", ["--gpus", "7"], "7 processes do not divide the batch of 480 sequences; .* 6 and 8"),
+        ("train_small.sh", ["--gpus", "500"], "nearest that do: 480$"),
+        ("train_small.sh", ["--gpus", "many"], '"many": --gpus and --nodes must be whole numbers from 1'),
+        ("train_small.sh", ["--gpus"], "--gpus needs a value"),
+        ("train_small.sh", ["--seed=2"], "--seed=2: unknown option .* go behind --"),
+        ("train.sh", ["tiny"], '"tiny" is no size; choose small, medium, large or xl'),
+        ("train.sh", [], '"" is no size'),
+        ("train_multinode.sh", ["small"], "needs --nodes N and --rendezvous HOST:PORT"),
+        ("train.sh", ["small", "--nodes", "2", "--gpus", "1"], "--nodes 2 needs --rendezvous"),
+    ],
+)
+def test_refusals_are_one_line(script, arguments, message):
+    done = run(script, *arguments)
+    assert done.returncode == 2
+    assert re.search(message, done.stderr.strip()), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_describes_every_option():
+    printed = run("train_small.sh", "--help").stdout
+    for option in ("--optimizer", "--dataset", "--gpus", "--nodes", "--rendezvous", "--id", "--preflight", "--dry-run"):
+        assert f"\n  {option}" in printed
+
+
+def test_a_tiny_run_on_two_processes(dataset, tmp_path):
+    done = run(
+        *("train_small.sh", "--gpus", "2", "--dataset", str(dataset), "--optimizer", "mars"),
+        *("--", *TINY, "--steps=2", f"--log.folder={tmp_path}"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(sys.executable)
+    assert "480 sequences = 2 processes x 60 x 4 accumulated" in done.stdout
+    assert [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in r][-1] == 2
+
+
+SRUN = """#!/bin/bash
+[ "$1" = --kill-on-bad-exit=1 ] && shift
+for i in 0 1; do
+    SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 "$@" &
+    echo $! >>"$FAKE/tasks"
+done
+wait
+"""
+SCANCEL = """#!/bin/bash
+xargs kill "${1/--signal=/-}" <"$FAKE/tasks"
+rm "$FAKE/tasks"
+"""
+SCONTROL = """#!/bin/bash
+echo "$@" >>"$FAKE/told"
+"""
+
+
+def test_a_job_that_is_told_to_leave_saves_requeues_and_continues(dataset, tmp_path):
+    """srun, scancel and scontrol are stand-ins; the signal, the trainers and their checkpoints are real."""
+    for name, text in (("srun", SRUN), ("scancel", SCANCEL), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    variables = environment() | {"PYTHON": sys.executable, "FAKE": str(tmp_path), "SLURM_SUBMIT_DIR": str(ROOT)}
+    variables |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "MASTER_PORT": "29617"}
+    command = ["bash", str(ROOT / "scripts" / "train.sbatch"), "small", "--dataset", str(dataset), "--", *TINY]
+    command += [f"--log.folder={tmp_path / 'runs'}", "--log.every=1", "--checkpoint.every=100000"]
+    pipes = dict(env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
+
+    process = subprocess.Popen([*command, "--steps=200"], **pipes)
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and any(r.get("step", 0) >= 3 for r in read_metrics(metrics))):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "back into the queue" in output
+    assert (tmp_path / "told").read_text().splitlines()[-1] == "requeue 77"
+
+    (checkpoint,) = (tmp_path / "runs" / "run" / "checkpoints").iterdir()
+    step = int(checkpoint.name[5:])
+    assert step < 200
+    again = subprocess.run([*command, "--steps=200"], timeout=120, **pipes)
+    assert again.returncode == 0, again.stdout
+    assert f"continuing at step {step}" in again.stdout
+    assert "back into the queue" not in again.stdout
+    assert [r["step"] for r in read_metrics(metrics) if "loss" in r] == list(range(1, 201))
