@@ -359,8 +359,15 @@ def test_info_states_documents_tokens_shards_and_epochs(whole, capsys):
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    pytest.importorskip("huggingface_hub")
+def online(monkeypatch):
+    """The hub's client as it is without HF_HUB_OFFLINE, which the other tests set."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+@pytest.fixture
+def hub(online, tmp_path, monkeypatch):
     root = tmp_path / "hub"
     write_parquet(root / "data", texts())
     for i, name in enumerate(("fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin")):
@@ -385,8 +392,7 @@ def test_the_hub_gives_the_same_shards_and_the_commit_is_kept(hub, whole, tmp_pa
     monkeypatch.setattr(build, "write_shard", lambda *a: stop_at(original, 8, *a))
     stops(hub_command(out))
     assert json.loads((build.aside(out) / "progress.json").read_text())["source"]["revision"] == COMMIT
-    monkeypatch.undo()
-    monkeypatch.setenv("HF_ENDPOINT", hub.address)
+    monkeypatch.setattr(build, "write_shard", original)
     prepare.main(hub_command(out))
     source = json.loads((out / "manifest.json").read_text())["source"]
     assert (source["revision"], source["documents"], source["repo"]) == (COMMIT, 600, "some/data")
@@ -439,7 +445,7 @@ def test_what_the_hub_refuses_is_one_line(hub, tmp_path, repo, more, message):
     assert "\n" not in found
 
 
-def test_no_network_is_one_line_that_names_the_other_way(tmp_path, monkeypatch):
+def test_no_network_is_one_line_that_names_the_other_way(online, tmp_path, monkeypatch):
     pytest.importorskip("huggingface_hub")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     message = stops(hub_command(tmp_path / "out"))
