@@ -145,7 +145,7 @@ def report(steps: int, rounds: int) -> None:
     pairs = [a - b for a, b in zip(finals["MARS-AdamW"], finals["AdamW"], strict=True)]
     out.add(optimizer="MARS-AdamW minus AdamW, seed by seed", tried=json.dumps([round(d, 4) for d in pairs]))
     out.table()
-    by_tokens.set(xlabel="tokens, millions", ylabel="validation loss, nats per byte", ylim=(None, max(mean) * 0.85))
+    by_tokens.set(xlabel="tokens, millions", ylabel="validation loss, nats per byte", ylim=(None, 3.3))
     by_time.set(xlabel="seconds of training, one thread")
     by_time.legend()
     for axes in (by_tokens, by_time):

@@ -11,7 +11,7 @@ from runtime.schedule import ScheduleConfig
 config = RunConfig(
     model=GPTConfig(n_layer=4, n_head=4, n_embd=192, block_size=128, vocab_size=257),  # 256 bytes and end-of-text
     data=DataConfig(path="data/tokens/pydocs", val_windows=1024),
-    schedule=ScheduleConfig(shape="cosine", warmup=50),
+    schedule=ScheduleConfig(shape="cosine", warmup=50, min_lr_ratio=0.03),
     checkpoint=CheckpointConfig(every=200),
     log=LogConfig(every=20),
     optimizer="mars_m",
@@ -20,13 +20,13 @@ config = RunConfig(
     steps=700,
     eval_every=200,
 )
-# the best of three learning rates in bench/compare_optimizers.py
+# learning rates: the best of three in bench/compare_optimizers.py
 optimizers = {
     "adamw": AdamWConfig(lr=3e-3),
-    "lion": LionConfig(lr=3e-4, weight_decay=0.1),
+    "lion": LionConfig(lr=1e-4, weight_decay=0.1),
     "muon": MuonConfig(lr=1e-2, adamw_lr=3e-3),
     "mars": MARSConfig(lr=3e-3),
     "mars_lion": MARSConfig(mars_type="mars-lion", lr=3e-4, weight_decay=0.1),
-    "mars_shampoo": MARSConfig(mars_type="mars-shampoo", lr=1e-2),
+    "mars_shampoo": MARSConfig(mars_type="mars-shampoo", lr=3e-2),
     "mars_m": MARSMConfig(lr=1e-2, adamw_lr=3e-3),
 }

@@ -12,7 +12,8 @@ class ScheduleConfig:
 
     shape: str = "cosine"  # "cosine", "wsd" (hold, then linear), "linear", "exponential" or "constant"
     warmup: int = 2000  # steps of linear warm-up
-    min_lr: float | None = None  # learning rate at the end, none: a tenth of the peak; other groups in proportion
+    min_lr: float | None = None  # learning rate at the end; none: min_lr_ratio of the peak; other groups in proportion
+    min_lr_ratio: float = 0.1  # where min_lr is none
     wsd_decay: float = 0.2  # "wsd": last share of the run, spent decaying
     zero_first: bool = False  # start the warm-up at 0 instead of lr / warmup (as published)
 
@@ -25,6 +26,8 @@ class ScheduleConfig:
             out.append(f"warmup={self.warmup}: must not be negative")
         if not 0 <= (self.min_lr or 0.0) < math.inf:
             out.append(f"min_lr={self.min_lr}: must be a number >= 0")
+        if not 0 <= self.min_lr_ratio <= 1:
+            out.append(f"min_lr_ratio={self.min_lr_ratio}: must be in [0, 1]")
         if not 0 < self.wsd_decay <= 1:
             out.append(f"wsd_decay={self.wsd_decay}: must be in (0, 1]")
         return out
@@ -52,5 +55,5 @@ def learning_rate(config: ScheduleConfig, step: int, steps: int, peak: float) ->
     if step < config.warmup:
         return peak * (step if config.zero_first else step + 1) / config.warmup
     progress = min(1.0, (step - config.warmup) / max(1, steps - config.warmup))
-    low = peak / 10 if config.min_lr is None else config.min_lr
+    low = peak * config.min_lr_ratio if config.min_lr is None else config.min_lr
     return interpolate(config.shape, progress, peak, low, config.wsd_decay)

@@ -43,5 +43,11 @@ def test_every_shape_starts_at_the_peak(shape):
 
 
 def test_faults_are_named():
-    faults = ScheduleConfig(shape="step", warmup=-1, min_lr=-1, wsd_decay=0).faults()
-    assert [fault.split("=")[0] for fault in faults] == ["shape", "warmup", "min_lr", "wsd_decay"]
+    faults = ScheduleConfig(shape="step", warmup=-1, min_lr=-1, min_lr_ratio=2, wsd_decay=0).faults()
+    assert [fault.split("=")[0] for fault in faults] == ["shape", "warmup", "min_lr", "min_lr_ratio", "wsd_decay"]
+
+
+def test_the_floor_is_a_share_of_the_peak_unless_it_is_given():
+    ends = [learning_rate(ScheduleConfig(warmup=0, **floor), 10, 10, 2.0) for floor in ({}, dict(min_lr_ratio=0.03))]
+    assert ends == pytest.approx([0.2, 0.06])
+    assert learning_rate(ScheduleConfig(warmup=0, min_lr=0.5), 10, 10, 2.0) == 0.5
