@@ -186,7 +186,7 @@ class Trainer:
         self.best = min(self.val_loss, self.best) if self.best is not None else self.val_loss
         numbers = dict(step=self.step, tokens=self.tokens, val_loss=self.val_loss)
         if self.bytes_per_token:
-            numbers["val_bits_per_byte"] = self.val_loss / self.bytes_per_token / math.log(2)
+            numbers["val_bits_per_byte"] = self.bits_per_byte
         text = f"step {self.step:>6}  {self.validation_text()}"
         due = self.step // self.run.eval_every % self.run.data.choices_every == 0 or self.step == self.steps
         if self.choices and due:
@@ -194,11 +194,15 @@ class Trainer:
             text += f", {len(self.choices)} HellaSwag items {100 * numbers['hellaswag_acc_norm']:.1f}% right"
         self.log.record(numbers, text)
 
+    @property
+    def bits_per_byte(self) -> float:
+        return self.val_loss / self.bytes_per_token / math.log(2)
+
     def validation_text(self) -> str:
         """The last validation loss, per token and, where the dataset knows its bytes, per byte."""
         text = f"validation loss {self.val_loss:.4f} nats/token"
         if self.bytes_per_token:
-            text += f", {self.val_loss / self.bytes_per_token / math.log(2):.4f} bits/byte"
+            text += f", {self.bits_per_byte:.4f} bits/byte"
         return text
 
     def score_choices(self) -> float:

@@ -48,7 +48,7 @@ VALIDATION = ["--eval_every=50", "--val_windows=512"]
 
 
 def arguments(member: str, lr: float, seed: int, steps: int) -> list[str]:
-    """What makes one run of the comparison; minimum and warm-up in proportion."""
+    """What makes one run of the comparison; every learning rate ends at a tenth of its peak."""
     words = [*MEMBERS[member][0], f"--optim.lr={lr:g}", f"--schedule.min_lr={lr / 10:g}", f"--seed={seed}"]
     if "mars" in words[0] and "mars_m" not in words[0]:
         words.append(f"--lr_1d={lr / 2:g}")
