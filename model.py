@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+LOSS_ROWS = 512  # positions whose logits exist at a time where the loss is computed in chunks
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -159,12 +161,23 @@ class GPT(nn.Module):
         """Token ids (B, T) to logits (B, T, V), or, given targets (B, T), to the scalar mean loss.
 
         The loss is the cross-entropy in nats per token over the targets that are not -1. It is part of
-        the same graph as the model, so that a compiler can fuse the two and keep no float32 logits.
+        the same graph as the model, so that a compiler can fuse the two and keep no float32 logits. In
+        float32 on a CPU the logits of LOSS_ROWS positions exist at a time, where torch can do that.
         """
-        logits = self.logits(self.hidden(idx))
+        hidden = self.hidden(idx)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+            return self.logits(hidden)
+        if not self._loss_in_chunks(hidden):
+            return F.cross_entropy(self.logits(hidden).flatten(0, 1), targets.flatten(), ignore_index=-1)
+        weight = self.transformer.wte.weight[: self.config.vocab_size]
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_ROWS)
+        return F.linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), ignore_index=-1, options=options)
+
+    def _loss_in_chunks(self, hidden: Tensor) -> bool:
+        """Whether the logits are worth cutting: so large that memory, not arithmetic, sets the pace."""
+        eager = hidden.device.type == "cpu" and not torch.compiler.is_compiling() and hidden.dtype == torch.float32
+        large = self.config.vocab_size > 8 * self.config.n_embd and hidden[..., 0].numel() > LOSS_ROWS
+        return large and eager and not torch.is_autocast_enabled("cpu") and hasattr(nn, "LinearCrossEntropyOptions")
 
     def parameter_roles(self) -> dict[str, str]:
         """Each parameter's name to its role: "matrix", "embedding" or "vector" (gains and biases)."""

@@ -115,6 +115,25 @@ def test_padded_rows_have_no_part_in_loss_or_gradient():
     assert model(x[:, :-1], x[:, 1:]) == loss
 
 
+@pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="this torch has no chunked loss")
+def test_a_loss_in_chunks_equals_the_loss_of_whole_logits():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=64, vocab_size=300))
+    assert model.config.padded_vocab_size > 300
+    x, y = torch.randint(300, (10, 64)), torch.randint(300, (10, 64))
+    y[8:] = -1
+    assert model._loss_in_chunks(model.hidden(x))
+    gradients = []
+    for loss in (
+        model(x, y),
+        torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-1),
+    ):
+        (loss * 0.25).backward()
+        gradients.append([loss.detach(), *(p.grad for p in model.parameters())])
+        model.zero_grad(set_to_none=True)
+    torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-5)
+
+
 def test_initial_weights_have_gpt2s_scales():
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=8, n_head=2, n_embd=128, vocab_size=512, bias=True))
