@@ -17,7 +17,8 @@ from optimizers import MARSConfig, MARSMConfig, MuonConfig, build_optimizer
 
 
 def published_mars(params: list[Tensor]) -> Callable[[], None]:
-    """MARS-AdamW tensor by tensor and operation by operation, clip decided on the host: the published cost."""
+    """MARS-AdamW as its authors' class computes it: tensor by tensor, most operations into a new tensor, and the
+    clip decided on the host. The gradient itself is kept as the previous one, without a copy."""
     state = {p: [torch.zeros_like(p) for _ in range(3)] for p in params}
     lr, beta1, beta2, gamma, decay, count = 6e-3, 0.95, 0.99, 0.025, 0.01, 0
 
@@ -25,17 +26,17 @@ def published_mars(params: list[Tensor]) -> Callable[[], None]:
         nonlocal count
         count += 1
         for p in params:
-            last, m, v = state[p]
-            c = (p.grad - last).mul(gamma * beta1 / (1 - beta1)).add(p.grad)
-            norm = c.norm()
+            previous, m, v = state[p]
+            c = torch.add(p.grad, torch.mul(torch.sub(p.grad, previous), gamma * beta1 / (1 - beta1)))
+            norm = torch.norm(c)
             if norm > 1:
-                c = c / norm
+                c = torch.div(c, norm)
             m.mul_(beta1).add_(c, alpha=1 - beta1)
             v.mul_(beta2).addcmul_(c, c, value=1 - beta2)
-            denominator = v.sqrt().div_((1 - beta2**count) ** 0.5).add_(1e-8)
-            update = p * decay + m.div(1 - beta1**count).div(denominator)
-            p.add_(update, alpha=-lr)
-            last.copy_(p.grad)
+            root = torch.add(torch.mul(torch.sqrt(v), (1 - beta2**count) ** -0.5), 1e-8)
+            direction = torch.div(m, torch.mul(root, 1 - beta1**count))
+            p.add_(torch.mul(torch.add(torch.mul(p, decay), direction), -lr))
+            state[p][0] = p.grad
 
     return torch.no_grad()(step)
 

@@ -308,7 +308,7 @@ def test_orthogonalize_brings_singular_values_into_the_published_band(shape, dty
         torch.testing.assert_close(one, orthogonalize(matrix[None], dtype=dtype)[0])
 
 
-@pytest.mark.parametrize("shape", [(64, 256), (96, 288), (256, 64), (40, 400)])
+@pytest.mark.parametrize("shape", [(64, 256), (96, 288), (256, 64), (40, 400), (393, 801)])
 def test_iterating_on_the_gram_matrix_stays_within_rounding(shape):
     """float32 against float64 of the plain iteration, also for badly conditioned matrices."""
     g = torch.Generator().manual_seed(0)
