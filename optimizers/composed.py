@@ -14,6 +14,7 @@ from optimizers.directions import (
     AdaptiveNumbers,
     MomentumNumbers,
     adaptive,
+    adaptive_kernel,
     adaptive_numbers,
     mix,
     momentum_numbers,
@@ -269,8 +270,10 @@ class ComposedOptimizer(Optimizer):
         r, like = job.rule, job.params[0]
         numbers = adaptive_numbers(ok, job.steps.clamp(min=1), r.lr, r.weight_decay, r.betas, r.eps, r.eps_first)
         numbers = type(numbers)(*(n.to(like.dtype) for n in numbers))
-        keys = ("previous", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-        self._run(_adaptive_all, self._pieces(job, keys), self._estimate_numbers(job, ok), job.remember, numbers)
+        pieces = self._pieces(job, ("previous", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
+        arguments = (ok, job.steps, r.lr, r.weight_decay, r.betas, r.eps)
+        kernel = None if r.eps_first or self._compiled else adaptive_kernel(*arguments)
+        self._run(_adaptive_all, pieces, self._estimate_numbers(job, ok), job.remember, numbers, kernel)
 
     def _step_signed(self, job: "Job", ok: Tensor) -> None:
         numbers = momentum_numbers(ok, job.params[0], job.rule.lr, job.rule.weight_decay, job.rule.momentum)
@@ -395,9 +398,15 @@ def _estimate_norms(pieces: list[tuple], numbers: EstimateNumbers) -> list[Tenso
     return [estimate_norm(g, previous, numbers, scratch) for g, previous, scratch in pieces]
 
 
-def _adaptive_all(pieces: list[tuple], e: EstimateNumbers, remember: bool, n: AdaptiveNumbers) -> None:
+def _adaptive_all(
+    pieces: list[tuple], e: EstimateNumbers, remember: bool, n: AdaptiveNumbers, kernel: Callable | None
+) -> None:
     for factor, p, g, previous, m, v, v_max, scratch in pieces:
-        adaptive(p, taken(g, previous, factor, e, remember, scratch), m, v, v_max, n, scratch[0])
+        c = taken(g, previous, factor, e, remember, scratch)
+        if kernel is not None and scratch[0] is not None:  # a block of contiguous tensors on a CPU
+            kernel(p, c, m, v, v_max)
+        else:
+            adaptive(p, c, m, v, v_max, n, scratch[0])
 
 
 def _signed_all(pieces: list[tuple], e: EstimateNumbers, remember: bool, n: MomentumNumbers) -> None:

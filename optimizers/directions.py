@@ -5,6 +5,7 @@ once, and the host never waits for the device. `Numbers` are neutral for a step 
 averages keep their values and the weight is multiplied by 1 and moved by 0.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -114,6 +115,23 @@ def adaptive(
     v.lerp_(torch.mul(c, c, out=c), n.inflow2)  # c is not needed any more
     root = torch.sqrt(v if v_max is None else torch.maximum(v_max, v, out=v_max), out=scratch)
     p.mul_(n.decay).addcdiv_(m, root.mul_(n.root).add_(n.floor), value=-1)
+
+
+def adaptive_kernel(
+    ok: Tensor, step: Tensor, lr: float, weight_decay: float, betas: tuple[float, float], eps: float
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], None]:
+    """`adaptive` as one pass of the kernel behind torch's fused AdamW, for contiguous p, c, m, v, v_max on a CPU.
+
+    ok and step as in `adaptive_numbers`. For eager mode, where `adaptive` makes eight passes.
+    """
+    numbers = dict(lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=weight_decay, eps=eps, maximize=False)
+    count, skip = step.float(), 1 - ok.float()
+
+    def kernel(p: Tensor, c: Tensor, m: Tensor, v: Tensor, v_max: Tensor | None) -> None:
+        largest = dict(amsgrad=v_max is not None, found_inf=skip)
+        torch._fused_adamw_([p], [c], [m], [v], [v_max] if v_max is not None else [], [count], **numbers, **largest)
+
+    return kernel
 
 
 def mix(c: Tensor, m: Tensor, n: MomentumNumbers, out: Tensor) -> Tensor:
