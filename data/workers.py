@@ -50,23 +50,18 @@ def encode(chunk: Chunk, tokenizer: Tokenizer, eot: str) -> Encoded:
             lengths.append(0)
             sizes.append(0)
             continue
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if not _encodable(text) else text
-        body = [np.array(tokenizer.encode(piece), dtype=np.uint16) for piece in pieces(text)]
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError:  # lone surrogates, which JSON can spell and UTF-8 cannot
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            size = len(text.encode())
+        body = [tokenizer.encode_array(piece) for piece in pieces(text)]
         document = [end, *body] if eot == "before" else [*body, end]
         parts += document
         lengths.append(sum(map(len, document)))
-        sizes.append(len(text.encode()))
+        sizes.append(size)
     tokens = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint16)
     return Encoded(tokens, np.array(lengths, dtype=np.int64), np.array(sizes, dtype=np.int64), unreadable)
-
-
-def _encodable(text: str) -> bool:
-    """Whether a text has no lone surrogates, which JSON can spell and UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 _worker_state: tuple[Tokenizer, str]

@@ -293,6 +293,7 @@ def test_byte_tokenizer_round_trip():
     text = "naïve 東京 🙂\n\0"
     assert tokenizer.decode([*tokenizer.encode(text), tokenizer.eot]) == text
     assert max(tokenizer.encode(text)) < tokenizer.eot == tokenizer.vocab_size - 1
+    assert tokenizer.encode_array(text).tolist() == tokenizer.encode(text)
 
 
 def test_gpt2_tokenizer_refuses_a_wrong_file_and_explains_a_missing_network(tmp_path, monkeypatch):
@@ -324,6 +325,8 @@ def test_gpt2_tokenizer_merges_by_rank_and_reads_special_tokens_as_text(tmp_path
     tokenizer = get_tokenizer("gpt2", str(tmp_path / "ranks"))
     assert tokenizer.encode("hello") == [258, ord("o")]
     assert tokenizer.encode("o<|endoftext|>") == [*b"o<|endoftext|>"]
+    for text in ("", "hello hello", "o<|endoftext|>", "naïve 東京"):
+        assert tokenizer.encode_array(text).tolist() == tokenizer.encode(text)
     assert tokenizer.decode([258, ord("o"), tokenizer.eot]) == "hello<|endoftext|>"
 
 
