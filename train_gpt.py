@@ -11,9 +11,8 @@ and --tokens_per_s=N states a speed that the run folder does not know yet.
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -122,13 +121,12 @@ class Trainer:
         state = found.state
         return state["step"], state.get("val_loss"), state.get("best_val_loss"), state.get("train_seconds", 0.0)
 
-    def save(self) -> None:
-        """Write a checkpoint; training survives a failure to do so, and so does every earlier checkpoint."""
+    def save(self) -> Path | None:
+        """Write a checkpoint and return its folder or, in the background, begin to."""
         tensors = dict(self.model.named_parameters())
         state = dict(step=self.step, tokens=self.tokens, val_loss=self.val_loss, best_val_loss=self.best)
         state |= dict(train_seconds=self.meter.trained, config=to_dict(self.run), processes=self.world.size)
-        self.checkpoints.save(tensors, named_state(self.optimizer, self.model, self.world.rank), state)
-        self.log.say(f"saved {self.checkpoints.folder}/step_{self.step:07d}")
+        return self.checkpoints.save(tensors, named_state(self.optimizer, self.model, self.world.rank), state)
 
     @property
     def tokens(self) -> int:
@@ -296,7 +294,7 @@ def train(t: Trainer) -> None:
     try:
         if t.evaluation_due and t.val_loss is None:  # a stop request came in its way
             t.evaluate(stop)
-            unsaved = try_to_save(t)
+            unsaved = try_to_save(t, t.save)
         while t.step < t.steps and not stopping:
             with t.meter.waiting():
                 following = next(batches)
@@ -319,10 +317,15 @@ def train(t: Trainer) -> None:
             with t.meter.excluded():
                 if t.evaluation_due:
                     t.evaluate(stop)
+                try_to_save(t, t.checkpoints.finish if save_due else t.checkpoints.poll)  # one in the background
                 if save_due:
-                    unsaved = try_to_save(t)
-        if unsaved:
+                    unsaved = try_to_save(t, t.save)
+        if try_to_save(t, t.checkpoints.finish) or unsaved:
             raise CheckpointError(f"the run stops at step {t.step} without its last checkpoint; see above")
+    except Exception as error:
+        if t.world.size == 1 or isinstance(error, NonFiniteError):  # the ranks are still together
+            try_to_save(t, t.checkpoints.finish)
+        raise
     finally:
         batches.close()
         stop.close()
@@ -330,10 +333,11 @@ def train(t: Trainer) -> None:
         t.log.say(f"stopped at step {t.step} of {t.steps}; the same command continues the run")
 
 
-def try_to_save(t: Trainer) -> bool:
-    """Save; a full disk or the like costs this checkpoint and nothing else. Returns whether it failed."""
+def try_to_save(t: Trainer, part: Callable[[], Path | None]) -> bool:
+    """Do a part of saving; a full disk or the like costs a checkpoint and nothing else. Returns whether it failed."""
     try:
-        t.save()
+        if folder := part():
+            t.log.say(f"saved {folder}")
         return False
     except CheckpointError as error:
         t.log.say(f"{error}; training goes on, earlier checkpoints are untouched")
@@ -403,7 +407,7 @@ def plan(run: RunConfig, world: World, verify: bool, rate: float | None) -> Plan
         **dict(dataset=run.data.path, train_tokens=dataset.tokens("train")),
         shards="; ".join(faults(dataset.folder, hashes=verify)) if known and world.is_main else None,
         checked=checked if known else "headers agree; there is no manifest to check against",
-        checkpoint=asdict(run.checkpoint),
+        checkpoint=run.checkpoint,
         rate=rate,
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from runtime.checkpoint import CheckpointConfig
 from runtime.distributed import World
 
 
@@ -43,7 +44,7 @@ class Plan:
     train_tokens: int
     shards: str | None  # what is wrong with the shards
     checked: str  # how they were checked
-    checkpoint: dict[str, int]  # every, keep, milestone_every
+    checkpoint: CheckpointConfig
     rate: float | None  # tokens/s over all processes
 
 
@@ -144,7 +145,8 @@ def report(plan: Plan, world: World) -> tuple[str, bool]:
     seconds, need, shape = reach(world), memory_need(plan.footprint, plan.micro_batch), plan.footprint
     gpu = world.device.type == "cuda"
     there = torch.cuda.get_device_properties(world.device).total_memory if gpu else None
-    kept = checkpoints_kept(plan.steps, **plan.checkpoint)
+    saving = plan.checkpoint
+    kept = checkpoints_kept(plan.steps, saving.every, saving.keep, saving.milestone_every)
     disk, free = kept * (4 * shape.params + plan.whole_state), free_bytes(plan.folder)
     parts = [f"{v / 1e9:.2f}" for v in (need.total, need.weights, need.gradients, need.optimizer, need.activations)]
     tokens = plan.steps * plan.sequences * shape.block
@@ -162,6 +164,8 @@ def report(plan: Plan, world: World) -> tuple[str, bool]:
         f"  time     {f'{duration(tokens / plan.rate)} at {plan.rate:,.0f} tokens/s' if plan.rate else 'unknown'}",
         f"  network  {f'all-reduce of 17 MB in {1e3 * seconds:.1f} ms' if seconds else 'one process'}",
     ]
+    if saving.background:  # on the first process; the others have no weights to copy
+        lines.insert(2, f"  host     {(4 * shape.params + shape.state) / 1e9:.2f} GB to write checkpoints out of")
     return "\n".join(lines), not plan.shards and need.total <= (there or need.total) and disk <= free
 
 

@@ -105,6 +105,13 @@ def test_the_report_trains_nothing_and_leaves_no_folder(arguments, capsys, tmp_p
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_background_checkpoint_counts_its_copy(arguments, capsys):
+    train_gpt.main([*arguments, "--preflight", "--checkpoint.background=true"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  host"))
+    params = train_gpt.plan(load_config(arguments[0], arguments[1:]), ALONE, False, None).footprint.params
+    assert line == f"  host     {12 * params / 1e9:.2f} GB to write checkpoints out of"
+
+
 def test_speed_comes_from_an_earlier_start_of_the_run(arguments, capsys, tmp_path):
     (tmp_path / "runs" / "run").mkdir(parents=True)
     (tmp_path / "runs" / "run" / "metrics.jsonl").write_text(json.dumps({"step": 1, "tokens_per_s": 2304.0}) + "\n")
