@@ -11,9 +11,8 @@ and --tokens_per_s=N states a speed that the run folder does not know yet.
 
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -34,12 +33,13 @@ from optimizers.roles import claim_table, folded
 from optimizers.state import load_named_state, named_state, state_bytes
 from runtime.checkpoint import Checkpointer, CheckpointError
 from runtime.distributed import StopRequest, World, start_world
-from runtime.folder import open_run_folder, run_lock
+from runtime.folder import add_facts, open_run_folder, run_lock
 from runtime.guard import Guard, NonFiniteError
 from runtime.hardware import environment, memory_gb, peak_flops
 from runtime.logger import METRICS, Meter, RunLogger, read_metrics
+from runtime.micro_batch import Choice, choose, estimate, peak_of_pass
 from runtime.plot import plot_run
-from runtime.preflight import Plan, measured_rate, report
+from runtime.preflight import Footprint, Plan, measured_rate, report
 from runtime.schedule import interpolate, learning_rate
 
 FLAGS = ("--fresh", "--as_published", "--preflight", "--verify", "--help", "-h")
@@ -51,13 +51,13 @@ class Trainer:
 
     def __init__(self, run: RunConfig, world: World, fresh: bool) -> None:
         self.run, self.world = run, world
-        self.accumulation = run.accumulation(world.size)
+        run.accumulation(world.size)  # refuses a batch that does not divide
         self.steps = run.total_steps
         dataset = open_dataset(run.data.path, run.model.vocab_size)
         sizes = dict(block_size=run.model.block_size, vocab_size=run.model.vocab_size, seed=run.seed)
         ranks = dict(rank=world.rank, world_size=world.size)
         self.loader = TrainLoader(dataset, run.data, batch_size=run.sequences, **sizes, **ranks)
-        self.validation = ValidationSet(dataset, run.data, micro_batch=run.micro_batch, **sizes)
+        self.validation = ValidationSet(dataset, run.data, micro_batch=run.micro_batch or 1, **sizes)
         self.bytes_per_token = dataset.bytes_per_token("val")
         self.choices = []
         if run.data.choices:
@@ -78,18 +78,38 @@ class Trainer:
         open_run_folder(self.folder, settings, free_keys(), facts, fresh, world)
         self.checkpoints = Checkpointer(self.folder / "checkpoints", run.checkpoint, world)
         self.step, self.val_loss, self.best, trained = self.restore()  # val_loss: of this very step, or None
-        self.meter = Meter(trained)
-        self.log = RunLogger(self.folder, run.log, settings, run.name, self.steps, self.step, world.is_main)
-
         self.autocast = autocast(run.dtype, world.device)
         self.compiled = torch.compile(self.model, fullgraph=True, dynamic=False) if self.compile else self.model
         self.forward = self.compiled
         if world.size > 1:
             self.forward = DistributedDataParallel(self.compiled, gradient_as_bucket_view=True, broadcast_buffers=False)
+        self.choice = self.choose_micro_batch() if run.micro_batch is None else None
+        self.micro_batch = self.validation.micro_batch = self.choice.micro_batch if self.choice else run.micro_batch
+        self.accumulation = run.sequences // (world.size * self.micro_batch)
+        add_facts(self.folder, dict(micro_batch=self.micro_batch, accumulation=self.accumulation), world)
+
+        self.meter = Meter(trained)
+        self.log = RunLogger(self.folder, run.log, settings, run.name, self.steps, self.step, world.is_main)
         self.passes = 2 if self.lookahead else 1  # gradient evaluations per step
         self.flops_per_step = self.passes * self.model.flops_per_token("palm") * run.tokens_per_step
         peak = peak_flops(world.device)
         self.peak = peak * world.size if peak else None
+
+    def choose_micro_batch(self) -> Choice:
+        """The most sequences that fit at a time: tried out on a GPU, reckoned on a CPU."""
+        awaited = 0 if self.optimizer.state else state_bytes(self.optimizer)  # of torch's classes, at their first step
+
+        def attempt(micro_batch: int) -> int:
+            tokens = torch.zeros(micro_batch, self.run.model.block_size + 1, dtype=torch.uint16)
+
+            def loss() -> Tensor:
+                with self.unsynchronised(), self.autocast:
+                    return self.forward(*to_device(tokens, self.world.device))
+
+            return peak_of_pass(loss, self.model.parameters(), awaited, self.world.device)
+
+        of, share = footprint(self.run, self.model, self.optimizer, self.world), self.run.sequences // self.world.size
+        return choose(of, share, self.world, attempt)
 
     def restore(self) -> tuple[int, float | None, float | None, float]:
         """Step, its and the best validation loss and training seconds of the newest good checkpoint."""
@@ -101,13 +121,12 @@ class Trainer:
         state = found.state
         return state["step"], state.get("val_loss"), state.get("best_val_loss"), state.get("train_seconds", 0.0)
 
-    def save(self) -> None:
-        """Write a checkpoint; training survives a failure to do so, and so does every earlier checkpoint."""
+    def save(self) -> Path | None:
+        """Write a checkpoint and return its folder or, in the background, begin to."""
         tensors = dict(self.model.named_parameters())
         state = dict(step=self.step, tokens=self.tokens, val_loss=self.val_loss, best_val_loss=self.best)
         state |= dict(train_seconds=self.meter.trained, config=to_dict(self.run), processes=self.world.size)
-        self.checkpoints.save(tensors, named_state(self.optimizer, self.model, self.world.rank), state)
-        self.log.say(f"saved {self.checkpoints.folder}/step_{self.step:07d}")
+        return self.checkpoints.save(tensors, named_state(self.optimizer, self.model, self.world.rank), state)
 
     @property
     def tokens(self) -> int:
@@ -134,14 +153,17 @@ class Trainer:
         torch.manual_seed(self.run.seed + 1_000_003 * (step + 1) + 7919 * self.world.rank)  # dropout, without a state
         total = torch.zeros((), device=self.world.device)
         share = 1 / self.accumulation
-        for i, part in enumerate(batch.split(self.run.micro_batch)):
-            last = i == self.accumulation - 1
-            with nullcontext() if last or self.world.size == 1 else self.forward.no_sync():
+        for i, part in enumerate(batch.split(self.micro_batch)):
+            with nullcontext() if i == self.accumulation - 1 else self.unsynchronised():
                 with self.autocast:
                     loss = self.forward(*to_device(part, self.world.device))
                 (loss * (share * self.run.grad_multiple)).backward()
             total += loss.detach() * share
         return total
+
+    def unsynchronised(self) -> AbstractContextManager:
+        """Where a backward pass keeps its gradients to this rank."""
+        return self.forward.no_sync() if self.world.size > 1 else nullcontext()
 
     def look_ahead(self, following: Tensor) -> None:
         """Keep the next batch's gradient, clipped like any other, for the next step's correction."""
@@ -170,7 +192,7 @@ class Trainer:
                 break
             tokens = torch.from_numpy(self.validation.batch(number, self.step))
             count = tokens.size(0) * self.run.model.block_size
-            whole = torch.zeros(self.run.micro_batch, tokens.size(1), dtype=tokens.dtype)
+            whole = torch.zeros(self.micro_batch, tokens.size(1), dtype=tokens.dtype)
             whole[: tokens.size(0)] = tokens
             idx, targets = to_device(whole, self.world.device)
             targets = targets.clone()  # shares its memory with idx
@@ -272,7 +294,7 @@ def train(t: Trainer) -> None:
     try:
         if t.evaluation_due and t.val_loss is None:  # a stop request came in its way
             t.evaluate(stop)
-            unsaved = try_to_save(t)
+            unsaved = try_to_save(t, t.save)
         while t.step < t.steps and not stopping:
             with t.meter.waiting():
                 following = next(batches)
@@ -295,10 +317,15 @@ def train(t: Trainer) -> None:
             with t.meter.excluded():
                 if t.evaluation_due:
                     t.evaluate(stop)
+                try_to_save(t, t.checkpoints.finish if save_due else t.checkpoints.poll)  # one in the background
                 if save_due:
-                    unsaved = try_to_save(t)
-        if unsaved:
+                    unsaved = try_to_save(t, t.save)
+        if try_to_save(t, t.checkpoints.finish) or unsaved:
             raise CheckpointError(f"the run stops at step {t.step} without its last checkpoint; see above")
+    except Exception as error:
+        if t.world.size == 1 or isinstance(error, NonFiniteError):  # the ranks are still together
+            try_to_save(t, t.checkpoints.finish)
+        raise
     finally:
         batches.close()
         stop.close()
@@ -306,10 +333,11 @@ def train(t: Trainer) -> None:
         t.log.say(f"stopped at step {t.step} of {t.steps}; the same command continues the run")
 
 
-def try_to_save(t: Trainer) -> bool:
-    """Save; a full disk or the like costs this checkpoint and nothing else. Returns whether it failed."""
+def try_to_save(t: Trainer, part: Callable[[], Path | None]) -> bool:
+    """Do a part of saving; a full disk or the like costs a checkpoint and nothing else. Returns whether it failed."""
     try:
-        t.save()
+        if folder := part():
+            t.log.say(f"saved {folder}")
         return False
     except CheckpointError as error:
         t.log.say(f"{error}; training goes on, earlier checkpoints are untouched")
@@ -325,8 +353,9 @@ def introduce(t: Trainer) -> None:
         f"  model      {t.model.num_params():,} parameters: {c.n_layer} layers x {c.n_embd}, context {c.block_size}\n"
         f"  data       {run.data.path}: {t.steps * run.sequences / len(t.loader.windows):.2f} epochs of "
         f"{len(t.loader.windows):,} windows, {run.data.sampling}\n"
-        f"  batch      {run.sequences} sequences = {world.size} processes x {run.micro_batch} x "
+        f"  batch      {run.sequences} sequences = {world.size} processes x {t.micro_batch} x "
         f"{t.accumulation} accumulated = {run.tokens_per_step:,} tokens\n"
+        f"{f'  chosen     {t.choice}{chr(10)}' if t.choice else ''}"
         f"  budget     {t.steps:,} steps = {t.steps * run.tokens_per_step:,} tokens\n"
         f"  optimizer  {run.optimizer}: {run.optim}\n"
         f"  state      {state_bytes(t.optimizer) / 1e6:,.1f} MB of optimizer state in this process\n"
@@ -341,6 +370,16 @@ def introduce(t: Trainer) -> None:
         t.log.say(f"  {name:36} {shape:>12}  {rule:32} {lr:>8} {decay:>6}")
     if t.step:
         t.log.say(f"continuing at step {t.step}")
+
+
+def footprint(run: RunConfig, model: GPT, optimizer: torch.optim.Optimizer, world: World) -> Footprint:
+    """What a run's memory depends on."""
+    c = run.model
+    return Footprint(
+        **dict(params=model.num_params(), state=state_bytes(optimizer), layers=c.n_layer, width=c.n_embd),
+        **dict(vocab=c.padded_vocab_size, block=c.block_size, half=wants_bf16(run.dtype, world.device)),
+        processes=world.size,
+    )
 
 
 def plan(run: RunConfig, world: World, verify: bool, rate: float | None) -> Plan:
@@ -358,16 +397,17 @@ def plan(run: RunConfig, world: World, verify: bool, rate: float | None) -> Plan
     optimizer = build_optimizer(model, run.optim, group)
     if rate is None and (folder / METRICS).exists():
         rate = measured_rate(read_metrics(folder / METRICS))
+    of = footprint(run, model, optimizer, world)
+    micro_batch = run.micro_batch or estimate(of, run.sequences // world.size, world)
     return Plan(
-        **dict(name=run.name, folder=folder, params=model.num_params()),
-        **dict(state=state_bytes(optimizer), whole_state=state_bytes(build_optimizer(model, run.optim))),
-        **dict(layers=c.n_layer, width=c.n_embd, vocab=c.padded_vocab_size, block=c.block_size),
-        **dict(half=wants_bf16(run.dtype, world.device), lookahead=getattr(optimizer, "needs_lookahead", False)),
-        **dict(sequences=run.sequences, micro_batch=run.micro_batch, steps=run.total_steps, windows=windows),
+        **dict(name=run.name, folder=folder, footprint=of),
+        **dict(whole_state=state_bytes(build_optimizer(model, run.optim))),
+        **dict(sequences=run.sequences, micro_batch=micro_batch, estimated=run.micro_batch is None),
+        **dict(steps=run.total_steps, windows=windows),
         **dict(dataset=run.data.path, train_tokens=dataset.tokens("train")),
         shards="; ".join(faults(dataset.folder, hashes=verify)) if known and world.is_main else None,
         checked=checked if known else "headers agree; there is no manifest to check against",
-        checkpoint=asdict(run.checkpoint),
+        checkpoint=run.checkpoint,
         rate=rate,
     )
 

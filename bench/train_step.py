@@ -142,7 +142,7 @@ def bench_overhead(steps: int, report: Report) -> None:
             mock.patch.object(train_gpt.Trainer, "accumulate", sleep),
             mock.patch.object(train_gpt.Trainer, "update"),
             mock.patch.object(train_gpt.Trainer, "evaluate"),
-            mock.patch.object(train_gpt.Trainer, "save"),
+            mock.patch.object(train_gpt.Trainer, "save", return_value=None),
         ):
             start = time.perf_counter()
             train_gpt.train(trainer)

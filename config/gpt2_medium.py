@@ -21,7 +21,7 @@ config = RunConfig(
     checkpoint=CheckpointConfig(every=1000, milestone_every=25_000),
     batch_size=480,  # [1] x 1024 = 491,520 tokens a step
     steps=100_000,  # [1] 49.15 billion tokens
-    micro_batch=15,  # [3] divides 480 on 1, 2, 4, 8, 16 and 32 processes
+    micro_batch=15,  # [3] divides 480 on 1, 2, 4, 8, 16 and 32 processes; auto: the most that fits
     grad_clip=1.0,  # [1]
 )
 optimizers = {

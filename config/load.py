@@ -158,7 +158,7 @@ def describe_keys(config: RunConfig) -> str:
 def parse(text: str, kind: typing.Any) -> object:
     """Read a command-line value as the type the schema declares; ValueError says what was expected."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if type(None) in options and text.lower() == "none":
+    if type(None) in options and text.lower() in ("none", "auto"):
         return None
     kind = next(k for k in options if k is not type(None))
     if kind is str:

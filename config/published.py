@@ -10,7 +10,9 @@ from optimizers import MARSConfig, MARSMConfig, MuonConfig
 
 
 def published(config: RunConfig) -> RunConfig:
-    """A run with every published deviation switched on."""
+    """A run with every published deviation switched on. Raises ValueError for a config that leaves micro_batch open."""
+    if config.micro_batch is None:
+        raise ValueError("--as_published sums gradients over micro-batches: the config file must give micro_batch")
     return replace(
         config,
         seed=5000,

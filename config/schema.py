@@ -34,7 +34,7 @@ class RunConfig:
     batch_tokens: int | None = None  # the same in tokens
     steps: int | None = None  # budget in steps
     tokens: int | None = None  # the same in tokens; the last step is rounded up
-    micro_batch: int = field(default=8, metadata=FREE)  # sequences per process and forward pass
+    micro_batch: int | None = field(default=None, metadata=FREE)  # sequences per process and pass; auto: what fits
     grad_multiple: int = 1  # gradients are this many times the mean: sums over 4 or 12 micro-batches as published
     grad_clip: float = 1.0  # global gradient norm; 0: no clipping
 
@@ -91,20 +91,24 @@ class RunConfig:
         return self.steps if self.steps is not None else -(-self.tokens // self.tokens_per_step)
 
     def accumulation(self, world_size: int) -> int:
-        """Micro-batches per process and step. Raises ValueError, with the nearest choices, if nothing divides."""
-        per_round = self.micro_batch * world_size
+        """Micro-batches per process and step; where their size is open, as if it were 1.
+
+        Raises ValueError, with the nearest choices, if nothing divides.
+        """
+        micro_batch = self.micro_batch or 1
+        per_round = micro_batch * world_size
         if self.sequences % per_round == 0:
             return self.sequences // per_round
         advice = []
         if self.sequences % world_size == 0:
-            advice += [f"--micro_batch={m}" for m in _nearest_divisors(self.micro_batch, self.sequences // world_size)]
-        if self.sequences % self.micro_batch == 0:
-            advice += [f"{w} processes" for w in _nearest_divisors(world_size, self.sequences // self.micro_batch)]
+            advice += [f"--micro_batch={m}" for m in _nearest_divisors(micro_batch, self.sequences // world_size)]
+        if self.sequences % micro_batch == 0:
+            advice += [f"{w} processes" for w in _nearest_divisors(world_size, self.sequences // micro_batch)]
         sizes = [per_round * k for k in (self.sequences // per_round, self.sequences // per_round + 1) if k]
         advice += [f"--batch_size={b}" for b in sizes]
         raise ValueError(
-            f"a batch of {self.sequences} sequences does not divide into {world_size} processes x "
-            f"micro_batch={self.micro_batch}; nearest that do: {', '.join(advice)}"
+            f"a batch of {self.sequences} sequences does not divide into {world_size} processes"
+            f"{f' x micro_batch={micro_batch}' if self.micro_batch else ''}; nearest that do: {', '.join(advice)}"
         )
 
 

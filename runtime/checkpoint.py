@@ -6,6 +6,9 @@
 
 A checkpoint is written under a temporary name, flushed to the disk and renamed, so a folder with its
 final name is whole; damage that comes later is found by its hashes.
+
+In the background a thread writes the files out of a copy of the tensors while training goes on. The ranks
+speak to each other on their main threads alone: once all have written, between two steps, the folder is renamed.
 """
 
 import hashlib
@@ -15,6 +18,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,9 +27,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from runtime.distributed import World
+from runtime.distributed import Exchange, World
 
 MODEL, STATE = "model.safetensors", "state.json"
+FAILURES = (OSError, RuntimeError, MemoryError, SafetensorError)  # of a write; they cost a checkpoint, not the run
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class CheckpointConfig:
     every: int = field(default=1000, metadata={"free": True})  # steps between them; the last step is saved too
     keep: int = field(default=2, metadata={"free": True})  # latest to keep; the best of those evaluated is kept besides
     milestone_every: int = field(default=0, metadata={"free": True})  # keep every multiple of this for good; 0: none
+    background: bool = field(default=False, metadata={"free": True})  # train on while writing, out of a copy in memory
 
     def faults(self) -> list[str]:
         """Everything wrong with this config, a line each."""
@@ -86,45 +92,114 @@ class Checkpoint:
         return OptimizerTensors([self.folder / name for name in self.state["sha256"] if name != MODEL])
 
 
+@dataclass
+class Flight:
+    """A checkpoint on its way to the disk."""
+
+    aside: Path
+    final: Path
+    state: dict
+    written: Future  # of this rank: the sha256 by file name
+
+
 class Checkpointer:
-    """Writes, prunes and finds the checkpoints of one run."""
+    """Writes, prunes and finds the checkpoints of one run.
+
+    In the background, each rank copies the tensors it writes into memory that is allocated at the first save
+    and used again: its optimizer state and, on rank 0, the weights, page-locked on a machine with a GPU, where
+    the allocator may round each tensor up to a power of two. Of what is in flight when a single rank dies, or
+    all are killed, nothing but the temporary folder remains.
+    """
 
     def __init__(self, folder: Path, config: CheckpointConfig, world: World) -> None:
         self.folder, self.config, self.world = folder, config, world
+        self._flight: Flight | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")  # starts when it is needed
+        self._unfinished = Exchange(world)
+        self._copies: dict[str, dict[str, Tensor]] = {}  # by file
 
-    def save(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: dict) -> None:
+    def save(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: dict) -> Path | None:
         """Write checkpoint state["step"]. Called by every rank with the optimizer tensors it is to write.
 
+        Returns its folder or, in the background, None: `poll` and `finish` tell. Waits for the one before.
         Raises CheckpointError, on every rank, if one rank could not write; earlier checkpoints are untouched.
         """
+        self.finish()
         final = self.folder / f"step_{state['step']:07d}"
         aside = self.folder / f"tmp-{final.name}"
-        files, problem = {}, None
+        problem = None
         try:
             if self.world.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
-                files[MODEL] = _write_tensors(aside / MODEL, model)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except OSError as error:
             problem = str(error)
-        if not any(self.world.gather(problem)):  # the folder is there for everybody
-            try:
-                if optimizer:
-                    name = f"optimizer-{self.world.rank}.safetensors"
-                    files[name] = _write_tensors(aside / name, optimizer)
-            except (OSError, RuntimeError, SafetensorError) as error:
-                problem = str(error)
+        if problem := self.world.from_main(problem):  # otherwise the folder is there for everybody
+            raise _not_written(state, problem)
+        files = {MODEL: model} if self.world.is_main else {}
+        if optimizer:
+            files[f"optimizer-{self.world.rank}.safetensors"] = optimizer
+        self._flight = Flight(aside, final, state, self._start(aside, files))
+        return None if self.config.background else self.finish()
+
+    def poll(self) -> Path | None:
+        """Finish the checkpoint in flight if every rank has written its files; else return None at once.
+
+        Called by every rank after every step; on several ranks, one step late. Raises as `save` does.
+        """
+        if self._flight is None or self._unfinished.any(not self._flight.written.done()) is not False:
+            return None
+        return self.finish()
+
+    def finish(self) -> Path | None:
+        """Wait for the checkpoint in flight; returns its folder, or None if there is none. Called by every rank.
+
+        Raises as `save` does.
+        """
+        if self._flight is None:
+            return None
+        flight, self._flight = self._flight, None
+        self._unfinished.close()
+        try:
+            files, problem = flight.written.result(), None
+        except FAILURES as error:
+            files, problem = {}, str(error) or type(error).__name__
         reports = self.world.gather((files, problem))
         problem = next((p for _, p in reports if p), None)
         if self.world.is_main:
             if problem is None:
                 hashes = {name: digest for written, _ in reports for name, digest in written.items()}
-                problem = self._commit(aside, final, {**state, "sha256": hashes})
+                problem = self._commit(flight.aside, flight.final, {**flight.state, "sha256": hashes})
             if problem is not None:
-                shutil.rmtree(aside, ignore_errors=True)
-        problem = self.world.from_main(problem)
-        if problem is not None:
-            raise CheckpointError(f"checkpoint of step {state['step']} could not be written: {problem}")
+                shutil.rmtree(flight.aside, ignore_errors=True)
+        if problem := self.world.from_main(problem):
+            raise _not_written(flight.state, problem)
+        return flight.final
+
+    def _start(self, aside: Path, files: dict[str, Mapping[str, Tensor]]) -> Future:
+        """Write this rank's files, on the thread if it is to be in the background."""
+        written: Future = Future()
+        try:
+            if self.config.background:
+                return self._thread.submit(_write_files, aside, self._copied(files))
+            written.set_result(_write_files(aside, files))
+        except FAILURES as error:
+            written.set_exception(error)
+        return written
+
+    def _copied(self, files: dict[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """The tensors as they are now, in the memory kept for them."""
+        gpu, out = self.world.device.type == "cuda", {}
+        for name, tensors in files.items():
+            copies = self._copies.setdefault(name, {})
+            for key, t in tensors.items():
+                if key not in copies or copies[key].shape != t.shape or copies[key].dtype != t.dtype:
+                    copies[key] = torch.empty(t.shape, dtype=t.dtype, pin_memory=gpu)
+                copies[key].copy_(t.detach(), non_blocking=True)
+            out[name] = {key: copies[key] for key in tensors}
+        if gpu:
+            torch.cuda.current_stream(self.world.device).synchronize()  # the next step changes what is being copied
+        return out
 
     def _commit(self, aside: Path, final: Path, state: dict) -> str | None:
         try:
@@ -219,6 +294,15 @@ def _read_state(folder: Path) -> dict | None:
         return state if good and MODEL in state["sha256"] and isinstance(state["sha256"], dict) else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def _not_written(state: dict, problem: str) -> CheckpointError:
+    return CheckpointError(f"checkpoint of step {state['step']} could not be written: {problem}")
+
+
+def _write_files(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
+    """Write files of tensors into a folder; returns the sha256 of each."""
+    return {name: _write_tensors(folder / name, tensors) for name, tensors in files.items()}
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:

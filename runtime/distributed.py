@@ -96,6 +96,35 @@ def resolve_device(device: str, local_rank: int | None = None) -> torch.device:
     return torch.device("cuda", index)
 
 
+class Exchange:
+    """A yes or no of every rank, exchanged without waiting for the network.
+
+    Each `any` starts an exchange and answers from the one that the call before started, so every rank
+    gets the same answer at the same call. Called by every rank at the same points of the program.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._pending: tuple[dist.Work, Tensor] | None = None
+
+    def any(self, flag: bool) -> bool | None:
+        """Whether a rank said yes at the call before; None at the first. On one process: `flag`."""
+        if self.world.size == 1:
+            return flag
+        answer, said = self.close(), torch.tensor(int(flag))
+        work = dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.world.control, async_op=True)
+        self._pending = (work, said)
+        return answer
+
+    def close(self) -> bool | None:
+        """Finish the exchange in flight; its answer, or None if there is none."""
+        if self._pending is None:
+            return None
+        (work, said), self._pending = self._pending, None
+        work.wait()
+        return bool(said.item())
+
+
 class StopRequest:
     """SIGTERM, SIGINT or SIGUSR1 asks the run to finish its step, save and leave.
 
@@ -107,7 +136,7 @@ class StopRequest:
     def __init__(self, world: World) -> None:
         self.world = world
         self.signal: str | None = None  # name of the signal that reached this rank
-        self._pending: tuple[dist.Work, Tensor] | None = None
+        self._exchange = Exchange(world)
         self._before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
 
     def _receive(self, number: int, frame: object) -> None:
@@ -118,22 +147,10 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether all ranks stop here."""
-        if self.world.size == 1:
-            return self.signal is not None
-        stop = False
-        if self._pending:
-            work, flag = self._pending
-            work.wait()
-            stop = bool(flag.item())
-        flag = torch.tensor(int(self.signal is not None))
-        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.world.control, async_op=True)
-        self._pending = (work, flag)
-        return stop
+        return bool(self._exchange.any(self.signal is not None))
 
     def close(self) -> None:
         """Finish the exchange in flight and give the signals back."""
-        if self._pending:
-            self._pending[0].wait()
-            self._pending = None
+        self._exchange.close()
         for number, handler in self._before.items():
             signal.signal(number, handler)

@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from runtime.distributed import World
@@ -84,10 +84,21 @@ def _open(path: Path, config: dict, free: set[str], environment: dict, fresh: bo
         return f"{path} has checkpoints and no {CONFIG}; put it back (state.json has it), or start over with --fresh"
     (path / "checkpoints").mkdir(parents=True, exist_ok=True)
     for name, content in ((CONFIG, config), (ENVIRONMENT, environment)):
-        aside = path / f"{name}.tmp"
-        aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, path / name)
+        _write(path / name, content)
     return None
+
+
+def add_facts(path: Path, facts: dict, world: World) -> None:
+    """Add what the start of a run decided to its environment.json; a disk that fails does not stop the run."""
+    if world.is_main:
+        with suppress(OSError):
+            _write(path / ENVIRONMENT, json.loads((path / ENVIRONMENT).read_text(encoding="utf-8")) | facts)
+
+
+def _write(path: Path, content: dict) -> None:
+    aside = path.with_name(f"{path.name}.tmp")
+    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, path)
 
 
 def differences(before: dict, now: dict, free: set[str]) -> dict[str, tuple]:

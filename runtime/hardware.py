@@ -1,5 +1,6 @@
 """Facts about devices: peak rates, memory, versions."""
 
+import os
 import platform
 import re
 import resource
@@ -45,6 +46,20 @@ def memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def memory_room(device: torch.device) -> tuple[int, int]:
+    """Bytes that this process can hold, with what it holds already on a GPU, and bytes that the device has."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device), total
+    try:
+        rows = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+        kib = {row[0]: int(row[1]) for row in rows}
+        return 1024 * kib["MemAvailable:"], 1024 * kib["MemTotal:"]
+    except (OSError, KeyError):  # not Linux
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return total, total
 
 
 def environment(device: torch.device, world_size: int) -> dict:

@@ -9,7 +9,22 @@ from pathlib import Path
 
 import torch
 
+from runtime.checkpoint import CheckpointConfig
 from runtime.distributed import World
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What the memory of one process in training depends on, besides the micro-batch."""
+
+    params: int
+    state: int  # bytes of optimizer state in this process
+    layers: int
+    width: int
+    vocab: int  # padded
+    block: int  # tokens of a sequence
+    half: bool  # bf16 autocast
+    processes: int
 
 
 @dataclass(frozen=True)
@@ -18,24 +33,18 @@ class Plan:
 
     name: str
     folder: Path
-    params: int
-    state: int  # bytes of optimizer state in this process
-    whole_state: int  # and over all processes
-    layers: int
-    width: int
-    vocab: int  # padded
-    half: bool  # bf16 autocast
-    lookahead: bool  # exact form of the correction
-    block: int  # tokens of a sequence
+    footprint: Footprint
+    whole_state: int  # bytes of optimizer state over all processes
     sequences: int  # of a step, over all processes
     micro_batch: int
+    estimated: bool  # the micro-batch is what should fit; a start of the run finds out
     steps: int
     windows: int  # of the training split
     dataset: str
     train_tokens: int
     shards: str | None  # what is wrong with the shards
     checked: str  # how they were checked
-    checkpoint: dict[str, int]  # every, keep, milestone_every
+    checkpoint: CheckpointConfig
     rate: float | None  # tokens/s over all processes
 
 
@@ -53,7 +62,7 @@ class Need:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def memory_need(plan: Plan) -> Need:
+def memory_need(of: Footprint, micro_batch: int) -> Need:
     """Memory of one process in training.
 
     Per token and layer, what backward keeps with fused attention and no dropout, in elements of the width C:
@@ -62,11 +71,11 @@ def memory_need(plan: Plan) -> Need:
     float32: 2 x 4 + 14 x 2. Per token the logits, their gradient and the loss's float32 copy: V x (4 + 4 + 4) or
     V x (2 + 2 + 4) bytes.
     """
-    kept, logits = (36, 8) if plan.half else (64, 12)
-    activations = plan.micro_batch * plan.block * (kept * plan.layers * plan.width + logits * plan.vocab)
-    weights = plan.params * (6 if plan.half else 4)  # autocast keeps a bf16 copy of the weights
-    gradients = 4 * plan.params * (2 if plan.lookahead else 1)  # the exact form keeps the next batch's besides
-    return Need(weights, gradients, plan.state, activations)
+    kept, logits = (36, 8) if of.half else (64, 12)
+    activations = micro_batch * of.block * (kept * of.layers * of.width + logits * of.vocab)
+    weights = of.params * (6 if of.half else 4)  # autocast keeps a bf16 copy of the weights
+    gradients = 4 * of.params * (2 if of.processes > 1 else 1)  # accumulated, and the buckets they are exchanged in
+    return Need(weights, gradients, of.state, activations)
 
 
 def checkpoints_kept(steps: int, every: int, keep: int, milestone_every: int) -> int:
@@ -133,26 +142,30 @@ def report(plan: Plan, world: World) -> tuple[str, bool]:
 
     Raises ValueError if the ranks do not reach each other.
     """
-    seconds, need = reach(world), memory_need(plan)
+    seconds, need, shape = reach(world), memory_need(plan.footprint, plan.micro_batch), plan.footprint
     gpu = world.device.type == "cuda"
     there = torch.cuda.get_device_properties(world.device).total_memory if gpu else None
-    kept = checkpoints_kept(plan.steps, **plan.checkpoint)
-    disk, free = kept * (4 * plan.params + plan.whole_state), free_bytes(plan.folder)
+    saving = plan.checkpoint
+    kept = checkpoints_kept(plan.steps, saving.every, saving.keep, saving.milestone_every)
+    disk, free = kept * (4 * shape.params + plan.whole_state), free_bytes(plan.folder)
     parts = [f"{v / 1e9:.2f}" for v in (need.total, need.weights, need.gradients, need.optimizer, need.activations)]
-    tokens = plan.steps * plan.sequences * plan.block
+    tokens = plan.steps * plan.sequences * shape.block
     accumulation = plan.sequences // (world.size * plan.micro_batch)
     epochs = plan.steps * plan.sequences / plan.windows
     lines = [
         f"preflight of {plan.name} on {world.size} x {world.device.type}",
         f"  memory   {parts[0]} GB a process at the least: weights {parts[1]}, gradients {parts[2]}, optimizer "
         f"{parts[3]}, activations {parts[4]}{verdict(need.total, there) if there else ''}",
-        f"  batch    {plan.sequences} sequences = {world.size} processes x {plan.micro_batch} x {accumulation}",
+        f"  batch    {plan.sequences} sequences = {world.size} processes x {plan.micro_batch} x {accumulation}"
+        f"{', as reckoned to fit' if plan.estimated else ''}",
         f"  tokens   {tokens:,} in {plan.steps:,} steps: {epochs:.2f} epochs of {plan.train_tokens:,}, {plan.dataset}",
         f"  shards   {plan.shards or plan.checked}",
         f"  disk     {disk / 1e9:.2f} GB for {kept} checkpoints{verdict(disk, free)}",
         f"  time     {f'{duration(tokens / plan.rate)} at {plan.rate:,.0f} tokens/s' if plan.rate else 'unknown'}",
         f"  network  {f'all-reduce of 17 MB in {1e3 * seconds:.1f} ms' if seconds else 'one process'}",
     ]
+    if saving.background:  # on the first process; the others have no weights to copy
+        lines.insert(2, f"  host     {(4 * shape.params + shape.state) / 1e9:.2f} GB to write checkpoints out of")
     return "\n".join(lines), not plan.shards and need.total <= (there or need.total) and disk <= free
 
 

@@ -1,15 +1,23 @@
 """Checkpoints: what is kept, what is read, what is refused."""
 
+import errno
 import json
 import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, environment
 
 from optimizers import AdamWConfig, build_optimizer
 from optimizers.state import load_named_state, named_state
+from runtime import checkpoint
 from runtime.checkpoint import CheckpointConfig, Checkpointer, CheckpointError, damage, open_checkpoint
-from runtime.distributed import World
+from runtime.distributed import World, start_world
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -145,3 +153,136 @@ def test_a_write_that_fails_leaves_no_trace(tmp_path):
 
 def test_faults_are_named():
     assert len(CheckpointConfig(every=0, keep=0, milestone_every=-1).faults()) == 3
+
+
+# ---- in the background
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Holds every write of a file back until it is set."""
+    opened, write = threading.Event(), checkpoint._write_tensors
+
+    def held(path, tensors):
+        assert opened.wait(60)
+        return write(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "_write_tensors", held)
+    yield opened
+    opened.set()
+
+
+def in_background(folder, **settings) -> Checkpointer:
+    return Checkpointer(folder, CheckpointConfig(background=True, **settings), ALONE)
+
+
+def arrive(checkpointer) -> Path:
+    """Poll, as training does once a step, until the checkpoint is there."""
+    deadline = time.monotonic() + 60
+    while (folder := checkpointer.poll()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    return folder
+
+
+def test_in_the_background_the_bytes_are_those_of_the_moment_of_the_save(tmp_path, gate):
+    model = Small()
+    optimizer, state = stepped(model), dict(step=3, config={"a": 1}, val_loss=0.1)
+    background = in_background(tmp_path / "b")
+    tensors = dict(model.named_parameters()), named_state(optimizer, model)
+    assert background.save(*tensors, state) is None
+    expected = Checkpointer(tmp_path / "a", CheckpointConfig(), ALONE)
+    gate.set()
+    assert expected.save(*tensors, state) == tmp_path / "a" / "step_0000003"
+    gate.clear()
+    assert arrive(background) == tmp_path / "b" / "step_0000003"
+    background.save(*tensors, state | {"step": 4})
+    assert background.poll() is None
+    with torch.no_grad():  # training goes on
+        for t in (*model.parameters(), *(t for s in optimizer.state.values() for t in s.values())):
+            t.add_(1)
+    gate.set()
+    assert background.finish() == tmp_path / "b" / "step_0000004"
+    assert background.finish() is background.poll() is None
+    for file in (tmp_path / "a" / "step_0000003").iterdir():
+        written = [tmp_path / "b" / step / file.name for step in ("step_0000003", "step_0000004")]
+        assert written[0].read_bytes() == file.read_bytes()
+        assert file.suffix == ".json" or written[1].read_bytes() == file.read_bytes()
+
+
+def test_a_second_save_waits_for_the_first_and_uses_its_memory(tmp_path, gate):
+    background, model = in_background(tmp_path), Small()
+    save(background, 1, model=model)
+    first = model.matrix.detach().clone()
+    places = [t.data_ptr() for tensors in background._copies.values() for t in tensors.values()]
+    second = threading.Thread(target=save, args=(background, 2), kwargs=dict(model=model))
+    second.start()  # steps the model, then waits
+    second.join(0.3)
+    assert second.is_alive()
+    assert [p.name for p in tmp_path.iterdir()] == ["tmp-step_0000001"]
+    gate.set()
+    second.join(60)
+    background.finish()
+    assert steps_in(tmp_path) == [1, 2]
+    assert torch.equal(open_checkpoint(tmp_path / "step_0000001").model()["matrix"], first)
+    assert torch.equal(open_checkpoint(tmp_path / "step_0000002").model()["matrix"], model.matrix)
+    assert places == [t.data_ptr() for tensors in background._copies.values() for t in tensors.values()]
+
+
+def test_a_write_that_fails_in_the_background_is_told_once_and_the_next_one_succeeds(tmp_path, monkeypatch):
+    background = in_background(tmp_path)
+    save(background, 1)
+    background.finish()
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "_write_tensors", disk_full)
+        save(background, 2)
+        with pytest.raises(CheckpointError, match="checkpoint of step 2 could not be written: .*No space left"):
+            arrive(background)
+    assert background.finish() is None
+    save(background, 3)
+    arrive(background)
+    assert steps_in(tmp_path) == [1, 3]
+
+
+def disk_full(path, tensors):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def main(folder: str) -> None:
+    """What each of two processes runs: rank 1's disk is full at step 1, and its write is slow at step 2."""
+    with start_world("cpu") as world:
+        write = checkpoint._write_tensors
+        background, parameter = Checkpointer(Path(folder), CheckpointConfig(background=True), world), torch.ones(2)
+        for step in (1, 2):
+            if world.rank == 1:
+                slow = lambda path, tensors: (time.sleep(0.2), write(path, tensors))[1]  # noqa: E731
+                checkpoint._write_tensors = disk_full if step == 1 else slow
+            background.save({"p": parameter}, {f"p{world.rank}/m": parameter + step}, dict(step=step, config={}))
+            polls, outcome = 0, None
+            while outcome is None:
+                world.sum(torch.ones(1))  # training's own exchange
+                time.sleep(0.01)
+                polls += 1
+                try:
+                    outcome = background.poll()
+                except CheckpointError as error:
+                    outcome = str(error)
+            if step == 1:
+                assert "checkpoint of step 1 could not be written" in outcome
+                assert "No space left" in outcome
+                assert not any(Path(folder).iterdir())
+            assert len(set(world.gather(polls))) == 1  # all at once
+        assert outcome == Path(folder, "step_0000002")
+        assert polls > 10
+        found = background.latest()
+        assert {k: v.tolist() for k, v in found.optimizer().items()} == {"p0/m": [3, 3], "p1/m": [3, 3]}
+
+
+def test_ranks_finish_together_and_a_failure_of_one_is_told_to_all(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
+    done = subprocess.run([*command, tmp_path], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=99)
+    assert done.returncode == 0, done.stderr
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

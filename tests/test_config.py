@@ -8,6 +8,7 @@ import torch
 from conftest import CONFIG, ROOT
 
 from config.load import ConfigError, all_keys, describe_keys, load_config, parse
+from config.published import published
 from config.schema import RunConfig
 from model import GPT
 from optimizers import OPTIMIZERS, build_optimizer
@@ -133,6 +134,10 @@ def test_an_indivisible_batch_is_refused_with_the_nearest_that_divide():
     with pytest.raises(ValueError, match="480 sequences does not divide into 7 processes x micro_batch=15") as caught:
         config.accumulation(7)
     assert "4 processes, 8 processes, --batch_size=420, --batch_size=525" in str(caught.value)
+    with pytest.raises(ValueError, match="does not divide into 7 processes; nearest that do: 6 processes, 8 processes"):
+        dataclasses.replace(config, micro_batch=None).accumulation(7)
+    with pytest.raises(ValueError, match="as_published sums .*: the config file must give micro_batch"):
+        published(dataclasses.replace(config, micro_batch=None))
     with pytest.raises(ValueError, match="--micro_batch=12, --micro_batch=15"):
         dataclasses.replace(config, micro_batch=14).accumulation(8)
 
@@ -148,6 +153,7 @@ def test_run_names_tell_budget_and_overrides():
 
 def test_parse_reads_none_for_optional_keys_only():
     assert parse("none", int | None) is None
+    assert parse("auto", int | None) is None
     assert parse("none", str) == "none"
     with pytest.raises(ValueError, match="expected a whole number"):
         parse("none", int)

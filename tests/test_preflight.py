@@ -45,8 +45,8 @@ def test_activations_grow_with_depth_as_autograd_keeps_them(arguments, half):
     if half:  # autocast's bf16 copies of the weights are kept, too; the reckoning counts them as weights
         one, four = one - 2 * 12 * 128**2, four - 4 * 2 * 12 * 128**2
     plan = train_gpt.plan(load_config(arguments[0], arguments[1:]), ALONE, False, None)
-    plan = replace(plan, half=half, width=128, block=128, micro_batch=2)
-    needs = [memory_need(replace(plan, layers=n)).activations for n in (1, 4)]
+    of = replace(plan.footprint, half=half, width=128, block=128)
+    needs = [memory_need(replace(of, layers=n), 2).activations for n in (1, 4)]
     assert needs[1] - needs[0] == pytest.approx(four - one, rel=0.05)
 
 
@@ -56,15 +56,22 @@ def test_weights_gradients_and_state_are_those_of_the_trainer(arguments, optimiz
     plan = train_gpt.plan(run, ALONE, False, None)
     trainer = train_gpt.Trainer(run, ALONE, False)
     trainer.log.close()
-    assert plan.state == plan.whole_state == train_gpt.state_bytes(trainer.optimizer)
-    need = memory_need(plan)
+    assert plan.footprint.state == plan.whole_state == train_gpt.state_bytes(trainer.optimizer)
+    need = memory_need(plan.footprint, plan.micro_batch)
     assert need.weights == need.gradients == sum(4 * p.numel() for p in trainer.model.parameters())
     assert need.total == need.weights + need.gradients + need.optimizer + need.activations
 
 
-def test_the_exact_form_needs_a_second_gradient(arguments):
-    plan = train_gpt.plan(load_config(arguments[0], arguments[1:]), ALONE, False, None)
-    assert memory_need(replace(plan, lookahead=True)).gradients == 2 * memory_need(plan).gradients
+def test_the_exact_form_keeps_the_next_gradient_in_its_state_and_processes_exchange_in_buckets(arguments):
+    needs = []
+    for approx in ("true", "false"):
+        run = load_config(arguments[0], [*arguments[1:], "--optimizer=mars", f"--is_approx={approx}"])
+        needs.append(memory_need(train_gpt.plan(run, ALONE, False, None).footprint, 1))
+    approx, exact = needs
+    corrected = sum(p.numel() for p in train_gpt.GPT(run.model).parameters() if p.dim() >= 2)
+    assert exact.total - approx.total == exact.optimizer - approx.optimizer == 4 * corrected
+    of = train_gpt.plan(run, ALONE, False, None).footprint
+    assert memory_need(replace(of, processes=2), 1).gradients == 2 * approx.gradients
 
 
 @pytest.mark.parametrize(
@@ -96,6 +103,13 @@ def test_the_report_trains_nothing_and_leaves_no_folder(arguments, capsys, tmp_p
     assert "for 4 checkpoints of" in lines[5]
     assert lines[6] == "  time     2 min at 19 tokens/s"
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_background_checkpoint_counts_its_copy(arguments, capsys):
+    train_gpt.main([*arguments, "--preflight", "--checkpoint.background=true"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  host"))
+    params = train_gpt.plan(load_config(arguments[0], arguments[1:]), ALONE, False, None).footprint.params
+    assert line == f"  host     {12 * params / 1e9:.2f} GB to write checkpoints out of"
 
 
 def test_speed_comes_from_an_earlier_start_of_the_run(arguments, capsys, tmp_path):
@@ -155,4 +169,4 @@ def test_the_sizes_can_be_reckoned(dataset):
     for size, millions in (("small", 124), ("medium", 354), ("large", 773), ("xl", 1557)):
         path = Path(__file__).parent.parent / "config" / f"gpt2_{size}.py"
         plan = train_gpt.plan(load_config(path, [f"--data.path={dataset}", "--block_size=16"]), ALONE, False, None)
-        assert plan.params / 1e6 == pytest.approx(millions, rel=0.02)
+        assert plan.footprint.params / 1e6 == pytest.approx(millions, rel=0.02)

@@ -1,11 +1,13 @@
 """The trainer: what it learns, how it is interrupted and continued, and what stops it."""
 
+import errno
 import json
 import os
 import random
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 import torch
 from conftest import CONFIG, VOCAB, finish, launch, make_dataset, make_tokens
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 import train_gpt
 from config.load import load_config
@@ -21,10 +24,12 @@ from data.loader import DataConfig, TrainLoader
 from data.shards import open_dataset
 from model import GPT
 from optimizers import MARSM
+from runtime import checkpoint
 from runtime.checkpoint import Checkpointer
 from runtime.distributed import World
 from runtime.folder import run_lock
 from runtime.logger import read_metrics
+from runtime.micro_batch import Choice
 from runtime.schedule import learning_rate
 
 FINAL = "checkpoints/step_0000012/model.safetensors"
@@ -146,11 +151,27 @@ def test_the_parameter_table_is_printed_and_kept(arguments, capsys):
     assert "MB of optimizer state in this process" in output
 
 
-def test_compiled_training_equals_eager(arguments):
-    """One graph for model and loss; the slowest test of this file."""
-    eager = series(run_in_process(arguments, "--dropout=0", "--steps=3", "--warmup=1"))
-    compiled = series(run_in_process(arguments, "--dropout=0", "--steps=3", "--warmup=1", "--compile=true", "--fresh"))
+def test_compiled_training_equals_eager(arguments, monkeypatch):
+    """One graph for model and loss, which the trial of a micro-batch leaves ready; the slowest test of this file."""
+    changes, graphs, accumulate = ["--dropout=0", "--steps=3", "--warmup=1"], [], train_gpt.Trainer.accumulate
+
+    def tried(footprint, share, world, attempt):
+        attempt(3)
+        graphs.append(counters["stats"]["unique_graphs"])
+        return Choice(3, share // 3, 0, 0)
+
+    def counted(self, batch, step):
+        loss = accumulate(self, batch, step)
+        graphs.append(counters["stats"]["unique_graphs"])
+        return loss
+
+    eager = series(run_in_process(arguments, *changes))
+    monkeypatch.setattr(train_gpt, "choose", tried)
+    monkeypatch.setattr(train_gpt.Trainer, "accumulate", counted)
+    counters.clear()
+    compiled = series(run_in_process(arguments, *changes, "--compile=true", "--micro_batch=auto", "--fresh"))
     assert compiled == pytest.approx(eager, abs=1e-5)
+    assert graphs[:2] == [1, 1]
 
 
 # ---- interruption
@@ -166,7 +187,8 @@ def test_kills_at_random_moments_change_nothing(dataset, tmp_path, processes):
     chance = random.Random(processes)
     metrics = tmp_path / "killed" / "run" / "metrics.jsonl"
     for aim in (5, 25, 45):
-        process = launch(killed, processes, start_new_session=True)
+        background = f"--checkpoint.background={'false' if aim == 25 else 'true'}"
+        process = launch([*killed, background], processes, start_new_session=True)
         target, deadline = aim + chance.randrange(10), time.monotonic() + 120
         while not (metrics.exists() and f'"step": {target},' in metrics.read_text()):
             assert time.monotonic() < deadline
@@ -174,13 +196,13 @@ def test_kills_at_random_moments_change_nothing(dataset, tmp_path, processes):
             time.sleep(0.002)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    finish(launch(killed, processes))
+    finish(launch([*killed, "--checkpoint.background=true"], processes))
     one, two = tmp_path / "straight" / "run", tmp_path / "killed" / "run"
     for key in ("loss", "grad_norm", "lr", "val_loss"):
         assert series(one, key) == series(two, key)
     last = "checkpoints/step_0000060"
-    assert_same_weights(one / last / "model.safetensors", two / last / "model.safetensors")
-    assert_same_weights(one / last / "optimizer-0.safetensors", two / last / "optimizer-0.safetensors")
+    for name in ("model.safetensors", "optimizer-0.safetensors"):
+        assert (one / last / name).read_bytes() == (two / last / name).read_bytes()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -397,6 +419,77 @@ def test_a_disk_full_at_the_end_is_an_error(arguments, monkeypatch):
     assert "step_0000008" in {p.name for p in (folder_of(arguments) / "checkpoints").iterdir()}
 
 
+def write_through(monkeypatch, before):
+    """Let `before(step)` run on the writer before each file of a checkpoint."""
+    write = checkpoint._write_tensors
+
+    def patched(path, tensors):
+        before(int(path.parent.name[-7:]))
+        return write(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "_write_tensors", patched)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(arguments, straight, monkeypatch, capsys):
+    """Step 4's files wait for step 7, which a run that waits for them never reaches; the bytes are those of one."""
+    reached, update = threading.Event(), train_gpt.Trainer.update
+    monkeypatch.setattr(train_gpt.Trainer, "update", lambda t: (update(t), reached.set() if t.step == 6 else None))
+
+    def wait(step):
+        assert step > 4 or reached.wait(60)
+        assert threading.current_thread() is not threading.main_thread()
+
+    write_through(monkeypatch, wait)
+    folder = run_in_process(arguments, "--checkpoint.background=true", "--checkpoint.keep=3")
+    lines = capsys.readouterr().out.splitlines()
+    place = {line.split("/")[-1]: i for i, line in enumerate(lines) if line.startswith("saved ")}
+    assert list(place) == ["step_0000004", "step_0000008", "step_0000012"]
+    assert place["step_0000004"] > next(i for i, line in enumerate(lines) if line.startswith("step      7/12"))
+    for step in (4, 8, 12):
+        (state,) = (folder / "checkpoints" / f"step_{step:07d}").glob("state.json")
+        assert json.loads(state.read_text())["step"] == step
+    for path in [p for p in straight.glob("checkpoints/*/*") if p.suffix == ".safetensors"]:
+        assert path.read_bytes() == (folder / path.relative_to(straight)).read_bytes()
+    assert series(folder) == series(straight)
+
+
+@pytest.mark.parametrize("full_at", [8, 12])
+def test_a_full_disk_behind_a_background_write_is_told_and_survived(arguments, monkeypatch, capsys, full_at):
+    def full(step):
+        if step == full_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write_through(monkeypatch, full)
+    arguments = [*arguments, "--checkpoint.background=true"]
+    if full_at == 12:
+        assert "stops at step 12 without its last checkpoint" in stops(arguments)
+    else:
+        run_in_process(arguments)
+    assert f"checkpoint of step {full_at} could not be written: [Errno 28]" in capsys.readouterr().out
+    left = {p.name for p in (folder_of(arguments) / "checkpoints").iterdir()}
+    assert left == {f"step_{step:07d}" for step in {4, 8, 12} - {full_at}}
+
+
+def test_a_signal_waits_for_the_writer(arguments, monkeypatch, capsys):
+    """SIGTERM comes while step 4 is written, and again while the last checkpoint is; both take their time."""
+    threads = set()
+
+    def slow(step):
+        threads.add(threading.current_thread())
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
+
+    write_through(monkeypatch, slow)
+    folder = run_in_process(arguments, "--checkpoint.background=true", "--steps=10000")
+    captured = capsys.readouterr()
+    stopped = max(series(folder))
+    assert f"stopped at step {stopped} of 10000" in captured.out
+    assert stopped < 10000
+    saved = {p.name for p in (folder / "checkpoints").iterdir()}
+    assert saved == {"step_0000004", f"step_{stopped:07d}"}
+    assert threading.main_thread() not in threads
+
+
 def limit_file_size(limit: int | None):
     """Let writes fail as on a full disk once a file would pass `limit` bytes."""
     import resource
@@ -406,15 +499,20 @@ def limit_file_size(limit: int | None):
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard if limit is None else limit, hard))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "mars_m"])
-def test_a_loss_that_is_not_finite_stops_before_the_update(arguments, optimizer, monkeypatch):
-    """Sequence 5 of step 9 poisons the gradient: the run names both, and step 8's checkpoint is the last."""
-    poisoned = {}
+@pytest.mark.parametrize("optimizer, background", [("adamw", "false"), ("mars_m", "true")])
+def test_a_loss_that_is_not_finite_stops_before_the_update(arguments, optimizer, background, monkeypatch):
+    """Sequence 5 of step 9 poisons the gradient: the run names both, and step 8's checkpoint is the last.
+
+    In the background, that checkpoint is still being written by then.
+    """
+    poisoned, struck = {}, threading.Event()
+    write_through(monkeypatch, lambda step: step < 8 or background == "false" or struck.wait(60))
     forward = GPT.forward
 
     def poison(self, idx, targets=None):
         loss = forward(self, idx, targets)
         if targets is not None and (idx == poisoned["row"]).all(dim=1).any():
+            struck.set()
             loss = loss * float("nan")
         return loss
 
@@ -425,7 +523,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(arguments, optimizer,
     poisoned["row"] = torch.from_numpy(loader.batch(9)[5, :-1].astype(np.int64))
     shard, offset = loader.windows.locate(loader.window_ids(9)[5])
     monkeypatch.setattr(GPT, "forward", poison)
-    arguments = [*arguments, f"--optimizer={optimizer}"]
+    arguments = [*arguments, f"--optimizer={optimizer}", f"--checkpoint.background={background}"]
     message = stops(arguments)
     assert "the gradient of step 9 (counted from 0) is not finite; it was not applied" in message
     assert message.endswith(f"sequences: {shard.path.name}@{offset}")
