@@ -33,6 +33,7 @@ from optimizers import build_optimizer
 from optimizers.roles import claim_table, folded
 from optimizers.state import load_named_state, named_state, state_bytes
 from runtime.checkpoint import Checkpointer, CheckpointError
+from runtime.compute import torch_settings
 from runtime.distributed import StopRequest, World, start_world
 from runtime.folder import open_run_folder, run_lock
 from runtime.guard import Guard, NonFiniteError
@@ -330,7 +331,7 @@ def introduce(t: Trainer) -> None:
         f"  budget     {t.steps:,} steps = {t.steps * run.tokens_per_step:,} tokens\n"
         f"  optimizer  {run.optimizer}: {run.optim}\n"
         f"  state      {state_bytes(t.optimizer) / 1e6:,.1f} MB of optimizer state in this process\n"
-        f"  device     {world.device}\n"
+        f"  device     {world.device}, {run.compute}\n"
         f"  folder     {t.folder}"
     )
     rows = claim_table(t.optimizer, {p: name for name, p in t.model.named_parameters()})
@@ -425,7 +426,7 @@ def main(argv: list[str] | None = None) -> None:
         if flags & {"--help", "-h"}:
             print(f"{__doc__}\nkeys, as {paths[0]} sets them:\n{describe_keys(run)}")
             return
-        with start_world(run.device) as world:
+        with torch_settings(run.compute), start_world(run.device) as world:
             if "--preflight" in flags:
                 preflight(run, world, "--verify" in flags, rates[-1] if rates else None)
                 return
