@@ -33,7 +33,7 @@ from optimizers import build_optimizer
 from optimizers.roles import claim_table, folded
 from optimizers.state import load_named_state, named_state, state_bytes
 from runtime.checkpoint import Checkpointer, CheckpointError
-from runtime.compute import torch_settings
+from runtime.compute import prepare, torch_settings
 from runtime.distributed import StopRequest, World, start_world
 from runtime.folder import open_run_folder, run_lock
 from runtime.guard import Guard, NonFiniteError
@@ -67,6 +67,7 @@ class Trainer:
 
         torch.manual_seed(run.seed)
         self.model = GPT(run.model).to(world.device)
+        prepare(self.model, run.compute, wants_bf16(run.dtype, world.device))
         group = torch.distributed.group.WORLD if world.size > 1 else None
         self.compile = wants_compile(run.compile, world.device)
         self.optimizer = build_optimizer(self.model, run.optim, group, self.compile)
@@ -353,8 +354,10 @@ def plan(run: RunConfig, world: World, verify: bool, rate: float | None) -> Plan
     windows = len(TrainLoader(dataset, run.data, **sizes).windows)
     known = (dataset.folder / MANIFEST).exists()
     checked = "headers, counts and sha256 agree" if verify else "headers and counts agree; --verify hashes them, too"
+    half = wants_bf16(run.dtype, world.device)
     with torch.device("meta"):
         model = GPT(c)
+        prepare(model, run.compute, half)
     group = torch.distributed.group.WORLD if world.size > 1 else None
     optimizer = build_optimizer(model, run.optim, group)
     if rate is None and (folder / METRICS).exists():
@@ -363,7 +366,8 @@ def plan(run: RunConfig, world: World, verify: bool, rate: float | None) -> Plan
         **dict(name=run.name, folder=folder, params=model.num_params()),
         **dict(state=state_bytes(optimizer), whole_state=state_bytes(build_optimizer(model, run.optim))),
         **dict(layers=c.n_layer, width=c.n_embd, vocab=c.padded_vocab_size, block=c.block_size),
-        **dict(half=wants_bf16(run.dtype, world.device), lookahead=getattr(optimizer, "needs_lookahead", False)),
+        **dict(half=half, lookahead=getattr(optimizer, "needs_lookahead", False)),
+        **dict(stream=(model.residual_dtype or torch.float32).itemsize, recompute=model.recompute_blocks),
         **dict(sequences=run.sequences, micro_batch=run.micro_batch, steps=run.total_steps, windows=windows),
         **dict(dataset=run.data.path, train_tokens=dataset.tokens("train")),
         shards="; ".join(faults(dataset.folder, hashes=verify)) if known and world.is_main else None,

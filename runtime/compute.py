@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BACKENDS = {  # of scaled_dot_product_attention
@@ -16,6 +17,7 @@ BACKENDS = {  # of scaled_dot_product_attention
 }
 CHOICES = {
     "attention": ("auto", *BACKENDS),
+    "residual": ("float32", "bfloat16"),
 }
 
 
@@ -31,14 +33,20 @@ class ComputeConfig:
     attention: str = free(
         "auto"
     )  # kernel tried first: cudnn (Hopper; not bit-exact), flash, efficient, math; auto: torch's
+    residual: str = free(
+        "float32"
+    )  # "bfloat16": half the traffic between blocks, coarser sums; with bf16 autocast only
+    activation_checkpointing: bool = free(False)  # far less memory for activations, for a third more computation
+
 
     def faults(self) -> list[str]:
         """Everything wrong with this config, a line each."""
-        return [
+        out = [
             f'{key}="{getattr(self, key)}": must be one of {", ".join(allowed)}'
             for key, allowed in CHOICES.items()
             if getattr(self, key) not in allowed
         ]
+        return out
 
 
 def attention_order(config: ComputeConfig) -> list[str]:
@@ -63,3 +71,15 @@ def torch_settings(config: ComputeConfig) -> Iterator[None]:
             tag = f"{torch.compiler.config.cache_key_tag} attention={','.join(order)}"
             stack.enter_context(torch.compiler.config.patch(cache_key_tag=tag))
         yield
+
+
+def prepare(model: nn.Module, config: ComputeConfig, half: bool) -> None:
+    """Apply to a GPT what is to be set there; half: whether it computes under bf16 autocast.
+
+    Raises ValueError for a setting without meaning in float32.
+    """
+    if config.residual == "bfloat16" and not half:
+        raise ValueError('compute.residual="bfloat16": this run computes in float32; set --dtype=bfloat16 as well')
+    # layer norms reckon in float32 whatever they are given, and autocast ends each branch in bf16: so do the sums
+    model.residual_dtype = torch.bfloat16 if config.residual == "bfloat16" else None
+    model.recompute_blocks = config.activation_checkpointing

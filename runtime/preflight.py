@@ -26,6 +26,8 @@ class Plan:
     vocab: int  # padded
     half: bool  # bf16 autocast
     lookahead: bool  # exact form of the correction
+    stream: int  # bytes of a number in the residual stream
+    recompute: bool  # activation checkpointing
     block: int  # tokens of a sequence
     sequences: int  # of a step, over all processes
     micro_batch: int
@@ -58,12 +60,14 @@ def memory_need(plan: Plan) -> Need:
 
     Per token and layer, what backward keeps with fused attention and no dropout, in elements of the width C:
     inputs of the two norms (2), their outputs (2), q k v (3), attention's output (1), the MLP's hidden layer
-    before and after gelu (8): 16 x 4 bytes in float32. In bf16 the residual stream, which the norms read, stays
-    float32: 2 x 4 + 14 x 2. Per token the logits, their gradient and the loss's float32 copy: V x (4 + 4 + 4) or
-    V x (2 + 2 + 4) bytes.
+    before and after gelu (8): 16 x 4 bytes in float32. In bf16 the residual stream, which the norms read, may stay
+    float32: 2 x 4 + 14 x 2. Activation checkpointing keeps the block's input, and one block as above. Per token the
+    logits, their gradient and the loss's float32 copy: V x (4 + 4 + 4) or V x (2 + 2 + 4) bytes.
     """
-    kept, logits = (36, 8) if plan.half else (64, 12)
-    activations = plan.micro_batch * plan.block * (kept * plan.layers * plan.width + logits * plan.vocab)
+    element, logits = (2, 8) if plan.half else (4, 12)
+    block = 2 * plan.stream + 14 * element
+    blocks = plan.stream * plan.layers + block if plan.recompute else block * plan.layers
+    activations = plan.micro_batch * plan.block * (blocks * plan.width + logits * plan.vocab)
     weights = plan.params * (6 if plan.half else 4)  # autocast keeps a bf16 copy of the weights
     gradients = 4 * plan.params * (2 if plan.lookahead else 1)  # the exact form keeps the next batch's besides
     return Need(weights, gradients, plan.state, activations)

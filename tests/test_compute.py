@@ -1,16 +1,27 @@
 """Settings of speed, memory and rounding: they change what they say and nothing else."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import CONFIG
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
+import train_gpt
 from config.load import ConfigError, load_config
 from config.schema import free_keys
 from model import GPT, GPTConfig
-from runtime.compute import BACKENDS, ComputeConfig, attention_order, torch_settings
+from runtime.compute import BACKENDS, ComputeConfig, attention_order, prepare, torch_settings
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=60, bias=True)
+
+
+def model_with(dropout: float = 0.0, half: bool = True, **settings) -> GPT:
+    """A model in training mode with these settings, the same weights each time."""
+    torch.manual_seed(0)
+    model = GPT(replace(SHAPE, dropout=dropout))
+    prepare(model, ComputeConfig(**settings), half)
+    return model
 
 
 def tokens(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,6 +34,8 @@ def test_settings_are_reached_by_their_short_names_and_checked(tmp_path):
     keys = {f"compute.{name}" for name in ComputeConfig.__dataclass_fields__}
     assert keys <= free_keys()
     assert load_config(CONFIG, ["--attention=cudnn"]).compute.attention == "cudnn"
+    with pytest.raises(ConfigError, match='compute.residual="half": must be one of float32, bfloat16'):
+        load_config(CONFIG, ["--residual=half"])
     with pytest.raises(ConfigError, match='compute.attention="fast": must be one of auto, cudnn, flash'):
         load_config(CONFIG, ["--attention=fast"])
 
@@ -54,3 +67,47 @@ def test_the_chosen_backend_comes_first_and_everything_is_put_back():
     assert "cudnn" not in torch.compiler.config.cache_key_tag
     assert attention_order(ComputeConfig(attention="efficient")) == ["efficient", "cudnn", "flash", "math"]
     assert attention_order(ComputeConfig(attention="math")) == ["math"]
+
+
+# ---- residual stream and activation checkpointing
+
+
+def test_a_bf16_residual_stream_is_bf16_between_all_blocks_and_near_the_float32_one():
+    losses, gradients, seen = {}, {}, {}
+    for residual in ("float32", "bfloat16"):
+        model = model_with(residual=residual)
+        for block in model.transformer.h:
+            block.register_forward_hook(
+                lambda module, args, out, key=residual: seen.setdefault(key, []).extend([args[0].dtype, out.dtype])
+            )
+        with torch.autocast("cpu", torch.bfloat16):
+            losses[residual] = model(*tokens())
+        losses[residual].backward()
+        gradients[residual] = torch.cat([p.grad.flatten() for p in model.parameters()])
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    assert seen == {"float32": 4 * [torch.float32], "bfloat16": 4 * [torch.bfloat16]}
+    assert losses["bfloat16"].item() == pytest.approx(losses["float32"].item(), rel=2e-3)
+    error = (gradients["bfloat16"] - gradients["float32"]).norm() / gradients["float32"].norm()
+    assert 0 < error < 0.02
+
+
+def test_a_float32_run_refuses_a_bf16_residual_stream(arguments, tmp_path):
+    with pytest.raises(SystemExit, match='compute.residual="bfloat16": this run computes in float32; set --dtype'):
+        train_gpt.main([*arguments, "--residual=bfloat16"])
+    with pytest.raises(SystemExit, match="this run computes in float32"):
+        train_gpt.main([*arguments, "--residual=bfloat16", "--preflight"])
+    assert not list(tmp_path.glob("runs/run/*"))
+
+
+def test_activation_checkpointing_gives_equal_gradients_with_dropout():
+    results, runs = [], []
+    for recompute in (False, True):
+        model = model_with(dropout=0.3, activation_checkpointing=recompute)
+        model.transformer.h[0].register_forward_pre_hook(lambda *_, key=recompute: runs.append(key))
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(*tokens())
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert runs == [False, True, True]
