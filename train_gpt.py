@@ -33,7 +33,7 @@ from optimizers import build_optimizer
 from optimizers.roles import claim_table, folded
 from optimizers.state import load_named_state, named_state, state_bytes
 from runtime.checkpoint import Checkpointer, CheckpointError
-from runtime.compute import prepare, torch_settings
+from runtime.compute import bucket_size, cast_per_step, prepare, torch_settings
 from runtime.distributed import StopRequest, World, start_world
 from runtime.folder import open_run_folder, run_lock
 from runtime.guard import Guard, NonFiniteError
@@ -71,6 +71,8 @@ class Trainer:
         group = torch.distributed.group.WORLD if world.size > 1 else None
         self.compile = wants_compile(run.compile, world.device)
         self.optimizer = build_optimizer(self.model, run.optim, group, self.compile)
+        if run.compute.cast_weights == "step":
+            cast_per_step(self.model, self.optimizer)
         self.lookahead = getattr(self.optimizer, "needs_lookahead", False)
         self.guard = Guard(self.model, self.optimizer, run.grad_clip)
 
@@ -87,7 +89,12 @@ class Trainer:
         self.compiled = torch.compile(self.model, fullgraph=True, dynamic=False) if self.compile else self.model
         self.forward = self.compiled
         if world.size > 1:
-            self.forward = DistributedDataParallel(self.compiled, gradient_as_bucket_view=True, broadcast_buffers=False)
+            self.forward = DistributedDataParallel(
+                self.compiled,
+                bucket_cap_mb=bucket_size(self.model, run.compute),
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,
+            )
         self.passes = 2 if self.lookahead else 1  # gradient evaluations per step
         self.flops_per_step = self.passes * self.model.flops_per_token("palm") * run.tokens_per_step
         peak = peak_flops(world.device)

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
 
 BACKENDS = {  # of scaled_dot_product_attention
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -18,6 +20,7 @@ BACKENDS = {  # of scaled_dot_product_attention
 CHOICES = {
     "attention": ("auto", *BACKENDS),
     "residual": ("float32", "bfloat16"),
+    "cast_weights": ("micro_batch", "step"),
 }
 
 
@@ -38,6 +41,8 @@ class ComputeConfig:
     )  # "bfloat16": half the traffic between blocks, coarser sums; with bf16 autocast only
     activation_checkpointing: bool = free(False)  # far less memory for activations, for a third more computation
 
+    cast_weights: str = free("micro_batch")  # "step": matrices cast to bf16 once a step, for 2 bytes a weight kept
+    bucket_mb: int = free(0)  # MB of gradients in an all-reduce: fewer messages, later start; 0: a tenth of them, or 25
 
     def faults(self) -> list[str]:
         """Everything wrong with this config, a line each."""
@@ -46,6 +51,8 @@ class ComputeConfig:
             for key, allowed in CHOICES.items()
             if getattr(self, key) not in allowed
         ]
+        if self.bucket_mb < 0:
+            out.append(f"bucket_mb={self.bucket_mb}: must not be negative (0 chooses)")
         return out
 
 
@@ -78,8 +85,54 @@ def prepare(model: nn.Module, config: ComputeConfig, half: bool) -> None:
 
     Raises ValueError for a setting without meaning in float32.
     """
-    if config.residual == "bfloat16" and not half:
-        raise ValueError('compute.residual="bfloat16": this run computes in float32; set --dtype=bfloat16 as well')
+    for key, value in (("residual", "bfloat16"), ("cast_weights", "step")):
+        if getattr(config, key) == value and not half:
+            raise ValueError(f'compute.{key}="{value}": this run computes in float32; set --dtype=bfloat16 as well')
     # layer norms reckon in float32 whatever they are given, and autocast ends each branch in bf16: so do the sums
     model.residual_dtype = torch.bfloat16 if config.residual == "bfloat16" else None
     model.recompute_blocks = config.activation_checkpointing
+
+
+class _InPlaceOf(torch.autograd.Function):
+    """A weight's copy in its place: the loss depends on the copy, the gradient goes to the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, copy: Tensor) -> Tensor:
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.float(), None
+
+
+class _CastLinear(nn.Linear):
+    """A linear layer that multiplies with `cast`, a bf16 copy of its weight."""
+
+    cast: Tensor  # no buffer: neither checkpoints nor DDP are to see it
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, _InPlaceOf.apply(self.weight, self.cast), self.bias)
+
+
+def cast_per_step(model: nn.Module, optimizer: Optimizer) -> None:
+    """Let the linear layers of a model keep bf16 copies of their weights, made anew when these are updated or loaded.
+
+    Bit for bit what autocast computes, which casts them in every forward pass. The token table is not
+    among them: as an embedding it is read in float32.
+    """
+    layers = [m for m in model.modules() if type(m) is nn.Linear]
+    for layer in layers:
+        layer.__class__, layer.cast = _CastLinear, layer.weight.detach().bfloat16()
+
+    @torch.no_grad()
+    def refresh(*_: object) -> None:
+        for layer in layers:
+            layer.cast.copy_(layer.weight)
+
+    optimizer.register_step_post_hook(refresh)
+    model.register_load_state_dict_post_hook(refresh)
+
+
+def bucket_size(model: nn.Module, config: ComputeConfig) -> int:
+    """Megabytes (2^20 bytes) of gradients that DDP sends at once."""
+    return config.bucket_mb or max(25, sum(p.numel() * p.element_size() for p in model.parameters()) // (10 << 20))

@@ -1,17 +1,28 @@
 """Settings of speed, memory and rounding: they change what they say and nothing else."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import CONFIG
+from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 import train_gpt
 from config.load import ConfigError, load_config
 from config.schema import free_keys
 from model import GPT, GPTConfig
-from runtime.compute import BACKENDS, ComputeConfig, attention_order, prepare, torch_settings
+from runtime.compute import (
+    BACKENDS,
+    ComputeConfig,
+    attention_order,
+    bucket_size,
+    cast_per_step,
+    prepare,
+    torch_settings,
+)
+from runtime.logger import read_metrics
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=60, bias=True)
 
@@ -91,11 +102,13 @@ def test_a_bf16_residual_stream_is_bf16_between_all_blocks_and_near_the_float32_
     assert 0 < error < 0.02
 
 
-def test_a_float32_run_refuses_a_bf16_residual_stream(arguments, tmp_path):
+def test_a_float32_run_refuses_what_needs_bf16(arguments, tmp_path):
     with pytest.raises(SystemExit, match='compute.residual="bfloat16": this run computes in float32; set --dtype'):
         train_gpt.main([*arguments, "--residual=bfloat16"])
     with pytest.raises(SystemExit, match="this run computes in float32"):
         train_gpt.main([*arguments, "--residual=bfloat16", "--preflight"])
+    with pytest.raises(SystemExit, match='compute.cast_weights="step": this run computes in float32; set --dtype'):
+        train_gpt.main([*arguments, "--cast_weights=step"])
     assert not list(tmp_path.glob("runs/run/*"))
 
 
@@ -111,3 +124,64 @@ def test_activation_checkpointing_gives_equal_gradients_with_dropout():
         results.append([loss, *(p.grad for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert runs == [False, True, True]
+
+
+# ---- weights cast once per step
+
+
+def test_weights_cast_once_per_step_give_the_same_run_bit_for_bit(arguments, dataset, tmp_path):
+    """Accumulation, an optimizer of ours, evaluations, and a stop with a start from the checkpoint in between."""
+    once = [*arguments[:2], f"--log.folder={tmp_path / 'once'}", "--name=run", "--cast_weights=step"]
+    for words in (arguments, once):
+        train_gpt.main([*words, "--optimizer=mars_m", "--dtype=bfloat16"])
+    folders = [tmp_path / "runs" / "run", tmp_path / "once" / "run"]
+    weights = [load_file(f / "checkpoints/step_0000012/model.safetensors") for f in folders]
+    assert weights[0].keys() == weights[1].keys() == dict(GPT(load_config(CONFIG).model).named_parameters()).keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    losses = [
+        [(r["step"], r.get("loss"), r.get("val_loss")) for r in read_metrics(f / "metrics.jsonl")] for f in folders
+    ]
+    assert losses[0] == losses[1]
+    shutil.rmtree(folders[1] / "checkpoints/step_0000012")
+    train_gpt.main([*once, "--optimizer=mars_m", "--dtype=bfloat16"])  # from step 8
+    again = load_file(folders[1] / "checkpoints/step_0000012/model.safetensors")
+    assert all(torch.equal(weights[0][name], again[name]) for name in again)
+
+
+def test_weights_cast_once_per_step_stay_in_one_graph_and_out_of_the_state():
+    torch._dynamo.utils.counters.clear()
+    results = []
+    for when in ("micro_batch", "step"):
+        model = model_with(cast_weights=when)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        if when == "step":
+            cast_per_step(model, optimizer)
+        compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+        losses = []
+        for step in range(3):
+            for part in range(2):
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = compiled(*tokens(2 * step + part))
+                loss.backward()
+                losses.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append((losses, model.state_dict()))
+    (one, weights), (two, others) = results
+    assert one == two
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one each: updates compile nothing anew
+
+
+# ---- DDP
+
+
+def test_buckets_are_a_tenth_of_the_gradients_and_at_least_25_mb():
+    with torch.device("meta"):
+        large = GPT(GPTConfig(n_layer=36, n_head=20, n_embd=1280))
+    assert bucket_size(large, ComputeConfig()) == large.num_params() * 4 // 2**20 // 10 == 295
+    assert bucket_size(GPT(SHAPE), ComputeConfig()) == 25
+    assert bucket_size(large, ComputeConfig(bucket_mb=64)) == 64
+    with pytest.raises(ConfigError, match="compute.bucket_mb=-1: must not be negative"):
+        load_config(CONFIG, ["--bucket_mb=-1"])
