@@ -9,6 +9,7 @@ The same command continues an interrupted run; --fresh starts over and keeps the
 and --tokens_per_s=N states a speed that the run folder does not know yet.
 """
 
+import gc
 import math
 import sys
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ from optimizers import build_optimizer
 from optimizers.roles import claim_table, folded
 from optimizers.state import load_named_state, named_state, state_bytes
 from runtime.checkpoint import Checkpointer, CheckpointError
-from runtime.compute import bucket_size, cast_per_step, prepare, torch_settings
+from runtime.compute import bucket_size, cast_per_step, collector_paused, prepare, torch_settings
 from runtime.distributed import StopRequest, World, start_world
 from runtime.folder import open_run_folder, run_lock
 from runtime.guard import Guard, NonFiniteError
@@ -302,6 +303,8 @@ def train(t: Trainer) -> None:
                 t.report(loss, norm, lr, t.step - logged)
                 logged = t.step
             with t.meter.excluded():
+                if t.evaluation_due or save_due:
+                    gc.collect()  # at rest in between
                 if t.evaluation_due:
                     t.evaluate(stop)
                 if save_due:
@@ -416,7 +419,8 @@ def train_run(run: RunConfig, world: World, fresh: bool) -> None:
     trainer = Trainer(run, world, fresh)
     introduce(trainer)
     try:
-        train(trainer)
+        with collector_paused():
+            train(trainer)
     except NonFiniteError as error:
         raise NonFiniteError(f"{error}; sequences: {trainer.blame(error.step)}") from None
     finally:

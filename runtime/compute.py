@@ -1,5 +1,7 @@
 """How a run computes: settings of speed, memory and rounding. A run may be continued with others."""
 
+import gc
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -43,6 +45,7 @@ class ComputeConfig:
 
     cast_weights: str = free("micro_batch")  # "step": matrices cast to bf16 once a step, for 2 bytes a weight kept
     bucket_mb: int = free(0)  # MB of gradients in an all-reduce: fewer messages, later start; 0: a tenth of them, or 25
+    deterministic: bool = free(False)  # bit-exact replay on a GPU too, for slower kernels and attention without cuDNN
 
     def faults(self) -> list[str]:
         """Everything wrong with this config, a line each."""
@@ -53,14 +56,17 @@ class ComputeConfig:
         ]
         if self.bucket_mb < 0:
             out.append(f"bucket_mb={self.bucket_mb}: must not be negative (0 chooses)")
+        if self.deterministic and self.attention == "cudnn":
+            out.append('attention="cudnn": its gradients are not deterministic; use "flash", or deterministic=false')
         return out
 
 
 def attention_order(config: ComputeConfig) -> list[str]:
     """The attention backends to try, in this order; none: torch's own order."""
-    if config.attention == "auto":
+    first = "flash" if config.deterministic and config.attention == "auto" else config.attention
+    if first == "auto":
         return []
-    order = [config.attention, *(name for name in BACKENDS if name != config.attention)]
+    order = [first, *(name for name in BACKENDS if name != first and not (name == "cudnn" and config.deterministic))]
     return order[: order.index("math") + 1]  # math takes everything
 
 
@@ -68,16 +74,55 @@ def attention_order(config: ComputeConfig) -> list[str]:
 def torch_settings(config: ComputeConfig) -> Iterator[None]:
     """The settings that torch keeps per process, for all that is done inside; put back at the end.
 
-    The backend of attention is chosen in the forward pass, and backward follows. A compiled graph keeps
-    the choice of its compilation, on the disk, too, under a key that does not tell the backends apart
-    (pytorch/pytorch#185449); the tag does.
+    To be entered before CUDA starts. The backend of attention is chosen in the forward pass, and backward
+    follows. A compiled graph keeps the choice of its compilation, on the disk, too, under a key that does
+    not tell the backends apart (pytorch/pytorch#185449); the tag does.
     """
     with ExitStack() as stack:
         if order := attention_order(config):
             stack.enter_context(sdpa_kernel([BACKENDS[name] for name in order], set_priority=True))
             tag = f"{torch.compiler.config.cache_key_tag} attention={','.join(order)}"
             stack.enter_context(torch.compiler.config.patch(cache_key_tag=tag))
+        if config.deterministic:
+            stack.enter_context(_deterministic())
         yield
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Only kernels that add in a fixed order.
+
+    torch's switch is inductor's, too: no kernel is then chosen by timing, and the gradient of the token
+    table is summed in order instead of by atomic adds. cuBLAS wants a fixed workspace, stated before it starts.
+    """
+    workspace = "CUBLAS_WORKSPACE_CONFIG"
+    given, benchmark = os.environ.get(workspace), torch.backends.cudnn.benchmark
+    mode, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    os.environ[workspace] = given or ":4096:8"
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(mode, warn_only=warn)
+        torch.backends.cudnn.benchmark = benchmark
+        if given is None:
+            del os.environ[workspace]
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Python's garbage collector at rest, and what is alive out of its sight: no pauses but those asked for."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()
 
 
 def prepare(model: nn.Module, config: ComputeConfig, half: bool) -> None:

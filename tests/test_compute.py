@@ -1,5 +1,7 @@
 """Settings of speed, memory and rounding: they change what they say and nothing else."""
 
+import gc
+import os
 import shutil
 from dataclasses import replace
 
@@ -19,6 +21,7 @@ from runtime.compute import (
     attention_order,
     bucket_size,
     cast_per_step,
+    collector_paused,
     prepare,
     torch_settings,
 )
@@ -185,3 +188,60 @@ def test_buckets_are_a_tenth_of_the_gradients_and_at_least_25_mb():
     assert bucket_size(large, ComputeConfig(bucket_mb=64)) == 64
     with pytest.raises(ConfigError, match="compute.bucket_mb=-1: must not be negative"):
         load_config(CONFIG, ["--bucket_mb=-1"])
+
+
+# ---- deterministic replay and the garbage collector
+
+
+def process_settings() -> dict:
+    """What torch, cuBLAS and Python are set to."""
+    return dict(
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        inductor=torch._inductor.config.deterministic,
+        warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+        benchmark=torch.backends.cudnn.benchmark,
+        workspace=os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        attention=_cur_sdpa_kernel_backends(with_priority=True),
+        collector=gc.isenabled(),
+        frozen=gc.get_freeze_count() > 0,
+    )
+
+
+def test_a_deterministic_run_sets_what_it_says_and_puts_it_back(arguments, monkeypatch, tmp_path):
+    """The collector rests during the steps of any run."""
+    during, accumulate = [], train_gpt.Trainer.accumulate
+    monkeypatch.setattr(
+        train_gpt.Trainer, "accumulate", lambda self, *a: (during.append(process_settings()), accumulate(self, *a))[1]
+    )
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    before = process_settings()
+    train_gpt.main([*arguments, "--deterministic=true"])
+    assert process_settings() == before
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    expected = dict(deterministic=True, inductor=True, warn_only=False, benchmark=False, workspace=":4096:8")
+    assert during == 12 * [expected | dict(attention=backends, collector=False, frozen=True)]
+
+    during.clear()
+    shutil.rmtree(tmp_path / "runs/run/checkpoints/step_0000012")
+    train_gpt.main(arguments)  # continued without it
+    assert during == 4 * [before | dict(collector=False, frozen=True)]
+    assert process_settings() == before
+
+
+def test_settings_come_back_after_a_failure_and_a_given_workspace_stays(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    before = process_settings()
+    with pytest.raises(KeyError), torch_settings(ComputeConfig(deterministic=True)), collector_paused():
+        assert process_settings()["workspace"] == ":16:8"
+        assert process_settings()["deterministic"]
+        raise KeyError
+    assert process_settings() == before
+
+
+def test_cudnn_attention_is_refused_where_it_cannot_repeat_itself():
+    with pytest.raises(
+        ConfigError, match='compute.attention="cudnn": its gradients are not deterministic; use "flash"'
+    ):
+        load_config(CONFIG, ["--attention=cudnn", "--deterministic=true"])
+    assert "cudnn" not in attention_order(ComputeConfig(attention="efficient", deterministic=True))
