@@ -35,14 +35,9 @@ def free(default: Any) -> Any:
 class ComputeConfig:
     """What to trade for what; the defaults are the careful choices. What each buys on a GPU: not measured."""
 
-    attention: str = free(
-        "auto"
-    )  # kernel tried first: cudnn (Hopper; not bit-exact), flash, efficient, math; auto: torch's
-    residual: str = free(
-        "float32"
-    )  # "bfloat16": half the traffic between blocks, coarser sums; with bf16 autocast only
+    attention: str = free("auto")  # tried first: cudnn (Hopper; not bit-exact), flash, efficient, math; auto: torch's
+    residual: str = free("float32")  # "bfloat16": half the traffic between blocks, coarser sums; needs bf16 autocast
     activation_checkpointing: bool = free(False)  # far less memory for activations, for a third more computation
-
     cast_weights: str = free("micro_batch")  # "step": matrices cast to bf16 once a step, for 2 bytes a weight kept
     bucket_mb: int = free(0)  # MB of gradients in an all-reduce: fewer messages, later start; 0: a tenth of them, or 25
     deterministic: bool = free(False)  # bit-exact replay on a GPU too, for slower kernels and attention without cuDNN

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import shutil
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 import train_gpt
-from config.load import ConfigError, load_config
+from config.load import ConfigError, describe_keys, load_config
 from config.schema import free_keys
 from model import GPT, GPTConfig
 from runtime.compute import (
@@ -44,9 +45,11 @@ def tokens(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return both[:, :-1], both[:, 1:]
 
 
-def test_settings_are_reached_by_their_short_names_and_checked(tmp_path):
+def test_settings_are_reached_by_their_short_names_and_checked():
     keys = {f"compute.{name}" for name in ComputeConfig.__dataclass_fields__}
     assert keys <= free_keys()
+    described = describe_keys(load_config(CONFIG))
+    assert all(re.search(rf"--{key}=\S+  \S", described) for key in keys)
     assert load_config(CONFIG, ["--attention=cudnn"]).compute.attention == "cudnn"
     with pytest.raises(ConfigError, match='compute.residual="half": must be one of float32, bfloat16'):
         load_config(CONFIG, ["--residual=half"])
