@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 LOSS_ROWS = 512  # positions whose logits exist at a time where the loss is computed in chunks
 
@@ -125,6 +126,8 @@ class GPT(nn.Module):
         if faults := config.faults():
             raise ValueError("; ".join(faults))
         self.config = config
+        self.residual_dtype: torch.dtype | None = None  # of the sums between blocks; None: as the embeddings
+        self.recompute_blocks = False  # keep the input of each block only, and compute the block again for backward
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
@@ -148,9 +151,12 @@ class GPT(nn.Module):
             raise ValueError(f"{start + T} tokens: the context holds {self.config.block_size}")
         # positions are a slice, not a lookup: its backward is a plain sum instead of atomic adds
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[start : start + T]
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = F.dropout(x, self.config.dropout, self.training).to(self.residual_dtype or x.dtype)
         for block in self.transformer.h:
-            x = block(x, cache)
+            if self.recompute_blocks and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache)
         return self.transformer.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

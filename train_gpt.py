@@ -9,6 +9,7 @@ The same command continues an interrupted run; --fresh starts over and keeps the
 and --tokens_per_s=N states a speed that the run folder does not know yet.
 """
 
+import gc
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ from optimizers import build_optimizer
 from optimizers.roles import claim_table, folded
 from optimizers.state import load_named_state, named_state, state_bytes
 from runtime.checkpoint import Checkpointer, CheckpointError
+from runtime.compute import bucket_size, cast_per_step, collector_paused, prepare, torch_settings
 from runtime.distributed import StopRequest, World, start_world
 from runtime.folder import add_facts, open_run_folder, run_lock
 from runtime.guard import Guard, NonFiniteError
@@ -66,9 +68,12 @@ class Trainer:
 
         torch.manual_seed(run.seed)
         self.model = GPT(run.model).to(world.device)
+        prepare(self.model, run.compute, wants_bf16(run.dtype, world.device))
         group = torch.distributed.group.WORLD if world.size > 1 else None
         self.compile = wants_compile(run.compile, world.device)
         self.optimizer = build_optimizer(self.model, run.optim, group, self.compile)
+        if run.compute.cast_weights == "step":
+            cast_per_step(self.model, self.optimizer)
         self.lookahead = getattr(self.optimizer, "needs_lookahead", False)
         self.guard = Guard(self.model, self.optimizer, run.grad_clip)
 
@@ -82,7 +87,12 @@ class Trainer:
         self.compiled = torch.compile(self.model, fullgraph=True, dynamic=False) if self.compile else self.model
         self.forward = self.compiled
         if world.size > 1:
-            self.forward = DistributedDataParallel(self.compiled, gradient_as_bucket_view=True, broadcast_buffers=False)
+            self.forward = DistributedDataParallel(
+                self.compiled,
+                bucket_cap_mb=bucket_size(self.model, run.compute),
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,
+            )
         self.choice = self.choose_micro_batch() if run.micro_batch is None else None
         self.micro_batch = self.validation.micro_batch = self.choice.micro_batch if self.choice else run.micro_batch
         self.accumulation = run.sequences // (world.size * self.micro_batch)
@@ -315,6 +325,8 @@ def train(t: Trainer) -> None:
                 t.report(loss, norm, lr, t.step - logged)
                 logged = t.step
             with t.meter.excluded():
+                if t.evaluation_due or save_due:
+                    gc.collect()  # at rest in between
                 if t.evaluation_due:
                     t.evaluate(stop)
                 try_to_save(t, t.checkpoints.finish if save_due else t.checkpoints.poll)  # one in the background
@@ -359,7 +371,7 @@ def introduce(t: Trainer) -> None:
         f"  budget     {t.steps:,} steps = {t.steps * run.tokens_per_step:,} tokens\n"
         f"  optimizer  {run.optimizer}: {run.optim}\n"
         f"  state      {state_bytes(t.optimizer) / 1e6:,.1f} MB of optimizer state in this process\n"
-        f"  device     {world.device}\n"
+        f"  device     {world.device}, {run.compute}\n"
         f"  folder     {t.folder}"
     )
     rows = claim_table(t.optimizer, {p: name for name, p in t.model.named_parameters()})
@@ -378,6 +390,7 @@ def footprint(run: RunConfig, model: GPT, optimizer: torch.optim.Optimizer, worl
     return Footprint(
         **dict(params=model.num_params(), state=state_bytes(optimizer), layers=c.n_layer, width=c.n_embd),
         **dict(vocab=c.padded_vocab_size, block=c.block_size, half=wants_bf16(run.dtype, world.device)),
+        **dict(stream=(model.residual_dtype or torch.float32).itemsize, recompute=model.recompute_blocks),
         processes=world.size,
     )
 
@@ -393,6 +406,7 @@ def plan(run: RunConfig, world: World, verify: bool, rate: float | None) -> Plan
     checked = "headers, counts and sha256 agree" if verify else "headers and counts agree; --verify hashes them, too"
     with torch.device("meta"):
         model = GPT(c)
+        prepare(model, run.compute, wants_bf16(run.dtype, world.device))
     group = torch.distributed.group.WORLD if world.size > 1 else None
     optimizer = build_optimizer(model, run.optim, group)
     if rate is None and (folder / METRICS).exists():
@@ -444,7 +458,8 @@ def train_run(run: RunConfig, world: World, fresh: bool) -> None:
     trainer = Trainer(run, world, fresh)
     introduce(trainer)
     try:
-        train(trainer)
+        with collector_paused():
+            train(trainer)
     except NonFiniteError as error:
         raise NonFiniteError(f"{error}; sequences: {trainer.blame(error.step)}") from None
     finally:
@@ -465,7 +480,7 @@ def main(argv: list[str] | None = None) -> None:
         if flags & {"--help", "-h"}:
             print(f"{__doc__}\nkeys, as {paths[0]} sets them:\n{describe_keys(run)}")
             return
-        with start_world(run.device) as world:
+        with torch_settings(run.compute), start_world(run.device) as world:
             if "--preflight" in flags:
                 preflight(run, world, "--verify" in flags, rates[-1] if rates else None)
                 return

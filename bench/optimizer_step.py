@@ -85,7 +85,7 @@ def bench(shape: GPTConfig, rounds: int, compiled: bool, report: Report) -> None
         "MARS-M clipped": build_optimizer(model, MARSMConfig()).step,
         "MARS-M one buffer": build_optimizer(model, MARSMConfig(clip_c=False)).step,
     }
-    seconds = interleaved(sides, max(1, rounds // 3))
+    seconds = interleaved(sides, max(1, rounds // 2))
     for name, s in seconds.items():
         report.add(optimizer=name, seconds=s, to_torch_muon=s / seconds["Muon + AdamW (torch)"])
 

@@ -6,12 +6,13 @@ from data.loader import DataConfig
 from model import GPTConfig
 from optimizers import OptimizerConfig
 from runtime.checkpoint import CheckpointConfig
+from runtime.compute import ComputeConfig
 from runtime.logger import LogConfig
 from runtime.schedule import ScheduleConfig
 
 FREE = {"free": True}  # a run may be continued with another value
 ALTERNATIVES = (("batch_size", "batch_tokens"), ("steps", "tokens"))  # two ways to say one thing
-SECTIONS = ("model", "data", "optim", "schedule", "checkpoint", "log")
+SECTIONS = ("model", "data", "optim", "schedule", "compute", "checkpoint", "log")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimizerConfig | None = None  # settings of the chosen optimizer, filled in by the loader
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 

@@ -24,6 +24,8 @@ class Footprint:
     vocab: int  # padded
     block: int  # tokens of a sequence
     half: bool  # bf16 autocast
+    stream: int  # bytes of a number in the residual stream
+    recompute: bool  # activation checkpointing
     processes: int
 
 
@@ -67,12 +69,14 @@ def memory_need(of: Footprint, micro_batch: int) -> Need:
 
     Per token and layer, what backward keeps with fused attention and no dropout, in elements of the width C:
     inputs of the two norms (2), their outputs (2), q k v (3), attention's output (1), the MLP's hidden layer
-    before and after gelu (8): 16 x 4 bytes in float32. In bf16 the residual stream, which the norms read, stays
-    float32: 2 x 4 + 14 x 2. Per token the logits, their gradient and the loss's float32 copy: V x (4 + 4 + 4) or
-    V x (2 + 2 + 4) bytes.
+    before and after gelu (8): 16 x 4 bytes in float32. In bf16 the residual stream, which the norms read, may stay
+    float32: 2 x 4 + 14 x 2. Activation checkpointing keeps the block's input, and one block as above. Per token the
+    logits, their gradient and the loss's float32 copy: V x (4 + 4 + 4) or V x (2 + 2 + 4) bytes.
     """
-    kept, logits = (36, 8) if of.half else (64, 12)
-    activations = micro_batch * of.block * (kept * of.layers * of.width + logits * of.vocab)
+    element, logits = (2, 8) if of.half else (4, 12)
+    block = 2 * of.stream + 14 * element
+    blocks = of.stream * of.layers + block if of.recompute else block * of.layers
+    activations = micro_batch * of.block * (blocks * of.width + logits * of.vocab)
     weights = of.params * (6 if of.half else 4)  # autocast keeps a bf16 copy of the weights
     gradients = 4 * of.params * (2 if of.processes > 1 else 1)  # accumulated, and the buckets they are exchanged in
     return Need(weights, gradients, of.state, activations)

@@ -164,7 +164,7 @@ def test_parse_reads_none_for_optional_keys_only():
 def test_help_lists_every_key_with_its_comment():
     config = load_config(CONFIG)
     lines = {line.split("=")[0].strip(): line for line in describe_keys(config).splitlines()}
-    sections = {"model", "data", "optim", "schedule", "checkpoint", "log"}
+    sections = {"model", "data", "optim", "schedule", "compute", "checkpoint", "log"}
     assert lines.keys() == {f"--{key}" for key in all_keys(config) if key not in sections}
     assert "peak learning rate" in lines["--optim.lr"]
     assert "sequences per step" in lines["--batch_size"]

@@ -13,7 +13,12 @@ ALLOWED = {  # a name allows itself and everything in it
     "data": set(),
     "optimizers": set(),
     "runtime": set(),
-    "config": {"model", "data.loader", "optimizers", *(f"runtime.{m}" for m in ("checkpoint", "logger", "schedule"))},
+    "config": {
+        "model",
+        "data.loader",
+        "optimizers",
+        *(f"runtime.{m}" for m in ("checkpoint", "compute", "logger", "schedule")),
+    },
     "train_gpt": {"model", "data", "optimizers", "runtime", "config"},
     "eval": {"model", "data", "optimizers", "runtime", "config", "bench"},
     "bench": {"model", "data", "optimizers", "runtime", "config", "eval", "train_gpt"},

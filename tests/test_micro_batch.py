@@ -18,7 +18,8 @@ from runtime.preflight import Footprint, memory_need
 
 CPU, GPU = World(0, 1, torch.device("cpu")), World(0, 1, torch.device("cuda", 0))
 SMALL = Footprint(
-    params=124_000_000, state=10**9, layers=12, width=768, vocab=50304, block=1024, half=True, processes=1
+    **dict(params=124_000_000, state=10**9, layers=12, width=768, vocab=50304, block=1024),
+    **dict(half=True, stream=4, recompute=False, processes=1),
 )
 
 

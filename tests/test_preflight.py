@@ -11,15 +11,17 @@ from conftest import CONFIG, finish, launch, make_dataset
 import train_gpt
 from config.load import load_config
 from model import GPT, GPTConfig
+from runtime.compute import ComputeConfig, prepare
 from runtime.distributed import World
 from runtime.preflight import checkpoints_kept, duration, free_bytes, measured_rate, memory_need, reach, verdict
 
 ALONE = World(0, 1, torch.device("cpu"))
 
 
-def kept_for_backward(shape: GPTConfig, half: bool) -> int:
+def kept_for_backward(shape: GPTConfig, half: bool, compute: ComputeConfig) -> int:
     """Bytes that autograd keeps of one forward pass, parameters not counted, every storage once."""
     model, seen, held = GPT(shape), {}, []
+    prepare(model, compute, half)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def pack(tensor):
@@ -38,14 +40,17 @@ def kept_for_backward(shape: GPTConfig, half: bool) -> int:
     return sum(seen.values())
 
 
-@pytest.mark.parametrize("half", [False, True])
-def test_activations_grow_with_depth_as_autograd_keeps_them(arguments, half):
+@pytest.mark.parametrize("half, residual", [(False, "float32"), (True, "float32"), (True, "bfloat16")])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_grow_with_depth_as_autograd_keeps_them(arguments, half, residual, recompute):
+    compute = ComputeConfig(residual=residual, activation_checkpointing=recompute)
     shapes = [GPTConfig(n_layer=n, n_head=2, n_embd=128, block_size=128, vocab_size=64) for n in (1, 4)]
-    one, four = (kept_for_backward(shape, half) for shape in shapes)
-    if half:  # autocast's bf16 copies of the weights are kept, too; the reckoning counts them as weights
+    one, four = (kept_for_backward(shape, half, compute) for shape in shapes)
+    if half and not recompute:  # autocast's bf16 copies of the weights are kept, too; reckoned among the weights
         one, four = one - 2 * 12 * 128**2, four - 4 * 2 * 12 * 128**2
     plan = train_gpt.plan(load_config(arguments[0], arguments[1:]), ALONE, False, None)
-    of = replace(plan.footprint, half=half, width=128, block=128)
+    of = replace(plan.footprint, half=half, stream=2 if residual == "bfloat16" else 4, recompute=recompute)
+    of = replace(of, width=128, block=128)
     needs = [memory_need(replace(of, layers=n), 2).activations for n in (1, 4)]
     assert needs[1] - needs[0] == pytest.approx(four - one, rel=0.05)
 

@@ -1,0 +1,250 @@
+"""Settings of speed, memory and rounding: they change what they say and nothing else."""
+
+import gc
+import os
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import CONFIG
+from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
+
+import train_gpt
+from config.load import ConfigError, describe_keys, load_config
+from config.schema import free_keys
+from model import GPT, GPTConfig
+from runtime.compute import (
+    BACKENDS,
+    ComputeConfig,
+    attention_order,
+    bucket_size,
+    cast_per_step,
+    collector_paused,
+    prepare,
+    torch_settings,
+)
+from runtime.logger import read_metrics
+
+SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=60, bias=True)
+
+
+def model_with(dropout: float = 0.0, half: bool = True, **settings) -> GPT:
+    """A model in training mode with these settings, the same weights each time."""
+    torch.manual_seed(0)
+    model = GPT(replace(SHAPE, dropout=dropout))
+    prepare(model, ComputeConfig(**settings), half)
+    return model
+
+
+def tokens(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets (4, 16)."""
+    both = torch.randint(60, (4, 17), generator=torch.Generator().manual_seed(seed))
+    return both[:, :-1], both[:, 1:]
+
+
+def test_settings_are_reached_by_their_short_names_and_checked():
+    keys = {f"compute.{name}" for name in ComputeConfig.__dataclass_fields__}
+    assert keys <= free_keys()
+    described = describe_keys(load_config(CONFIG))
+    assert all(re.search(rf"--{key}=\S+  \S", described) for key in keys)
+    assert load_config(CONFIG, ["--attention=cudnn"]).compute.attention == "cudnn"
+    with pytest.raises(ConfigError, match='compute.residual="half": must be one of float32, bfloat16'):
+        load_config(CONFIG, ["--residual=half"])
+    with pytest.raises(ConfigError, match='compute.attention="fast": must be one of auto, cudnn, flash'):
+        load_config(CONFIG, ["--attention=fast"])
+
+
+# ---- attention
+
+
+def test_every_attention_backend_gives_the_same_loss_and_gradient():
+    torch.manual_seed(0)
+    model = GPT(SHAPE)
+    results = {}
+    for name in ("auto", *BACKENDS):
+        with torch_settings(ComputeConfig(attention=name)):
+            loss = model(*tokens())
+        results[name] = (loss, *torch.autograd.grad(loss, list(model.parameters())))
+    for name, result in results.items():
+        for ours, reference in zip(result, results["math"], strict=True):
+            torch.testing.assert_close(ours, reference, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_the_chosen_backend_comes_first_and_everything_is_put_back():
+    before = _cur_sdpa_kernel_backends(with_priority=True)
+    with torch_settings(ComputeConfig(attention="cudnn")):
+        assert _cur_sdpa_kernel_backends(with_priority=True) == [
+            *(SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+        ]
+        assert "cudnn,flash,efficient,math" in torch.compiler.config.cache_key_tag
+    assert _cur_sdpa_kernel_backends(with_priority=True) == before
+    assert "cudnn" not in torch.compiler.config.cache_key_tag
+    assert attention_order(ComputeConfig(attention="efficient")) == ["efficient", "cudnn", "flash", "math"]
+    assert attention_order(ComputeConfig(attention="math")) == ["math"]
+
+
+# ---- residual stream and activation checkpointing
+
+
+def test_a_bf16_residual_stream_is_bf16_between_all_blocks_and_near_the_float32_one():
+    losses, gradients, seen = {}, {}, {}
+    for residual in ("float32", "bfloat16"):
+        model = model_with(residual=residual)
+        for block in model.transformer.h:
+            block.register_forward_hook(
+                lambda module, args, out, key=residual: seen.setdefault(key, []).extend([args[0].dtype, out.dtype])
+            )
+        with torch.autocast("cpu", torch.bfloat16):
+            losses[residual] = model(*tokens())
+        losses[residual].backward()
+        gradients[residual] = torch.cat([p.grad.flatten() for p in model.parameters()])
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    assert seen == {"float32": 4 * [torch.float32], "bfloat16": 4 * [torch.bfloat16]}
+    assert losses["bfloat16"].item() == pytest.approx(losses["float32"].item(), rel=2e-3)
+    error = (gradients["bfloat16"] - gradients["float32"]).norm() / gradients["float32"].norm()
+    assert 0 < error < 0.02
+
+
+def test_a_float32_run_refuses_what_needs_bf16(arguments, tmp_path):
+    with pytest.raises(SystemExit, match='compute.residual="bfloat16": this run computes in float32; set --dtype'):
+        train_gpt.main([*arguments, "--residual=bfloat16"])
+    with pytest.raises(SystemExit, match="this run computes in float32"):
+        train_gpt.main([*arguments, "--residual=bfloat16", "--preflight"])
+    with pytest.raises(SystemExit, match='compute.cast_weights="step": this run computes in float32; set --dtype'):
+        train_gpt.main([*arguments, "--cast_weights=step"])
+    assert not list(tmp_path.glob("runs/run/*"))
+
+
+def test_activation_checkpointing_gives_equal_gradients_with_dropout():
+    results, runs = [], []
+    for recompute in (False, True):
+        model = model_with(dropout=0.3, activation_checkpointing=recompute)
+        model.transformer.h[0].register_forward_pre_hook(lambda *_, key=recompute: runs.append(key))
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(*tokens())
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert runs == [False, True, True]
+
+
+# ---- weights cast once per step
+
+
+def test_weights_cast_once_per_step_give_the_same_run_bit_for_bit(arguments, dataset, tmp_path):
+    """Accumulation, an optimizer of ours, evaluations, and a stop with a start from the checkpoint in between."""
+    once = [*arguments[:2], f"--log.folder={tmp_path / 'once'}", "--name=run", "--cast_weights=step"]
+    for words in (arguments, once):
+        train_gpt.main([*words, "--optimizer=mars_m", "--dtype=bfloat16"])
+    folders = [tmp_path / "runs" / "run", tmp_path / "once" / "run"]
+    weights = [load_file(f / "checkpoints/step_0000012/model.safetensors") for f in folders]
+    assert weights[0].keys() == weights[1].keys() == dict(GPT(load_config(CONFIG).model).named_parameters()).keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    losses = [
+        [(r["step"], r.get("loss"), r.get("val_loss")) for r in read_metrics(f / "metrics.jsonl")] for f in folders
+    ]
+    assert losses[0] == losses[1]
+    shutil.rmtree(folders[1] / "checkpoints/step_0000012")
+    train_gpt.main([*once, "--optimizer=mars_m", "--dtype=bfloat16"])  # from step 8
+    again = load_file(folders[1] / "checkpoints/step_0000012/model.safetensors")
+    assert all(torch.equal(weights[0][name], again[name]) for name in again)
+
+
+def test_weights_cast_once_per_step_stay_in_one_graph_and_out_of_the_state():
+    torch._dynamo.utils.counters.clear()
+    results = []
+    for when in ("micro_batch", "step"):
+        model = model_with(cast_weights=when)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        if when == "step":
+            cast_per_step(model, optimizer)
+        compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+        losses = []
+        for step in range(3):
+            for part in range(2):
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = compiled(*tokens(2 * step + part))
+                loss.backward()
+                losses.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append((losses, model.state_dict()))
+    (one, weights), (two, others) = results
+    assert one == two
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one each: updates compile nothing anew
+
+
+# ---- DDP
+
+
+def test_buckets_are_a_tenth_of_the_gradients_and_at_least_25_mb():
+    with torch.device("meta"):
+        large = GPT(GPTConfig(n_layer=36, n_head=20, n_embd=1280))
+    assert bucket_size(large, ComputeConfig()) == large.num_params() * 4 // 2**20 // 10 == 295
+    assert bucket_size(GPT(SHAPE), ComputeConfig()) == 25
+    assert bucket_size(large, ComputeConfig(bucket_mb=64)) == 64
+    with pytest.raises(ConfigError, match="compute.bucket_mb=-1: must not be negative"):
+        load_config(CONFIG, ["--bucket_mb=-1"])
+
+
+# ---- deterministic replay and the garbage collector
+
+
+def process_settings() -> dict:
+    """What torch, cuBLAS and Python are set to."""
+    return dict(
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        inductor=torch._inductor.config.deterministic,
+        warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+        benchmark=torch.backends.cudnn.benchmark,
+        workspace=os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        attention=_cur_sdpa_kernel_backends(with_priority=True),
+        collector=gc.isenabled(),
+        frozen=gc.get_freeze_count() > 0,
+    )
+
+
+def test_a_deterministic_run_sets_what_it_says_and_puts_it_back(arguments, monkeypatch, tmp_path):
+    """The collector rests during the steps of any run."""
+    during, accumulate = [], train_gpt.Trainer.accumulate
+    monkeypatch.setattr(
+        train_gpt.Trainer, "accumulate", lambda self, *a: (during.append(process_settings()), accumulate(self, *a))[1]
+    )
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    before = process_settings()
+    train_gpt.main([*arguments, "--deterministic=true"])
+    assert process_settings() == before
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    expected = dict(deterministic=True, inductor=True, warn_only=False, benchmark=False, workspace=":4096:8")
+    assert during == 12 * [expected | dict(attention=backends, collector=False, frozen=True)]
+
+    during.clear()
+    shutil.rmtree(tmp_path / "runs/run/checkpoints/step_0000012")
+    train_gpt.main(arguments)  # continued without it
+    assert during == 4 * [before | dict(collector=False, frozen=True)]
+    assert process_settings() == before
+
+
+def test_settings_come_back_after_a_failure_and_a_given_workspace_stays(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    before = process_settings()
+    with pytest.raises(KeyError), torch_settings(ComputeConfig(deterministic=True)), collector_paused():
+        assert process_settings()["workspace"] == ":16:8"
+        assert process_settings()["deterministic"]
+        raise KeyError
+    assert process_settings() == before
+
+
+def test_cudnn_attention_is_refused_where_it_cannot_repeat_itself():
+    with pytest.raises(
+        ConfigError, match='compute.attention="cudnn": its gradients are not deterministic; use "flash"'
+    ):
+        load_config(CONFIG, ["--attention=cudnn", "--deterministic=true"])
+    assert "cudnn" not in attention_order(ComputeConfig(attention="efficient", deterministic=True))
