@@ -1,10 +1,17 @@
 """Every bench runs in its smoke mode, measures both sides, and leaves a table."""
 
+import contextlib
 import json
+import math
+import time
 
 import pytest
+import torch
 
-from bench import optimizer_step, prepare, report, train_step
+from bench import micro, micro_optimizers, optimizer_step, prepare, report, train_step
+from bench.peers import plain_newton_schulz
+from bench.timing import Session, TimeIsUp, shape_of, time_limit
+from optimizers.newton_schulz import orthogonalize
 
 
 @pytest.fixture
@@ -44,3 +51,75 @@ def test_prepare(results):
     assert len(timed) == 5
     assert all(rate > 0 for rate in timed)
     assert {f"projected: {c} on {n} cores" for c in prepare.CORPORA for n in (16, 64)} < measured.keys()
+
+
+def test_micro(results):
+    micro.main(["--smoke", f"--folder={results}"])
+    found = {(r["block"], r["what"], r.get("kind")): r for r in rows(results)}
+    count = {block: sum(b == block for b, *_ in found) for block in micro.BLOCKS}
+    assert count == {"gemm": 15, "sdpa": 4, "ce": 6, "ns": 4, "optim": 7}
+    for key, row in found.items():
+        if row["note"]:
+            assert key[1] in ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "flex_attention, compiled")  # none on a CPU
+            assert "ms" not in row
+        elif "copy" not in key[1]:
+            assert 0 < row["ms"] < math.inf
+    losses = [r for r in found.values() if r["block"] == "ce"]
+    assert [r["loss"] for r in losses] == pytest.approx([losses[0]["loss"]] * 6, rel=1e-3)
+    assert [r["slope"] for r in losses] == pytest.approx([losses[0]["slope"]] * 6, rel=1e-2)
+    assert all(r["to_floor"] > 0 for r in found.values() if "to_floor" in r)
+    assert micro_optimizers.BYTES.keys() == {
+        what for block, what, _ in found if block == "optim" and "copy" not in what
+    }
+
+
+def test_plain_newton_schulz_is_the_same_iteration():
+    matrices = torch.randn(2, 8, 24, generator=torch.Generator().manual_seed(0))
+    expected = orthogonalize(matrices, dtype=torch.float32)
+    assert (plain_newton_schulz(matrices).float() - expected).norm() < 0.05 * expected.norm()
+
+
+def test_floating_point_operations_of_newton_schulz():
+    """20 m^2 n + 10 m^3 over every matrix of a layer: qkv, proj, and both of the MLP."""
+    for size, teraflop in (("124M", 1.52), ("1558M", 55.05)):
+        d = shape_of(size).n_embd
+        by_hand = shape_of(size).n_layer * sum(20 * d * d * n * d + 10 * d**3 for n in (3, 1, 4, 4))
+        assert (
+            micro_optimizers.newton_schulz_flops(shape_of(size)) == by_hand == pytest.approx(1e12 * teraflop, rel=1e-2)
+        )
+
+
+def test_a_row_that_fails_is_a_note_and_not_the_end(tmp_path):
+    session = Session("rows", smoke=True, folder=tmp_path)
+
+    def fail(error):
+        raise error
+
+    session.row(lambda: fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")), what="a")
+    session.row(lambda: fail(RuntimeError("no such kernel\nat x")), what="b")
+    session.row(lambda: time.sleep(5), what="c", budget=0.01)
+    assert session.row(lambda: dict(ms=1.0), what="d") == dict(ms=1.0)
+    session.ends = 0
+    session.row(lambda: dict(ms=1.0), what="e")
+    notes = {r["what"]: r["note"] for r in session.report.rows}
+    assert notes["a"] == "out of memory"
+    assert notes["b"] == "not measured: no such kernel"
+    assert notes["c"] == "not measured: over its 0.01 s"
+    assert notes["d"] == ""
+    assert "are over" in notes["e"]
+    kept = [json.loads(line) for line in session.report.path.read_text().splitlines()[1:]]
+    assert kept == session.report.rows  # each was on the disk before the next began
+
+
+def test_a_time_limit_is_no_exception_that_a_library_could_swallow():
+    with pytest.raises(TimeIsUp), time_limit(0.01):
+        while True:
+            with contextlib.suppress(Exception):
+                time.sleep(1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_a_real_run_is_refused(results):
+    with pytest.raises(SystemExit, match=r"bench\.micro: needs a CUDA GPU; --smoke"):
+        micro.main(["gemm"])
+    assert list(results.iterdir()) == []
