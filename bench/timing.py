@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -57,13 +57,15 @@ def time_limit(seconds: float) -> Iterator[None]:
 class Session:
     """One bench run: its device, its report, and its budget of time.
 
-    smoke: tiny shapes on the CPU, captured by the compiler but not optimized, results in a temporary
-    folder unless one is given. Raises SystemExit where a GPU is wanted and there is none.
+    smoke: tiny shapes on the CPU, results in a temporary folder unless one is given, and `backend` in
+    the compiler's stead: "eager" captures graphs, "aot_eager" differentiates them, too.
+    Raises SystemExit where a GPU is wanted and there is none.
     """
 
-    def __init__(self, name: str, smoke: bool, folder: Path | None = None) -> None:
+    def __init__(self, name: str, smoke: bool, folder: Path | None = None, backend: str = "eager") -> None:
         if not smoke and not torch.cuda.is_available():
             sys.exit(f"bench.{name.partition('_')[0]}: needs a CUDA GPU; --smoke runs tiny shapes on the CPU")
+        self.compile = partial(torch.compile, backend=backend) if smoke else torch.compile
         self.smoke, self.device = smoke, torch.device("cpu" if smoke else "cuda")
         self.report = Report(name, self.device, folder or (Path(tempfile.mkdtemp()) if smoke else None))
         self.ends = time.perf_counter() + LIMIT
@@ -75,14 +77,17 @@ class Session:
     def left(self) -> float:
         return self.ends - time.perf_counter()
 
-    def row(self, function: Callable[[], dict], budget: float = 60, **names: object) -> dict:
-        """Report the names and what the function finds, and return that; failure or a spent budget becomes a note."""
+    def row(self, function: Callable[[], dict], budget: float = 60, keep: bool = False, **names: object) -> dict:
+        """Report the names and what the function finds, and return that; failure or a spent budget becomes a note.
+
+        keep: what was compiled, for the next row.
+        """
         figures, note = {}, ""
         limit = min(budget, self.left)
         try:
             if limit <= 0:
                 raise TimeIsUp
-            with time_limit(limit), compiler(self.smoke):
+            with time_limit(limit), mock.patch.object(torch, "compile", self.compile):
                 figures = function()
         except TimeIsUp:
             note = f"not measured: over its {budget:g} s" if limit == budget else f"not measured: {LIMIT} s are over"
@@ -90,7 +95,8 @@ class Session:
             note = "out of memory"
         except RuntimeError as error:
             note = f"not measured: {(str(error).splitlines() or [type(error).__name__])[0][:120]}"
-        torch._dynamo.reset()  # a bench compiles one function for many shapes
+        if not keep:
+            torch._dynamo.reset()  # one function is compiled for many shapes: more than its cache holds
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -109,11 +115,6 @@ class Session:
 
     def randn(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=self.device)
-
-
-def compiler(smoke: bool) -> AbstractContextManager:
-    """In here torch.compile does all of its work, or in a smoke run the first stage only, the capture."""
-    return mock.patch.object(torch, "compile", partial(torch.compile, backend="eager") if smoke else torch.compile)
 
 
 def mark(device: torch.device) -> torch.cuda.Event | float:

@@ -8,9 +8,10 @@ import time
 import pytest
 import torch
 
-from bench import micro, micro_optimizers, optimizer_step, prepare, report, train_step
+from bench import correctness, micro, micro_optimizers, optimizer_step, prepare, report, train_step
 from bench.peers import plain_newton_schulz
 from bench.timing import Session, TimeIsUp, shape_of, time_limit
+from bench.trace import by_kernel, gpu_events, idle_share
 from optimizers.newton_schulz import orthogonalize
 
 
@@ -123,3 +124,60 @@ def test_without_a_gpu_a_real_run_is_refused(results):
     with pytest.raises(SystemExit, match=r"bench\.micro: needs a CUDA GPU; --smoke"):
         micro.main(["gemm"])
     assert list(results.iterdir()) == []
+
+
+def test_correctness(results, monkeypatch):
+    correctness.main(["--smoke", f"--folder={results}"])
+    checks = {r["what"]: r for r in rows(results)}
+    assert len(checks) == 11
+    on_a_gpu = {what for what, r in checks.items() if r["result"] == "not measured"}
+    assert {what.split()[0] for what in on_a_gpu} == {"waits", "share", "copies"}
+    for what in checks.keys() - on_a_gpu:
+        assert (checks[what]["result"], checks[what]["note"]) == ("ok", "")
+        assert 0 <= checks[what]["found"] <= checks[what]["bound"]
+    assert checks["bf16 eager against float32 eager: gradient of the worst tensor, relative"]["found"] > 1e-4
+
+
+def test_a_check_that_fails_ends_with_status_1(results, monkeypatch):
+    def one_of_each(session, *rest):
+        correctness.check(session, "at the bound", 0, lambda: 0)
+        correctness.check(session, "above it", 1.0, lambda: 1.1)
+        correctness.check(session, "no number", 1.0, lambda: math.nan)
+        correctness.check(session, "an error", 1.0, lambda: torch.zeros(2) @ torch.zeros(3))
+        correctness.check(session, "no GPU", 1.0, lambda: "needs a CUDA GPU")
+
+    for name in ("check_numbers", "check_steady"):
+        monkeypatch.setattr(correctness, name, lambda *rest: None)
+    monkeypatch.setattr(correctness, "check_resume", one_of_each)
+    with pytest.raises(SystemExit) as stop:
+        correctness.main(["--smoke", f"--folder={results}"])
+    assert stop.value.code == 1
+    assert [r["result"] for r in rows(results)] == ["ok", "FAIL", "FAIL", "FAIL", "not measured"]
+
+
+def test_differences_that_the_checks_are_about():
+    reference = {"loss": torch.tensor(2.0), "a": torch.ones(4), "b": torch.ones(100)}
+    found = reference | {"loss": torch.tensor(2.01), "a": torch.tensor([1.0, 1.0, 1.0, 1.2])}
+    assert correctness.loss_error(found, reference) == pytest.approx(0.005)
+    assert correctness.gradient_error(found, reference) == pytest.approx(0.1)
+
+
+def test_idle_time_and_kernels_of_a_trace(tmp_path):
+    def event(cat, name, start, duration):
+        return dict(ph="X", cat=cat, name=name, ts=start, dur=duration)
+
+    events = [
+        event("kernel", "gemm", 100, 50),
+        event("kernel", "gemm", 160, 30),  # overlaps the next
+        event("gpu_memcpy", "Memcpy DtoH", 180, 10.2),
+        event("kernel", "tiny", 199.5, 0.5),
+        event("gpu_user_annotation", "Optimizer.step", 0, 1000),
+        event("cpu_op", "aten::mm", 0, 1000),
+        dict(ph="M", name="process_name"),
+    ]
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps(dict(traceEvents=events)))
+    on_gpu = gpu_events(path)
+    assert len(on_gpu) == 4
+    assert idle_share(on_gpu) == pytest.approx(1 - (50 + 30.2 + 0.5) / 100)
+    assert by_kernel(on_gpu) == pytest.approx({"gemm": 80 / 90.7, "Memcpy DtoH": 10.2 / 90.7})
