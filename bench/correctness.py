@@ -32,7 +32,6 @@ from bench.timing import SIZES, Session, arguments
 from bench.trace import by_kernel, idle_share, trace_of
 
 NO_GPU = "needs a CUDA GPU"
-DETERMINISTIC = ()
 
 
 def check(
@@ -116,7 +115,14 @@ def run_to_its_end(arguments: list[str]) -> None:
 
 def check_resume(s: Session, folder: Path, size: str, steps: int = 6) -> None:
     """Weights and optimizer state of four layers after a stop in the middle and a second start, against one run."""
-    settings = ("optimizer=mars_m", "n_layer=4", "batch_size=16", "micro_batch=8", f"steps={steps}", *DETERMINISTIC)
+    settings = (
+        "optimizer=mars_m",
+        "n_layer=4",
+        "batch_size=16",
+        "micro_batch=8",
+        f"steps={steps}",
+        "deterministic=true",
+    )
     accumulate = train_gpt.Trainer.accumulate
 
     def stop_in_the_middle(self: train_gpt.Trainer, batch: Tensor, step: int) -> Tensor:
@@ -210,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = arguments("correctness", __doc__)
     parser.add_argument("--size", choices=SIZES, default="124M")
     args = parser.parse_args(argv)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mode, before CUDA starts
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic mode, which comes last: too late
     session = Session(f"correctness_{args.size}", args.smoke, args.folder, backend="aot_eager")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

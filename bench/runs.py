@@ -14,7 +14,7 @@ from runtime.distributed import start_world
 from train_gpt import Trainer
 
 MICRO = {"124M": 60, "355M": 40, "774M": 24, "1558M": 16}  # sequences that a forward pass of a bench takes
-TINY = ("n_layer=2", "n_head=2", "n_embd=32", "block_size=64", "vocab_size=500", "device=cpu")
+TINY = ("n_layer=1", "n_head=2", "n_embd=32", "block_size=64", "vocab_size=500", "device=cpu")
 SMALL_BATCH = ("batch_size=4", "micro_batch=2")
 QUIET = ("val_windows=2", "eval_every=1000000", "checkpoint.every=1000000", "log.every=1000000")
 

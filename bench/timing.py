@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -24,7 +24,7 @@ from model import GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {"124M": "gpt2_small", "355M": "gpt2_medium", "774M": "gpt2_large", "1558M": "gpt2_xl"}
-TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=500)
+TINY = GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=64, vocab_size=500)
 COPY = 4.3e12  # bytes/s, read plus written, of a copy on an H200: what predictions of traffic there rest on
 LIMIT = 570  # seconds of a whole bench; what is not measured by then is said not to be
 
@@ -65,8 +65,7 @@ class Session:
     def __init__(self, name: str, smoke: bool, folder: Path | None = None, backend: str = "eager") -> None:
         if not smoke and not torch.cuda.is_available():
             sys.exit(f"bench.{name.partition('_')[0]}: needs a CUDA GPU; --smoke runs tiny shapes on the CPU")
-        self.compile = partial(torch.compile, backend=backend) if smoke else torch.compile
-        self.smoke, self.device = smoke, torch.device("cpu" if smoke else "cuda")
+        self.smoke, self.backend, self.device = smoke, backend, torch.device("cpu" if smoke else "cuda")
         self.report = Report(name, self.device, folder or (Path(tempfile.mkdtemp()) if smoke else None))
         self.ends = time.perf_counter() + LIMIT
         torch.manual_seed(0)
@@ -87,7 +86,7 @@ class Session:
         try:
             if limit <= 0:
                 raise TimeIsUp
-            with time_limit(limit), mock.patch.object(torch, "compile", self.compile):
+            with time_limit(limit), compiler(self.smoke, self.backend):
                 figures = function()
         except TimeIsUp:
             note = f"not measured: over its {budget:g} s" if limit == budget else f"not measured: {LIMIT} s are over"
@@ -115,6 +114,11 @@ class Session:
 
     def randn(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=self.device)
+
+
+def compiler(smoke: bool, backend: str = "eager") -> AbstractContextManager:
+    """In here torch.compile is itself, or in a smoke run hands its graphs to a backend that is quick to start."""
+    return mock.patch.object(torch, "compile", partial(torch.compile, backend=backend)) if smoke else nullcontext()
 
 
 def mark(device: torch.device) -> torch.cuda.Event | float:

@@ -4,14 +4,18 @@ import contextlib
 import json
 import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import ROOT
 
-from bench import correctness, micro, micro_optimizers, optimizer_step, prepare, report, train_step
+from bench import correctness, ladder, micro, micro_optimizers, optimizer_step, prepare, report, train_step
 from bench.peers import plain_newton_schulz
-from bench.timing import Session, TimeIsUp, shape_of, time_limit
+from bench.runs import MICRO
+from bench.timing import SIZES, Session, TimeIsUp, shape_of, time_limit
 from bench.trace import by_kernel, gpu_events, idle_share
+from config.load import load_config
 from optimizers.newton_schulz import orthogonalize
 
 
@@ -181,3 +185,67 @@ def test_idle_time_and_kernels_of_a_trace(tmp_path):
     assert len(on_gpu) == 4
     assert idle_share(on_gpu) == pytest.approx(1 - (50 + 30.2 + 0.5) / 100)
     assert by_kernel(on_gpu) == pytest.approx({"gemm": 80 / 90.7, "Memcpy DtoH": 10.2 / 90.7})
+
+
+def test_ladder(results):
+    ladder.main(["--smoke", f"--folder={results}"])
+    found = {r["rung"]: r for r in rows(results)}
+    assert found.keys() == {*ladder.RUNGS, "best against nanogpt", "best against materialized"}
+    best = found["best"]["tokens_per_s"]
+    for peer in ("nanogpt", "materialized"):
+        assert found.pop(f"best against {peer}")["speed_ratio"] == best / found[peer]["tokens_per_s"]
+    for name, r in found.items():
+        numbers = ("tokens_per_s", "memory_gb", "step_ms", "optimizer_ms", "optimizer_share", "compile_s")
+        assert all(0 < r[key] < math.inf for key in numbers), name
+        assert r["optimizer_ms"] < r["step_ms"]
+        assert r["note"] == ""
+        assert (r["mfu_palm"], r["mfu_causal"], r["predicted_tokens_per_s"]) == (None, None, None)  # not for a CPU
+        assert ("data_wait_ms" in r) == (not ladder.RUNGS[name].peer)
+        # tokens/s are of a step of 480 sequences, from one of `sequences`
+        whole = (r["step_ms"] - r["optimizer_ms"]) * 480 / r["sequences"] + r["optimizer_ms"]
+        assert r["tokens_per_s"] == pytest.approx(1e3 * 480 * 64 / whole)
+        assert r["optimizer_share"] == pytest.approx(r["optimizer_ms"] / whole)
+
+
+def test_a_rung_in_a_process_of_its_own(tmp_path):
+    figures = ladder.in_own_process("nanogpt", "124M", smoke=True, micro=2)
+    assert figures["tokens_per_s"] > 0
+    session = Session("rungs", smoke=True, folder=tmp_path)
+    session.row(lambda: ladder.in_own_process("best", "124M", True, "x"), rung="fails")
+    session.row(lambda: ladder.in_own_process("best", "124M", True, 2), budget=0.5, rung="late")
+    notes = [r["note"] for r in session.report.rows]
+    assert "argument --micro: invalid micro_batch value: 'x'" in notes[0]
+    assert notes[1] == "not measured: over its 0.5 s"
+
+
+def test_a_rung_without_memory_is_tried_with_smaller_micro_batches(tmp_path, monkeypatch):
+    def measure(name, size, smoke, micro):
+        if micro > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return dict(micro_batch=micro)
+
+    monkeypatch.setattr(ladder, "measure", measure)
+    session = Session("rungs", smoke=True, folder=tmp_path)
+    assert ladder.climb(session, "best", "124M", 10) == dict(micro_batch=2)
+    assert [r["note"] for r in session.report.rows] == ["out of memory", "out of memory", ""]
+    assert {r["size"] for r in session.report.rows} == {"tiny"}  # nobody takes a smoke run for a measurement
+
+
+def test_rungs_are_settings_of_the_trainer():
+    """The ladder names settings that the schema has, batches that divide, and each rung adds what its name says."""
+    assert ladder.default_micro("best", "1558M") == ladder.micro_batch("auto") == "auto"
+    for size, most in MICRO.items():
+        for name, rung in ladder.RUNGS.items():
+            for smaller in (most, most // 2, most // 4, 1):
+                sequences = ladder.sequences_of(name, size, smaller)
+                given = (*rung.settings, f"batch_size={sequences}", f"micro_batch={smaller}")
+                run = load_config(ROOT / f"config/{SIZES[size]}.py", [f"--{setting}" for setting in given])
+                assert run.accumulation(1) * smaller == sequences <= 480
+    graph, cudnn, residual, cast = (
+        load_config(ROOT / "config/gpt2_small.py", [f"--{s}" for s in ladder.RUNGS[name].settings]).compute
+        for name in ("loss_in_graph", "cudnn", "bf16_residual", "cast_once")
+    )
+    assert (graph.attention, graph.residual, graph.cast_weights) == ("flash", "float32", "micro_batch")
+    assert cudnn == replace(graph, attention="cudnn")
+    assert residual == replace(cudnn, residual="bfloat16")
+    assert cast == replace(residual, cast_weights="step")
