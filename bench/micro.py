@@ -140,6 +140,12 @@ def bench_ce(s: Session, size: str, c: GPTConfig) -> None:
     def own_chunks(rows: int) -> dict:
         return measure(partial(chunked, torch.compile(loss_and_slope, fullgraph=True, dynamic=False), rows), predicted)
 
+    def torchs_own(rows: int) -> dict:
+        if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+            raise RuntimeError("this torch has no linear_cross_entropy in chunks")
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+        return measure(partial(whole, partial(F.linear_cross_entropy, options=options)))
+
     names = dict(block="ce", size=size)
     s.row(compiled, **names, what="bf16 logits, compiled")
     s.row(lambda: measure(partial(whole, mean_loss)), **names, what="fp32 logits, not compiled")
@@ -147,6 +153,7 @@ def bench_ce(s: Session, size: str, c: GPTConfig) -> None:
         s.row(partial(compiled, chunks), **names, what=f"Inductor's auto-chunker, {chunks} chunks")
     for chunks in (4, 2):
         s.row(partial(own_chunks, n // chunks), **names, what=f"own chunks of {n // chunks} tokens")
+    s.row(partial(torchs_own, n // 4), **names, what=f"torch's linear_cross_entropy, chunks of {n // 4} tokens")
 
 
 BLOCKS = {"gemm": bench_gemm, "sdpa": bench_sdpa, "ce": bench_ce, "ns": bench_ns, "optim": bench_optim}

@@ -62,16 +62,19 @@ def test_micro(results):
     micro.main(["--smoke", f"--folder={results}"])
     found = {(r["block"], r["what"], r.get("kind")): r for r in rows(results)}
     count = {block: sum(b == block for b, *_ in found) for block in micro.BLOCKS}
-    assert count == {"gemm": 15, "sdpa": 4, "ce": 6, "ns": 4, "optim": 7}
+    assert count == {"gemm": 15, "sdpa": 4, "ce": 7, "ns": 4, "optim": 7}
     for key, row in found.items():
         if row["note"]:
-            assert key[1] in ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "flex_attention, compiled")  # none on a CPU
+            assert key[1].split()[0] in ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "flex_attention,", "torch's")
             assert "ms" not in row
         elif "copy" not in key[1]:
             assert 0 < row["ms"] < math.inf
-    losses = [r for r in found.values() if r["block"] == "ce"]
-    assert [r["loss"] for r in losses] == pytest.approx([losses[0]["loss"]] * 6, rel=1e-3)
-    assert [r["slope"] for r in losses] == pytest.approx([losses[0]["slope"]] * 6, rel=1e-2)
+    losses = [r for r in found.values() if r["block"] == "ce" and not r["note"]]
+    assert [r["loss"] for r in losses] == pytest.approx(
+        [losses[0]["loss"]] * len(losses), rel=4e-3
+    )  # one is rounded to bf16
+    assert [r["slope"] for r in losses] == pytest.approx([losses[0]["slope"]] * len(losses), rel=1e-2)
+    assert len(losses) >= 6
     assert all(r["to_floor"] > 0 for r in found.values() if "to_floor" in r)
     assert micro_optimizers.BYTES.keys() == {
         what for block, what, _ in found if block == "optim" and "copy" not in what
