@@ -11,34 +11,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from bench.peers import published_mars
 from bench.report import Report, interleaved
 from model import GPT, GPTConfig
 from optimizers import MARSConfig, MARSMConfig, MuonConfig, build_optimizer
-
-
-def published_mars(params: list[Tensor]) -> Callable[[], None]:
-    """MARS-AdamW as its authors' class computes it: tensor by tensor, most operations into a new tensor, and the
-    clip decided on the host. The gradient itself is kept as the previous one, without a copy."""
-    state = {p: [torch.zeros_like(p) for _ in range(3)] for p in params}
-    lr, beta1, beta2, gamma, decay, count = 6e-3, 0.95, 0.99, 0.025, 0.01, 0
-
-    def step() -> None:
-        nonlocal count
-        count += 1
-        for p in params:
-            previous, m, v = state[p]
-            c = torch.add(p.grad, torch.mul(torch.sub(p.grad, previous), gamma * beta1 / (1 - beta1)))
-            norm = torch.norm(c)
-            if norm > 1:
-                c = torch.div(c, norm)
-            m.mul_(beta1).add_(c, alpha=1 - beta1)
-            v.mul_(beta2).addcmul_(c, c, value=1 - beta2)
-            root = torch.add(torch.mul(torch.sqrt(v), (1 - beta2**count) ** -0.5), 1e-8)
-            direction = torch.div(m, torch.mul(root, 1 - beta1**count))
-            p.add_(torch.mul(torch.add(torch.mul(p, decay), direction), -lr))
-            state[p][0] = p.grad
-
-    return torch.no_grad()(step)
 
 
 def torch_muon(matrices: list[Tensor], rest: list[Tensor]) -> Callable[[], None]:

@@ -33,16 +33,26 @@ class Report:
             f.write(json.dumps(row) + "\n")
         print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
 
-    def table(self) -> None:
-        """Print all rows as a markdown table and write it beside the JSON lines."""
-        keys = list(dict.fromkeys(k for row in self.rows for k in row))
-        lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+    def table(self, by: str | None = None) -> None:
+        """Print all rows as a markdown table and write it beside the JSON lines.
+
+        by: a key of the rows; there is a table for each of its values.
+        """
+        groups: dict[object, list[dict]] = {}
         for row in self.rows:
-            cells = [row.get(k, "") for k in keys]
-            lines.append("| " + " | ".join(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells) + " |")
-        text = "\n".join(lines)
+            groups.setdefault(row.get(by), []).append(row)
+        text = "\n\n".join(_markdown(rows) for rows in groups.values())
         self.path.with_suffix(".md").write_text(f"{self.path.read_text().splitlines()[0]}\n\n{text}\n")
         print(f"\n{text}\n\nwritten to {self.path} and .md")
+
+
+def _markdown(rows: list[dict]) -> str:
+    keys = list(dict.fromkeys(k for row in rows for k in row))
+    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+    for row in rows:
+        cells = ["" if row.get(k) is None else row[k] for k in keys]
+        lines.append("| " + " | ".join(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells) + " |")
+    return "\n".join(lines)
 
 
 def interleaved(sides: dict[str, Callable[[], None]], rounds: int, warmup: int = 1) -> dict[str, float]:

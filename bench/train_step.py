@@ -10,61 +10,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import train_gpt
+from bench.peers import PlainGPT
 from bench.report import Report, interleaved
+from bench.timing import ROOT, write_tokens
 from config.load import apply, load_config
 from data.loader import DataConfig, TrainLoader
-from data.shards import open_dataset, write_shard
+from data.shards import open_dataset
 from model import GPT, GPTConfig
 from optimizers import AdamWConfig, MARSConfig, build_optimizer
 from runtime.distributed import World
 from runtime.guard import Guard
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-
-
-class PlainBlock(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
-        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, dim=2))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(y.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
-
-
-class PlainGPT(nn.Module):
-    """A GPT of the same shape as anybody would write it in plain PyTorch, with loss and tied head."""
-
-    def __init__(self, c: GPTConfig) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(c.vocab_size, c.n_embd), nn.Embedding(c.block_size, c.n_embd)
-        self.blocks = nn.ModuleList(PlainBlock(c.n_embd, c.n_head) for _ in range(c.n_layer))
-        self.norm = nn.LayerNorm(c.n_embd, bias=False)
-        for p in self.parameters():
-            if p.dim() > 1:
-                nn.init.normal_(p, std=0.02)
-
-    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
-        x = self.tokens(idx) + self.positions(torch.arange(idx.size(1)))
-        for block in self.blocks:
-            x = block(x)
-        logits = F.linear(self.norm(x), self.tokens.weight)
-        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
 
 
 def bench_step(shape: GPTConfig, batch: int, rounds: int, report: Report) -> None:
@@ -127,9 +90,7 @@ def bench_exact(shape: GPTConfig, batch: int, rounds: int, report: Report) -> No
 def bench_overhead(steps: int, report: Report) -> None:
     """The loop with its computation replaced by 200 ms of sleep: what data, logging and checks add."""
     with tempfile.TemporaryDirectory() as folder:
-        tokens = np.random.default_rng(0).integers(0, 257, 500_000).astype(np.uint16)
-        for name in ("train_000000.bin", "val_000000.bin"):
-            write_shard(Path(folder, name), tokens, len(tokens))
+        write_tokens(folder, 257, 500_000)
         run = load_config(ROOT / "config/quickstart.py", [f"--steps={steps}", "--warmup=0", "--log.every=1"])
         run = apply(run, {"data.path": folder, "log.folder": folder, "data.val_windows": 1})
         trainer = train_gpt.Trainer(run, World(0, 1, CPU), fresh=False)
@@ -153,9 +114,7 @@ def bench_overhead(steps: int, report: Report) -> None:
 def bench_loader(steps: int, report: Report) -> None:
     """The loader alone, from page cache, GPT-2's batch of 480 windows of 1024 tokens."""
     with tempfile.TemporaryDirectory() as folder:
-        tokens = np.random.default_rng(0).integers(0, 50257, 60_000_000).astype(np.uint16)
-        for name in ("train_000000.bin", "val_000000.bin"):
-            write_shard(Path(folder, name), tokens, len(tokens))
+        write_tokens(folder, 50257, 60_000_000)
         dataset = open_dataset(folder, 50257)
         loader = TrainLoader(dataset, DataConfig(), block_size=1024, batch_size=480, vocab_size=50257, seed=0)
         loader.batch(0)

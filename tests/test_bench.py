@@ -1,10 +1,22 @@
 """Every bench runs in its smoke mode, measures both sides, and leaves a table."""
 
+import contextlib
 import json
+import math
+import time
+from dataclasses import replace
 
 import pytest
+import torch
+from conftest import ROOT
 
-from bench import optimizer_step, prepare, report, train_step
+from bench import correctness, ladder, micro, micro_optimizers, optimizer_step, prepare, report, train_step
+from bench.peers import plain_newton_schulz
+from bench.runs import MICRO
+from bench.timing import SIZES, Session, TimeIsUp, shape_of, time_limit
+from bench.trace import by_kernel, gpu_events, idle_share
+from config.load import load_config
+from optimizers.newton_schulz import orthogonalize
 
 
 @pytest.fixture
@@ -44,3 +56,199 @@ def test_prepare(results):
     assert len(timed) == 5
     assert all(rate > 0 for rate in timed)
     assert {f"projected: {c} on {n} cores" for c in prepare.CORPORA for n in (16, 64)} < measured.keys()
+
+
+def test_micro(results):
+    micro.main(["--smoke", f"--folder={results}"])
+    found = {(r["block"], r["what"], r.get("kind")): r for r in rows(results)}
+    count = {block: sum(b == block for b, *_ in found) for block in micro.BLOCKS}
+    assert count == {"gemm": 15, "sdpa": 4, "ce": 7, "ns": 4, "optim": 7}
+    for key, row in found.items():
+        if row["note"]:
+            assert key[1].split()[0] in ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "flex_attention,", "torch's")
+            assert "ms" not in row
+        elif "copy" not in key[1]:
+            assert 0 < row["ms"] < math.inf
+    losses = [r for r in found.values() if r["block"] == "ce" and not r["note"]]
+    assert [r["loss"] for r in losses] == pytest.approx(
+        [losses[0]["loss"]] * len(losses), rel=4e-3
+    )  # one is rounded to bf16
+    assert [r["slope"] for r in losses] == pytest.approx([losses[0]["slope"]] * len(losses), rel=1e-2)
+    assert len(losses) >= 6
+    assert all(r["to_floor"] > 0 for r in found.values() if "to_floor" in r)
+    assert micro_optimizers.BYTES.keys() == {
+        what for block, what, _ in found if block == "optim" and "copy" not in what
+    }
+
+
+def test_plain_newton_schulz_is_the_same_iteration():
+    matrices = torch.randn(2, 8, 24, generator=torch.Generator().manual_seed(0))
+    expected = orthogonalize(matrices, dtype=torch.float32)
+    assert (plain_newton_schulz(matrices).float() - expected).norm() < 0.05 * expected.norm()
+
+
+def test_floating_point_operations_of_newton_schulz():
+    """20 m^2 n + 10 m^3 over every matrix of a layer: qkv, proj, and both of the MLP."""
+    for size, teraflop in (("124M", 1.52), ("1558M", 55.05)):
+        d = shape_of(size).n_embd
+        by_hand = shape_of(size).n_layer * sum(20 * d * d * n * d + 10 * d**3 for n in (3, 1, 4, 4))
+        assert (
+            micro_optimizers.newton_schulz_flops(shape_of(size)) == by_hand == pytest.approx(1e12 * teraflop, rel=1e-2)
+        )
+
+
+def test_a_row_that_fails_is_a_note_and_not_the_end(tmp_path):
+    session = Session("rows", smoke=True, folder=tmp_path)
+
+    def fail(error):
+        raise error
+
+    session.row(lambda: fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")), what="a")
+    session.row(lambda: fail(RuntimeError("no such kernel\nat x")), what="b")
+    session.row(lambda: time.sleep(5), what="c", budget=0.01)
+    assert session.row(lambda: dict(ms=1.0), what="d") == dict(ms=1.0)
+    session.ends = 0
+    session.row(lambda: dict(ms=1.0), what="e")
+    notes = {r["what"]: r["note"] for r in session.report.rows}
+    assert notes["a"] == "out of memory"
+    assert notes["b"] == "not measured: no such kernel"
+    assert notes["c"] == "not measured: over its 0.01 s"
+    assert notes["d"] == ""
+    assert "are over" in notes["e"]
+    kept = [json.loads(line) for line in session.report.path.read_text().splitlines()[1:]]
+    assert kept == session.report.rows  # each was on the disk before the next began
+
+
+def test_a_time_limit_is_no_exception_that_a_library_could_swallow():
+    with pytest.raises(TimeIsUp), time_limit(0.01):
+        while True:
+            with contextlib.suppress(Exception):
+                time.sleep(1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_a_real_run_is_refused(results):
+    with pytest.raises(SystemExit, match=r"bench\.micro: needs a CUDA GPU; --smoke"):
+        micro.main(["gemm"])
+    assert list(results.iterdir()) == []
+
+
+def test_correctness(results, monkeypatch):
+    correctness.main(["--smoke", f"--folder={results}"])
+    checks = {r["what"]: r for r in rows(results)}
+    assert len(checks) == 11
+    on_a_gpu = {what for what, r in checks.items() if r["result"] == "not measured"}
+    assert {what.split()[0] for what in on_a_gpu} == {"waits", "share", "copies"}
+    for what in checks.keys() - on_a_gpu:
+        assert (checks[what]["result"], checks[what]["note"]) == ("ok", "")
+        assert 0 <= checks[what]["found"] <= checks[what]["bound"]
+    assert checks["bf16 eager against float32 eager: gradient of the worst tensor, relative"]["found"] > 1e-4
+
+
+def test_a_check_that_fails_ends_with_status_1(results, monkeypatch):
+    def one_of_each(session, *rest):
+        correctness.check(session, "at the bound", 0, lambda: 0)
+        correctness.check(session, "above it", 1.0, lambda: 1.1)
+        correctness.check(session, "no number", 1.0, lambda: math.nan)
+        correctness.check(session, "an error", 1.0, lambda: torch.zeros(2) @ torch.zeros(3))
+        correctness.check(session, "no GPU", 1.0, lambda: "needs a CUDA GPU")
+
+    for name in ("check_numbers", "check_steady"):
+        monkeypatch.setattr(correctness, name, lambda *rest: None)
+    monkeypatch.setattr(correctness, "check_resume", one_of_each)
+    with pytest.raises(SystemExit) as stop:
+        correctness.main(["--smoke", f"--folder={results}"])
+    assert stop.value.code == 1
+    assert [r["result"] for r in rows(results)] == ["ok", "FAIL", "FAIL", "FAIL", "not measured"]
+
+
+def test_differences_that_the_checks_are_about():
+    reference = {"loss": torch.tensor(2.0), "a": torch.ones(4), "b": torch.ones(100)}
+    found = reference | {"loss": torch.tensor(2.01), "a": torch.tensor([1.0, 1.0, 1.0, 1.2])}
+    assert correctness.loss_error(found, reference) == pytest.approx(0.005)
+    assert correctness.gradient_error(found, reference) == pytest.approx(0.1)
+
+
+def test_idle_time_and_kernels_of_a_trace(tmp_path):
+    def event(cat, name, start, duration):
+        return dict(ph="X", cat=cat, name=name, ts=start, dur=duration)
+
+    events = [
+        event("kernel", "gemm", 100, 50),
+        event("kernel", "gemm", 160, 30),  # overlaps the next
+        event("gpu_memcpy", "Memcpy DtoH", 180, 10.2),
+        event("kernel", "tiny", 199.5, 0.5),
+        event("gpu_user_annotation", "Optimizer.step", 0, 1000),
+        event("cpu_op", "aten::mm", 0, 1000),
+        dict(ph="M", name="process_name"),
+    ]
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps(dict(traceEvents=events)))
+    on_gpu = gpu_events(path)
+    assert len(on_gpu) == 4
+    assert idle_share(on_gpu) == pytest.approx(1 - (50 + 30.2 + 0.5) / 100)
+    assert by_kernel(on_gpu) == pytest.approx({"gemm": 80 / 90.7, "Memcpy DtoH": 10.2 / 90.7})
+
+
+def test_ladder(results):
+    ladder.main(["--smoke", f"--folder={results}"])
+    found = {r["rung"]: r for r in rows(results)}
+    assert found.keys() == {*ladder.RUNGS, "best against nanogpt", "best against materialized"}
+    best = found["best"]["tokens_per_s"]
+    for peer in ("nanogpt", "materialized"):
+        assert found.pop(f"best against {peer}")["speed_ratio"] == best / found[peer]["tokens_per_s"]
+    for name, r in found.items():
+        numbers = ("tokens_per_s", "memory_gb", "step_ms", "optimizer_ms", "optimizer_share", "compile_s")
+        assert all(0 < r[key] < math.inf for key in numbers), name
+        assert r["optimizer_ms"] < r["step_ms"]
+        assert r["note"] == ""
+        assert (r["mfu_palm"], r["mfu_causal"], r["predicted_tokens_per_s"]) == (None, None, None)  # not for a CPU
+        assert ("data_wait_ms" in r) == (not ladder.RUNGS[name].peer)
+        # tokens/s are of a step of 480 sequences, from one of `sequences`
+        whole = (r["step_ms"] - r["optimizer_ms"]) * 480 / r["sequences"] + r["optimizer_ms"]
+        assert r["tokens_per_s"] == pytest.approx(1e3 * 480 * 64 / whole)
+        assert r["optimizer_share"] == pytest.approx(r["optimizer_ms"] / whole)
+
+
+def test_a_rung_in_a_process_of_its_own(tmp_path):
+    figures = ladder.in_own_process("nanogpt", "124M", smoke=True, micro=2)
+    assert figures["tokens_per_s"] > 0
+    session = Session("rungs", smoke=True, folder=tmp_path)
+    session.row(lambda: ladder.in_own_process("best", "124M", True, "x"), rung="fails")
+    session.row(lambda: ladder.in_own_process("best", "124M", True, 2), budget=0.5, rung="late")
+    notes = [r["note"] for r in session.report.rows]
+    assert "argument --micro: invalid micro_batch value: 'x'" in notes[0]
+    assert notes[1] == "not measured: over its 0.5 s"
+
+
+def test_a_rung_without_memory_is_tried_with_smaller_micro_batches(tmp_path, monkeypatch):
+    def measure(name, size, smoke, micro):
+        if micro > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return dict(micro_batch=micro)
+
+    monkeypatch.setattr(ladder, "measure", measure)
+    session = Session("rungs", smoke=True, folder=tmp_path)
+    assert ladder.climb(session, "best", "124M", 10) == dict(micro_batch=2)
+    assert [r["note"] for r in session.report.rows] == ["out of memory", "out of memory", ""]
+    assert {r["size"] for r in session.report.rows} == {"tiny"}  # nobody takes a smoke run for a measurement
+
+
+def test_rungs_are_settings_of_the_trainer():
+    """The ladder names settings that the schema has, batches that divide, and each rung adds what its name says."""
+    assert ladder.default_micro("best", "1558M") == ladder.micro_batch("auto") == "auto"
+    for size, most in MICRO.items():
+        for name, rung in ladder.RUNGS.items():
+            for smaller in (most, most // 2, most // 4, 1):
+                sequences = ladder.sequences_of(name, size, smaller)
+                given = (*rung.settings, f"batch_size={sequences}", f"micro_batch={smaller}")
+                run = load_config(ROOT / f"config/{SIZES[size]}.py", [f"--{setting}" for setting in given])
+                assert run.accumulation(1) * smaller == sequences <= 480
+    graph, cudnn, residual, cast = (
+        load_config(ROOT / "config/gpt2_small.py", [f"--{s}" for s in ladder.RUNGS[name].settings]).compute
+        for name in ("loss_in_graph", "cudnn", "bf16_residual", "cast_once")
+    )
+    assert (graph.attention, graph.residual, graph.cast_weights) == ("flash", "float32", "micro_batch")
+    assert cudnn == replace(graph, attention="cudnn")
+    assert residual == replace(cudnn, residual="bfloat16")
+    assert cast == replace(residual, cast_weights="step")
