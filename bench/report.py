@@ -35,14 +35,19 @@ class Report:
 
     def table(self) -> None:
         """Print all rows as a markdown table and write it beside the JSON lines."""
-        keys = list(dict.fromkeys(k for row in self.rows for k in row))
-        lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
-        for row in self.rows:
-            cells = [row.get(k, "") for k in keys]
-            lines.append("| " + " | ".join(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells) + " |")
-        text = "\n".join(lines)
+        text = markdown(self.rows)
         self.path.with_suffix(".md").write_text(f"{self.path.read_text().splitlines()[0]}\n\n{text}\n")
         print(f"\n{text}\n\nwritten to {self.path} and .md")
+
+
+def markdown(rows: list[dict]) -> str:
+    """Rows as a markdown table; a key that a row lacks is an empty cell."""
+    keys = list(dict.fromkeys(k for row in rows for k in row))
+    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+    for row in rows:
+        cells = [row.get(k, "") for k in keys]
+        lines.append("| " + " | ".join(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells) + " |")
+    return "\n".join(lines)
 
 
 def interleaved(sides: dict[str, Callable[[], None]], rounds: int, warmup: int = 1) -> dict[str, float]:
