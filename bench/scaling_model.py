@@ -1,7 +1,7 @@
 """Step time, exposed communication and efficiency on W GPUs, computed from one GPU's numbers and link rates.
 
 python -m bench.scaling_model                                   assumed rates, 1, 8, 64 and 512 GPUs
-python -m bench.scaling_model --measured FILE                   rates of one GPU as a bench measured them
+python -m bench.scaling_model --measured FILE ...               rates of one GPU as bench.ladder writes them
 python -m bench.scaling_model --intra 370 --inter 45 --gpus 16 32 --batch_size 512
 
 The step (DistributedDataParallel, MARS-M with one buffer, Newton-Schulz divided over its owners):
@@ -150,14 +150,17 @@ def rates_of(assumed: Rates, given: dict[str, float], source: str, tokens: int) 
     return Rates(rate / (1 - share), ns, elementwise, words)
 
 
-def read_measured(path: str) -> tuple[dict[str, dict[str, float]], str]:
-    """What the row with most tokens_per_s of each size gives in a file of JSON lines, and the hardware named there."""
+def read_measured(path: str) -> dict[str, tuple[dict[str, float], str]]:
+    """For each size that a file of JSON lines measured: what it gives (GIVEN), and where it was measured.
+
+    Of rows with a rung, as bench.ladder writes them, "best" counts; of those, the one with most tokens_per_s.
+    """
     try:
         rows = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
         hardware = next((row["hardware"] for row in rows if "hardware" in row), "hardware not named")
         rows = [row for row in rows if row.get("size") in CONFIGS and row.get("tokens_per_s")]
-        best = {row["size"]: row for row in sorted(rows, key=lambda row: row["tokens_per_s"])}
-        out = {size: {k: float(row[k]) for k in GIVEN if row.get(k) is not None} for size, row in best.items()}
+        rows = sorted((r for r in rows if r.get("rung", "best") == "best"), key=lambda row: row["tokens_per_s"])
+        out = {row["size"]: {key: float(row[key]) for key in GIVEN if row.get(key) is not None} for row in rows}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"--measured {path}: not JSON lines of numbers ({error})") from None
     if not out:
@@ -165,13 +168,12 @@ def read_measured(path: str) -> tuple[dict[str, dict[str, float]], str]:
     for key, value in ((k, v) for given in out.values() for k, v in given.items()):
         if not 0 < value < (1 if key == "optimizer_share" else math.inf):
             raise ValueError(f"--measured {path}: {key}={value}: must be above 0, optimizer_share also below 1")
-    return out, hardware
+    return {size: (given, f"measured on {hardware}") for size, given in out.items()}
 
 
 def table(args: argparse.Namespace) -> list[dict]:
     """A row for every size and number of GPUs. Raises ValueError for a batch that does not divide."""
-    measured, hardware = read_measured(args.measured) if args.measured else ({}, "")
-    rows = []
+    measured, rows = {size: given for path in args.measured for size, given in read_measured(path).items()}, []
     for size in args.sizes:
         run = load_config(ROOT / f"config/{CONFIGS[size]}.py", ["--micro_batch=1"])
         block, work = run.model.block_size, work_of(run.model)
@@ -180,7 +182,7 @@ def table(args: argparse.Namespace) -> list[dict]:
             count = dataclasses.replace(run, batch_size=batch).accumulation(gpus)  # sequences of a GPU
             micro = max(m for m in range(1, min(args.micro_batch, count) + 1) if count % m == 0)
             rates = assumed_rates(size, run.model, micro)
-            rates = rates_of(rates, measured.get(size, {}), f"measured on {hardware}", run.tokens_per_step)
+            rates = rates_of(rates, *measured.get(size, ({}, "")), run.tokens_per_step)
             link = args.intra if gpus <= args.gpus_per_node else min(args.intra, args.inter)
             step = step_on(work, rates, link * 1e9, gpus, count * block, micro * block)
             parts = {f"{key}_ms": 1e3 * seconds for key, seconds in dataclasses.asdict(step).items()}
@@ -198,7 +200,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--intra", type=float, default=370, help="bus bandwidth within a machine, GB/s, per GPU")
     parser.add_argument("--inter", type=float, default=370, help="bus bandwidth between machines, GB/s, per GPU")
     parser.add_argument("--gpus_per_node", type=int, default=8)
-    parser.add_argument("--measured", metavar="FILE", help=f"JSON lines with size and any of {', '.join(GIVEN)}")
+    said = f"JSON lines with size, tokens_per_s and perhaps {', '.join(GIVEN[1:])}"
+    parser.add_argument("--measured", metavar="FILE", nargs="+", default=[], help=said)
     args = parser.parse_args(argv)
     try:
         for key in ("gpus", "batch_size", "micro_batch", "intra", "inter", "gpus_per_node"):

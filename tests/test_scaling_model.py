@@ -82,16 +82,20 @@ def test_without_a_measurement_every_row_says_so(capsys):
 def test_measured_rates_replace_assumed_ones(capsys, tmp_path):
     file = tmp_path / "ladder.jsonl"
     lines = [dict(bench="ladder", hardware="GPU X"), dict(size="124M", tokens_per_s=400e3), dict(note="no size")]
-    lines += [dict(size="124M", tokens_per_s=500e3, optimizer_share=0.01, rung=7)]
-    lines += [dict(size="1558M", tokens_per_s=50e3, ns_ms=100, elementwise_ms=10)]
+    lines += [dict(size="124M", rung="nanogpt", tokens_per_s=600e3)]  # a peer's, not ours
+    lines += [dict(size="124M", tokens_per_s=500e3, optimizer_share=0.01, rung="best")]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    small, other, xl = rows(capsys, "--measured", str(file), "--gpus", "1", "--sizes", "124M", "355M", "1558M")
+    second = tmp_path / "second.jsonl"
+    second.write_text(json.dumps(dict(size="1558M", tokens_per_s=50e3, ns_ms=100, elementwise_ms=10)))
+    small, other, xl = rows(
+        capsys, "--measured", str(file), str(second), "--gpus", "1", "--sizes", "124M", "355M", "1558M"
+    )
     tokens = 480 * 1024
     assert small["rates"] == "measured on GPU X: tokens_per_s, optimizer_share; elementwise_ms assumed, not measured"
     assert float(small["step_ms"]) == pytest.approx(tokens / 500, rel=1e-3)  # the rate was the whole step's
     assert float(small["compute_ms"]) == pytest.approx(0.99 * tokens / 500, rel=1e-3)
     assert other["rates"] == "assumed, not measured"
-    assert xl["rates"] == "measured on GPU X: tokens_per_s, ns_ms, elementwise_ms"
+    assert xl["rates"] == "measured on hardware not named: tokens_per_s, ns_ms, elementwise_ms"
     assert float(xl["step_ms"]) == pytest.approx(tokens / 50 + 110, rel=1e-3)
 
 
