@@ -41,12 +41,13 @@ class Report:
         groups: dict[object, list[dict]] = {}
         for row in self.rows:
             groups.setdefault(row.get(by), []).append(row)
-        text = "\n\n".join(_markdown(rows) for rows in groups.values())
+        text = "\n\n".join(markdown(rows) for rows in groups.values())
         self.path.with_suffix(".md").write_text(f"{self.path.read_text().splitlines()[0]}\n\n{text}\n")
         print(f"\n{text}\n\nwritten to {self.path} and .md")
 
 
-def _markdown(rows: list[dict]) -> str:
+def markdown(rows: list[dict]) -> str:
+    """Rows as a markdown table; a key that a row lacks is an empty cell."""
     keys = list(dict.fromkeys(k for row in rows for k in row))
     lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
     for row in rows:
