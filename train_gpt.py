@@ -212,8 +212,9 @@ class Trainer:
         text = f"step {self.step:>6}  {self.validation_text()}"
         due = self.step // self.run.eval_every % self.run.data.choices_every == 0 or self.step == self.steps
         if self.choices and due:
-            numbers["hellaswag_acc_norm"] = self.score_choices()
-            text += f", {len(self.choices)} HellaSwag items {100 * numbers['hellaswag_acc_norm']:.1f}% right"
+            right, count = self.score_choices()
+            numbers |= dict(hellaswag_acc_norm=right / count, hellaswag_items=round(count))
+            text += f", {count:.0f} HellaSwag items {100 * right / count:.1f}% right"
         self.log.record(numbers, text)
 
     @property
@@ -227,14 +228,15 @@ class Trainer:
             text += f", {self.bits_per_byte:.4f} bits/byte"
         return text
 
-    def score_choices(self) -> float:
-        """Share of the HellaSwag items answered rightly, each item on one rank, by the model as it is not compiled."""
+    def score_choices(self) -> tuple[float, float]:
+        """HellaSwag items answered rightly and scored, each on one rank, by the model as it is not compiled."""
+        mine = self.choices[self.world.rank :: self.world.size]
         self.model.eval()
         with self.autocast:
-            sums = count_right(self.model, self.choices[self.world.rank :: self.world.size], self.world.device)
+            sums = count_right(self.model, mine, self.world.device, self.run.data.choices_seconds)
         self.model.train()
         right, count = self.world.sum(sums).tolist()
-        return right / count
+        return right, count
 
     def report(self, loss: Tensor, norm: Tensor, lr: float, steps: int) -> None:
         """Log one step; times are means over the `steps` steps since the last report."""
