@@ -35,7 +35,7 @@ from runtime.checkpoint import Checkpointer, CheckpointError
 from runtime.distributed import StopRequest, World, start_world
 from runtime.folder import add_facts, open_run_folder, run_lock
 from runtime.guard import Guard, NonFiniteError
-from runtime.hardware import environment, memory_gb, peak_flops
+from runtime.hardware import environment, memory_gb, out_of_memory, peak_flops
 from runtime.logger import METRICS, Meter, RunLogger, read_metrics
 from runtime.micro_batch import Choice, choose, estimate, peak_of_pass
 from runtime.plot import plot_run
@@ -478,7 +478,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, ImportError, OSError) as error:
         sys.exit(f"train_gpt: {error}")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if out_of_memory(error):
             sys.exit(f"train_gpt: out of memory; use a smaller --micro_batch or model ({str(error).splitlines()[0]})")
         raise
 
