@@ -213,8 +213,8 @@ def page(runs: list[Run], paired: dict | None, scores: dict | None) -> str:
         lines += ["", "## The same windows", "", f"{paired['text']}, context {paired['context']}:", ""]
         lines += [f"- {describe(m)}" for m in paired["models"]] + [f"- {describe_pair(p)}" for p in paired["paired"]]
     if scores:
-        size = next((r.size for r in runs if r.size), None)
-        lines += ["", "## Benchmarks", "", "Percent, with standard errors.", "", markdown(scores["scores"], size)]
+        sizes = sorted({r.size for r in runs if r.size})
+        lines += ["", "## Benchmarks", "", "Percent, with standard errors.", "", markdown(scores["scores"], sizes)]
     lines += ["", "## Sources of published numbers", ""]
     lines += [f"- {name}: {what}" for name, what in published()["sources"].items()]
     return "\n".join(lines) + "\n"
