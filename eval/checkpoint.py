@@ -18,6 +18,7 @@ from runtime.checkpoint import MODEL, STATE, Checkpoint, file_sha256, open_check
 
 WRAPPERS = ("_orig_mod.", "module.")  # prefixes that torch.compile and DDP leave in parameter names
 RELEASED = re.compile(r"(openai-community/)?(gpt2(-medium|-large|-xl)?)")  # OpenAI's models on the hub
+PADDING = 128  # rows by which a vocabulary may be larger than its tokenizer's
 HUB_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
 
 
@@ -57,8 +58,11 @@ def build(config: GPTConfig, tensors: Mapping[str, Tensor], source: str, device:
     for name, tensor in tensors.items():
         while prefix := next((w for w in WRAPPERS if name.startswith(w)), None):
             name = name.removeprefix(prefix)
-        if name != "lm_head.weight" and not re.fullmatch(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)", name):
+        if not re.fullmatch(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)", name):
             found[name] = tensor
+    output, embedding = found.pop("lm_head.weight", None), found.get("transformer.wte.weight")
+    if output is not None and embedding is not None and not torch.equal(output, embedding):
+        raise ValueError(f"{source}: its output layer is not the token embedding, as GPT-2's is")
     wanted = dict(model.named_parameters())
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or extra:
@@ -117,8 +121,10 @@ def from_hub(name: str) -> Path:
 def _fit(found: Trained) -> Trained:
     """Cut the vocabulary to the tokenizer's ids."""
     size, config = found.tokenizer.vocab_size, found.model.config
-    if size > config.vocab_size:
-        raise ValueError(f"{found.path}: tokenizer {found.tokenizer.name} does not fit vocab_size={config.vocab_size}")
+    if not size <= config.vocab_size < size + PADDING:
+        raise ValueError(
+            f"{found.path}: tokenizer {found.tokenizer.name}, {size} ids, does not fit vocab_size={config.vocab_size}"
+        )
     if size < config.vocab_size:
         config = replace(config, vocab_size=size)
         device = next(found.model.parameters()).device
@@ -211,6 +217,7 @@ def _open_hugging_face(path: Path, device: torch.device, tokenizer: str | None, 
     except ImportError:
         raise ImportError("Hugging Face folders need: pip install transformers") from None
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what does not fit is said in one line
     model = GPT.from_pretrained(str(path)).to(device).eval()
     if tokenizer:
         chosen = get_tokenizer(tokenizer, ranks)
@@ -227,7 +234,13 @@ class FolderTokenizer:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer
 
-        self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # the library's own, and those of JSON and of Rust
+            reason = (str(error).splitlines() or [""])[0][:120]
+            raise ValueError(f"{folder}: its tokenizer files cannot be read ({reason}); use --tokenizer") from None
+        if self._tokenizer.eos_token_id is None:
+            raise ValueError(f"{folder}: its tokenizer has no end-of-text token; use --tokenizer")
         self.name, self.vocab_size, self.eot = "folder", len(self._tokenizer), self._tokenizer.eos_token_id
         if self.vocab_size == ByteTokenizer.vocab_size:
             self.name = "byte"
