@@ -122,9 +122,7 @@ def on_track(run: Run) -> str:
     if expected is None:
         return f"{what}: nothing published to compare with at {short_count(tokens)} tokens (best loss {loss:.3f})"
     difference = loss - expected
-    verdict = (
-        "inside the band" if abs(difference) <= width else "above the band" if difference > 0 else "below the band"
-    )
+    verdict = "inside" if abs(difference) <= width else "above" if difference > 0 else "below"
     note = ""
     if abs(run.budget - PUBLISHED_BUDGET) > SAME_COUNT * PUBLISHED_BUDGET:
         theirs = short_count(PUBLISHED_BUDGET)

@@ -26,14 +26,12 @@ def run_folder(folder, losses, optimizer="adamw", data="data/tokens/openwebtext"
     return folder
 
 
-@pytest.mark.parametrize(
-    "loss, verdict", [(3.03, "inside the band"), (2.90, "below the band"), (3.10, "above the band"), (3.053, "inside")]
-)
+@pytest.mark.parametrize("loss, verdict", [(3.03, "inside"), (2.90, "below"), (3.10, "above"), (3.053, "inside")])
 def test_on_track_at_a_published_count(tmp_path, loss, verdict, capsys):
     run_folder(tmp_path / "a", {1e9: 3.6, 20e9: loss})
     report.main(["--on-track", str(tmp_path / "a")])
     line = capsys.readouterr().out
-    assert verdict in line
+    assert f"openwebtext: {verdict} the band at 20B tokens: best loss" in line
     assert "a: AdamW, small, openwebtext" in line
     assert f"20B tokens: best loss {loss:.3f}, published 3.024 +- 0.03" in line
 
