@@ -181,7 +181,7 @@ def describe_pair(row: dict) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="eval.perplexity", description="Loss over a split or a text.")
-    parser.add_argument("models", nargs="+", help="run folders, checkpoint folders, Hugging Face folders, .pt files")
+    parser.add_argument("models", nargs="+", help="runs, checkpoints, Hugging Face folders, .pt files, gpt2")
     parser.add_argument("--data", help="data set folder; default: the first model's own")
     parser.add_argument("--split", choices=("train", "val"), default="val")
     parser.add_argument("--text", nargs="+", help="text files to score instead of a data set")

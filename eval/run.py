@@ -175,7 +175,7 @@ def write_tables(args: argparse.Namespace, scores: list[dict], parameters: list[
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="eval.run", description="Score models on benchmark tasks.")
-    parser.add_argument("models", nargs="+", help="run folders, checkpoint folders, Hugging Face folders, .pt files")
+    parser.add_argument("models", nargs="+", help="runs, checkpoints, Hugging Face folders, .pt files, gpt2")
     parser.add_argument("--tasks", nargs="+", default=["paper"], help='"paper" (the nine of the papers) or task names')
     parser.add_argument("--shots", nargs="+", type=int, default=[0], help="worked examples before each question")
     parser.add_argument("--include_path", help="folder with task files of your own")
