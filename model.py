@@ -222,11 +222,19 @@ class GPT(nn.Module):
             from transformers import GPT2LMHeadModel
         except ImportError:
             raise ImportError("loading Hugging Face weights needs: pip install transformers") from None
-        hf = GPT2LMHeadModel.from_pretrained(name_or_folder, dtype=torch.float32)
-        c = hf.config
+        try:
+            hf = GPT2LMHeadModel.from_pretrained(name_or_folder, dtype=torch.float32)
+        except (RuntimeError, ValueError) as error:  # shapes, or heads that do not divide
+            reason = str(error).splitlines()[0] if isinstance(error, ValueError) else "shapes differ"
+            raise ValueError(f"{name_or_folder}: weights and config.json are not of one GPT-2 ({reason})") from None
+        c, source = hf.config, hf.state_dict()
         gelus = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
         if c.model_type != "gpt2" or c.activation_function not in gelus or c.n_inner not in (None, 4 * c.n_embd):
             raise ValueError(f"{name_or_folder}: {c.model_type} with {c.activation_function} is not a GPT-2")
+        if c.layer_norm_epsilon != 1e-5 or not c.scale_attn_weights:
+            raise ValueError(f"{name_or_folder}: another layer norm or attention scale than GPT-2's")
+        if not torch.equal(source["lm_head.weight"], source["transformer.wte.weight"]):
+            raise ValueError(f"{name_or_folder}: its output layer is not the token embedding, as GPT-2's is")
         shape = {k: getattr(c, k) for k in ("n_layer", "n_head", "n_embd", "vocab_size")}
         config = GPTConfig(
             **shape,
@@ -236,7 +244,6 @@ class GPT(nn.Module):
             scale_attn_by_inverse_layer_idx=c.scale_attn_by_inverse_layer_idx,
         )
         model = cls(config)
-        source = hf.state_dict()
         with torch.no_grad():
             for name, p in model.named_parameters():
                 w = source[name]

@@ -37,7 +37,7 @@ from runtime.compute import bucket_size, cast_per_step, collector_paused, prepar
 from runtime.distributed import StopRequest, World, start_world
 from runtime.folder import add_facts, open_run_folder, run_lock
 from runtime.guard import Guard, NonFiniteError
-from runtime.hardware import environment, memory_gb, peak_flops
+from runtime.hardware import environment, memory_gb, out_of_memory, peak_flops
 from runtime.logger import METRICS, Meter, RunLogger, read_metrics
 from runtime.micro_batch import Choice, choose, estimate, peak_of_pass
 from runtime.plot import plot_run
@@ -222,8 +222,9 @@ class Trainer:
         text = f"step {self.step:>6}  {self.validation_text()}"
         due = self.step // self.run.eval_every % self.run.data.choices_every == 0 or self.step == self.steps
         if self.choices and due:
-            numbers["hellaswag_acc_norm"] = self.score_choices()
-            text += f", {len(self.choices)} HellaSwag items {100 * numbers['hellaswag_acc_norm']:.1f}% right"
+            right, count = self.score_choices()
+            numbers |= dict(hellaswag_acc_norm=right / count, hellaswag_items=round(count))
+            text += f", {count:.0f} HellaSwag items {100 * right / count:.1f}% right"
         self.log.record(numbers, text)
 
     @property
@@ -237,14 +238,15 @@ class Trainer:
             text += f", {self.bits_per_byte:.4f} bits/byte"
         return text
 
-    def score_choices(self) -> float:
-        """Share of the HellaSwag items answered rightly, each item on one rank, by the model as it is not compiled."""
+    def score_choices(self) -> tuple[float, float]:
+        """HellaSwag items answered rightly and scored, each on one rank, by the model as it is not compiled."""
+        mine = self.choices[self.world.rank :: self.world.size]
         self.model.eval()
         with self.autocast:
-            sums = count_right(self.model, self.choices[self.world.rank :: self.world.size], self.world.device)
+            sums = count_right(self.model, mine, self.world.device, self.run.data.choices_seconds)
         self.model.train()
         right, count = self.world.sum(sums).tolist()
-        return right / count
+        return right, count
 
     def report(self, loss: Tensor, norm: Tensor, lr: float, steps: int) -> None:
         """Log one step; times are means over the `steps` steps since the last report."""
@@ -491,7 +493,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, ImportError, OSError) as error:
         sys.exit(f"train_gpt: {error}")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if out_of_memory(error):
             sys.exit(f"train_gpt: out of memory; use a smaller --micro_batch or model ({str(error).splitlines()[0]})")
         raise
 

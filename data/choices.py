@@ -4,7 +4,11 @@ Of each item the ending with the highest log-likelihood per character is taken: 
 """
 
 import json
+import math
+import random
 import re
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,17 +36,17 @@ def plain(text: str) -> str:
 
 
 def read_items(path: str, count: int, tokenizer: Tokenizer) -> list[Item]:
-    """At most `count` items, spread evenly over a file of HellaSwag rows, one JSON object a line.
+    """At most `count` items of a file of HellaSwag rows, one JSON object a line.
 
+    The draw and its order are random but always the same, so that the first of them stand for the file, too.
     Raises DataError, naming the file and the line, for a row that is none.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.choices={path}: cannot be read ({error})") from None
-    chosen = [i * len(lines) // count for i in range(count)] if len(lines) > count else range(len(lines))
-    items = []
-    for number in chosen:
+    lines, items = text.rstrip("\n").split("\n") if text.strip() else [], []
+    for number in random.Random(0).sample(range(len(lines)), min(count, len(lines))):
         try:
             row = json.loads(lines[number])
             query = plain(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
@@ -60,10 +64,15 @@ def read_items(path: str, count: int, tokenizer: Tokenizer) -> list[Item]:
 
 
 @torch.no_grad()
-def count_right(model: nn.Module, items: list[Item], device: torch.device) -> Tensor:
-    """Right answers and items (2,) float64. The model has hidden, logits and config.block_size, as GPT has."""
-    right, longest = 0, model.config.block_size + 1
+def count_right(model: nn.Module, items: Iterable[Item], device: torch.device, seconds: float = math.inf) -> Tensor:
+    """Right answers and items scored (2,) float64; no item is begun after `seconds`.
+
+    The model has hidden, logits and config.block_size, as GPT has.
+    """
+    right, scored, longest, until = 0, 0, model.config.block_size + 1, time.monotonic() + seconds
     for item in items:
+        if time.monotonic() > until:
+            break
         rows = [(item.context + ending)[-longest:] for ending in item.endings]
         ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         for row, tokens in zip(ids, rows, strict=True):
@@ -75,5 +84,5 @@ def count_right(model: nn.Module, items: list[Item], device: torch.device) -> Te
         for tokens, ending, characters, values in zip(rows, item.endings, item.characters, logp, strict=True):
             last = len(tokens) - 1
             scores.append(values[last - min(len(ending), last) : last].sum().item() / max(1, characters))
-        right += scores.index(max(scores)) == item.right
-    return torch.tensor([right, len(items)], dtype=torch.float64, device=device)
+        right, scored = right + (scores.index(max(scores)) == item.right), scored + 1
+    return torch.tensor([right, scored], dtype=torch.float64, device=device)

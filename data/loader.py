@@ -31,6 +31,7 @@ class DataConfig:
     choices: str = field(default="", metadata={"free": True})  # file of HellaSwag rows to score on the way; "": none
     choices_every: int = field(default=5, metadata={"free": True})  # evaluations from one such score to the next
     choices_items: int = field(default=256, metadata={"free": True})  # items of the file to score at most
+    choices_seconds: float = field(default=60.0, metadata={"free": True})  # time in which a rank begins another item
 
     def faults(self) -> list[str]:
         """Everything wrong with this config, a line each."""
@@ -38,6 +39,8 @@ class DataConfig:
         for key in ("choices_every", "choices_items"):
             if getattr(self, key) < 1:
                 out.append(f"{key}={getattr(self, key)}: must be at least 1")
+        if not self.choices_seconds > 0:
+            out.append(f"choices_seconds={self.choices_seconds}: must be above 0")
         if self.sampling not in ("permutation", "replacement"):
             out.append(f'sampling="{self.sampling}": must be "permutation" or "replacement"')
         if self.val_sampling not in ("fixed", "random"):

@@ -17,6 +17,9 @@ from model import GPT, GPTConfig
 from runtime.checkpoint import MODEL, STATE, Checkpoint, file_sha256, open_checkpoint
 
 WRAPPERS = ("_orig_mod.", "module.")  # prefixes that torch.compile and DDP leave in parameter names
+RELEASED = re.compile(r"(openai-community/)?(gpt2(-medium|-large|-xl)?)")  # OpenAI's models on the hub
+PADDING = 128  # rows by which a vocabulary may be larger than its tokenizer's
+HUB_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
 
 
 @dataclass
@@ -37,26 +40,6 @@ class Trained:
         return self.path.parent.parent if self.kind == "checkpoint" else None
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device) -> GPT:
-    """The model of a checkpoint, in evaluation mode."""
-    try:
-        config = GPTConfig(**checkpoint.state["config"]["model"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{checkpoint.folder}: its config is not that of this program's GPT ({error})") from None
-    return build(config, checkpoint.model(), str(checkpoint.folder), device)
-
-
-def tokenizer_of(checkpoint: Checkpoint, name: str | None = None, ranks: str | None = None) -> Tokenizer:
-    """The tokenizer of a checkpoint's dataset; by vocabulary size if the dataset is gone."""
-    if name is None:
-        manifest = Path(checkpoint.state["config"]["data"]["path"], MANIFEST)
-        if manifest.exists():
-            name = json.loads(manifest.read_text())["tokenizer"]["name"]
-        else:
-            name = name_by_size(checkpoint.state["config"]["model"]["vocab_size"])
-    return get_tokenizer(name, ranks)
-
-
 def name_by_size(vocab_size: int) -> str:
     """The tokenizer a vocabulary size, perhaps padded to a multiple of 64, points at. ValueError if none."""
     sizes = {257: "byte", 320: "byte", 50257: "gpt2", 50304: "gpt2"}
@@ -75,8 +58,11 @@ def build(config: GPTConfig, tensors: Mapping[str, Tensor], source: str, device:
     for name, tensor in tensors.items():
         while prefix := next((w for w in WRAPPERS if name.startswith(w)), None):
             name = name.removeprefix(prefix)
-        if name != "lm_head.weight" and not re.fullmatch(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)", name):
+        if not re.fullmatch(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)", name):
             found[name] = tensor
+    output, embedding = found.pop("lm_head.weight", None), found.get("transformer.wte.weight")
+    if output is not None and embedding is not None and not torch.equal(output, embedding):
+        raise ValueError(f"{source}: its output layer is not the token embedding, as GPT-2's is")
     wanted = dict(model.named_parameters())
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or extra:
@@ -99,42 +85,75 @@ def build(config: GPTConfig, tensors: Mapping[str, Tensor], source: str, device:
 def open_trained(
     path: str | Path, device: torch.device, tokenizer: str | None = None, ranks: str | None = None
 ) -> Trained:
-    """A model from a run folder, a checkpoint folder, a Hugging Face GPT-2 folder or a .pt file.
+    """A model from a run folder, a checkpoint folder, a Hugging Face GPT-2 folder, a .pt file or OpenAI's by its name.
 
+    "gpt2", "gpt2-medium", "gpt2-large" and "gpt2-xl" come from the hub or its cache unless they are paths here.
     tokenizer: "byte" or "gpt2" to override what the source says. The vocabulary is cut to the tokenizer's.
     Raises ValueError, in one line, for a damaged file, another architecture or a tokenizer that does not fit.
     """
-    path = Path(path)
-    if path.is_file():
+    released, path = RELEASED.fullmatch(str(path)), Path(path)
+    if released and not path.exists():
+        found = replace(_open_hugging_face(from_hub(released[2]), device, tokenizer, ranks), name=released[2])
+    elif path.is_file():
         found = _open_pt(path, device, tokenizer, ranks)
     elif _is_hugging_face(path):
         found = _open_hugging_face(path, device, tokenizer, ranks)
     else:
-        checkpoint = open_checkpoint(path)
-        folder = checkpoint.folder.resolve()
-        step = f"/{folder.name}" if (path / STATE).exists() else ""  # a run's name stands for its newest checkpoint
-        found = Trained(
-            name=folder.parent.parent.name + step,
-            path=folder,
-            kind="checkpoint",
-            model=load_model(checkpoint, device),
-            tokenizer=tokenizer_of(checkpoint, tokenizer, ranks),
-            sha256=checkpoint.state["sha256"][MODEL],
-            state=checkpoint.state,
-        )
+        found = _open_checkpoint(open_checkpoint(path), (path / STATE).exists(), device, tokenizer, ranks)
     return _fit(found)
+
+
+def from_hub(name: str) -> Path:
+    """The folder of one of OpenAI's models in the hub's cache, fetched if need be. ValueError if it cannot be had."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ImportError("models of the hub need: pip install huggingface_hub transformers") from None
+    try:
+        return Path(snapshot_download(f"openai-community/{name}", allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub's and its HTTP library's own
+        raise ValueError(
+            f"{name}: neither in the hub's cache nor reachable ({type(error).__name__}). Copy "
+            f"{', '.join(HUB_FILES[:3])} of https://huggingface.co/openai-community/{name} into a folder and name that"
+        ) from None
 
 
 def _fit(found: Trained) -> Trained:
     """Cut the vocabulary to the tokenizer's ids."""
     size, config = found.tokenizer.vocab_size, found.model.config
-    if size > config.vocab_size:
-        raise ValueError(f"{found.path}: tokenizer {found.tokenizer.name} does not fit vocab_size={config.vocab_size}")
+    if not size <= config.vocab_size < size + PADDING:
+        raise ValueError(
+            f"{found.path}: tokenizer {found.tokenizer.name}, {size} ids, does not fit vocab_size={config.vocab_size}"
+        )
     if size < config.vocab_size:
         config = replace(config, vocab_size=size)
         device = next(found.model.parameters()).device
         found.model = build(config, dict(found.model.named_parameters()), str(found.path), device)
     return found
+
+
+def _open_checkpoint(
+    checkpoint: Checkpoint, named: bool, device: torch.device, tokenizer: str | None, ranks: str | None
+) -> Trained:
+    """named: the checkpoint itself was asked for; a run's name stands for its newest one."""
+    folder, state = checkpoint.folder.resolve(), checkpoint.state
+    try:
+        config, data = GPTConfig(**state["config"]["model"]), state["config"]["data"]["path"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: its config is not that of this program's GPT ({error})") from None
+    if tokenizer is None:  # the dataset's, or by the number of ids if the dataset is gone
+        manifest = Path(data, MANIFEST)
+        found = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
+        tokenizer = found.get("tokenizer", {}).get("name") or name_by_size(config.vocab_size)
+    return Trained(
+        name=folder.parent.parent.name + (f"/{folder.name}" if named else ""),
+        path=folder,
+        kind="checkpoint",
+        model=build(config, checkpoint.model(), str(folder), device),
+        tokenizer=get_tokenizer(tokenizer, ranks),
+        sha256=state["sha256"][MODEL],
+        state=state,
+    )
 
 
 def _open_pt(path: Path, device: torch.device, tokenizer: str | None, ranks: str | None) -> Trained:
@@ -167,10 +186,13 @@ def _open_pt(path: Path, device: torch.device, tokenizer: str | None, ranks: str
 
 def _is_hugging_face(path: Path) -> bool:
     """Whether a folder has a config.json that names a model type; a run folder's config.json does not."""
-    try:
-        return "model_type" in json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    file = path / "config.json"
+    if not file.is_file() or (path / "checkpoints").is_dir():
         return False
+    try:
+        return "model_type" in json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{file}: not readable as JSON; export or copy it again") from None
 
 
 def _open_hugging_face(path: Path, device: torch.device, tokenizer: str | None, ranks: str | None) -> Trained:
@@ -195,10 +217,11 @@ def _open_hugging_face(path: Path, device: torch.device, tokenizer: str | None, 
     except ImportError:
         raise ImportError("Hugging Face folders need: pip install transformers") from None
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what does not fit is said in one line
     model = GPT.from_pretrained(str(path)).to(device).eval()
     if tokenizer:
         chosen = get_tokenizer(tokenizer, ranks)
-    elif (path / "tokenizer.json").exists():
+    elif (path / "tokenizer.json").exists() or (path / "merges.txt").exists():
         chosen = FolderTokenizer(path)
     else:
         chosen = get_tokenizer(name_by_size(model.config.vocab_size), ranks)
@@ -211,7 +234,13 @@ class FolderTokenizer:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer
 
-        self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # the library's own, and those of JSON and of Rust
+            reason = (str(error).splitlines() or [""])[0][:120]
+            raise ValueError(f"{folder}: its tokenizer files cannot be read ({reason}); use --tokenizer") from None
+        if self._tokenizer.eos_token_id is None:
+            raise ValueError(f"{folder}: its tokenizer has no end-of-text token; use --tokenizer")
         self.name, self.vocab_size, self.eot = "folder", len(self._tokenizer), self._tokenizer.eos_token_id
         if self.vocab_size == ByteTokenizer.vocab_size:
             self.name = "byte"

@@ -134,7 +134,7 @@ def compare(args: argparse.Namespace, world: World) -> dict:
         raise ValueError(f"{first.path} does not say what it was trained on; name --data FOLDER or --text FILE")
     stream = read_text(args.text, first) if args.text else read_split(folder, args.split, first.tokenizer.vocab_size)
     context = min(m.model.config.block_size for m in models)
-    stride = args.stride or context
+    stride = context if args.stride is None else args.stride
     if not 1 <= stride <= context:
         raise ValueError(f"--stride {stride}: must lie between 1 and the context, {context}")
     report = {"format": 1, "text": stream.name, "context": context, "stride": stride, "models": [], "paired": []}
@@ -181,7 +181,7 @@ def describe_pair(row: dict) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="eval.perplexity", description="Loss over a split or a text.")
-    parser.add_argument("models", nargs="+", help="run folders, checkpoint folders, Hugging Face folders, .pt files")
+    parser.add_argument("models", nargs="+", help="runs, checkpoints, Hugging Face folders, .pt files, gpt2")
     parser.add_argument("--data", help="data set folder; default: the first model's own")
     parser.add_argument("--split", choices=("train", "val"), default="val")
     parser.add_argument("--text", nargs="+", help="text files to score instead of a data set")

@@ -1,6 +1,6 @@
 """Text from a checkpoint: python -m eval.sample runs/NAME --prompt "Return the"
 
-Reads a run folder (its newest good checkpoint) or one checkpoint folder.
+Reads a run folder (its newest good checkpoint), a checkpoint folder, a Hugging Face GPT-2 folder or a .pt file.
 """
 
 import argparse
@@ -14,9 +14,8 @@ if __package__ in (None, ""):  # run as a file: python eval/sample.py
 import torch
 from torch import Tensor
 
-from eval.checkpoint import load_model, tokenizer_of
+from eval.checkpoint import open_trained
 from model import GPT, KVCache
-from runtime.checkpoint import open_checkpoint
 from runtime.distributed import resolve_device
 
 
@@ -47,9 +46,8 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     eot: int | None = None,
-    vocab_size: int | None = None,
 ) -> Iterator[int]:
-    """Yield up to max_tokens new ids, all below vocab_size, after a non-empty prompt, until end-of-text.
+    """Yield up to max_tokens new ids, all of the vocabulary, after a non-empty prompt, until end-of-text.
 
     Keys and values are cached. When the context is full, its newer half is read anew and generation
     goes on from there: learned positions cannot shift.
@@ -62,7 +60,7 @@ def generate(
         if len(cache) + len(fresh) > model.config.block_size:
             fresh, cache = ids[-max(1, model.config.block_size // 2) :], KVCache()
         hidden = model.hidden(torch.tensor([fresh], device=device), cache)
-        chosen = choose(model.logits(hidden[:, -1])[:, :vocab_size], temperature, top_k, top_p, generator).item()
+        chosen = choose(model.logits(hidden[:, -1]), temperature, top_k, top_p, generator).item()
         if chosen == eot:
             return
         yield chosen
@@ -72,7 +70,7 @@ def generate(
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="eval.sample", description="Generate text from a checkpoint.")
-    parser.add_argument("checkpoint", help="run folder or checkpoint folder")
+    parser.add_argument("checkpoint", help="run folder, checkpoint folder, Hugging Face folder or .pt file")
     parser.add_argument("--prompt", default="", help="text to continue; empty: start of a document")
     parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--max-tokens", type=int, default=500)
@@ -89,15 +87,12 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--temperature {args.temperature}: must be 0 or between 0.001 and 1000")
         if not 0 < args.top_p <= 1 or min(args.top_k, args.samples, args.max_tokens) < 0:
             raise ValueError("--top-p must be in (0, 1], and --top-k, --samples and --max-tokens at least 0")
-        checkpoint = open_checkpoint(args.checkpoint)
-        tokenizer = tokenizer_of(checkpoint, args.tokenizer, args.ranks)
-        model = load_model(checkpoint, resolve_device(args.device))
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise ValueError(f"tokenizer {tokenizer.name} does not fit vocab_size={model.config.vocab_size}")
+        trained = open_trained(args.checkpoint, resolve_device(args.device), args.tokenizer, args.ranks)
+        tokenizer = trained.tokenizer  # its ids are all that the model can emit
         prompt = [tokenizer.eot, *tokenizer.encode(args.prompt)]
         for i in range(args.samples):
             ids = generate(
-                model,
+                trained.model,
                 prompt,
                 args.max_tokens,
                 temperature=args.temperature,
@@ -105,7 +100,6 @@ def main(argv: list[str] | None = None) -> None:
                 top_p=args.top_p,
                 seed=args.seed + i,
                 eot=tokenizer.eot,
-                vocab_size=tokenizer.vocab_size,  # a model may be wider than its tokenizer
             )
             print(args.prompt + tokenizer.decode(list(ids)))
             print("-" * 40)

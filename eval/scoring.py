@@ -10,6 +10,8 @@ from tqdm import tqdm
 
 from data.tokenizer import Tokenizer
 from model import GPT
+from runtime.distributed import ALONE, World
+from runtime.hardware import out_of_memory
 
 POSITIONS = 4096  # positions whose logits are held at a time: 0.8 GB in float32 at GPT-2's vocabulary
 
@@ -18,11 +20,12 @@ class Scorer:
     """Scores (context, continuation) pairs of token ids, longest first, equal inputs once.
 
     batch_tokens: tokens of a forward pass, padding included; None starts high on a GPU and moderate on a CPU.
-    When a batch does not fit the GPU's memory, the number is halved for good and the batch is done again.
+    When a batch does not fit in memory, the number is halved for good and the batch is done again.
+    world: ranks that are given the same pairs and share the work; each gets all scores.
     """
 
-    def __init__(self, model: GPT, batch_tokens: int | None = None) -> None:
-        self.model, self.block_size = model.eval(), model.config.block_size
+    def __init__(self, model: GPT, batch_tokens: int | None = None, world: World = ALONE) -> None:
+        self.model, self.block_size, self.world = model.eval(), model.config.block_size, world
         self.device = next(model.parameters()).device
         self.batch_tokens = batch_tokens or (131_072 if self.device.type == "cuda" else 8192)
         self.truncated = 0  # requests that lost tokens on the left, as they were longer than the context
@@ -49,16 +52,32 @@ class Scorer:
             inputs.setdefault(tuple(whole[:-1]), []).append((number, target))
         self.scored += len(pairs)
         todo = sorted(inputs.items(), key=lambda item: -len(item[0]))  # what does not fit in memory shows at once
+        scores, problem = [], None
+        try:
+            scores = self._work_off(todo[self.world.rank :: self.world.size], progress)
+        except MemoryError as error:  # all ranks must hear of it
+            problem = str(error)
+        shares = self.world.gather((scores, problem))
+        if problem := next((p for _, p in shares if p), None):
+            raise ValueError(problem)
         out: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-        with tqdm(total=len(pairs), unit="request", disable=not (progress and sys.stderr.isatty())) as bar:
+        for share, _ in shares:
+            for number, score in share:
+                out[number] = score
+        return out
+
+    def _work_off(self, todo: list, progress: bool) -> list[tuple[int, tuple[float, bool]]]:
+        """The scores of inputs, longest first, in batches. MemoryError if not even one of them fits."""
+        out = []
+        total = sum(len(wanted) for _, wanted in todo)
+        with tqdm(total=total, unit="request", disable=not (progress and sys.stderr.isatty())) as bar:
             while todo:
                 batch = todo[: max(1, self.batch_tokens // max(1, len(todo[0][0])))]
                 scores = self._try(batch)
                 if scores is None:
                     continue
                 todo = todo[len(batch) :]
-                for number, score in scores:
-                    out[number] = score
+                out += scores
                 bar.update(len(scores))
         return out
 
@@ -66,10 +85,12 @@ class Scorer:
         """The scores of a batch; None, with half the batch from now on, if it did not fit in memory."""
         try:
             return self._score(batch)
-        except torch.OutOfMemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
             if len(batch) == 1:
-                length = len(batch[0][0])
-                raise ValueError(f"out of memory with one sequence of {length} tokens; use --device cpu") from None
+                hint = "" if self.device.type == "cpu" else "; use --device cpu"
+                raise MemoryError(f"out of memory with one sequence of {len(batch[0][0])} tokens{hint}") from None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.batch_tokens = max(1, len(batch) // 2) * len(batch[0][0])

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,19 +23,21 @@ def size_of(parameters: int) -> str | None:
     return next((name for name, n in SIZES.items() if abs(parameters - n) < 0.1 * n), None)
 
 
-def score_rows(scores: list[dict], size: str | None) -> tuple[list[str], list[dict]]:
+def score_rows(scores: list[dict], sizes: Sequence[str]) -> tuple[list[str], list[dict]]:
     """Column names and rows (name, shots, mean, cells: task to (percent, standard error or None)) of records.
 
-    Published rows of a size come first, where they have the shots of some record.
+    Published rows of the sizes come first, where they have the shots of some record.
     """
     tasks = [t for t in PAPER if any(s["task"] == t for s in scores)]
+    whole = len(tasks) == len(PAPER)
     tasks += list(dict.fromkeys(s["task"] for s in scores if s["task"] not in PAPER))
     shots = {s["shots"] for s in scores}
     rows = []
     for p in published()["downstream"]:
-        if p["size"] == size and p["shots"] in shots and any(t in p["scores"] for t in tasks):
+        if p["size"] in sizes and p["shots"] in shots and (whole or any(t in p["scores"] for t in tasks)):
             cells = {t: (score, None) for t, score in p["scores"].items()}
-            rows.append({"name": f"published: {p['method']}, {p['data']}", "shots": p["shots"], "cells": cells})
+            name = f"published: {p['method']} {p['size']}, {p['data']}"
+            rows.append({"name": name, "shots": p["shots"], "cells": cells, "mean": p.get("mean")})
     for s in scores:
         row = next((r for r in rows if (r["name"], r["shots"]) == (s["checkpoint"], s["shots"])), None)
         if row is None:
@@ -42,7 +45,7 @@ def score_rows(scores: list[dict], size: str | None) -> tuple[list[str], list[di
             rows.append(row)
         row["cells"][s["task"]] = (100 * s["score"], None if s["stderr"] is None else 100 * s["stderr"])
     for row in rows:
-        row["mean"] = mean_of(row["cells"])
+        row["mean"] = row.get("mean") or mean_of(row["cells"])
     return tasks, sorted(rows, key=lambda r: r["shots"])
 
 
@@ -53,9 +56,9 @@ def mean_of(cells: dict) -> float | None:
     return sum(cells[t][0] for t in PAPER) / len(PAPER)
 
 
-def markdown(scores: list[dict], size: str | None) -> str:
-    """Scores in percent, with a standard error where there is one, as a markdown table."""
-    tasks, rows = score_rows(scores, size)
+def markdown(scores: list[dict], sizes: Sequence[str]) -> str:
+    """Scores in percent, with a standard error where there is one, as a markdown table, and what is not in it."""
+    tasks, rows = score_rows(scores, sizes)
     metrics = {s["task"]: s["metric"] for s in scores}
     header = ["model", "shots", *(f"{PAPER[t][0] if t in PAPER else t} {metrics[t]}" for t in tasks), "mean of 9"]
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
@@ -67,12 +70,27 @@ def markdown(scores: list[dict], size: str | None) -> str:
             texts.append(text + (f" +- {error:.2f}" if error is not None else ""))
         mean = row["mean"]
         lines.append("| " + " | ".join([*texts, "" if mean is None else f"{mean:.2f}"]) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *notes(scores, sizes)]) + "\n"
 
 
-def comma_separated(scores: list[dict], size: str | None) -> str:
+def notes(scores: list[dict], sizes: Sequence[str]) -> list[str]:
+    """Where the published rows come from, and which are not known here."""
+    known = {(p["size"], p["shots"]): [] for p in published()["downstream"]}
+    for p in published()["downstream"]:
+        known[p["size"], p["shots"]].append(p)
+    wanted = [(size, shots) for shots in sorted({s["shots"] for s in scores}) for size in sizes]
+    out = [f"Published: {published()['sources']['downstream']}."] if any(w in known for w in wanted) else []
+    for size, shots in wanted:
+        if (size, shots) not in known:
+            out.append(f"No published {shots}-shot scores of size {size} are known here.")
+        elif partial := [p["method"] for p in known[size, shots] if not p["scores"]]:
+            out.append(f"Of {', '.join(partial)} ({size}, {shots}-shot) only the mean is known here.")
+    return ["", *out] if out else []
+
+
+def comma_separated(scores: list[dict], sizes: Sequence[str]) -> str:
     """The same table as CSV, a column for each score and each standard error."""
-    tasks, rows = score_rows(scores, size)
+    tasks, rows = score_rows(scores, sizes)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["model", "shots", *(f"{t}{end}" for t in tasks for end in ("", "_stderr")), "mean"])

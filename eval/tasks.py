@@ -2,7 +2,7 @@
 
 import difflib
 import logging
-import os
+from dataclasses import replace
 from pathlib import Path
 
 # task: column in the papers' tables, metric. The metrics follow from the papers' rows of OpenAI's GPT-2, which
@@ -20,14 +20,16 @@ PAPER = {
 }
 FOLDERS = ("arc", "super_glue", "hellaswag", "openbookqa", "piqa", "winogrande", "mmlu", "sciq")  # of lm_eval/tasks
 FEWSHOT_SEED = 1234  # lm-eval's own default
-SPLITS = {"train": "training_split", "validation": "validation_split", "test": "test_split"}
+SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")  # keys of task files
+ENDINGS = (".jsonl", ".json", ".parquet")
 
 
 class Tasks:
     """Finds and loads tasks by name.
 
-    include_path: folder of task files (YAML) of one's own. data: folder with TASK/train.jsonl,
-    TASK/validation.jsonl and TASK/test.jsonl (or .parquet), read instead of the hub for a known task's prompt.
+    include_path: folder of task files (YAML) of one's own. data: folder with TASK/SPLIT.jsonl (or .parquet), rows
+    of the splits that a task reads, used instead of the hub under the task's own prompt and metrics; a group such
+    as mmlu has a folder for each of its parts (mmlu_anatomy, ...).
     Raises ValueError for unknown names (with the nearest), ImportError without lm-eval.
     """
 
@@ -50,6 +52,7 @@ class Tasks:
         self._manager = TaskManager(include_defaults=False, include_path=[root / f for f in FOLDERS] + own)
         if not set(self.names) <= set(self._manager.all_tasks):  # reading all thousands of task files takes 15 s
             self._manager = TaskManager(include_path=own or None)
+        self._entries = dict(self._manager.task_index)  # as lm-eval has them, before local files take the hub's place
         known = set(self._manager.all_tasks)
         for name in self.names:
             if name not in known:
@@ -59,60 +62,66 @@ class Tasks:
 
     def load(self, name: str, shots: int) -> dict:
         """What lm_eval.evaluate takes for one task. Raises ValueError if its data cannot be had."""
-        local = self._local_files(name)
+        if self.data is not None:
+            for part in self.parts(name):
+                self._use_local_files(part, shots)
         try:
-            loaded = self._manager.load([self._with_local_data(name, local) if local else name])
+            loaded = self._manager.load([name])
         except Exception as error:  # datasets, hub and HTTP library each raise their own
             raise ValueError(self._data_problem(name, error)) from None
-        if local:
-            loaded = {"tasks": loaded["tasks"], "groups": {}, "group_map": {}}
         for task in loaded["tasks"].values():
-            if task.config.num_fewshot != 0 or shots == 0:  # a task file that says 0 means it
-                task.set_config(key="num_fewshot", value=shots)
+            task.set_config(key="num_fewshot", value=shots)
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
         return loaded
 
-    def _local_files(self, name: str) -> dict[str, str]:
-        """Split to absolute path of the local files of a task."""
-        if self.data is None:
-            return {}
-        found = [(s, self.data / name / f"{s}{end}") for s in SPLITS for end in (".jsonl", ".json", ".parquet")]
-        return {split: str(path.resolve()) for split, path in found if path.is_file()}
+    def parts(self, name: str) -> list[str]:
+        """The single tasks of a task, group or tag, without their data."""
+        entry = self._entries[name]
+        children = sorted(entry.tags) if entry.kind.name == "TAG" else []
+        if entry.kind.name == "GROUP":
+            children = [c if isinstance(c, str) else c.get("task", c.get("group")) for c in entry.cfg["task"]]
+        return [p for child in children if child in self._entries for p in self.parts(child)] if children else [name]
 
-    def _with_local_data(self, name: str, files: dict[str, str]) -> dict:
-        """The task with its own prompt and metrics and other data; a group is what lets it inherit."""
-        form = "parquet" if next(iter(files.values())).endswith(".parquet") else "json"
-        splits = {key: split if split in files else None for split, key in SPLITS.items()}
-        change = {"dataset_path": form, "dataset_name": None, "dataset_kwargs": {"data_files": files}}
-        return {"group": f"local_{name}", "task": [{"task": name, **change, **splits}]}
+    def settings(self, part: str) -> dict:
+        """What the task file of a single task says, functions as names."""
+        return self._entries[part].cfg
+
+    def _use_local_files(self, part: str, shots: int) -> None:
+        """Let a single task read its folder, if there is one. ValueError if a split that it needs is not in there."""
+        from lm_eval.tasks._yaml_loader import load_yaml
+
+        folder, entry = self.data / part, self._entries[part]
+        if not folder.is_dir():
+            return
+        task = load_yaml(entry.yaml_path, resolve_func=True)
+        found = {s: path for s in splits_of(task) for e in ENDINGS if (path := folder / f"{s}{e}").is_file()}
+        needed = [task.get("test_split") or task.get("validation_split")]
+        needed += [task.get("fewshot_split") or task.get("training_split")] if shots else []
+        if missing := [split for split in needed if split and split not in found]:
+            raise ValueError(f"task {part}: {folder}/{missing[0]}.jsonl is missing, {shots}-shot needs it")
+        task["dataset_path"] = "parquet" if next(iter(found.values())).suffix == ".parquet" else "json"
+        task["dataset_name"] = None
+        task["dataset_kwargs"] = {"data_files": {split: str(path.resolve()) for split, path in found.items()}}
+        task |= {key: None for key in SPLITS if task.get(key) not in found}
+        self._manager.task_index[part] = replace(entry, yaml_path=None, cfg=task)
 
     def _data_problem(self, name: str, error: Exception) -> str:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
-        source = self._source(name)
+        parts = [p for p in self.parts(name) if self.data is None or not (self.data / p).is_dir()]
+        source = self.settings(parts[0]).get("dataset_path") if parts else None
         if source in (None, "json", "parquet", "csv", "text"):
             return f"task {name}: its data could not be read ({reason}); check data_files in its task file or --data"
-        cache = os.environ.get("HF_DATASETS_CACHE") or os.path.join(
-            os.environ.get("HF_HOME", "~/.cache/huggingface"), "datasets"
-        )
-        folder = source.replace("/", "___")
+        files = f"{parts[0]}/{{{','.join(splits_of(self.settings(parts[0])))}}}.jsonl"
+        files += f" and the same of {len(parts) - 1} more" if len(parts) > 1 else ""
         return (
-            f"task {name}: data set {source} is neither cached nor reachable ({reason}). Run the same command once on "
-            f"a machine with a network and copy {cache}/{folder} from there to {cache}/{folder} here (HF_HUB_OFFLINE=1 "
-            f"then skips the network); or put the rows, one JSON object a line, into {name}/validation.jsonl, "
-            "test.jsonl and train.jsonl, as it has them, below a folder given with --data"
+            f"task {name}: data set {source} is neither cached nor reachable ({reason}). On a machine with a network "
+            f"run `python -m eval.fetch DIR --tasks {name}`, copy DIR here and give --data DIR: it holds {files}"
         )
 
-    def _source(self, name: str) -> str | None:
-        """The hub's name of a task's data set, from its task file, without loading it."""
-        from lm_eval.tasks._yaml_loader import load_yaml
 
-        for candidate in (name, f"{name}_abstract_algebra"):  # mmlu is a group; its parts share their data set
-            entry = self._manager.task_index.get(candidate)
-            if entry is not None and entry.yaml_path is not None:
-                source = load_yaml(entry.yaml_path, resolve_func=False).get("dataset_path")
-                if source:
-                    return source
-        return None
+def splits_of(task: dict) -> list[str]:
+    """The splits that a task file names."""
+    return list(dict.fromkeys(task[key] for key in SPLITS if task.get(key)))
 
 
 def metric_of(name: str, numbers: dict) -> str:

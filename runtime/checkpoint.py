@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from runtime.distributed import Exchange, World
+from runtime.distributed import ALONE, Exchange, World
 
 MODEL, STATE = "model.safetensors", "state.json"
 FAILURES = (OSError, RuntimeError, MemoryError, SafetensorError)  # of a write; they cost a checkpoint, not the run
@@ -265,8 +265,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         if problem := damage(path):
             raise CheckpointError(f"checkpoint {path} is damaged ({problem}); use another one of this run")
         return Checkpoint(path, _read_state(path))
-    alone = World(0, 1, torch.device("cpu"))
-    found = Checkpointer(path / "checkpoints", CheckpointConfig(), alone).latest()
+    found = Checkpointer(path / "checkpoints", CheckpointConfig(), ALONE).latest()
     if found is None:
         raise CheckpointError(f"{path}: neither a checkpoint (no {STATE}) nor a run folder with one")
     return found

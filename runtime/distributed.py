@@ -50,6 +50,9 @@ class World:
         return self.gather(item)[0]
 
 
+ALONE = World(0, 1, torch.device("cpu"))
+
+
 @contextmanager
 def start_world(device: str) -> Iterator[World]:
     """Join the run that torchrun described, or run alone. device: "auto", "cpu", "cuda" or "cuda:N".

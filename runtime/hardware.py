@@ -62,6 +62,11 @@ def memory_room(device: torch.device) -> tuple[int, int]:
         return total, total
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory is short, on a GPU or on the host."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def environment(device: torch.device, world_size: int) -> dict:
     """What a reader needs to judge or repeat a run: commit, versions, machine."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()

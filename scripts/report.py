@@ -122,9 +122,7 @@ def on_track(run: Run) -> str:
     if expected is None:
         return f"{what}: nothing published to compare with at {short_count(tokens)} tokens (best loss {loss:.3f})"
     difference = loss - expected
-    verdict = (
-        "inside the band" if abs(difference) <= width else "above the band" if difference > 0 else "below the band"
-    )
+    verdict = "inside" if abs(difference) <= width else "above" if difference > 0 else "below"
     note = ""
     if abs(run.budget - PUBLISHED_BUDGET) > SAME_COUNT * PUBLISHED_BUDGET:
         theirs = short_count(PUBLISHED_BUDGET)
@@ -213,8 +211,8 @@ def page(runs: list[Run], paired: dict | None, scores: dict | None) -> str:
         lines += ["", "## The same windows", "", f"{paired['text']}, context {paired['context']}:", ""]
         lines += [f"- {describe(m)}" for m in paired["models"]] + [f"- {describe_pair(p)}" for p in paired["paired"]]
     if scores:
-        size = next((r.size for r in runs if r.size), None)
-        lines += ["", "## Benchmarks", "", "Percent, with standard errors.", "", markdown(scores["scores"], size)]
+        sizes = sorted({r.size for r in runs if r.size})
+        lines += ["", "## Benchmarks", "", "Percent, with standard errors.", "", markdown(scores["scores"], sizes)]
     lines += ["", "## Sources of published numbers", ""]
     lines += [f"- {name}: {what}" for name, what in published()["sources"].items()]
     return "\n".join(lines) + "\n"

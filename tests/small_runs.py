@@ -11,7 +11,7 @@ from conftest import ROOT
 from data.shards import write_manifest, write_shard
 from model import GPT, GPTConfig
 from runtime.checkpoint import CheckpointConfig, Checkpointer
-from runtime.distributed import World
+from runtime.distributed import ALONE
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=257, scale_attn_by_inverse_layer_idx=True)
 WORDS = ["river", "stone", "light", "green", "house", "water", "small", "bread", "cloud", "seven", "horse", "music"]
@@ -46,8 +46,7 @@ def byte_run(folder: Path, dataset: Path, seed: int = 0, name: str = "run", **ch
     run = {"model": asdict(config), "data": {"path": str(dataset), "val_windows": 50}, "seed": 1, "name": name}
     run |= {"log": {"wandb": "off", "project": "gpt2"}, "optimizer": "adamw"}
     state = dict(step=30, tokens=3000, val_loss=5.5, best_val_loss=5.5, train_seconds=1.0, config=run)
-    world = World(0, 1, torch.device("cpu"))
-    checkpointer = Checkpointer(folder / name / "checkpoints", CheckpointConfig(), world)
+    checkpointer = Checkpointer(folder / name / "checkpoints", CheckpointConfig(), ALONE)
     checkpointer.save(dict(small_model(seed, config).named_parameters()), {}, state)
     (folder / name / "config.json").write_text(json.dumps(run))
     return folder / name

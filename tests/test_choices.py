@@ -8,6 +8,7 @@ from conftest import CONFIG, finish, launch
 from small_runs import byte_dataset, hellaswag, small_model
 
 import train_gpt
+from data import choices
 from data.choices import count_right, plain, read_items
 from data.shards import DataError
 from data.tokenizer import ByteTokenizer
@@ -90,10 +91,22 @@ def test_marks_in_brackets_are_taken_out():
     assert plain(" Bake [title] Mix [substeps] it. [step] Stir.") == "Bake. Mix it. Stir."
 
 
-def test_items_are_spread_over_the_file(place):
+def test_the_same_items_are_drawn_in_the_same_mixed_order(place):
     path = str(place / "hellaswag" / "validation.jsonl")
-    every, some = read_items(path, 30, ByteTokenizer()), read_items(path, 10, ByteTokenizer())
-    assert some == every[::3]
+    every, some = read_items(path, 300, ByteTokenizer()), read_items(path, 10, ByteTokenizer())
+    assert some == read_items(path, 10, ByteTokenizer())
+    assert (len(every), len(some)) == (30, 10)
+    assert all(item in every for item in some)
+    in_file = [json.loads(line)["activity_label"] for line in (place / "hellaswag" / "validation.jsonl").open()]
+    assert [bytes(i.context).decode().split(":")[0] for i in every] != in_file
+
+
+def test_no_item_is_begun_after_the_time_is_over(place, monkeypatch):
+    items = read_items(str(place / "hellaswag" / "validation.jsonl"), 30, ByteTokenizer())
+    clock = iter(range(100))
+    monkeypatch.setattr(choices.time, "monotonic", lambda: next(clock))
+    model, device = small_model(), torch.device("cpu")
+    assert count_right(model, items, device, seconds=7).tolist() == count_right(model, items[:7], device).tolist()
 
 
 @pytest.mark.parametrize(

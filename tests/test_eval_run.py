@@ -2,21 +2,25 @@
 
 import csv
 import json
+import subprocess
 import sys
 import types
 
 import pytest
 import torch
+from conftest import ROOT, environment
 from small_runs import byte_run, hellaswag, phrase
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("transformers")
 
-from eval import export, run
+from eval import export, fetch, run
 from eval.checkpoint import open_trained
 from eval.scoring import Scorer
 from eval.table import markdown, published, size_of
 from eval.tasks import PAPER, Tasks, metric_of
+
+datasets = pytest.importorskip("datasets")
 
 CPU = torch.device("cpu")
 
@@ -39,18 +43,65 @@ def boolq(n):
     ]
 
 
+def openbookqa(n):
+    return [dict(r, question_stem=r["question"]) for r in arc(n)]
+
+
+def piqa(n):
+    return [dict(goal=phrase(i, i + 2), sol1=phrase(i + 1), sol2=phrase(i + 5), label=i % 2) for i in range(n)]
+
+
+def winogrande(n):
+    return [
+        dict(
+            sentence=f"The {phrase(i)} took _ home.",
+            option1=phrase(i + 1),
+            option2=phrase(i + 4),
+            answer=f"{1 + i % 2}",
+        )
+        for i in range(n)
+    ]
+
+
+def sciq(n):
+    wrong = [[phrase(i + k) for k in (1, 2, 3)] for i in range(n)]
+    return [
+        dict(
+            **dict(support=f" A {phrase(i, i)}.", question=phrase(i + 2), correct_answer=phrase(i + 4)),
+            **{f"distractor{k}": w for k, w in enumerate(wrong[i], 1)},
+        )
+        for i in range(n)
+    ]
+
+
+def mmlu(n):
+    return [dict(question=f" {phrase(i)}?", choices=[phrase(i + k) for k in range(4)], answer=i % 4) for i in range(n)]
+
+
+def write_rows(folder, **splits):
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, rows in splits.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
+    """Twelve rows of every task's format to be scored, six to draw examples from; of MMLU two subjects."""
     folder = tmp_path_factory.mktemp("data")
-    for name, rows, evaluated in (
-        ("hellaswag", hellaswag, "validation"),
-        ("arc_easy", arc, "test"),
-        ("boolq", boolq, "validation"),
-    ):
-        (folder / name).mkdir()
-        for split, count in ((evaluated, 12), ("train", 6)):
-            lines = "".join(json.dumps(r) + "\n" for r in rows(count if split == evaluated else 18)[-count:])
-            (folder / name / f"{split}.jsonl").write_text(lines)
+    for rows in (hellaswag, boolq, piqa, winogrande):
+        write_rows(folder / rows.__name__, validation=rows(12), train=rows(18)[-6:])
+    unlabelled = [r | dict(label="") for r in hellaswag(3)]
+    write_rows(folder / "hellaswag", test=unlabelled)  # the hub has it, the task does not read it
+    for name, rows in (("arc_easy", arc), ("arc_challenge", arc), ("openbookqa", openbookqa), ("sciq", sciq)):
+        write_rows(folder / name, test=rows(12), train=rows(18)[-6:])
+    write_rows(folder / "mmlu_anatomy", test=mmlu(4), dev=mmlu(8)[-4:])
+    write_rows(folder / "mmlu_virology", test=mmlu(12)[4:], dev=mmlu(8)[-4:])
+    (folder / "two_subjects.yaml").write_text(
+        """group: two_subjects
+task: [mmlu_anatomy, mmlu_virology]
+aggregate_metric_list: [{metric: acc, weight_by_size: true}]
+"""
+    )
     return folder
 
 
@@ -65,6 +116,7 @@ def folders(tmp_path_factory):
 
 def evaluate(models, data, out, *more):
     tasks = ["--tasks", "hellaswag", "arc_easy", "boolq"] if "--tasks" not in more else []
+    more = [*more, "--include_path", str(data)]
     run.main([*map(str, models), "--data", str(data), "--out", str(out), "--device", "cpu", *tasks, *more])
     return {
         (s["checkpoint"], s["task"], s["shots"]): s for s in json.loads((out / "results.json").read_text())["scores"]
@@ -74,7 +126,8 @@ def evaluate(models, data, out, *more):
 @pytest.fixture(scope="module")
 def scores(folders, data, tmp_path_factory):
     out = tmp_path_factory.mktemp("scores")
-    return evaluate(folders, data, out, "--shots", "0", "2", "--published", "small"), out
+    tasks = ["--tasks", *(t for t in PAPER if t != "mmlu"), "two_subjects"]
+    return evaluate(folders, data, out, "--shots", "0", "2", "--published", "small", *tasks), out
 
 
 def logp(model, prompt, continuation):
@@ -86,43 +139,70 @@ def logp(model, prompt, continuation):
 
 
 def by_hand(model, items):
-    """acc and acc_norm of (prompt, choices, gold) items; the norm is the number of characters of a choice."""
+    """acc and acc_norm of (prompts, choices, gold) items; the norm is the number of characters of a choice."""
     plain = normed = 0
-    for prompt, choices, gold in items:
-        found = [logp(model, prompt, " " + c) for c in choices]
+    for prompts, choices, gold in items:
+        prompts = prompts if isinstance(prompts, list) else [prompts] * len(choices)
+        found = [logp(model, p, " " + c) for p, c in zip(prompts, choices, strict=True)]
         plain += max(range(len(choices)), key=found.__getitem__) == gold
         normed += max(range(len(choices)), key=lambda i: found[i] / len(choices[i])) == gold
     return plain / len(items), normed / len(items)
 
 
-def items_of(task):
-    if task == "hellaswag":
-        return [
-            (
-                f"{r['activity_label']}: The {r['ctx_a'].split()[1]} is here. {r['ctx_b'].capitalize()}",
-                r["endings"],
-                int(r["label"]),
-            )
-            for r in hellaswag(12)
-        ]
-    if task == "arc_easy":
-        return [
-            (f"Question: {r['question']}\nAnswer:", r["choices"]["text"], "ABCD".index(r["answerKey"])) for r in arc(12)
-        ]
-    return [(f"{r['passage']}\nQuestion: {r['question']}?\nAnswer:", ["no", "yes"], r["label"]) for r in boolq(12)]
+def asked(question):
+    return f"Question: {question}\nAnswer:"
 
 
-@pytest.mark.parametrize("task", ["hellaswag", "arc_easy", "boolq"])
+def subject(name, rows):
+    start = f"The following are multiple choice questions (with answers) about {name}.\n\n"
+    lines = [[r["question"].strip(), *(f"{x}. {c}" for x, c in zip("ABCD", r["choices"], strict=True))] for r in rows]
+    return [
+        (start + "\n".join([*line, "Answer:"]), list("ABCD"), r["answer"]) for line, r in zip(lines, rows, strict=True)
+    ]
+
+
+ITEMS = {
+    "hellaswag": [
+        (
+            f"{r['activity_label']}: The {r['ctx_a'].split()[1]} is here. {r['ctx_b'].capitalize()}",
+            r["endings"],
+            int(r["label"]),
+        )
+        for r in hellaswag(12)
+    ],
+    "arc_easy": [(asked(r["question"]), r["choices"]["text"], "ABCD".index(r["answerKey"])) for r in arc(12)],
+    "boolq": [(f"{r['passage']}\n" + asked(r["question"] + "?"), ["no", "yes"], r["label"]) for r in boolq(12)],
+    "openbookqa": [(r["question"], r["choices"]["text"], "ABCD".index(r["answerKey"])) for r in arc(12)],
+    "piqa": [(asked(r["goal"]), [r["sol1"], r["sol2"]], r["label"]) for r in piqa(12)],
+    "winogrande": [
+        ([r["sentence"].split(" _")[0] + " " + r[f"option{k}"] for k in (1, 2)], ["home."] * 2, int(r["answer"]) - 1)
+        for r in winogrande(12)
+    ],
+    "sciq": [
+        (
+            r["support"].lstrip() + "\n" + asked(r["question"]),
+            [r["distractor1"], r["distractor2"], r["distractor3"], r["correct_answer"]],
+            3,
+        )
+        for r in sciq(12)
+    ],
+    "two_subjects": subject("anatomy", mmlu(12)[:4]) + subject("virology", mmlu(12)[4:]),
+}
+ITEMS["arc_challenge"] = ITEMS["arc_easy"]
+
+
+@pytest.mark.parametrize("task", ITEMS)
 @pytest.mark.parametrize("number, name", [(0, "one"), (1, "two")])
 def test_scores_equal_a_computation_by_hand(folders, scores, task, number, name):
     got = scores[0][name, task, 0]
-    acc, acc_norm = by_hand(open_trained(folders[number], CPU).model, items_of(task))
-    assert got["all_metrics"]["acc,none"] == acc
-    assert got["score"] == (acc if task == "boolq" else acc_norm)
-    assert got["metric"] == PAPER[task][1]
+    acc, acc_norm = by_hand(open_trained(folders[number], CPU).model, ITEMS[task])
+    assert got["all_metrics"]["acc,none"] == pytest.approx(acc)
+    assert got["metric"] == PAPER.get(task, ("", "acc"))[1]
+    assert got["score"] == pytest.approx(acc if got["metric"] == "acc" else acc_norm)
     assert (got["documents"], got["shots"], got["prefix_token"]) == (12, 0, 256)
     p = got["score"]
-    assert got["stderr"] == pytest.approx((p * (1 - p) / 11) ** 0.5)
+    if task != "two_subjects":
+        assert got["stderr"] == pytest.approx((p * (1 - p) / 11) ** 0.5)
 
 
 def test_scores_are_not_all_alike(scores):
@@ -172,8 +252,11 @@ def test_shots_are_worked_examples_from_the_training_split(data):
 
 def test_tables_hold_every_model_and_the_published_rows(scores):
     text = (scores[1] / "table.md").read_text()
-    assert "| model | shots | ARC-E acc_norm | BoolQ acc | HellaSwag acc_norm | mean of 9 |" in text
-    assert "| published: OpenAI GPT-2, WebText | 0 | 39.48 | 48.72 | 31.14 | 41.19 |" in text
+    assert "| model | shots | ARC-E acc_norm | ARC-C acc_norm | BoolQ acc | HellaSwag acc_norm |" in text
+    assert "| WG acc | SciQ acc_norm | two_subjects acc | mean of 9 |" in text
+    openai = "39.48 | 22.70 | 48.72 | 31.14 | 27.20 | 62.51 | 51.62 | 64.40 |  | 41.19 |"
+    assert f"| published: OpenAI GPT-2 small, WebText | 0 | {openai}" in text
+    assert "No published 2-shot scores of size small are known here." in text
     assert sum(line.startswith(("| one", "| two", "| hf")) for line in text.splitlines()) == 6
     rows = list(csv.DictReader((scores[1] / "table.csv").open()))
     mine = next(r for r in rows if (r["model"], r["shots"]) == ("two", "0"))
@@ -232,11 +315,13 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 
 def test_a_data_set_that_cannot_be_had_says_what_to_do_and_the_others_run(folders, data, tmp_path, capsys):
+    some = tmp_path / "data"
+    write_rows(some / "boolq", validation=boolq(3))
     with pytest.raises(SystemExit, match="1 of the tasks could not be run"):
-        evaluate(folders[:1], data, tmp_path, "--tasks", "piqa", "boolq")
+        evaluate(folders[:1], some, tmp_path, "--tasks", "piqa", "boolq")
     error = capsys.readouterr().err
     line = next(line for line in error.splitlines() if "eval.run: task piqa" in line)
-    for words in ("baber/piqa", "huggingface", "datasets/baber___piqa", "piqa/validation.jsonl", "--data"):
+    for words in ("baber/piqa", "eval.fetch DIR --tasks piqa", "--data DIR", "piqa/{train,validation}.jsonl"):
         assert words in line
     assert "Traceback" not in error
     assert [s["task"] for s in json.loads((tmp_path / "results.json").read_text())["scores"]] == ["boolq"]
@@ -248,6 +333,51 @@ def test_every_task_of_the_paper_is_known_and_names_its_data(folders, tmp_path, 
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eval.run: task")]
     assert [line.split()[2].rstrip(":") for line in lines] == list(PAPER)
     assert all("is neither cached nor reachable" in line for line in lines)
+    assert "mmlu_abstract_algebra/{test,dev}.jsonl and the same of 56 more" in lines[list(PAPER).index("mmlu")]
+
+
+def test_examples_are_never_drawn_from_the_rows_that_are_scored(folders, tmp_path, capsys):
+    some = tmp_path / "data"
+    write_rows(some / "boolq", validation=boolq(3))
+    with pytest.raises(SystemExit, match="1 of the tasks could not be run"):
+        evaluate(folders[:1], some, tmp_path, "--tasks", "boolq", "--shots", "0", "5")
+    assert "boolq/train.jsonl is missing, 5-shot needs it" in capsys.readouterr().err
+
+
+def test_two_processes_give_the_scores_of_one(folders, data, tmp_path):
+    tasks = ["--tasks", "hellaswag", "two_subjects", "--shots", "2"]
+    alone = evaluate(folders[:1], data, tmp_path / "one", *tasks)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "eval/run.py"]
+    command += [str(folders[0]), *tasks, "--data", str(data), "--include_path", str(data), "--device", "cpu"]
+    command += ["--out", str(tmp_path / "two")]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("one  hellaswag, 2-shot") == 1
+    for score in json.loads((tmp_path / "two" / "results.json").read_text())["scores"]:
+        expected = alone["one", score["task"], 2]
+        assert {k: v for k, v in score.items() if k != "seconds"} == {k: expected[k] for k in score if k != "seconds"}
+
+
+def test_fetched_data_can_be_scored_without_a_network(folders, tmp_path, monkeypatch, capsys):
+    asked_for, rows = [], {"train": piqa(6), "validation": piqa(12), "test": [dict(r, label=-1) for r in piqa(3)]}
+
+    def hub(path, name, **options):
+        asked_for.append((path, name))
+        if path == "allenai/ai2_arc":
+            raise ConnectionError("no route")
+        return {split: datasets.Dataset.from_list(r) for split, r in rows.items()}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", hub)
+        for _ in range(2):
+            fetch.main([str(tmp_path / "data"), "--tasks", "piqa"])
+        with pytest.raises(SystemExit, match="task arc_easy: data set allenai/ai2_arc: ConnectionError: no route"):
+            fetch.main([str(tmp_path / "data"), "--tasks", "arc_easy"])
+    assert asked_for == [("baber/piqa", None), ("allenai/ai2_arc", "ARC-Easy")]
+    assert sorted(p.name for p in (tmp_path / "data" / "piqa").iterdir()) == ["train.jsonl", "validation.jsonl"]
+    assert "piqa: 2 files written\npiqa: 0 files written" in capsys.readouterr().out
+    got = evaluate(folders[:1], tmp_path / "data", tmp_path, "--tasks", "piqa")["one", "piqa", 0]
+    assert got["score"] == by_hand(open_trained(folders[0], CPU).model, ITEMS["piqa"])[1]
 
 
 @pytest.mark.parametrize(
@@ -270,6 +400,8 @@ def test_a_results_file_of_something_else_and_a_missing_model(folders, tmp_path)
     (tmp_path / "results.json").write_text("[1, 2]")
     with pytest.raises(SystemExit, match="not a results file"):
         run.main([str(folders[0]), "--tasks", "boolq", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="results.json: File exists; .* choose another --out"):
+        run.main([str(folders[0]), "--tasks", "boolq", "--out", str(tmp_path / "results.json")])
     with pytest.raises(SystemExit, match="neither a checkpoint"):
         run.main([str(tmp_path / "nothing"), "--tasks", "boolq", "--out", str(tmp_path / "out")])
 
@@ -285,7 +417,7 @@ def test_scores_go_to_the_runs_wandb_page(folders, data, tmp_path, monkeypatch, 
     asked = {}
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **k: asked.update(k) or page))
     score = evaluate([place], data, tmp_path / "out", "--tasks", "boolq")["watched", "boolq", 0]
-    assert asked["id"] == "abc123"
+    assert (asked["id"], asked["resume"]) == ("abc123", "must")
     assert page.summary == {"eval/boolq/0-shot/acc": score["score"]}
 
     def outage(**settings):
@@ -294,13 +426,35 @@ def test_scores_go_to_the_runs_wandb_page(folders, data, tmp_path, monkeypatch, 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=outage))
     evaluate([place], data, tmp_path / "out2", "--tasks", "boolq")
     assert "wandb did not take the scores (no route); results.json has them" in capsys.readouterr().out
+    page.summary.clear()
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **k: page))
+    evaluate([place], data, tmp_path / "out2", "--tasks", "boolq")  # nothing left to score, the page is still to write
+    assert page.summary == {"eval/boolq/0-shot/acc": score["score"]}
+
+
+def test_an_offline_run_is_written_to_once_it_is_synced(folders, data, tmp_path, monkeypatch, capsys):
+    place = byte_run(tmp_path, tmp_path / "gone", name="watched", block_size=512)
+    (place / "wandb_id").write_text("abc123")
+    page = types.SimpleNamespace(summary={}, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **k: page))
+    evaluate([place], data, tmp_path / "out", "--tasks", "boolq")
+    assert "wandb run abc123 is offline" in capsys.readouterr().out
+    assert page.summary == {}
+    evaluate([place], data, tmp_path / "out", "--tasks", "boolq", "--wandb", "on")
+    assert list(page.summary) == ["eval/boolq/0-shot/acc"]
 
 
 def test_the_mean_of_published_rows_and_the_sizes():
     row = next(r for r in published()["downstream"] if r["method"] == "MARS-AdamW" and r["size"] == "xl")
     scores = [dict(checkpoint="x", task=t, shots=0, metric=PAPER[t][1], score=0.5, stderr=None) for t in PAPER]
-    assert f"{sum(row['scores'].values()) / 9:.2f} |" in markdown(scores, "xl")
-    assert "| x | 0 |" + " 50.00 |" * 10 in markdown(scores, "xl")
+    assert f"{sum(row['scores'].values()) / 9:.2f} |" in markdown(scores, ["xl"])
+    assert "| x | 0 |" + " 50.00 |" * 10 in markdown(scores, ["xl"])
+    assert "Published: MARS paper" in markdown(scores, ["xl"])
+    assert "OpenAI GPT-2 small" in markdown(scores, ["small", "xl"])
+    assert "ublished" not in markdown(scores, [])
+    five = markdown([s | dict(shots=5) for s in scores], ["small"])
+    assert "| published: Muon small, OpenWebText | 5 |" + "  |" * 9 + " 41.55 |" in five
+    assert "Of AdamW, Lion, Muon, MARS-Lion (small, 5-shot) only the mean is known here." in five
     assert [size_of(n) for n in (124_000_000, 353_000_000, 1_557_000_000, 3_000_000)] == ["small", "medium", "xl", None]
     assert metric_of("other", {"acc,none": 1, "acc_norm,none": 1, "acc_stderr,none": 1}) == "acc_norm"
     assert metric_of("other", {"alias": "x", "bpb,none": 1, "bpb_stderr,none": 1}) == "bpb"

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_runs import SHAPE, byte_dataset, byte_run, small_model
 from test_model import CASES, GOLDEN, golden_model
 
@@ -83,6 +85,12 @@ def test_a_folder_in_use_and_an_export_of_an_export_are_refused(run, exported, t
         export.main([str(exported), str(tmp_path / "again")])
 
 
+def test_a_tokenizer_of_another_vocabulary_is_refused(dataset, tmp_path):
+    wide = byte_run(tmp_path, dataset, vocab_size=2000)
+    with pytest.raises(ValueError, match="tokenizer byte, 257 ids, does not fit vocab_size=2000"):
+        open_trained(wide, CPU)
+
+
 def test_a_padded_vocabulary_is_cut_to_the_tokenizer(dataset, tmp_path):
     run = byte_run(tmp_path, dataset, vocab_size=320)
     export.main([str(run), str(tmp_path / "hf")])
@@ -145,6 +153,24 @@ def test_a_pt_file_can_be_exported(tmp_path):
     assert "| code | nanoGPT |" in (tmp_path / "hf" / "README.md").read_text()
 
 
+def test_a_released_model_comes_from_the_hubs_cache_by_its_name(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    snapshot = tmp_path / "models--openai-community--gpt2" / "snapshots" / ("a" * 40)
+    snapshot.parent.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(exported, snapshot)
+    for name in ("gpt2", "openai-community/gpt2"):
+        found = open_trained(name, CPU)
+        assert (found.name, found.kind, found.tokenizer.name) == ("gpt2", "huggingface", "byte")
+    with pytest.raises(
+        ValueError, match="gpt2-xl: neither in the hub's cache nor reachable .* tokenizer.json of"
+    ) as error:
+        open_trained("gpt2-xl", CPU)
+    assert "\n" not in str(error.value)
+
+
 class NotATensor:
     pass
 
@@ -160,6 +186,17 @@ def break_hugging_face(folder: Path, exported: Path, how: str) -> Path:
         config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "llama"}))
     elif how == "deeper":
         config.write_text(json.dumps(json.loads(config.read_text()) | {"n_layer": 3}))
+    elif how == "wider":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"n_embd": 64}))
+    elif how == "untied":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}))
+        save_file(load_file(weights) | {"lm_head.weight": torch.ones(257, 32)}, weights, {"format": "pt"})
+    elif how == "epsilon":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"layer_norm_epsilon": 1e-3}))
+    elif how == "config":
+        config.write_text("{")
+    elif how == "tokenizer":
+        (folder / "tokenizer.json").write_text("{")
     elif how == "gone":
         weights.unlink()
     return folder
@@ -171,6 +208,11 @@ def break_hugging_face(folder: Path, exported: Path, how: str) -> Path:
         ("cut", "model.safetensors: damaged"),
         ("llama", "its architecture is llama, only gpt2 can be read"),
         ("deeper", "not the GPT-2 that config.json describes"),
+        ("wider", "weights and config.json are not of one GPT-2"),
+        ("untied", "its output layer is not the token embedding"),
+        ("epsilon", "another layer norm or attention scale"),
+        ("config", "config.json: not readable as JSON"),
+        ("tokenizer", "its tokenizer files cannot be read"),
         ("gone", "no model.safetensors in it"),
     ],
 )
@@ -186,6 +228,10 @@ def test_a_broken_hugging_face_folder_is_one_clear_line(exported, tmp_path, how,
         (dict(model_args=None), "not a checkpoint of nanoGPT or MARS"),
         (dict(model_args={"dim": 512}), "another architecture than GPT-2"),
         (dict(model={"tok_embeddings.weight": torch.ones(2, 2)}), "not the GPT-2 its settings describe"),
+        (
+            dict(model=dict(small_model().state_dict()) | {"lm_head.weight": torch.ones(320, 32)}),
+            "not the token embedding",
+        ),
         (dict(config=NotATensor()), "holds more than tensors and numbers"),
     ],
 )

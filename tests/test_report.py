@@ -26,14 +26,12 @@ def run_folder(folder, losses, optimizer="adamw", data="data/tokens/openwebtext"
     return folder
 
 
-@pytest.mark.parametrize(
-    "loss, verdict", [(3.03, "inside the band"), (2.90, "below the band"), (3.10, "above the band"), (3.053, "inside")]
-)
+@pytest.mark.parametrize("loss, verdict", [(3.03, "inside"), (2.90, "below"), (3.10, "above"), (3.053, "inside")])
 def test_on_track_at_a_published_count(tmp_path, loss, verdict, capsys):
     run_folder(tmp_path / "a", {1e9: 3.6, 20e9: loss})
     report.main(["--on-track", str(tmp_path / "a")])
     line = capsys.readouterr().out
-    assert verdict in line
+    assert f"openwebtext: {verdict} the band at 20B tokens: best loss" in line
     assert "a: AdamW, small, openwebtext" in line
     assert f"20B tokens: best loss {loss:.3f}, published 3.024 +- 0.03" in line
 
@@ -107,13 +105,13 @@ def test_the_page_holds_losses_pairs_and_scores(tmp_path, capsys):
     assert ours.endswith(" | (2.981) |")
     assert "- ours - base  -0.1000 nats/token, 95 % interval -0.1200 to -0.0800: ours is better" in text
     assert "| ours | 0 | 50.00 +- 1.00 |  |" in text
-    assert "published: OpenAI GPT-2, WebText | 0 | 48.72" in text
+    assert "published: OpenAI GPT-2 small, WebText | 0 | 48.72" in text
     assert (tmp_path / "out" / "report.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_published_rows_are_whole_and_name_their_sources():
     for row in published()["downstream"]:
-        assert len(row["scores"]) == 9
+        assert len(row["scores"]) == 9 or (row["scores"] == {} and 20 < row["mean"] < 90)
         assert all(20 < s < 90 for s in row["scores"].values())
     assert {p["source"] for p in published()["losses"]} | {"downstream"} == set(published()["sources"])
 

@@ -32,7 +32,6 @@ def test_generation_goes_on_beyond_the_context_and_never_emits_a_padded_id(model
     new = list(generate(model, [5] * 30, 100, temperature=5.0, seed=1))
     assert len(new) == 100
     assert max(new) < 70
-    assert max(generate(model, [5], 60, temperature=5.0, vocab_size=40)) < 40
 
 
 def test_a_seed_names_a_sample(model):

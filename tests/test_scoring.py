@@ -8,6 +8,7 @@ import torch
 from small_runs import SHAPE, small_model
 
 from eval.scoring import Scorer
+from runtime.distributed import World
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,10 @@ def test_an_empty_continuation_and_equal_inputs(model):
         assert logp == pytest.approx(direct(model, *pair)[0], abs=2e-3)
 
 
-def test_out_of_memory_halves_the_batch_and_goes_on(model, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_halves_the_batch_and_goes_on(model, monkeypatch, capsys, error):
     pairs = requests(lengths=(20,) * 8)
     expected = Scorer(model).loglikelihoods(pairs)
     whole, sizes = model.hidden, []
@@ -84,7 +88,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(model, monkeypatch, capsys):
     def small_memory(ids):
         sizes.append(len(ids))
         if len(ids) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return whole(ids)
 
     monkeypatch.setattr(model, "hidden", small_memory)
@@ -102,5 +106,35 @@ def test_out_of_memory_with_one_sequence_is_one_clear_line(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(model, "hidden", no_memory)
-    with pytest.raises(ValueError, match="out of memory with one sequence of 3 tokens; use --device cpu"):
+    with pytest.raises(ValueError, match="out of memory with one sequence of 3 tokens"):
         Scorer(model).loglikelihoods([([1, 2], [3, 4])])
+
+
+def test_an_error_that_is_not_of_memory_is_not_swallowed(monkeypatch):
+    model = small_model(config=replace(SHAPE, n_layer=1))
+
+    def broken(ids):
+        raise RuntimeError("device-side assert")
+
+    monkeypatch.setattr(model, "hidden", broken)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        Scorer(model).loglikelihoods([([1, 2], [3, 4])])
+
+
+def test_ranks_share_the_work_and_all_get_all_scores(model):
+    """Two ranks played one after the other: what one gathers is what both worked off."""
+    pairs, shares = requests(), []
+    for rank in (0, 1):
+        world = World(rank, 2, torch.device("cpu"))
+        world.gather = lambda item: shares.append(item) or [item]
+        Scorer(model, world=world).loglikelihoods(pairs)
+    numbers = [[number for number, _ in share] for share, _ in shares]
+    assert sorted(numbers[0] + numbers[1]) == list(range(len(pairs)))
+    assert abs(len(numbers[0]) - len(numbers[1])) <= 3
+    world.gather = lambda item: shares
+    together, alone = Scorer(model, world=world).loglikelihoods(pairs), Scorer(model).loglikelihoods(pairs)
+    for a, b in zip(together, alone, strict=True):
+        assert a == (pytest.approx(b[0], abs=2e-3), b[1])
+    world.gather = lambda item: [item, ([], "out of memory with one sequence of 9 tokens")]
+    with pytest.raises(ValueError, match="one sequence of 9 tokens"):
+        Scorer(model, world=world).loglikelihoods(pairs)

@@ -1,0 +1,58 @@
+"""Data of benchmark tasks into a folder, for machines without a network: python -m eval.fetch DIR --tasks paper
+
+Writes DIR/TASK/SPLIT.jsonl, the splits that each task reads; `python -m eval.run ... --data DIR` scores from them.
+Files that are there are left alone, so the same command continues an interrupted one.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: python eval/fetch.py
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from eval.tasks import Tasks, splits_of
+
+
+def fetch(tasks: Tasks, name: str, folder: Path) -> list[Path]:
+    """Write what a task, or each task of a group, reads; returns the files written. ValueError if it cannot be had."""
+    import datasets
+
+    written = []
+    for part in tasks.parts(name):
+        task = tasks.settings(part)
+        source, options = task["dataset_path"], task.get("dataset_kwargs") or {}
+        missing = [split for split in splits_of(task) if not (folder / part / f"{split}.jsonl").exists()]
+        if not missing:
+            continue
+        try:
+            found = datasets.load_dataset(source, task.get("dataset_name"), **options)
+        except Exception as error:  # datasets, hub and HTTP library each raise their own
+            reason = str(error).splitlines()[0][:200] if str(error) else ""
+            raise ValueError(f"task {part}: data set {source}: {type(error).__name__}: {reason}") from None
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        for split in missing:
+            path = folder / part / f"{split}.jsonl"
+            found[split].to_json(path.with_suffix(".tmp"))
+            os.replace(path.with_suffix(".tmp"), path)
+            written.append(path)
+    return written
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="eval.fetch", description="Fetch the data of benchmark tasks into a folder.")
+    parser.add_argument("folder", type=Path, help="folder to write TASK/SPLIT.jsonl into")
+    parser.add_argument("--tasks", nargs="+", default=["paper"], help='"paper" (the nine of the papers) or task names')
+    args = parser.parse_args(argv)
+    try:
+        tasks = Tasks(args.tasks)
+        for name in tasks.names:
+            written = fetch(tasks, name, args.folder)
+            print(f"{name}: {len(written)} files written", flush=True)
+    except (ValueError, ImportError, OSError) as error:
+        sys.exit(f"eval.fetch: {error}; the same command continues")
+
+
+if __name__ == "__main__":
+    main()
