@@ -4,9 +4,11 @@ import gzip
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pytest
 from conftest import ROOT, environment
 from fake_hub import COMMIT, FakeHub
 
-from data import build, prepare, shards
+from data import build, place, prepare, shards
 from data.hub import asked
 from data.loader import DataConfig, TrainLoader
 from data.shards import HEADER_BYTES, open_dataset, write_shard
@@ -282,12 +284,80 @@ def test_other_settings_do_not_continue_a_preparation(corpus, tmp_path, monkeypa
     message = stops(command("openwebtext", corpus, tmp_path / "owt", "--shard-tokens", "20000"))
     assert "owt.tmp was begun with other settings (shard_tokens); repeat them or give --fresh" in message
     prepare.main(command("openwebtext", corpus, tmp_path / "owt", "--shard-tokens", "20000", "--fresh"))
+    assert "exists with other settings (shard_tokens)" in stops(command("openwebtext", corpus, tmp_path / "owt"))
+
+
+@pytest.mark.parametrize("moment", ["settle", "discard", "rename"])
+def test_a_crash_while_an_old_folder_is_replaced(corpus, whole, tmp_path, monkeypatch, moment, capsys):
+    """With --fresh; without it the same command then continues, though an old folder may still be there."""
+    out = tmp_path / "owt"
+    prepare.main(command("openwebtext", corpus, out, "--shard-tokens", "20000"))
+
+    def dying(*arguments):
+        raise KeyboardInterrupt
+
+    where = {"settle": build, "discard": place, "rename": Path}[moment]
+    monkeypatch.setattr(where, moment, dying)
+    if moment == "discard":
+        monkeypatch.setattr(place, "discard", lambda folder: (next(folder.glob("*.bin")).unlink(), dying()))
+    message = stops(command("openwebtext", corpus, out, "--fresh"))
+    assert message == "data.prepare: interrupted; the same command, without --fresh, continues"
+    monkeypatch.undo()
+    prepare.main(command("openwebtext", corpus, out))
+    assert contents(out) == contents(whole)
+    assert not build.aside(out).exists()
+    capsys.readouterr()
+    prepare.main(command("openwebtext", corpus, out))
+    assert "already prepared" in capsys.readouterr().out
+
+
+# ---- nothing of the user's is ever deleted
+
+
+def test_a_folder_that_is_not_a_preparations_is_never_replaced(corpus, tmp_path):
+    """The source itself, the user's own folders at either place, a dataset with notes in it, one indexed in place."""
+    shutil.copytree(corpus, tmp_path / "source")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    (tmp_path / "also.tmp").mkdir()
+    (tmp_path / "also.tmp" / "train_000000.bin").write_text("precious")
+    prepare.main(command("openwebtext", corpus, tmp_path / "made"))
+    (tmp_path / "made" / "notes.txt").write_text("precious")
+    for name in ("x_val_0.bin", "x_train_1.bin"):
+        (tmp_path / "own").mkdir(exist_ok=True)
+        write_shard(tmp_path / "own" / name, np.array([50256, 1], dtype=np.uint16), None)
+    prepare.main(["pretokenized", "--source", str(tmp_path / "own")])
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for out in ("source", "mine", "mine/..", "also", "made", "own", "link", "source/../mine"):
+        for fresh in ((), ("--fresh",)):
+            message = stops(command("fineweb_edu", tmp_path / "source", tmp_path / out, *fresh))
+            assert "give another --out" in message or "not a file of a preparation; move it away" in message
+            assert "\n" not in message
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["/", ".."])
+def test_places_that_cannot_be_a_dataset(corpus, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = stops(command("openwebtext", corpus, Path(name), "--fresh"))
+    assert re.search("give the name of a folder to be made|not a file of a preparation", message), message
+    assert "give the name of a folder to be made" in stops(["pretokenized", "--repo", "a/", "--pattern", "*"])
+
+
+def test_a_fresh_start_does_not_take_a_running_preparations_folder(corpus, tmp_path):
+    folder = build.aside(tmp_path / "owt")
+    folder.mkdir()
+    with place.locked(folder):
+        message = stops(command("openwebtext", corpus, tmp_path / "owt", "--fresh"))
+        assert "another preparation is writing there" in message
+        assert folder.exists()
 
 
 def test_two_preparations_of_one_folder(corpus, tmp_path):
     folder = build.aside(tmp_path / "owt")
     folder.mkdir()
-    with build.locked(folder):
+    with place.locked(folder):
         message = stops(command("openwebtext", corpus, tmp_path / "owt"))
     assert "another preparation is writing there" in message
 
@@ -408,7 +478,7 @@ def test_files_of_the_hub_are_dropped_once_they_are_read(hub, tmp_path, monkeypa
     there, take = [], build.Preparation.take
 
     def count(self, chunk, result):
-        there.append(len(list((build.aside(tmp_path / "out") / build.FETCHED).rglob("*.parquet"))))
+        there.append(len(list((build.aside(tmp_path / "out") / place.FETCHED).rglob("*.parquet"))))
         take(self, chunk, result)
 
     monkeypatch.setattr(build.Preparation, "take", count)
@@ -458,6 +528,9 @@ def test_ready_made_shards_are_fetched_checked_and_indexed(hub, tmp_path, capsys
     hub.wrong_sha = True
     assert "came damaged (its sha256 is another)" in stops(arguments)
     hub.wrong_sha = False
+    for thread in threading.enumerate():  # a download ahead, which would have ended with its process
+        if thread.name == "fetch":
+            thread.join()
     prepare.main([*arguments, "--shards", "1", "--fresh"])
     assert sorted(contents(tmp_path / "ready")) == [
         "fineweb_train_000001.bin",
@@ -552,9 +625,10 @@ def test_a_foreign_file_and_a_damaged_shard_in_an_unfinished_folder(corpus, tmp_
     out = tmp_path / "owt"
     monkeypatch.setattr(build.Preparation, "finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     stops(command("openwebtext", corpus, out))
-    (build.aside(out) / "other.bin").write_bytes(b"1")
-    assert "other.bin: not a file of this preparation; move it away" in stops(command("openwebtext", corpus, out))
-    (build.aside(out) / "other.bin").unlink()
+    for name in ("other.bin", "notes.tmp"):
+        (build.aside(out) / name).write_bytes(b"1")
+        assert f"{name}: not a file of a preparation; move it away" in stops(command("openwebtext", corpus, out))
+        (build.aside(out) / name).unlink()
     os.truncate(build.aside(out) / "train_000001.bin", 3000)
     message = stops(command("openwebtext", corpus, out))
     assert "train_000001.bin: 3000 bytes where its header promises 21024" in message
@@ -573,8 +647,11 @@ def test_a_full_disk_keeps_what_was_written(corpus, whole, tmp_path):
 
 
 def test_a_folder_that_is_something_else(corpus, tmp_path):
-    (tmp_path / "out").mkdir()
+    (tmp_path / "out").write_text("a file")
     assert "exists and has no manifest.json" in stops(command("openwebtext", corpus, tmp_path / "out"))
+    (tmp_path / "empty").mkdir()
+    prepare.main(command("openwebtext", corpus, tmp_path / "empty"))
+    assert (tmp_path / "empty" / "manifest.json").exists()
 
 
 def test_a_wrong_tokenizer_file(corpus, tmp_path):
