@@ -7,7 +7,7 @@
     python -m data.prepare openwebtext --source ~/owt           parquet, JSON lines or text you have
     python -m data.prepare pretokenized fineweb_edu_10B         ready-made token shards
     python -m data.prepare verify FOLDER
-    python -m data.prepare info FOLDER --budget 49.152e9
+    python -m data.prepare info FOLDER config/gpt2_small.py [--key=value ...]
 
 The folder appears, complete, only when the last shard is on the disk. An interrupted command continues
 where it stopped when it is given again.
@@ -26,7 +26,7 @@ from data import pretokenized
 from data.build import build
 from data.corpora import JOBS, READY, Job, changed, ready_shards
 from data.place import FETCHED, aside, begun, discard, locked, refuse_strangers, settle
-from data.shards import MANIFEST, DataError
+from data.shards import MANIFEST, DataError, open_dataset
 from data.verify import describe, info, verify
 from data.workers import Recipe
 
@@ -74,7 +74,10 @@ def arguments() -> argparse.ArgumentParser:
     ]
     for p in checks:
         p.add_argument("folder", type=Path)
-    checks[1].add_argument("--budget", type=float, help="training tokens, to state the epochs they make")
+    checks[1].add_argument(
+        "config", nargs="?", help="config file of a run, to state its epochs; --key=value may follow"
+    )
+    checks[1].add_argument("--budget", type=float, help="or the epochs that so many training tokens make")
     return parser
 
 
@@ -84,13 +87,19 @@ def cores() -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = arguments().parse_args(argv)
+    parser = arguments()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not getattr(args, "config", None):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if args.command == "verify":
             print(verify(args.folder))
         elif args.command == "info":
             print(info(args.folder, args.budget))
+            if args.config:
+                print(coverage(args.folder, args.config, rest))
         elif args.command == "pretokenized":
+            check(args)
             prepare_ready(args)
         else:
             check(args)
@@ -105,13 +114,32 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"data.prepare: {error}")
 
 
+def coverage(folder: Path, config: str, overrides: list[str]) -> str:
+    """What a run of a config file reads of a folder; DataError and ConfigError as the trainer would raise them."""
+    from config.load import load_config
+    from data.loader import TrainLoader, ValidationSet
+
+    flag = "--as_published"
+    run = load_config(config, [o for o in overrides if o != flag] + [f"--data.path={folder}"], flag in overrides)
+    dataset = open_dataset(folder, run.model.vocab_size)
+    sizes = dict(block_size=run.model.block_size, vocab_size=run.model.vocab_size, seed=run.seed)
+    train = TrainLoader(dataset, run.data, batch_size=run.sequences, **sizes)
+    val = ValidationSet(dataset, run.data, micro_batch=run.micro_batch, **sizes)
+    budget = f"{run.total_steps:,} steps = {run.total_steps * run.tokens_per_step:,} tokens"
+    return (
+        f"  {'epochs':15} {train.epochs(run.total_steps):.2f} with {run.size}: {budget}\n"
+        f"  {'validation':15} {val.count:,} of {len(val.windows):,} windows of {run.model.block_size:,} tokens"
+    )
+
+
 def check(args: argparse.Namespace) -> None:
     """DataError for numbers that make no sense."""
     if not 0 < getattr(args, "val_fraction", 0.5) < 1:
         raise DataError(f"--val-fraction {args.val_fraction}: must be between 0 and 1")
-    for key in ("shard_tokens", "workers"):
-        if getattr(args, key) < 1:
-            raise DataError(f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least 1")
+    for key, most in (("shard_tokens", 2**31 - 1), ("workers", 4096), ("shards", 2**31)):
+        value = getattr(args, key, None)
+        if value is not None and not 1 <= value <= most:
+            raise DataError(f"--{key.replace('_', '-')} {value}: must be from 1 to {most}")
 
 
 def target(args: argparse.Namespace, name: str) -> Path:

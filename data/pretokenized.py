@@ -4,7 +4,6 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from data.hub import HubFolder
@@ -14,6 +13,7 @@ from data.shards import (
     SPLITS,
     DataError,
     ShardEntry,
+    examine,
     hash_file,
     names_split,
     read_shard_header,
@@ -25,17 +25,14 @@ from data.tokenizer import GPT2Tokenizer
 GPT2 = {"name": "gpt2", "vocab_size": GPT2Tokenizer.vocab_size, "eot": GPT2Tokenizer.eot}
 
 
-def examine(path: Path) -> ShardEntry:
+def entry(path: Path) -> ShardEntry:
     """Read a shard whole; DataError for a wrong header, a wrong length or a token that GPT-2 does not have."""
-    shard = read_shard_header(path)
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=shard.start) if shard.tokens else np.empty(0, "<u2")
-    top, documents = -1, 0
-    for start in range(0, len(tokens), 1 << 24):
-        block = tokens[start : start + (1 << 24)]
-        top, documents = max(top, int(block.max())), documents + int(np.count_nonzero(block == GPT2["eot"]))
-    if top >= GPT2["vocab_size"]:
-        raise DataError(f"{path}: holds token {top}; GPT-2 has {GPT2['vocab_size']} ids: made with another tokenizer")
-    return ShardEntry(path.name, shard.tokens, None, top, hash_file(path), documents)
+    found = examine(read_shard_header(path), GPT2["eot"])
+    if found.max_token >= GPT2["vocab_size"]:
+        raise DataError(
+            f"{path}: holds token {found.max_token}; GPT-2 has {GPT2['vocab_size']} ids: made with another tokenizer"
+        )
+    return found
 
 
 def split_of(name: str) -> str:
@@ -44,10 +41,10 @@ def split_of(name: str) -> str:
 
 
 def index(folder: Path, paths: list[Path], source: dict) -> None:
-    """Write the manifest of a folder of shards, which stay as they are. Raises DataError as `examine` does."""
+    """Write the manifest of a folder of shards, which stay as they are. Raises DataError as `entry` does."""
     splits: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
     for path in tqdm(paths, desc=f"checking {folder.name}", unit=" shards", disable=None):
-        splits[split_of(path.name)].append(examine(path))
+        splits[split_of(path.name)].append(entry(path))
     for split, entries in splits.items():
         if not entries:
             raise DataError(f"{folder}: no *{split}*.bin shards in it")

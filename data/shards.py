@@ -225,6 +225,19 @@ def write_durably(path: Path, *parts: bytes | np.ndarray) -> str:
     return digest.hexdigest()
 
 
+def examine(shard: Shard, eot: int | None) -> ShardEntry:
+    """Read a shard whole: its sha256, its largest token and its documents."""
+    digest, top, documents = hashlib.sha256(), 0, 0
+    with open(shard.path, "rb") as f:
+        digest.update(f.read(shard.start))
+        while block := f.read(1 << 22):
+            digest.update(block)
+            tokens = np.frombuffer(block, dtype="<u2")
+            top, documents = max(top, int(tokens.max())), documents + int(np.count_nonzero(tokens == eot))
+    known = documents if eot is not None else None
+    return ShardEntry(shard.path.name, shard.tokens, None, top, digest.hexdigest(), known)
+
+
 def hash_file(path: Path) -> str:
     """sha256 of a file."""
     digest = hashlib.sha256()

@@ -393,9 +393,22 @@ def damage_foreign(folder):
     write_shard(folder / "train_000099.bin", np.arange(9, dtype=np.uint16), 9)
 
 
+def damage_manifest(folder):
+    text = (folder / "manifest.json").read_text()
+    entry = json.loads(text)["splits"]["train"][2]
+    (folder / "manifest.json").write_text(
+        text.replace(f'"max_token": {entry["max_token"]}', '"max_token": 7', 1).replace(
+            f'"documents": {entry["documents"]}\n', '"documents": 1234\n'
+        )
+    )
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
+        (damage_manifest, "train_000000.bin: manifest.json says max_token 7, it is 256; manifest.json was changed"),
+        (damage_manifest, "manifest.json says documents 1234, it is"),
+        (damage_manifest, "owt: 600 documents were read, its shards hold"),
         (damage_hash, "train_000002.bin: its sha256 is not the manifest's"),
         (damage_half, "train_000001.bin: 5000 bytes where its header promises 21024"),
         (damage_missing, "val_000000.bin: no such shard"),
@@ -423,6 +436,26 @@ def test_info_states_documents_tokens_shards_and_epochs(whole, capsys):
     assert f"{tokens:,} tokens, 599 documents, {-(-tokens // 10_000)} shards" in printed
     assert f"{1e6 / tokens:.2f} with 1,000,000 tokens of training" in printed
     assert "val_seed        2357" in printed
+    assert "--budget nan: must be a number of tokens above 0" in stops(["info", str(whole), "--budget", "nan"])
+    assert "/nowhere: no such folder" in stops(["info", "/nowhere"])
+
+
+def test_info_states_the_epochs_of_a_config(whole, capsys):
+    shape = ["--vocab_size=257", "--block_size=64", "--val_windows=3", "--batch_size=20"]
+    config = [str(ROOT / "config" / "gpt2_small.py"), *shape, "--warmup=1"]
+    prepare.main(["info", str(whole), *config, "--tokens=1280000"])
+    printed = capsys.readouterr().out
+    windows = sum((s.tokens - 1) // 64 for s in open_dataset(whole, 257).splits["train"])
+    assert f"{20_000 / windows:.2f} with gpt2_small: 1,000 steps = 1,280,000 tokens" in printed
+    assert "3 of 6 windows of 64 tokens" in printed
+    prepare.main(["info", str(whole), *config, "--tokens=1280000", "--sampling=replacement"])
+    tokens = sum(s.tokens - 64 for s in open_dataset(whole, 257).splits["train"])
+    assert f"{1_280_000 / tokens:.2f} with gpt2_small" in capsys.readouterr().out
+    assert "config: stepz: unknown key; nearest: steps" in stops(["info", str(whole), config[0], "--stepz=1"])
+    assert "config/none.py: no such config file; there are: " in stops(["info", str(whole), "config/none.py"])
+    assert "does not fit vocab_size=100" in stops(["info", str(whole), config[0], "--vocab_size=100"])
+    with pytest.raises(SystemExit):
+        prepare.main(["verify", str(whole), "--stepz=1"])
 
 
 # ---- the hub, through its own client against a local stand-in
@@ -555,6 +588,7 @@ def test_shards_that_are_there_are_indexed_in_place(tmp_path, capsys):
     write_shard(tmp_path / "x_train_2.bin", np.array([60_000], dtype=np.uint16), None)
     assert "holds token 60000; GPT-2 has 50257 ids" in stops(["pretokenized", "--source", str(tmp_path)])
     assert "name one of fineweb_10B" in stops(["pretokenized", "nothing"])
+    assert "--shards 0: must be from 1 to" in stops(["pretokenized", "fineweb_10B", "--shards", "0"])
     assert "--repo and --pattern go together" in stops(["pretokenized", "--repo", "some/data"])
 
 
@@ -614,7 +648,7 @@ def test_a_compressed_file_that_was_cut_off(tmp_path):
 def test_sources_that_are_not_there(tmp_path):
     assert "--source /nowhere: no such folder" in stops(command("openwebtext", Path("/nowhere"), tmp_path / "out"))
     assert f"--source {tmp_path}: holds no .parquet" in stops(command("openwebtext", tmp_path, tmp_path / "out"))
-    assert "--workers 0: must be at least 1" in stops(command("openwebtext", tmp_path, tmp_path, "--workers", "0"))
+    assert "--workers 0: must be from 1 to 4096" in stops(command("openwebtext", tmp_path, tmp_path, "--workers", "0"))
     (tmp_path / "a.txt").write_text("short")
     message = stops(command("fineweb_edu", tmp_path, tmp_path / "out"))
     assert "no document fell into the train split; give more text or a smaller --shard-tokens" in message
