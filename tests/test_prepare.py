@@ -18,6 +18,7 @@ from conftest import ROOT, environment
 from fake_hub import COMMIT, FakeHub
 
 from data import build, place, prepare, shards
+from data.formats import parquet_parts
 from data.hub import asked
 from data.loader import DataConfig, TrainLoader
 from data.shards import HEADER_BYTES, open_dataset, write_shard
@@ -165,6 +166,21 @@ def test_one_enormous_document_and_ten_thousand_tiny_ones(tmp_path):
     assert documents_in(both, "before") == documents
 
 
+def test_a_large_row_group_is_read_in_parts(corpus, whole, tmp_path, monkeypatch):
+    write_parquet(tmp_path / "source", texts(), files=1, group=1000)
+    monkeypatch.setattr("data.formats.PART_BYTES", 5000)
+    parts = parquet_parts(tmp_path / "source" / "train-00000-of-00001.parquet", "text")
+    assert len(parts) > 10
+    assert [a for _, a, _ in parts] == [0, *(b for _, _, b in parts[:-1])]
+    original = build.write_shard
+    monkeypatch.setattr(build, "write_shard", lambda *a: stop_at(original, 8, *a))
+    stops(command("openwebtext", tmp_path / "source", tmp_path / "out"))
+    monkeypatch.setattr(build, "write_shard", original)
+    prepare.main(command("openwebtext", tmp_path / "source", tmp_path / "out"))
+    same = {n: c for n, c in contents(whole).items() if n.endswith(".bin")}
+    assert {n: c for n, c in contents(tmp_path / "out").items() if n.endswith(".bin")} == same
+
+
 def test_lone_surrogates_of_json_become_replacement_characters(tmp_path):
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "a.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude42"}\n')
@@ -180,15 +196,17 @@ def test_long_texts_are_cut_only_where_no_token_can_cross():
 
     from data.tokenizer import GPT2_PATTERN
 
-    ranks = {bytes([i]): i for i in range(256)} | {b"  ": 256, b" a": 257, b"\n\n": 258, b"ab": 259, b"'s": 260}
+    merged = (b"  ", b" a", b"\n\n", b"ab", b"'s", b"a1", b"1a", b"a!", b"s'")
+    ranks = {pair: i for i, pair in enumerate([*(bytes([i]) for i in range(256)), *merged])}
     encoding = tiktoken.Encoding("test", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
-    chance = random.Random(0)
+    chance, alphabet = random.Random(0), ["a", "b", " ", "\n", "'s", "'", "1", "é", "٣", "\u0301", "\u00a0", "\t", "!"]
     for _ in range(300):
-        text = "".join(chance.choices(["a", "b", " ", "\n", "'s", "1", "é", "\u00a0", "\t", "!"], k=200))
+        text = "".join(chance.choices(alphabet, k=200))
         parts = list(pieces(text, size=7))
         assert "".join(parts) == text
         assert [t for part in parts for t in encoding.encode_ordinary(part)] == encoding.encode_ordinary(text)
     assert len(list(pieces("word " * 100, size=7))) > 30
+    assert len(list(pieces("a1+b2/C3" * 100, size=7))) > 30
 
 
 def test_prepared_shards_reach_the_loader(whole):
