@@ -169,7 +169,9 @@ def build(out: Path, source: Source, settings: dict, recipe: Recipe) -> None:
         if not preparation.position:
             preparation.save()  # what the source said of itself holds from here on
         start = preparation.tokens
-        with tqdm(desc=f"preparing {out.name}", unit=" tokens", unit_scale=True, disable=None, initial=start) as bar:
+        seldom = 0.1 if sys.stderr.isatty() else 60  # seconds between reports; in a log, one a minute
+        look = dict(desc=f"preparing {out.name}", unit=" tokens", unit_scale=True, mininterval=seldom)
+        with tqdm(**look, initial=start) as bar:
             for chunk, result in encoded(source.chunks(preparation.position), recipe):
                 preparation.take(chunk, result)
                 source.done_with(chunk)
