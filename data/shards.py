@@ -219,8 +219,9 @@ def write_durably(path: Path, *parts: bytes | np.ndarray) -> str:
             f.flush()
             os.fsync(f.fileno())
         os.replace(aside, path)
-    except OSError:
+    except OSError as error:
         aside.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)  # a failing write does not know where it writes
         raise
     return digest.hexdigest()
 

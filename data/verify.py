@@ -59,7 +59,7 @@ def verify(folder: Path) -> str:
     """One line if all is well; DataError with a line for everything that is not."""
     found = faults(folder)
     if found:
-        raise DataError("\n".join([f"{folder}: {len(found)} faults", *found]))
+        raise DataError("\n".join([f"{folder}: {len(found)} fault{'s' * (len(found) > 1)}", *found]))
     listed = entries(folder)
     return f"{folder}: {len(listed)} shards, {sum(e['tokens'] for e in listed):,} tokens: headers, counts, sha256 agree"
 
