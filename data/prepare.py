@@ -124,7 +124,7 @@ def coverage(folder: Path, config: str, overrides: list[str]) -> str:
     dataset = open_dataset(folder, run.model.vocab_size)
     sizes = dict(block_size=run.model.block_size, vocab_size=run.model.vocab_size, seed=run.seed)
     train = TrainLoader(dataset, run.data, batch_size=run.sequences, **sizes)
-    val = ValidationSet(dataset, run.data, micro_batch=run.micro_batch, **sizes)
+    val = ValidationSet(dataset, run.data, micro_batch=1, **sizes)  # to count its windows
     budget = f"{run.total_steps:,} steps = {run.total_steps * run.tokens_per_step:,} tokens"
     return (
         f"  {'epochs':15} {train.epochs(run.total_steps):.2f} with {run.size}: {budget}\n"
