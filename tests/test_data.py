@@ -13,9 +13,10 @@ import pytest
 import torch
 from conftest import ROOT, VOCAB, environment, make_dataset, make_tokens
 
-from data import prepare, pydocs, text
+from data import prepare, pydocs
 from data.loader import DataConfig, TrainLoader, ValidationSet, Windows, permute, prefetch, to_device
 from data.shards import HEADER_BYTES, DataError, open_dataset, read_shard_header, write_shard
+from data.text import documents, text_files
 from data.tokenizer import ByteTokenizer, get_tokenizer
 
 
@@ -377,7 +378,7 @@ def test_a_text_is_read_in_pieces_that_make_it_up_again(tmp_path, monkeypatch):
     texts = {"a.txt": lines, "b.txt": lines.replace("\n", " "), "c.txt": "", "d.txt": "x" * 20_000, "e.txt": "short"}
     for name, content in texts.items():
         (tmp_path / name).write_text(content)
-    found = list(text.documents(tmp_path, text.text_files(tmp_path, "*.txt")))
+    found = list(documents(tmp_path, text_files(tmp_path, "*.txt")))
     for name, content in texts.items():
         mine = [(int(n.partition("#")[2]), t) for n, t, _ in found if n.startswith(name)]
         assert "".join(t for _, t in mine) == content
@@ -388,7 +389,7 @@ def test_a_text_is_read_in_pieces_that_make_it_up_again(tmp_path, monkeypatch):
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
     (tmp_path / "e.txt").write_bytes(b"ab" * 1700 + "é".encode()[:1])
-    assert next(text.documents(tmp_path, [tmp_path / "e.txt"]))[1].where.endswith("e.txt: not UTF-8 (byte 3400)")
+    assert next(documents(tmp_path, [tmp_path / "e.txt"]))[1].where.endswith("e.txt: not UTF-8 (byte 3400)")
 
 
 @pytest.mark.parametrize("content", ["to be or not to be\n" * 10_000, "to be or not to be " * 10_000])
@@ -421,14 +422,14 @@ def test_pydocs_is_prose_in_a_reproducible_order():
     assert found[:60] == list(islice(pydocs.documents(), 60))
     assert [share for *_, share in found] == sorted({share for *_, share in found})
     assert 0 < found[0][2] < 0.01 < 0.99 < found[-1][2] <= 1
-    documents = [(name, text) for name, text, _ in found]
-    names = [name for name, _ in documents]
+    prose = [(name, text) for name, text, _ in found]
+    names = [name for name, _ in prose]
     assert names == sorted(names)
     assert {name.split("/")[0] for name in names} == {"numpy", "python", "torch"}
     assert not any("/tests/" in name or "site-packages" in name for name in names)
-    assert 8e6 < sum(len(text) for _, text in documents) < 20e6
-    textwrap = dict(documents)["python/textwrap.py"]
+    assert 8e6 < sum(len(text) for _, text in prose) < 20e6
+    textwrap = dict(prose)["python/textwrap.py"]
     assert "Object for wrapping/filling text." in textwrap
     assert "def wrap" not in textwrap
-    paragraphs = [p for _, text in documents for p in text.strip("\n").split("\n\n")]
+    paragraphs = [p for _, text in prose for p in text.strip("\n").split("\n\n")]
     assert len(set(paragraphs)) > 0.99 * len(paragraphs)
