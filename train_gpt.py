@@ -365,7 +365,7 @@ def introduce(t: Trainer) -> None:
     t.log.say(
         f"{run.name}\n"
         f"  model      {t.model.num_params():,} parameters: {c.n_layer} layers x {c.n_embd}, context {c.block_size}\n"
-        f"  data       {run.data.path}: {t.steps * run.sequences / len(t.loader.windows):.2f} epochs of "
+        f"  data       {run.data.path}: {t.loader.epochs(t.steps):.2f} epochs of "
         f"{len(t.loader.windows):,} windows, {run.data.sampling}\n"
         f"  batch      {run.sequences} sequences = {world.size} processes x {t.micro_batch} x "
         f"{t.accumulation} accumulated = {run.tokens_per_step:,} tokens\n"
@@ -403,7 +403,7 @@ def plan(run: RunConfig, world: World, verify: bool, rate: float | None) -> Plan
     run.accumulation(world.size)
     dataset = open_dataset(run.data.path, c.vocab_size)
     sizes = dict(block_size=c.block_size, batch_size=run.sequences, vocab_size=c.vocab_size, seed=run.seed)
-    windows = len(TrainLoader(dataset, run.data, **sizes).windows)
+    epochs = TrainLoader(dataset, run.data, **sizes).epochs(run.total_steps)
     known = (dataset.folder / MANIFEST).exists()
     checked = "headers, counts and sha256 agree" if verify else "headers and counts agree; --verify hashes them, too"
     with torch.device("meta"):
@@ -419,7 +419,7 @@ def plan(run: RunConfig, world: World, verify: bool, rate: float | None) -> Plan
         **dict(name=run.name, folder=folder, footprint=of),
         **dict(whole_state=state_bytes(build_optimizer(model, run.optim))),
         **dict(sequences=run.sequences, micro_batch=micro_batch, estimated=run.micro_batch is None),
-        **dict(steps=run.total_steps, windows=windows),
+        **dict(steps=run.total_steps, epochs=epochs),
         **dict(dataset=run.data.path, train_tokens=dataset.tokens("train")),
         shards="; ".join(faults(dataset.folder, hashes=verify)) if known and world.is_main else None,
         checked=checked if known else "headers agree; there is no manifest to check against",

@@ -40,7 +40,7 @@ def write_corpus(folder: Path, megabytes: float) -> list[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    prose = "".join(text for _, text in islice(pydocs.documents(), None if megabytes > 1 else 40))
+    prose = "".join(text for _, text, _ in islice(pydocs.documents(), None if megabytes > 1 else 40))
     documents = [prose[i : i + 4000] for i in range(0, len(prose), 4000)]
     size = sum(len(d.encode()) for d in documents)
     documents = (documents * (1 + int(megabytes * 1e6 / size)))[

@@ -6,12 +6,9 @@ file with the tokens read but not yet in a shard. Killed anywhere, a preparation
 ends with the same bytes. The number of workers does not change them either, as results are taken in order.
 """
 
-import fcntl
 import json
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -19,12 +16,21 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.shards import SPLITS, DataError, ShardEntry, listed_shard, write_durably, write_manifest, write_shard
+from data.place import FETCHED, LOCK, PROGRESS, aside, locked, progress, settle
+from data.shards import (
+    SPLITS,
+    DataError,
+    ShardEntry,
+    hash_file,
+    listed_shard,
+    write_durably,
+    write_manifest,
+    write_shard,
+)
 from data.sources import Chunk, Source
 from data.tokenizer import Tokenizer, get_tokenizer
 from data.workers import Encoded, Recipe, encoded
 
-PROGRESS, LOCK, FETCHED = "progress.json", "lock", "fetched"
 NOTICES = 20  # documents that cannot be read are named up to this many, and all are counted
 
 
@@ -67,8 +73,8 @@ class Preparation:
         self.position: tuple[int, ...] = ()
         self.documents = self.unreadable = 0
         self.writers = [ShardWriter(folder, *names, recipe.shard_tokens, eot) for names in recipe.split.streams]
-        if (folder / PROGRESS).exists():
-            self._restore(json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
+        if state := progress(folder):
+            self._restore(state)
 
     @property
     def shards(self) -> int:
@@ -119,14 +125,17 @@ class Preparation:
     def _restore(self, state: dict) -> None:
         self.position, self.documents = tuple(state["position"]), state["documents"]
         self.unreadable = state["unreadable"]
-        held = np.fromfile(self.folder / state["held"]["file"], dtype="<u2")
+        path = self.folder / state["held"]["file"]
+        if not path.exists() or hash_file(path) != state["held"]["sha256"]:
+            raise DataError(f"{path} is missing or damaged; start over with --fresh")
+        held = np.fromfile(path, dtype="<u2")
         for writer, told in zip(self.writers, state["streams"], strict=True):
             writer.held, writer.held_bytes = told["held"], told["held_bytes"]
             writer.buffer[: writer.held], held = held[: writer.held], held[writer.held :]
             writer.entries = [ShardEntry(**e) for e in told["shards"]]
 
     def finish(self, tokenizer: Tokenizer) -> None:
-        """Write the last shards and the manifest, and leave nothing else in the folder."""
+        """Write the last shards and the manifest."""
         for writer in self.writers:
             writer.flush()
         splits: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
@@ -143,9 +152,6 @@ class Preparation:
         facts = {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot}
         counts = dict(documents=self.documents, unreadable=self.unreadable)
         write_manifest(self.folder, facts, self.source | {"read": counts}, splits)
-        for rest in (*self.folder.glob("held-*"), self.folder / PROGRESS):
-            rest.unlink(missing_ok=True)
-        shutil.rmtree(self.folder / FETCHED, ignore_errors=True)
 
 
 def build(out: Path, source: Source, settings: dict, recipe: Recipe) -> None:
@@ -163,7 +169,9 @@ def build(out: Path, source: Source, settings: dict, recipe: Recipe) -> None:
         if not preparation.position:
             preparation.save()  # what the source said of itself holds from here on
         start = preparation.tokens
-        with tqdm(desc=f"preparing {out.name}", unit=" tokens", unit_scale=True, disable=None, initial=start) as bar:
+        seldom = 0.1 if sys.stderr.isatty() else 60  # seconds between reports; in a log, one a minute
+        look = dict(desc=f"preparing {out.name}", unit=" tokens", unit_scale=True, mininterval=seldom)
+        with tqdm(**look, initial=start) as bar:
             for chunk, result in encoded(source.chunks(preparation.position), recipe):
                 preparation.take(chunk, result)
                 source.done_with(chunk)
@@ -171,29 +179,7 @@ def build(out: Path, source: Source, settings: dict, recipe: Recipe) -> None:
                     bar.total = round(preparation.tokens / chunk.fraction)
                 bar.update(len(result.tokens))
         preparation.finish(tokenizer)
-    if out.exists():
-        shutil.rmtree(out)
-    folder.rename(out)
-
-
-def aside(out: Path) -> Path:
-    """Where a dataset folder is made."""
-    return out.with_name(out.name + ".tmp")
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep a second preparation out of a folder."""
-    path = folder / LOCK
-    with open(path, "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError(
-                f"{folder}: another preparation is writing there; wait for it or give another --out"
-            ) from None
-        yield
-        path.unlink()
+        settle(folder, out)
 
 
 def sweep(folder: Path, preparation: Preparation) -> None:
@@ -208,4 +194,4 @@ def sweep(folder: Path, preparation: Preparation) -> None:
         if path.name.endswith(".tmp") or (path.suffix == ".bin" and preparation.will_write(path.name)):
             path.unlink()  # left by a kill
         elif not ours:
-            raise DataError(f"{path}: not a file of this preparation; move it away, or start over with --fresh")
+            raise DataError(f"{path}: not a shard of this preparation; move it away")

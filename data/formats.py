@@ -11,6 +11,7 @@ from data.shards import DataError
 
 CHUNK_BYTES = 1 << 20  # a fifth of a second of tokenization: enough to hide the hand-over, little enough to spread
 CHUNK_DOCUMENTS = 512
+PART_BYTES = 1 << 26  # of text in a part of a parquet row group: bounds the memory of a worker
 
 
 @contextmanager
@@ -82,6 +83,19 @@ def parquet_facts(path: Path | BinaryIO, column: str, name: str = "") -> tuple[i
     if str(schema.field(column).type) not in ("string", "large_string", "string_view"):
         raise DataError(f'{name}: column "{column}" is {schema.field(column).type}, not text; it has {there}')
     return file.metadata.num_rows, file.metadata.num_row_groups
+
+
+def parquet_parts(path: Path, column: str) -> list[tuple[int, int, int]]:
+    """(row group, first row, row behind the last) of the parts of a file: row groups, large ones cut by rows."""
+    file = parquet_library().ParquetFile(path)
+    number, parts = file.schema_arrow.names.index(column), []
+    for group in range(file.num_row_groups):
+        facts = file.metadata.row_group(group)
+        flat = facts.num_columns == len(file.schema_arrow.names)  # else columns of the file are not those of the schema
+        size = facts.column(number).total_uncompressed_size if flat else facts.total_byte_size
+        step = max(1, facts.num_rows // max(1, size // PART_BYTES))
+        parts += [(group, a, min(a + step, facts.num_rows)) for a in range(0, facts.num_rows, step)]
+    return parts
 
 
 def first_line(error: Exception) -> str:

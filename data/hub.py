@@ -1,7 +1,9 @@
 """Files of a Hugging Face dataset repository at one commit, fetched one after the other.
 
 Only names, footers and bytes are asked for: nothing from the repository is ever run. A fetched file is
-dropped once its tokens are written, and the next one is fetched while this one is tokenized.
+dropped once its tokens are written, and the next one is fetched while this one is tokenized. The parquet files
+are read by row group rather than through `datasets`, whose cache would hold a second copy of the corpus: so a
+preparation continues at a row group, workers read for themselves, and only pyarrow and the hub's client are needed.
 """
 
 import errno

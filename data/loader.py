@@ -155,6 +155,10 @@ class TrainLoader:
         parts = [permute(sequence[epochs == e] % n, n, self.seed, int(e)) for e in np.unique(epochs)]
         return np.concatenate(parts)
 
+    def epochs(self, steps: int) -> float:
+        """Passes over the split that so many steps read, by the number of tokens where windows overlap."""
+        return steps * self.batch_size * self.windows.block_size / (len(self.windows) * self.windows.stride)
+
     def batch(self, step: int) -> np.ndarray:
         """This rank's slice of a step's batch: tokens (batch_size / world_size, block_size + 1) uint16."""
         return self.windows.read(self.window_ids(step)[self.mine], self.vocab_size)

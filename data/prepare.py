@@ -7,7 +7,7 @@
     python -m data.prepare openwebtext --source ~/owt           parquet, JSON lines or text you have
     python -m data.prepare pretokenized fineweb_edu_10B         ready-made token shards
     python -m data.prepare verify FOLDER
-    python -m data.prepare info FOLDER --budget 49.152e9
+    python -m data.prepare info FOLDER config/gpt2_small.py [--key=value ...]
 
 The folder appears, complete, only when the last shard is on the disk. An interrupted command continues
 where it stopped when it is given again.
@@ -15,9 +15,7 @@ where it stopped when it is given again.
 
 import argparse
 import errno
-import json
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -25,9 +23,10 @@ if __package__ in (None, ""):  # run as a file: python data/prepare.py
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data import pretokenized
-from data.build import FETCHED, PROGRESS, aside, build
+from data.build import build
 from data.corpora import JOBS, READY, Job, changed, ready_shards
-from data.shards import MANIFEST, DataError, read_manifest
+from data.place import FETCHED, aside, begun, discard, locked, refuse_strangers, settle
+from data.shards import MANIFEST, DataError, open_dataset
 from data.verify import describe, info, verify
 from data.workers import Recipe
 
@@ -65,19 +64,20 @@ def arguments() -> argparse.ArgumentParser:
         p.add_argument("--tokenizer", choices=("byte", "gpt2"), default=tokenizer)
         p.add_argument("--ranks", help="local GPT-2 ranks file, for machines without a network")
         p.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens per shard")
-        p.add_argument(
-            "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)"
-        )
+        p.add_argument("--workers", type=int, default=cores(), help="processes (default: all cores)")
     for p in (pydocs, text, *corpora, ready):
         p.add_argument("--out", type=Path, help="dataset folder (default: data/tokens/NAME)")
-        p.add_argument("--fresh", action="store_true", help="replace an existing folder, or an unfinished one")
+        p.add_argument("--fresh", action="store_true", help="start over, and replace a finished folder")
     checks = [
         commands.add_parser("verify", help="check a folder"),
         commands.add_parser("info", help="describe a folder"),
     ]
     for p in checks:
         p.add_argument("folder", type=Path)
-    checks[1].add_argument("--budget", type=float, help="training tokens, to state the epochs they make")
+    checks[1].add_argument(
+        "config", nargs="?", help="config file of a run, to state its epochs; --key=value may follow"
+    )
+    checks[1].add_argument("--budget", type=float, help="or the epochs that so many training tokens make")
     return parser
 
 
@@ -87,19 +87,26 @@ def cores() -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = arguments().parse_args(argv)
+    parser = arguments()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not getattr(args, "config", None):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if args.command == "verify":
             print(verify(args.folder))
         elif args.command == "info":
             print(info(args.folder, args.budget))
+            if args.config:
+                print(coverage(args.folder, args.config, rest))
         elif args.command == "pretokenized":
+            check(args)
             prepare_ready(args)
         else:
             check(args)
             prepare(args, JOBS[args.command](args))
     except KeyboardInterrupt:
-        sys.exit("data.prepare: interrupted; the same command continues")
+        again = "the same command" + (", without --fresh," if getattr(args, "fresh", False) else "")
+        sys.exit(f"data.prepare: interrupted; {again} continues")
     except OSError as error:
         hint = "; make room there, the same command continues" if error.errno in (errno.ENOSPC, errno.EFBIG) else ""
         sys.exit(f"data.prepare: {error}{hint}")
@@ -107,49 +114,97 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"data.prepare: {error}")
 
 
+def coverage(folder: Path, config: str, overrides: list[str]) -> str:
+    """What a run of a config file reads of a folder; DataError and ConfigError as the trainer would raise them."""
+    from config.load import load_config
+    from data.loader import TrainLoader, ValidationSet
+
+    flag = "--as_published"
+    run = load_config(config, [o for o in overrides if o != flag] + [f"--data.path={folder}"], flag in overrides)
+    dataset = open_dataset(folder, run.model.vocab_size)
+    sizes = dict(block_size=run.model.block_size, vocab_size=run.model.vocab_size, seed=run.seed)
+    train = TrainLoader(dataset, run.data, batch_size=run.sequences, **sizes)
+    val = ValidationSet(dataset, run.data, micro_batch=1, **sizes)  # to count its windows
+    budget = f"{run.total_steps:,} steps = {run.total_steps * run.tokens_per_step:,} tokens"
+    return (
+        f"  {'epochs':15} {train.epochs(run.total_steps):.2f} with {run.size}: {budget}\n"
+        f"  {'validation':15} {val.count:,} of {len(val.windows):,} windows of {run.model.block_size:,} tokens"
+    )
+
+
 def check(args: argparse.Namespace) -> None:
     """DataError for numbers that make no sense."""
     if not 0 < getattr(args, "val_fraction", 0.5) < 1:
         raise DataError(f"--val-fraction {args.val_fraction}: must be between 0 and 1")
-    for key in ("shard_tokens", "workers"):
-        if getattr(args, key) < 1:
-            raise DataError(f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least 1")
+    for key, most in (("shard_tokens", 2**31 - 1), ("workers", 4096), ("shards", 2**31)):
+        value = getattr(args, key, None)
+        if value is not None and not 1 <= value <= most:
+            raise DataError(f"--{key.replace('_', '-')} {value}: must be from 1 to {most}")
 
 
-def finished(out: Path, settings: dict, fresh: bool) -> bool:
-    """Whether `out` is there with these settings; DataError if it is there with others and may not be replaced."""
+def target(args: argparse.Namespace, name: str) -> Path:
+    """The dataset folder that is meant; DataError if a folder cannot be put there."""
+    out = args.out or Path("data/tokens") / name
+    out = out.resolve() if out.name in ("", "..") or out.is_symlink() else out
+    if not out.name or out.is_mount() or (args.out is None and not name):
+        raise DataError(f"--out {out}: give the name of a folder to be made")
+    return out
+
+
+def standing(out: Path, settings: dict, fresh: bool) -> dict | None:
+    """What an unfinished preparation knows of its source, {} where there is none, None if `out` is done already.
+
+    fresh: an unfinished one is dropped, and a finished one will be replaced.
+    DataError if the place is taken by something else, or by a preparation with other settings.
+    """
+    folder = aside(out)
+    refuse_strangers(folder)
     if fresh:
-        shutil.rmtree(aside(out), ignore_errors=True)
-        return False
-    if not out.exists():
-        return False
+        refuse_strangers(out)
+        if folder.exists():
+            with locked(folder):
+                discard(folder)
+        return {}
+    before = begun(folder)
+    if before is not None:
+        if different := changed(before, settings):
+            raise DataError(
+                f"{folder} was begun with other settings ({', '.join(different)}); repeat them or give --fresh"
+            )
+        print(f"continuing {folder}")
+        return before
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return {}
     if not (out / MANIFEST).exists():
-        raise DataError(f"{out} exists and has no {MANIFEST}; give another --out, or --fresh to replace it")
-    different = changed(read_manifest(out / MANIFEST).get("source", {}), settings)
-    if different:
+        raise DataError(f"{out} exists and has no {MANIFEST}: not a dataset made here; give another --out")
+    if different := changed(begun(out), settings):
+        refuse_strangers(out)
         raise DataError(f"{out} exists with other settings ({', '.join(different)}); give --fresh to replace it")
     print(f"already prepared: {describe(out)}")
+    return None
+
+
+def complete(out: Path) -> bool:
+    """Whether the unfinished folder lacks nothing but its name; it then gets it."""
+    folder = aside(out)
+    if not (folder / MANIFEST).exists():
+        return False
+    with locked(folder):
+        settle(folder, out)
     return True
 
 
 def prepare(args: argparse.Namespace, job: Job) -> None:
     """Do a job, continue it, or find that it is done already."""
-    out = args.out or Path("data/tokens") / job.name
+    out = target(args, job.name)
     settings = job.settings | {"tokenizer": args.tokenizer, "shard_tokens": args.shard_tokens}
-    if finished(out, settings, args.fresh):
+    before = standing(out, settings, args.fresh)
+    if before is None:
         return
-    folder, before = aside(out), {}
-    if (folder / PROGRESS).exists():
-        before = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))["source"]
-        different = changed(before, settings)
-        if different:
-            raise DataError(
-                f"{folder} was begun with other settings ({', '.join(different)}); repeat them or give --fresh"
-            )
-        print(f"continuing {folder}")
-    source, split, facts = job.open(before, folder / FETCHED)
-    recipe = Recipe(args.tokenizer, args.ranks, settings["eot"], split, args.shard_tokens, args.workers)
-    build(out, source, settings | facts, recipe)
+    if not complete(out):
+        source, split, facts = job.open(before, aside(out) / FETCHED)
+        recipe = Recipe(args.tokenizer, args.ranks, settings["eot"], split, args.shard_tokens, args.workers)
+        build(out, source, settings | facts, recipe)
     print(f"prepared {describe(out)}")
 
 
@@ -160,12 +215,15 @@ def prepare_ready(args: argparse.Namespace) -> None:
         print(f"indexed {describe(args.source)}")
         return
     name, ready = ready_shards(args)
-    out = args.out or Path("data/tokens") / name
+    out = target(args, name)
     settings = {"name": "pretokenized", "repo": ready.repo, "pattern": ready.pattern}
     settings |= {"asked_revision": args.revision, "shards": args.shards}
-    if not finished(out, settings, args.fresh):
-        pretokenized.fetch(out, settings)
-        print(f"prepared {describe(out)}")
+    before = standing(out, settings, args.fresh)
+    if before is None:
+        return
+    if not complete(out):
+        pretokenized.fetch(out, settings, before)
+    print(f"prepared {describe(out)}")
 
 
 if __name__ == "__main__":

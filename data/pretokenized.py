@@ -2,20 +2,20 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
-from data.build import FETCHED, PROGRESS, aside, locked
 from data.hub import HubFolder
+from data.place import FETCHED, PROGRESS, aside, locked, settle
 from data.shards import (
     MANIFEST,
     SPLITS,
     DataError,
     ShardEntry,
+    examine,
     hash_file,
+    names_split,
     read_shard_header,
     write_durably,
     write_manifest,
@@ -25,30 +25,26 @@ from data.tokenizer import GPT2Tokenizer
 GPT2 = {"name": "gpt2", "vocab_size": GPT2Tokenizer.vocab_size, "eot": GPT2Tokenizer.eot}
 
 
-def examine(path: Path) -> ShardEntry:
+def entry(path: Path) -> ShardEntry:
     """Read a shard whole; DataError for a wrong header, a wrong length or a token that GPT-2 does not have."""
-    shard = read_shard_header(path)
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=shard.start) if shard.tokens else np.empty(0, "<u2")
-    top, documents = -1, 0
-    for start in range(0, len(tokens), 1 << 24):
-        block = tokens[start : start + (1 << 24)]
-        top, documents = max(top, int(block.max())), documents + int(np.count_nonzero(block == GPT2["eot"]))
-    if top >= GPT2["vocab_size"]:
-        raise DataError(f"{path}: holds token {top}; GPT-2 has {GPT2['vocab_size']} ids: made with another tokenizer")
-    return ShardEntry(path.name, shard.tokens, None, top, hash_file(path), documents)
+    found = examine(read_shard_header(path), GPT2["eot"])
+    if found.max_token >= GPT2["vocab_size"]:
+        raise DataError(
+            f"{path}: holds token {found.max_token}; GPT-2 has {GPT2['vocab_size']} ids: made with another tokenizer"
+        )
+    return found
 
 
 def split_of(name: str) -> str:
     """ "val" for a shard whose name says so, else "train"."""
-    return "val" if "val" in name else "train"
+    return "val" if names_split(name, "val") else "train"
 
 
-def index(folder: Path, source: dict) -> None:
-    """Write the manifest of a folder of shards, which stay as they are. Raises DataError as `examine` does."""
-    paths = sorted(folder.glob("*.bin"))
+def index(folder: Path, paths: list[Path], source: dict) -> None:
+    """Write the manifest of a folder of shards, which stay as they are. Raises DataError as `entry` does."""
     splits: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
     for path in tqdm(paths, desc=f"checking {folder.name}", unit=" shards", disable=None):
-        splits[split_of(path.name)].append(examine(path))
+        splits[split_of(path.name)].append(entry(path))
     for split, entries in splits.items():
         if not entries:
             raise DataError(f"{folder}: no *{split}*.bin shards in it")
@@ -61,29 +57,28 @@ def index_in_place(folder: Path) -> None:
         raise DataError(f"--source {folder}: no such folder")
     if (folder / MANIFEST).exists():
         raise DataError(f"{folder} has a {MANIFEST}; check it with: python -m data.prepare verify {folder}")
-    index(folder, {"name": "pretokenized", "root": str(folder.resolve())})
+    index(folder, sorted(folder.glob("*.bin")), {"name": "pretokenized", "root": str(folder.resolve())})
 
 
-def fetch(out: Path, wanted: dict) -> None:
+def fetch(out: Path, wanted: dict, before: dict) -> None:
     """Fetch shards from the hub into `out`: the validation shards, and the first wanted["shards"] of the others.
 
-    wanted: also repo, pattern and asked_revision. What an interrupted call fetched is kept.
+    wanted: also repo, pattern and asked_revision; before: what an interrupted call wrote down, whose files are kept.
     Raises DataError for what the hub refuses and for bad shards.
     """
-    folder = aside(out)
+    folder, repo = aside(out), wanted["repo"]
     folder.mkdir(parents=True, exist_ok=True)
-    repo = wanted["repo"]
     with locked(folder):
-        before = json.loads((folder / PROGRESS).read_text()) if (folder / PROGRESS).exists() else {}
-        if before and {k: before.get(k) for k in wanted} != wanted:
-            raise DataError(f"{folder} holds shards fetched with other settings; repeat them or give --fresh")
         hub = HubFolder(repo, wanted["pattern"], before.get("revision", wanted["asked_revision"]), folder / FETCHED)
-        source = wanted | {"revision": hub.revision}
-        write_durably(folder / PROGRESS, (json.dumps(source) + "\n").encode())
         train = [f for f in hub.files if split_of(f.name) == "train"][: wanted["shards"]]
         hub.files = [f for f in hub.files if f in train or split_of(f.name) == "val"]
-        for file in tqdm(hub.files, desc=f"fetching {out.name}", unit=" shards", disable=None):
-            path = folder / Path(file.name).name
+        paths = [folder / Path(f.name).name for f in hub.files]
+        if len(set(paths)) < len(paths):
+            raise DataError(f'{repo}: "{wanted["pattern"]}" matches files of one name in several folders; narrow it')
+        state = {"source": wanted | {"revision": hub.revision}, "files": [p.name for p in paths]}
+        write_durably(folder / PROGRESS, (json.dumps(state) + "\n").encode())
+        bar = tqdm(paths, desc=f"fetching {out.name}", unit=" shards", disable=None)
+        for path, file in zip(bar, hub.files, strict=True):
             if path.exists() and path.stat().st_size == file.size:
                 continue
             fetched = hub.fetch(file)
@@ -91,9 +86,5 @@ def fetch(out: Path, wanted: dict) -> None:
                 fetched.unlink()
                 raise DataError(f"{repo}: {file.name} came damaged (its sha256 is another); the same command continues")
             os.replace(fetched, path)
-        index(folder, source)
-        shutil.rmtree(folder / FETCHED, ignore_errors=True)
-        (folder / PROGRESS).unlink()
-    if out.exists():
-        shutil.rmtree(out)
-    folder.rename(out)
+        index(folder, paths, state["source"])
+        settle(folder, out)

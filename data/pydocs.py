@@ -23,8 +23,8 @@ SKIPPED = {"test", "tests", "testing", "idlelib", "idle_test", "lib2to3", "__pyc
 SHORTEST = 40  # characters; shorter paragraphs are mostly headings and parameter names
 
 
-def documents() -> Iterator[tuple[str, str]]:
-    """Yield (name, text), one document per source file with prose, in an order that depends on names only."""
+def documents() -> Iterator[tuple[str, str, float]]:
+    """Yield (name, text, share of the files read): one document per source file with prose, in the order of names."""
     roots = {"python": Path(sysconfig.get_paths()["stdlib"])}
     for package in ("numpy", "torch"):
         spec = find_spec(package)
@@ -33,7 +33,7 @@ def documents() -> Iterator[tuple[str, str]]:
         roots[package] = Path(spec.origin).parent
     files = {f"{label}/{p.relative_to(root).as_posix()}": p for label, root in roots.items() for p in _sources(root)}
     seen: set[bytes] = set()
-    for name, path in sorted(files.items()):
+    for number, (name, path) in enumerate(sorted(files.items()), 1):
         try:
             prose = _prose(path.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, OSError):
@@ -45,7 +45,7 @@ def documents() -> Iterator[tuple[str, str]]:
                 seen.add(digest)
                 kept.append(paragraph)
         if kept:
-            yield name, "\n\n".join(kept) + "\n"
+            yield name, "\n\n".join(kept) + "\n", number / len(files)
 
 
 def source() -> dict:

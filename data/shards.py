@@ -122,7 +122,7 @@ def open_dataset(folder: str | Path, vocab_size: int) -> Dataset:
         top = max((e["max_token"] for s in SPLITS for e in manifest["splits"].get(s, [])), default=-1)
         where = f"its tokenizer {manifest['tokenizer']['name']} has {manifest['tokenizer']['vocab_size']} ids"
     else:
-        files = {s: [p for p in sorted(folder.glob("*.bin")) if _names_split(p.name, s)] for s in SPLITS}
+        files = {s: [p for p in sorted(folder.glob("*.bin")) if names_split(p.name, s)] for s in SPLITS}
         if both := set(files["train"]) & set(files["val"]):
             raise DataError(f"{min(both)}: its name says both train and val; rename it")
         splits = {s: [read_shard_header(p) for p in paths] for s, paths in files.items()}
@@ -139,7 +139,7 @@ def open_dataset(folder: str | Path, vocab_size: int) -> Dataset:
     return Dataset(folder, splits, manifest)
 
 
-def _names_split(name: str, split: str) -> bool:
+def names_split(name: str, split: str) -> bool:
     """Whether a file name has "train" or "val" as a word of its own, so that "retrieval" is no validation data."""
     return re.search(rf"(^|[^a-z]){split}([^a-z]|$)", name.lower()) is not None
 
@@ -219,10 +219,24 @@ def write_durably(path: Path, *parts: bytes | np.ndarray) -> str:
             f.flush()
             os.fsync(f.fileno())
         os.replace(aside, path)
-    except OSError:
+    except OSError as error:
         aside.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)  # a failing write does not know where it writes
         raise
     return digest.hexdigest()
+
+
+def examine(shard: Shard, eot: int | None) -> ShardEntry:
+    """Read a shard whole: its sha256, its largest token and its documents."""
+    digest, top, documents = hashlib.sha256(), 0, 0
+    with open(shard.path, "rb") as f:
+        digest.update(f.read(shard.start))
+        while block := f.read(1 << 22):
+            digest.update(block)
+            tokens = np.frombuffer(block, dtype="<u2")
+            top, documents = max(top, int(tokens.max())), documents + int(np.count_nonzero(tokens == eot))
+    known = documents if eot is not None else None
+    return ShardEntry(shard.path.name, shard.tokens, None, top, digest.hexdigest(), known)
 
 
 def hash_file(path: Path) -> str:

@@ -20,6 +20,7 @@ from data.formats import (
     opened,
     parquet_facts,
     parquet_library,
+    parquet_parts,
 )
 from data.shards import DataError
 
@@ -55,24 +56,24 @@ class Source(Protocol):
 
 
 class Named:
-    """Documents (name, text) from a generator that gives the same ones in the same order every time."""
+    """Documents (name, text, share read so far) from a generator that gives the same ones in the same order."""
 
-    def __init__(self, documents: Iterable[tuple[str, str | Undecodable]]) -> None:
+    def __init__(self, documents: Iterable[tuple[str, str | Undecodable, float]]) -> None:
         self.documents = documents
 
     def chunks(self, position: tuple[int, ...]) -> Iterator[Chunk]:
         """Chunks of the documents from number position[0] on."""
         count = position[0] if position else 0
         names, texts, size = [], [], 0
-        for name, text in islice(self.documents, count, None):
+        for name, text, done in islice(self.documents, count, None):
             names.append(name)
             texts.append(text)
             count, size = count + 1, size + (len(text) if isinstance(text, str) else 0)
             if size >= CHUNK_BYTES or len(texts) == CHUNK_DOCUMENTS:
-                yield Chunk((count,), None, tuple(names), tuple(texts))
+                yield Chunk((count,), done, tuple(names), tuple(texts))
                 names, texts, size = [], [], 0
         if texts:
-            yield Chunk((count,), None, tuple(names), tuple(texts))
+            yield Chunk((count,), 1.0, tuple(names), tuple(texts))
 
     def done_with(self, chunk: Chunk) -> None:
         """Nothing to tidy up."""
@@ -147,9 +148,10 @@ class Files:
     def _items(self, path: Path, start: int) -> Iterator[tuple[int, float, type[Chunk], tuple]]:
         """(position behind it in the file, done share of the file, kind of chunk, its items)."""
         if path.suffix == ".parquet":
-            groups = parquet_facts(path, self.column)[1]
-            for group in range(start, groups):
-                yield group + 1, (group + 1) / groups, ParquetChunk, (str(path), self.column, group)
+            parquet_facts(path, self.column)
+            parts = parquet_parts(path, self.column)
+            for number, part in enumerate(parts[start:], start + 1):
+                yield number, number / len(parts), ParquetChunk, (str(path), self.column, *part)
         elif ".jsonl" in path.suffixes:
             for end, done, lines in line_blocks(path, start):
                 yield end, done, JsonChunk, (str(path), self.column, end - len(lines), *lines)
@@ -163,16 +165,18 @@ class Files:
 
 
 class ParquetChunk(Chunk):
-    """A row group, read where it is tokenized, a few documents at a time."""
+    """A row group or some rows of it, read where they are tokenized, a few documents at a time."""
 
     def texts(self) -> Iterator[str | Undecodable]:
         pq = parquet_library()
-        path, column, group = self.items
+        path, column, group, first, end = self.items
         row = 0
         try:
-            batches = pq.ParquetFile(path).iter_batches(256, row_groups=[group], columns=[column], use_threads=False)
-            for batch in batches:
-                for value in batch.column(0):
+            file = pq.ParquetFile(path, buffer_size=1 << 20)
+            for batch in file.iter_batches(256, row_groups=[group], columns=[column], use_threads=False):
+                skipped = min(max(0, first - row), len(batch))
+                row += skipped
+                for value in batch.column(0)[skipped : skipped + max(0, end - row)]:
                     where = f"{path}: row {row} of row group {group}"
                     row += 1
                     try:

@@ -1,13 +1,16 @@
 """The user's own text files as documents."""
 
+import codecs
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from data.shards import DataError
 from data.sources import Undecodable
 
 PIECE_BYTES = 1 << 16  # larger files are cut into pieces of this size, so that validation sees some of each
 MIN_PIECES = 200  # smaller corpora are cut finer, so that there is a validation set at all
+READ = 1 << 20
 
 
 def text_files(root: Path, pattern: str) -> list[Path]:
@@ -20,25 +23,48 @@ def text_files(root: Path, pattern: str) -> list[Path]:
     return files
 
 
-def documents(root: Path, files: list[Path]) -> Iterator[tuple[str, str | Undecodable]]:
-    """Yield (name, text) of every file, large files in pieces; a file that is not UTF-8 as Undecodable."""
-    piece = min(PIECE_BYTES, max(512, sum(p.stat().st_size for p in files) // MIN_PIECES))
-    for path in files:
-        name = path.relative_to(root).as_posix()
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            yield name, Undecodable(f"{path}: not UTF-8 (byte {error.start})")
+def documents(root: Path, files: list[Path]) -> Iterator[tuple[str, str | Undecodable, float]]:
+    """Yield (name, text, share of the bytes read), large files in pieces; a file that is not UTF-8 as Undecodable."""
+    sizes = [p.stat().st_size for p in files]
+    total, before = max(1, sum(sizes)), 0
+    piece = min(PIECE_BYTES, max(512, total // MIN_PIECES))
+    for path, size in zip(files, sizes, strict=True):
+        name, bad = path.relative_to(root).as_posix(), undecodable_byte(path)
+        if bad is not None:
+            yield name, Undecodable(f"{path}: not UTF-8 (byte {bad})"), (before + size) / total
+        else:
+            with open(path, encoding="utf-8") as f:
+                for start, text in _pieces(f, piece):
+                    yield f"{name}#{start}", text, (before + min(size, f.buffer.tell())) / total
+        before += size
+
+
+def undecodable_byte(path: Path) -> int | None:
+    """Where a file ceases to be UTF-8; None if it does not."""
+    decoder, before = codecs.getincrementaldecoder("utf-8")(), 0
+    with open(path, "rb") as f:
+        while True:
+            block, pending = f.read(READ), len(decoder.getstate()[0])
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                return before - pending + error.start
+            if not block:
+                return None
+            before += len(block)
+
+
+def _pieces(f: TextIO, size: int) -> Iterator[tuple[int, str]]:
+    """(start, text): a file cut into pieces of about `size` characters, at line ends, in long lines at spaces."""
+    text, start, ended = "", 0, False
+    while text or not ended:
+        end = text.find("\n", size, 2 * size) + 1 or text.find(" ", 2 * size) + 1
+        if not ended and (not end or len(text) - end < size):
+            block = f.read(READ)
+            text, ended = text + block, not block
             continue
-        yield from _pieces(name, text, piece)
-
-
-def _pieces(name: str, text: str, size: int) -> Iterator[tuple[str, str]]:
-    """Cut a text at line ends into pieces of about `size` characters."""
-    start = 0
-    while start < len(text):
-        end = text.find("\n", start + size) + 1
-        if end == 0 or len(text) - end < size // 2:
+        if not end or len(text) - end < size // 2:
             end = len(text)
-        yield f"{name}#{start}", text[start:end]
-        start = end
+        if end:
+            yield start, text[:end]
+        text, start = text[end:], start + end

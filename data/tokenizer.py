@@ -15,6 +15,7 @@ import numpy as np
 
 GPT2_RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+RANKS_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
 RANKS_VARIABLE = "GPT2_TIKTOKEN"  # environment variable: path of a local GPT-2 ranks file
 
 
@@ -67,14 +68,16 @@ class GPT2Tokenizer:
                 special_tokens={"<|endoftext|>": self.eot},
             )
             return
-        try:
-            self._encoding = tiktoken.get_encoding("gpt2")
-        except Exception as error:  # tiktoken lets its HTTP library's many exceptions through
-            raise ValueError(
-                f"the GPT-2 vocabulary could not be downloaded ({type(error).__name__}). Fetch "
-                "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken on a machine with a "
-                f"network and name it with --ranks FILE or the variable {RANKS_VARIABLE}"
-            ) from None
+        for name in ("gpt2", "r50k_base"):  # the same vocabulary under two addresses; either may be in tiktoken's cache
+            try:
+                self._encoding = tiktoken.get_encoding(name)
+                return
+            except Exception as error:  # tiktoken lets its HTTP library's many exceptions through
+                reason = type(error).__name__
+        raise ValueError(
+            f"the GPT-2 vocabulary could not be downloaded ({reason}). Where there is a network, run: curl -o "
+            f"gpt2.tiktoken {RANKS_URL} (0.8 MB); then give --ranks gpt2.tiktoken or set {RANKS_VARIABLE}=gpt2.tiktoken"
+        )
 
     @property
     def ranks(self) -> dict[bytes, int]:
@@ -94,12 +97,13 @@ class GPT2Tokenizer:
 def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
     """A text in parts of about `size` characters whose tokens, put together, are those of the whole.
 
-    A cut between a character that is no white space and a space or line end is exact: GPT-2's pattern
-    has no look-behind, its matches never cross such a place, and its look-ahead concerns white space only.
+    A cut is exact where no match of GPT-2's pattern can cross it: behind anything that is no white space, before
+    a space or line end; behind a letter, before anything that is none; behind a digit likewise. The pattern has no
+    look-behind, and its look-ahead concerns white space only. ASCII alone is cut, so Unicode's versions do not matter.
     """
     start = 0
     while len(text) - start > size:
-        cut = _BEFORE_SPACE.search(text, start + size)
+        cut = _SAFE.search(text, start + size)
         if cut is None:
             break
         yield text[start : cut.end()]
@@ -107,7 +111,7 @@ def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
     yield text[start:]
 
 
-_BEFORE_SPACE = re.compile(r"\S(?=[ \n])")
+_SAFE = re.compile(r"\S(?=[ \n])|[A-Za-z](?=[!-@\[-`{-~])|[0-9](?=[!-/:-~])")
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:

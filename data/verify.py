@@ -1,13 +1,16 @@
 """Prove that a prepared folder is what its manifest says, and say what is in it."""
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data.shards import MANIFEST, SPLITS, DataError, hash_file, listed_shard, open_dataset, read_manifest
+from data.shards import MANIFEST, SPLITS, DataError, examine, listed_shard, open_dataset, read_manifest
 
 
 def entries(folder: Path) -> list[dict]:
     """The manifest's entries, train first; DataError if there is no manifest to check against."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
     if not (folder / MANIFEST).exists():
         raise DataError(
             f"{folder}: no {MANIFEST} to check against; for shards of others: "
@@ -20,18 +23,33 @@ def entries(folder: Path) -> list[dict]:
 def faults(folder: Path, hashes: bool = True) -> list[str]:
     """Everything wrong with a folder, a line each: headers, sizes, counts, sha256, files that do not belong."""
     listed = entries(folder)
+    manifest = read_manifest(folder / MANIFEST)
+    eot, vocab_size = manifest["tokenizer"].get("eot"), manifest["tokenizer"]["vocab_size"]
 
     def fault(entry: dict) -> str | None:
         try:
             shard = listed_shard(folder, entry)
         except DataError as error:
             return str(error)
-        if hashes and hash_file(shard.path) != entry.get("sha256"):
-            return f"{shard.path}: its sha256 is not the manifest's; the shard was changed, prepare or fetch it again"
+        if hashes:
+            found = examine(shard, eot)
+            if found.sha256 != entry.get("sha256"):
+                return (
+                    f"{shard.path}: its sha256 is not the manifest's; the shard was changed, prepare or fetch it again"
+                )
+            for key, there in (("max_token", found.max_token), ("documents", found.documents)):
+                if entry.get(key, there) not in (there, None):
+                    return f"{shard.path}: {MANIFEST} says {key} {entry[key]}, it is {there}; {MANIFEST} was changed"
+        if entry["max_token"] >= vocab_size:
+            return f"{shard.path}: token {entry['max_token']} does not fit the tokenizer's {vocab_size} ids"
         return None
 
     with ThreadPoolExecutor(8) as pool:
         out = [problem for problem in pool.map(fault, listed) if problem]
+    told = manifest.get("source", {}).get("read") or {"documents": 0, "unreadable": 0}
+    read, held = told["documents"] - told["unreadable"], sum(entry.get("documents") or 0 for entry in listed)
+    if read and read != held:
+        out.append(f"{folder}: {read} documents were read, its shards hold {held}")
     names = {entry["file"] for entry in listed} | {MANIFEST}
     out += [f"{p}: not in the manifest" for p in sorted(folder.iterdir()) if p.name not in names]
     return out
@@ -41,7 +59,7 @@ def verify(folder: Path) -> str:
     """One line if all is well; DataError with a line for everything that is not."""
     found = faults(folder)
     if found:
-        raise DataError("\n".join([f"{folder}: {len(found)} faults", *found]))
+        raise DataError("\n".join([f"{folder}: {len(found)} fault{'s' * (len(found) > 1)}", *found]))
     listed = entries(folder)
     return f"{folder}: {len(listed)} shards, {sum(e['tokens'] for e in listed):,} tokens: headers, counts, sha256 agree"
 
@@ -68,7 +86,9 @@ def info(folder: Path, budget: float | None) -> str:
         density = dataset.bytes_per_token(split)
         text = f"  {split:15} {dataset.tokens(split):,} tokens, {documents} documents, {len(part)} shards"
         lines.append(text + (f", {density:.3f} bytes/token" if density else ""))
-    if budget:
+    if budget is not None:
+        if not 0 < budget < math.inf:
+            raise DataError(f"--budget {budget}: must be a number of tokens above 0")
         epochs = budget / dataset.tokens("train")
         lines.append(f"  {'epochs':15} {epochs:.2f} with {budget:,.0f} tokens of training")
     return "\n".join(lines)

@@ -41,7 +41,7 @@ class Plan:
     micro_batch: int
     estimated: bool  # the micro-batch is what should fit; a start of the run finds out
     steps: int
-    windows: int  # of the training split
+    epochs: float  # passes over the training split
     dataset: str
     train_tokens: int
     shards: str | None  # what is wrong with the shards
@@ -154,15 +154,15 @@ def report(plan: Plan, world: World) -> tuple[str, bool]:
     disk, free = kept * (4 * shape.params + plan.whole_state), free_bytes(plan.folder)
     parts = [f"{v / 1e9:.2f}" for v in (need.total, need.weights, need.gradients, need.optimizer, need.activations)]
     tokens = plan.steps * plan.sequences * shape.block
+    epochs = f"{plan.epochs:.2f} epochs of {plan.train_tokens:,}"
     accumulation = plan.sequences // (world.size * plan.micro_batch)
-    epochs = plan.steps * plan.sequences / plan.windows
     lines = [
         f"preflight of {plan.name} on {world.size} x {world.device.type}",
         f"  memory   {parts[0]} GB a process at the least: weights {parts[1]}, gradients {parts[2]}, optimizer "
         f"{parts[3]}, activations {parts[4]}{verdict(need.total, there) if there else ''}",
         f"  batch    {plan.sequences} sequences = {world.size} processes x {plan.micro_batch} x {accumulation}"
         f"{', as reckoned to fit' if plan.estimated else ''}",
-        f"  tokens   {tokens:,} in {plan.steps:,} steps: {epochs:.2f} epochs of {plan.train_tokens:,}, {plan.dataset}",
+        f"  tokens   {tokens:,} in {plan.steps:,} steps: {epochs}, {plan.dataset}",
         f"  shards   {plan.shards or plan.checked}",
         f"  disk     {disk / 1e9:.2f} GB for {kept} checkpoints{verdict(disk, free)}",
         f"  time     {f'{duration(tokens / plan.rate)} at {plan.rate:,.0f} tokens/s' if plan.rate else 'unknown'}",

@@ -16,6 +16,7 @@ from conftest import ROOT, VOCAB, environment, make_dataset, make_tokens
 from data import prepare, pydocs
 from data.loader import DataConfig, TrainLoader, ValidationSet, Windows, permute, prefetch, to_device
 from data.shards import HEADER_BYTES, DataError, open_dataset, read_shard_header, write_shard
+from data.text import documents, text_files
 from data.tokenizer import ByteTokenizer, get_tokenizer
 
 
@@ -310,8 +311,18 @@ def test_gpt2_tokenizer_refuses_a_wrong_file_and_explains_a_missing_network(tmp_
         raise ConnectionError("no route")
 
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    with pytest.raises(ValueError, match="could not be downloaded .*--ranks FILE"):
+    with pytest.raises(ValueError, match="could not be downloaded .*curl -o gpt2.tiktoken https.*--ranks gpt2"):
         get_tokenizer("gpt2")
+
+
+def test_either_name_of_the_vocabulary_may_be_in_tiktokens_cache(monkeypatch):
+    tiktoken = pytest.importorskip("tiktoken")
+    monkeypatch.delenv("GPT2_TIKTOKEN", raising=False)
+    byte_pairs = {bytes([i]): i for i in range(256)}
+    small = tiktoken.Encoding("small", pat_str=".", mergeable_ranks=byte_pairs, special_tokens={})
+    for cached in ("gpt2", "r50k_base"):
+        monkeypatch.setattr(tiktoken, "get_encoding", {cached: small}.__getitem__)
+        assert get_tokenizer("gpt2").encode("ab") == [97, 98]
 
 
 def test_gpt2_tokenizer_merges_by_rank_and_reads_special_tokens_as_text(tmp_path, monkeypatch):
@@ -334,8 +345,8 @@ def test_text_becomes_a_dataset_that_decodes_to_the_text(tmp_path, capsys):
     root = tmp_path / "books"
     root.mkdir()
     texts = {f"{i:02d}.txt": "".join(f"line {i} {j} é\n" for j in range(40 + i)) for i in range(30)}
-    for name, text in texts.items():
-        (root / name).write_text(text, encoding="utf-8")
+    for name, content in texts.items():
+        (root / name).write_text(content, encoding="utf-8")
     (root / "broken.txt").write_bytes(b"fine\xff\xfe")
     command = ["text", "--root", str(root), "--out", str(tmp_path / "out"), "--shard-tokens", "5000"]
     prepare.main(command)
@@ -361,8 +372,29 @@ def test_text_becomes_a_dataset_that_decodes_to_the_text(tmp_path, capsys):
     assert open_dataset(tmp_path / "out", 257).splits["train"][0].tokens == 6000
 
 
-def test_one_large_file_gives_both_splits(tmp_path):
-    (tmp_path / "input.txt").write_text("to be or not to be\n" * 10_000)
+def test_a_text_is_read_in_pieces_that_make_it_up_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.text.READ", 1000)
+    lines = "".join(f"line {i} é\n" for i in range(3000))
+    texts = {"a.txt": lines, "b.txt": lines.replace("\n", " "), "c.txt": "", "d.txt": "x" * 20_000, "e.txt": "short"}
+    for name, content in texts.items():
+        (tmp_path / name).write_text(content)
+    found = list(documents(tmp_path, text_files(tmp_path, "*.txt")))
+    for name, content in texts.items():
+        mine = [(int(n.partition("#")[2]), t) for n, t, _ in found if n.startswith(name)]
+        assert "".join(t for _, t in mine) == content
+        assert [start for start, _ in mine] == [sum(len(t) for _, t in mine[:i]) for i in range(len(mine))]
+    assert all(t.endswith("\n") for n, t, _ in found if n.startswith("a.txt"))
+    assert len([n for n, _, _ in found if n.startswith("b.txt")]) > 20
+    shares = [share for *_, share in found]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    (tmp_path / "e.txt").write_bytes(b"ab" * 1700 + "é".encode()[:1])
+    assert next(documents(tmp_path, [tmp_path / "e.txt"]))[1].where.endswith("e.txt: not UTF-8 (byte 3400)")
+
+
+@pytest.mark.parametrize("content", ["to be or not to be\n" * 10_000, "to be or not to be " * 10_000])
+def test_one_large_file_gives_both_splits(tmp_path, content):
+    (tmp_path / "input.txt").write_text(content)
     prepare.main(["text", "--root", str(tmp_path), "--out", str(tmp_path / "out")])
     dataset = open_dataset(tmp_path / "out", 257)
     assert 0.01 < dataset.tokens("val") / dataset.tokens("train") < 0.2
@@ -386,15 +418,18 @@ def test_preparation_faults_are_one_line(tmp_path, arguments, message):
 
 
 def test_pydocs_is_prose_in_a_reproducible_order():
-    documents = list(pydocs.documents())
-    assert documents[:60] == list(islice(pydocs.documents(), 60))
-    names = [name for name, _ in documents]
+    found = list(pydocs.documents())
+    assert found[:60] == list(islice(pydocs.documents(), 60))
+    assert [share for *_, share in found] == sorted({share for *_, share in found})
+    assert 0 < found[0][2] < 0.01 < 0.99 < found[-1][2] <= 1
+    prose = [(name, text) for name, text, _ in found]
+    names = [name for name, _ in prose]
     assert names == sorted(names)
     assert {name.split("/")[0] for name in names} == {"numpy", "python", "torch"}
     assert not any("/tests/" in name or "site-packages" in name for name in names)
-    assert 8e6 < sum(len(text) for _, text in documents) < 20e6
-    textwrap = dict(documents)["python/textwrap.py"]
+    assert 8e6 < sum(len(text) for _, text in prose) < 20e6
+    textwrap = dict(prose)["python/textwrap.py"]
     assert "Object for wrapping/filling text." in textwrap
     assert "def wrap" not in textwrap
-    paragraphs = [p for _, text in documents for p in text.strip("\n").split("\n\n")]
+    paragraphs = [p for _, text in prose for p in text.strip("\n").split("\n\n")]
     assert len(set(paragraphs)) > 0.99 * len(paragraphs)

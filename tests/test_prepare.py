@@ -4,9 +4,11 @@ import gzip
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +17,8 @@ import pytest
 from conftest import ROOT, environment
 from fake_hub import COMMIT, FakeHub
 
-from data import build, prepare, shards
+from data import build, place, prepare, shards
+from data.formats import parquet_parts
 from data.hub import asked
 from data.loader import DataConfig, TrainLoader
 from data.shards import HEADER_BYTES, open_dataset, write_shard
@@ -163,6 +166,21 @@ def test_one_enormous_document_and_ten_thousand_tiny_ones(tmp_path):
     assert documents_in(both, "before") == documents
 
 
+def test_a_large_row_group_is_read_in_parts(corpus, whole, tmp_path, monkeypatch):
+    write_parquet(tmp_path / "source", texts(), files=1, group=1000)
+    monkeypatch.setattr("data.formats.PART_BYTES", 5000)
+    parts = parquet_parts(tmp_path / "source" / "train-00000-of-00001.parquet", "text")
+    assert len(parts) > 10
+    assert [a for _, a, _ in parts] == [0, *(b for _, _, b in parts[:-1])]
+    original = build.write_shard
+    monkeypatch.setattr(build, "write_shard", lambda *a: stop_at(original, 8, *a))
+    stops(command("openwebtext", tmp_path / "source", tmp_path / "out"))
+    monkeypatch.setattr(build, "write_shard", original)
+    prepare.main(command("openwebtext", tmp_path / "source", tmp_path / "out"))
+    same = {n: c for n, c in contents(whole).items() if n.endswith(".bin")}
+    assert {n: c for n, c in contents(tmp_path / "out").items() if n.endswith(".bin")} == same
+
+
 def test_lone_surrogates_of_json_become_replacement_characters(tmp_path):
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "a.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude42"}\n')
@@ -178,15 +196,17 @@ def test_long_texts_are_cut_only_where_no_token_can_cross():
 
     from data.tokenizer import GPT2_PATTERN
 
-    ranks = {bytes([i]): i for i in range(256)} | {b"  ": 256, b" a": 257, b"\n\n": 258, b"ab": 259, b"'s": 260}
+    merged = (b"  ", b" a", b"\n\n", b"ab", b"'s", b"a1", b"1a", b"a!", b"s'")
+    ranks = {pair: i for i, pair in enumerate([*(bytes([i]) for i in range(256)), *merged])}
     encoding = tiktoken.Encoding("test", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
-    chance = random.Random(0)
+    chance, alphabet = random.Random(0), ["a", "b", " ", "\n", "'s", "'", "1", "é", "٣", "\u0301", "\u00a0", "\t", "!"]
     for _ in range(300):
-        text = "".join(chance.choices(["a", "b", " ", "\n", "'s", "1", "é", "\u00a0", "\t", "!"], k=200))
+        text = "".join(chance.choices(alphabet, k=200))
         parts = list(pieces(text, size=7))
         assert "".join(parts) == text
         assert [t for part in parts for t in encoding.encode_ordinary(part)] == encoding.encode_ordinary(text)
     assert len(list(pieces("word " * 100, size=7))) > 30
+    assert len(list(pieces("a1+b2/C3" * 100, size=7))) > 30
 
 
 def test_prepared_shards_reach_the_loader(whole):
@@ -282,12 +302,80 @@ def test_other_settings_do_not_continue_a_preparation(corpus, tmp_path, monkeypa
     message = stops(command("openwebtext", corpus, tmp_path / "owt", "--shard-tokens", "20000"))
     assert "owt.tmp was begun with other settings (shard_tokens); repeat them or give --fresh" in message
     prepare.main(command("openwebtext", corpus, tmp_path / "owt", "--shard-tokens", "20000", "--fresh"))
+    assert "exists with other settings (shard_tokens)" in stops(command("openwebtext", corpus, tmp_path / "owt"))
+
+
+@pytest.mark.parametrize("moment", ["settle", "discard", "rename"])
+def test_a_crash_while_an_old_folder_is_replaced(corpus, whole, tmp_path, monkeypatch, moment, capsys):
+    """With --fresh; without it the same command then continues, though an old folder may still be there."""
+    out = tmp_path / "owt"
+    prepare.main(command("openwebtext", corpus, out, "--shard-tokens", "20000"))
+
+    def dying(*arguments):
+        raise KeyboardInterrupt
+
+    where = {"settle": build, "discard": place, "rename": Path}[moment]
+    monkeypatch.setattr(where, moment, dying)
+    if moment == "discard":
+        monkeypatch.setattr(place, "discard", lambda folder: (next(folder.glob("*.bin")).unlink(), dying()))
+    message = stops(command("openwebtext", corpus, out, "--fresh"))
+    assert message == "data.prepare: interrupted; the same command, without --fresh, continues"
+    monkeypatch.undo()
+    prepare.main(command("openwebtext", corpus, out))
+    assert contents(out) == contents(whole)
+    assert not build.aside(out).exists()
+    capsys.readouterr()
+    prepare.main(command("openwebtext", corpus, out))
+    assert "already prepared" in capsys.readouterr().out
+
+
+# ---- nothing of the user's is ever deleted
+
+
+def test_a_folder_that_is_not_a_preparations_is_never_replaced(corpus, tmp_path):
+    """The source itself, the user's own folders at either place, a dataset with notes in it, one indexed in place."""
+    shutil.copytree(corpus, tmp_path / "source")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    (tmp_path / "also.tmp").mkdir()
+    (tmp_path / "also.tmp" / "train_000000.bin").write_text("precious")
+    prepare.main(command("openwebtext", corpus, tmp_path / "made"))
+    (tmp_path / "made" / "notes.txt").write_text("precious")
+    for name in ("x_val_0.bin", "x_train_1.bin"):
+        (tmp_path / "own").mkdir(exist_ok=True)
+        write_shard(tmp_path / "own" / name, np.array([50256, 1], dtype=np.uint16), None)
+    prepare.main(["pretokenized", "--source", str(tmp_path / "own")])
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for out in ("source", "mine", "mine/..", "also", "made", "own", "link", "source/../mine"):
+        for fresh in ((), ("--fresh",)):
+            message = stops(command("fineweb_edu", tmp_path / "source", tmp_path / out, *fresh))
+            assert "give another --out" in message or "not a file of a preparation; move it away" in message
+            assert "\n" not in message
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["/", ".."])
+def test_places_that_cannot_be_a_dataset(corpus, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = stops(command("openwebtext", corpus, Path(name), "--fresh"))
+    assert re.search("give the name of a folder to be made|not a file of a preparation", message), message
+    assert "give the name of a folder to be made" in stops(["pretokenized", "--repo", "a/", "--pattern", "*"])
+
+
+def test_a_fresh_start_does_not_take_a_running_preparations_folder(corpus, tmp_path):
+    folder = build.aside(tmp_path / "owt")
+    folder.mkdir()
+    with place.locked(folder):
+        message = stops(command("openwebtext", corpus, tmp_path / "owt", "--fresh"))
+        assert "another preparation is writing there" in message
+        assert folder.exists()
 
 
 def test_two_preparations_of_one_folder(corpus, tmp_path):
     folder = build.aside(tmp_path / "owt")
     folder.mkdir()
-    with build.locked(folder):
+    with place.locked(folder):
         message = stops(command("openwebtext", corpus, tmp_path / "owt"))
     assert "another preparation is writing there" in message
 
@@ -323,9 +411,22 @@ def damage_foreign(folder):
     write_shard(folder / "train_000099.bin", np.arange(9, dtype=np.uint16), 9)
 
 
+def damage_manifest(folder):
+    text = (folder / "manifest.json").read_text()
+    entry = json.loads(text)["splits"]["train"][2]
+    (folder / "manifest.json").write_text(
+        text.replace(f'"max_token": {entry["max_token"]}', '"max_token": 7', 1).replace(
+            f'"documents": {entry["documents"]}\n', '"documents": 1234\n'
+        )
+    )
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
+        (damage_manifest, "train_000000.bin: manifest.json says max_token 7, it is 256; manifest.json was changed"),
+        (damage_manifest, "manifest.json says documents 1234, it is"),
+        (damage_manifest, "owt: 600 documents were read, its shards hold"),
         (damage_hash, "train_000002.bin: its sha256 is not the manifest's"),
         (damage_half, "train_000001.bin: 5000 bytes where its header promises 21024"),
         (damage_missing, "val_000000.bin: no such shard"),
@@ -353,6 +454,26 @@ def test_info_states_documents_tokens_shards_and_epochs(whole, capsys):
     assert f"{tokens:,} tokens, 599 documents, {-(-tokens // 10_000)} shards" in printed
     assert f"{1e6 / tokens:.2f} with 1,000,000 tokens of training" in printed
     assert "val_seed        2357" in printed
+    assert "--budget nan: must be a number of tokens above 0" in stops(["info", str(whole), "--budget", "nan"])
+    assert "/nowhere: no such folder" in stops(["info", "/nowhere"])
+
+
+def test_info_states_the_epochs_of_a_config(whole, capsys):
+    shape = ["--vocab_size=257", "--block_size=64", "--val_windows=3", "--batch_size=20"]
+    config = [str(ROOT / "config" / "gpt2_small.py"), *shape, "--warmup=1"]
+    prepare.main(["info", str(whole), *config, "--tokens=1280000"])
+    printed = capsys.readouterr().out
+    windows = sum((s.tokens - 1) // 64 for s in open_dataset(whole, 257).splits["train"])
+    assert f"{20_000 / windows:.2f} with gpt2_small: 1,000 steps = 1,280,000 tokens" in printed
+    assert "3 of 6 windows of 64 tokens" in printed
+    prepare.main(["info", str(whole), *config, "--tokens=1280000", "--sampling=replacement"])
+    tokens = sum(s.tokens - 64 for s in open_dataset(whole, 257).splits["train"])
+    assert f"{1_280_000 / tokens:.2f} with gpt2_small" in capsys.readouterr().out
+    assert "config: stepz: unknown key; nearest: steps" in stops(["info", str(whole), config[0], "--stepz=1"])
+    assert "config/none.py: no such config file; there are: " in stops(["info", str(whole), "config/none.py"])
+    assert "does not fit vocab_size=100" in stops(["info", str(whole), config[0], "--vocab_size=100"])
+    with pytest.raises(SystemExit):
+        prepare.main(["verify", str(whole), "--stepz=1"])
 
 
 # ---- the hub, through its own client against a local stand-in
@@ -408,7 +529,7 @@ def test_files_of_the_hub_are_dropped_once_they_are_read(hub, tmp_path, monkeypa
     there, take = [], build.Preparation.take
 
     def count(self, chunk, result):
-        there.append(len(list((build.aside(tmp_path / "out") / build.FETCHED).rglob("*.parquet"))))
+        there.append(len(list((build.aside(tmp_path / "out") / place.FETCHED).rglob("*.parquet"))))
         take(self, chunk, result)
 
     monkeypatch.setattr(build.Preparation, "take", count)
@@ -458,6 +579,9 @@ def test_ready_made_shards_are_fetched_checked_and_indexed(hub, tmp_path, capsys
     hub.wrong_sha = True
     assert "came damaged (its sha256 is another)" in stops(arguments)
     hub.wrong_sha = False
+    for thread in threading.enumerate():  # a download ahead, which would have ended with its process
+        if thread.name == "fetch":
+            thread.join()
     prepare.main([*arguments, "--shards", "1", "--fresh"])
     assert sorted(contents(tmp_path / "ready")) == [
         "fineweb_train_000001.bin",
@@ -482,6 +606,7 @@ def test_shards_that_are_there_are_indexed_in_place(tmp_path, capsys):
     write_shard(tmp_path / "x_train_2.bin", np.array([60_000], dtype=np.uint16), None)
     assert "holds token 60000; GPT-2 has 50257 ids" in stops(["pretokenized", "--source", str(tmp_path)])
     assert "name one of fineweb_10B" in stops(["pretokenized", "nothing"])
+    assert "--shards 0: must be from 1 to" in stops(["pretokenized", "fineweb_10B", "--shards", "0"])
     assert "--repo and --pattern go together" in stops(["pretokenized", "--repo", "some/data"])
 
 
@@ -541,7 +666,7 @@ def test_a_compressed_file_that_was_cut_off(tmp_path):
 def test_sources_that_are_not_there(tmp_path):
     assert "--source /nowhere: no such folder" in stops(command("openwebtext", Path("/nowhere"), tmp_path / "out"))
     assert f"--source {tmp_path}: holds no .parquet" in stops(command("openwebtext", tmp_path, tmp_path / "out"))
-    assert "--workers 0: must be at least 1" in stops(command("openwebtext", tmp_path, tmp_path, "--workers", "0"))
+    assert "--workers 0: must be from 1 to 4096" in stops(command("openwebtext", tmp_path, tmp_path, "--workers", "0"))
     (tmp_path / "a.txt").write_text("short")
     message = stops(command("fineweb_edu", tmp_path, tmp_path / "out"))
     assert "no document fell into the train split; give more text or a smaller --shard-tokens" in message
@@ -552,9 +677,10 @@ def test_a_foreign_file_and_a_damaged_shard_in_an_unfinished_folder(corpus, tmp_
     out = tmp_path / "owt"
     monkeypatch.setattr(build.Preparation, "finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     stops(command("openwebtext", corpus, out))
-    (build.aside(out) / "other.bin").write_bytes(b"1")
-    assert "other.bin: not a file of this preparation; move it away" in stops(command("openwebtext", corpus, out))
-    (build.aside(out) / "other.bin").unlink()
+    for name in ("other.bin", "notes.tmp"):
+        (build.aside(out) / name).write_bytes(b"1")
+        assert f"{name}: not a file of a preparation; move it away" in stops(command("openwebtext", corpus, out))
+        (build.aside(out) / name).unlink()
     os.truncate(build.aside(out) / "train_000001.bin", 3000)
     message = stops(command("openwebtext", corpus, out))
     assert "train_000001.bin: 3000 bytes where its header promises 21024" in message
@@ -566,15 +692,18 @@ def test_a_full_disk_keeps_what_was_written(corpus, whole, tmp_path):
     limited = f"ulimit -f 12; exec {sys.executable} -m data.prepare " + " ".join(command("openwebtext", corpus, out))
     done = subprocess.run(["bash", "-c", limited], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].endswith("make room there, the same command continues")
+    assert re.search(r"owt.tmp/\S+'; make room there, the same command continues$", done.stderr.splitlines()[-1])
     assert "Traceback" not in done.stderr
     prepare.main(command("openwebtext", corpus, out))
     assert contents(out) == contents(whole)
 
 
 def test_a_folder_that_is_something_else(corpus, tmp_path):
-    (tmp_path / "out").mkdir()
+    (tmp_path / "out").write_text("a file")
     assert "exists and has no manifest.json" in stops(command("openwebtext", corpus, tmp_path / "out"))
+    (tmp_path / "empty").mkdir()
+    prepare.main(command("openwebtext", corpus, tmp_path / "empty"))
+    assert (tmp_path / "empty" / "manifest.json").exists()
 
 
 def test_a_wrong_tokenizer_file(corpus, tmp_path):

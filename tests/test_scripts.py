@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, environment
@@ -40,10 +42,13 @@ def dry(script: str, *arguments: str) -> list[str]:
     return shlex.split(done.stdout)
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
 def test_shellcheck(path):
-    done = subprocess.run(["shellcheck", "--severity=warning", path], capture_output=True, text=True)
+    done = subprocess.run([SHELLCHECK, path], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
@@ -141,7 +146,7 @@ def test_a_job_that_is_told_to_leave_saves_requeues_and_continues(dataset, tmp_p
     variables = environment() | {"PYTHON": sys.executable, "FAKE": str(tmp_path), "SLURM_SUBMIT_DIR": str(ROOT)}
     variables |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "MASTER_PORT": "29617"}
     command = ["bash", str(ROOT / "scripts" / "train.sbatch"), "small", "--dataset", str(dataset), "--", *TINY]
-    command += [f"--log.folder={tmp_path / 'runs'}", "--log.every=1", "--checkpoint.every=100000"]
+    command += [f"--log.folder={tmp_path / 'runs'}", "--log.every=1", "--checkpoint.every=100000", "--wandb=offline"]
     pipes = dict(env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
 
@@ -165,3 +170,6 @@ def test_a_job_that_is_told_to_leave_saves_requeues_and_continues(dataset, tmp_p
     assert f"continuing at step {step}" in again.stdout
     assert "back into the queue" not in again.stdout
     assert [r["step"] for r in read_metrics(metrics) if "loss" in r] == list(range(1, 201))
+    if find_spec("wandb"):
+        starts = [p.name.rpartition("-")[2] for p in (tmp_path / "runs" / "run" / "wandb").glob("offline-run-*")]
+        assert starts == [(tmp_path / "runs" / "run" / "wandb_id").read_text()] * 2
