@@ -24,6 +24,7 @@ from data.loader import DataConfig, TrainLoader
 from data.shards import open_dataset
 from model import GPT, GPTConfig
 from optimizers import AdamWConfig, MARSConfig, build_optimizer
+from runtime.compute import collector_paused
 from runtime.distributed import World
 from runtime.guard import Guard
 
@@ -104,6 +105,7 @@ def bench_overhead(steps: int, report: Report) -> None:
             mock.patch.object(train_gpt.Trainer, "update"),
             mock.patch.object(train_gpt.Trainer, "evaluate"),
             mock.patch.object(train_gpt.Trainer, "save", return_value=None),
+            collector_paused(),
         ):
             start = time.perf_counter()
             train_gpt.train(trainer)
