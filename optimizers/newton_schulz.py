@@ -33,10 +33,10 @@ def orthogonalize(G: Tensor, steps: int = 5, eps: float = 1e-7, dtype: torch.dty
     """
     transposed = G.size(-2) > G.size(-1)
     X = G.mT if transposed else G
-    over = dict(dim=(-2, -1), keepdim=True, dtype=torch.promote_types(X.dtype, torch.float32))
-    largest = torch.linalg.vector_norm(X, torch.inf, **over).clamp(min=torch.finfo(torch.float32).tiny)
+    wide = torch.promote_types(X.dtype, torch.float32)
+    largest = X.abs().amax((-2, -1), keepdim=True).to(wide).clamp(min=torch.finfo(torch.float32).tiny)
     X = X / largest.to(X.dtype)  # so that the norm of neither huge nor tiny matrices overflows
-    norm = torch.linalg.vector_norm(X, **over)
+    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=wide)
     X = X.div_((norm + eps / largest).to(X.dtype)).to(dtype)
     gram = dtype == torch.float32 and X.size(-1) >= GRAM_FROM_ASPECT * X.size(-2)
     iterate = _iterate_on_gram if gram else _iterate
@@ -65,7 +65,7 @@ def _iterate_on_gram(X: Tensor, steps: int) -> Tensor:
             P = Q if P is None else _symmetric(Q, P)
             if step < count - 1:
                 A = _symmetric(_symmetric(Q, A), Q)
-        X = torch.bmm(P, X)
+        X = torch.bmm(X.mT, P).mT if X.mT.is_contiguous() else torch.bmm(P, X)  # P is symmetric; keep X's layout
     return X
 
 
