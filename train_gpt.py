@@ -33,7 +33,16 @@ from optimizers import build_optimizer
 from optimizers.roles import claim_table, folded
 from optimizers.state import load_named_state, named_state, state_bytes
 from runtime.checkpoint import Checkpointer, CheckpointError
-from runtime.compute import bucket_size, cast_per_step, collector_paused, prepare, torch_settings
+from runtime.compute import (
+    autocast,
+    bucket_size,
+    cast_per_step,
+    collector_paused,
+    prepare,
+    torch_settings,
+    wants_bf16,
+    wants_compile,
+)
 from runtime.distributed import StopRequest, World, start_world
 from runtime.folder import add_facts, open_run_folder, run_lock
 from runtime.guard import Guard, NonFiniteError
@@ -277,25 +286,6 @@ class Trainer:
                     bad.append(f"{shard.path.name}@{offset}")
         bad = [name for names in self.world.gather(bad) for name in names]
         return ", ".join(bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "") if bad else "none by itself"
-
-
-def autocast(dtype: str, device: torch.device) -> torch.autocast:
-    """bf16 autocast where it is asked for or, with "auto", where the GPU has bf16; no-op otherwise."""
-    if dtype == "bfloat16" and device.type == "cpu":
-        print("dtype=bfloat16 on a CPU: many CPUs emulate it, 100 times slower than float32", file=sys.stderr)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wants_bf16(dtype, device))
-
-
-def wants_bf16(choice: str, device: torch.device) -> bool:
-    """Whether to compute in bf16; "auto": on a GPU that has it."""
-    if choice == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return choice == "bfloat16"
-
-
-def wants_compile(choice: str, device: torch.device) -> bool:
-    """Whether to compile the model, in one graph with its loss, and the optimizer; "auto": on a GPU."""
-    return device.type == "cuda" if choice == "auto" else choice == "true"
 
 
 def train(t: Trainer) -> None:

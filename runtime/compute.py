@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -54,6 +55,25 @@ class ComputeConfig:
         if self.deterministic and self.attention == "cudnn":
             out.append('attention="cudnn": its gradients are not deterministic; use "flash", or deterministic=false')
         return out
+
+
+def autocast(dtype: str, device: torch.device) -> torch.autocast:
+    """bf16 autocast where it is asked for or, with "auto", where the GPU has bf16; no-op otherwise."""
+    if dtype == "bfloat16" and device.type == "cpu":
+        print("dtype=bfloat16 on a CPU: many CPUs emulate it, 100 times slower than float32", file=sys.stderr)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wants_bf16(dtype, device))
+
+
+def wants_bf16(choice: str, device: torch.device) -> bool:
+    """Whether to compute in bf16; "auto": on a GPU that has it."""
+    if choice == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return choice == "bfloat16"
+
+
+def wants_compile(choice: str, device: torch.device) -> bool:
+    """Whether to compile the model, in one graph with its loss, and the optimizer; "auto": on a GPU."""
+    return device.type == "cuda" if choice == "auto" else choice == "true"
 
 
 def attention_order(config: ComputeConfig) -> list[str]:
