@@ -21,6 +21,7 @@ OPTIMIZERS = {  # what a run may name where its config file has no settings of i
     "adamw": AdamWConfig(),
     "lion": LionConfig(),
     "muon": MuonConfig(),
+    "muon_original": MuonConfig(scale="original", lr=2e-2, adamw_lr=6e-4, weight_decay=0.0),
     "mars": MARSConfig(),
     "mars_lion": MARSConfig(mars_type="mars-lion", lr=6e-4, weight_decay=0.1),
     "mars_shampoo": MARSConfig(mars_type="mars-shampoo", lr=2e-2),
