@@ -43,6 +43,11 @@ class Chunk:
     names: tuple[str, ...] | None = None  # of its documents, where the split depends on them
     items: tuple = ()
 
+    @property
+    def held(self) -> int:
+        """About the bytes of the documents that are in the chunk itself."""
+        return sum(len(item) for item in self.items if isinstance(item, str | bytes))
+
     def texts(self) -> Iterator[str | Undecodable]:
         yield from self.items
 

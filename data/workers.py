@@ -17,6 +17,8 @@ from data.sources import Chunk, Undecodable
 from data.split import Split
 from data.tokenizer import Tokenizer, get_tokenizer, pieces
 
+AHEAD = 1 << 28  # bytes of documents handed out and not yet taken back
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -85,7 +87,7 @@ def _encode_in_worker(chunk: Chunk) -> Encoded:
 
 
 def encoded(chunks: Iterator[Chunk], recipe: Recipe) -> Iterator[tuple[Chunk, Encoded]]:
-    """Every chunk with its tokens, in order, at most two chunks a worker ahead."""
+    """Every chunk with its tokens, in order, at most two chunks a worker and AHEAD bytes ahead."""
     if recipe.workers == 1:
         tokenizer = get_tokenizer(recipe.tokenizer, recipe.ranks)
         for chunk in chunks:
@@ -97,7 +99,7 @@ def encoded(chunks: Iterator[Chunk], recipe: Recipe) -> Iterator[tuple[Chunk, En
     try:
         for chunk in chunks:
             waiting.append((chunk, pool.submit(_encode_in_worker, chunk)))
-            if len(waiting) > 2 * recipe.workers:
+            while len(waiting) > 2 * recipe.workers or sum(c.held for c, _ in waiting) > AHEAD:
                 first, result = waiting.popleft()
                 yield first, result.result()
         while waiting:

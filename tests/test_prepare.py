@@ -221,8 +221,9 @@ def test_prepared_shards_reach_the_loader(whole):
 # ---- interruption and workers
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_the_number_of_workers_does_not_change_a_byte(corpus, whole, tmp_path, workers):
+@pytest.mark.parametrize("workers, ahead", [(2, 1 << 28), (3, 1 << 28), (2, 0)])
+def test_neither_workers_nor_how_far_they_are_ahead_change_a_byte(corpus, whole, tmp_path, monkeypatch, workers, ahead):
+    monkeypatch.setattr("data.workers.AHEAD", ahead)
     prepare.main(command("openwebtext", corpus, tmp_path / "owt", "--workers", str(workers)))
     assert contents(tmp_path / "owt") == contents(whole)
 
