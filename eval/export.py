@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face folder: python -m eval.export runs/NAME OUT_DIR
+"""A checkpoint as a Hugging Face folder: python -m eval.export CHECKPOINT OUT
 
 CHECKPOINT is a run folder, a checkpoint folder, or a .pt file of nanoGPT or of the official MARS code. The
 folder is loaded back and its logits are compared on real tokens; one that differs is not left behind.
@@ -121,7 +121,7 @@ def sample_windows(trained: Trained) -> Tensor:
                 ids = np.linspace(0, len(windows) - 1, WINDOWS).astype(np.int64)
                 return torch.from_numpy(windows.read(ids, vocab_size)[:, :-1].astype(np.int64))
         except DataError:
-            pass  # the data set is on another machine
+            pass  # the dataset is on another machine
     text = (Path(__file__).resolve().parent.parent / "LICENSE").read_text(encoding="utf-8")
     ids = [trained.tokenizer.eot, *trained.tokenizer.encode(text)]
     ids = (ids * (1 + WINDOWS * block_size // len(ids)))[: WINDOWS * block_size]

@@ -30,7 +30,7 @@ def fetch(tasks: Tasks, name: str, folder: Path) -> list[Path]:
             found = datasets.load_dataset(source, task.get("dataset_name"), **options)
         except Exception as error:  # datasets, hub and HTTP library each raise their own
             reason = str(error).splitlines()[0][:200] if str(error) else ""
-            raise ValueError(f"task {part}: data set {source}: {type(error).__name__}: {reason}") from None
+            raise ValueError(f"task {part}: dataset {source}: {type(error).__name__}: {reason}") from None
         (folder / part).mkdir(parents=True, exist_ok=True)
         for split in missing:
             path = folder / part / f"{split}.jsonl"

@@ -53,7 +53,7 @@ class Stream:
 
 
 def read_split(folder: str, split: str, vocab_size: int) -> Stream:
-    """A split of a data set, memory-mapped. Raises DataError if it cannot be used."""
+    """A split of a dataset, memory-mapped. Raises ValueError if it cannot be used."""
     dataset = open_dataset(folder, vocab_size)
     parts = [np.memmap(s.path, dtype="<u2", mode="r", offset=s.start, shape=(s.tokens,)) for s in dataset.splits[split]]
     for shard, part in zip(dataset.splits[split], parts, strict=True):
@@ -161,6 +161,7 @@ def compare(args: argparse.Namespace, world: World) -> dict:
 
 
 def describe(row: dict) -> str:
+    """A model's loss in one line."""
     error = "" if row["stderr"] is None else f" +- {row['stderr']:.4f}"
     bits = f", {row['bits_per_byte']:.4f} bits/byte" if "bits_per_byte" in row else ""
     perplexity = math.exp(min(row["loss"], 700))
@@ -171,6 +172,7 @@ def describe(row: dict) -> str:
 
 
 def describe_pair(row: dict) -> str:
+    """The paired difference of two models in one line."""
     text = f"{row['b']} - {row['a']}  {row['difference']:+.4f} nats/token"
     if row["interval95"] is None:
         return f"{text}, one window: no interval"
@@ -182,9 +184,9 @@ def describe_pair(row: dict) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="eval.perplexity", description="Loss over a split or a text.")
     parser.add_argument("models", nargs="+", help="runs, checkpoints, Hugging Face folders, .pt files, gpt2")
-    parser.add_argument("--data", help="data set folder; default: the first model's own")
+    parser.add_argument("--data", help="dataset folder; default: the first model's own")
     parser.add_argument("--split", choices=("train", "val"), default="val")
-    parser.add_argument("--text", nargs="+", help="text files to score instead of a data set")
+    parser.add_argument("--text", nargs="+", help="text files to score instead of a dataset")
     parser.add_argument("--stride", type=int, help="tokens from one window to the next; default: the whole context")
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     parser.add_argument("--batch_tokens", type=int, help="tokens a forward pass; default: as many as fit")

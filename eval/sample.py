@@ -1,6 +1,7 @@
 """Text from a checkpoint: python -m eval.sample runs/NAME --prompt "Return the"
 
-Reads a run folder (its newest good checkpoint), a checkpoint folder, a Hugging Face GPT-2 folder or a .pt file.
+Reads a run folder (its newest good checkpoint), a checkpoint folder, a Hugging Face GPT-2 folder, a .pt file, or one
+of OpenAI's models by its name (gpt2, gpt2-medium, gpt2-large, gpt2-xl).
 """
 
 import argparse
@@ -70,7 +71,7 @@ def generate(
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="eval.sample", description="Generate text from a checkpoint.")
-    parser.add_argument("checkpoint", help="run folder, checkpoint folder, Hugging Face folder or .pt file")
+    parser.add_argument("checkpoint", help="run folder, checkpoint folder, Hugging Face folder, .pt file, or gpt2")
     parser.add_argument("--prompt", default="", help="text to continue; empty: start of a document")
     parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--max-tokens", type=int, default=500)
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--top-p", type=float, default=0.95, help="draw from the likeliest tokens that hold this mass")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--tokenizer", choices=("byte", "gpt2"), help="default: the dataset's")
+    parser.add_argument("--tokenizer", choices=("byte", "gpt2"), help="default: the model's own")
     parser.add_argument("--ranks", help="local GPT-2 ranks file, for machines without a network")
     args = parser.parse_args(argv)
     try:

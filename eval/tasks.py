@@ -114,7 +114,7 @@ class Tasks:
         files = f"{parts[0]}/{{{','.join(splits_of(self.settings(parts[0])))}}}.jsonl"
         files += f" and the same of {len(parts) - 1} more" if len(parts) > 1 else ""
         return (
-            f"task {name}: data set {source} is neither cached nor reachable ({reason}). On a machine with a network "
+            f"task {name}: dataset {source} is neither cached nor reachable ({reason}). On a machine with a network "
             f"run `python -m eval.fetch DIR --tasks {name}`, copy DIR here and give --data DIR: it holds {files}"
         )
 

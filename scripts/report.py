@@ -39,7 +39,7 @@ class Run:
     name: str
     size: str | None  # published size, None for another one
     parameters: int
-    data: str  # "openwebtext", "fineweb-edu" or the data set folder's name
+    data: str  # "openwebtext", "fineweb-edu" or the dataset folder's name
     method: str  # the name published results go by
     budget: int  # tokens the whole run is to take, which its learning rate follows
     points: list[dict]  # tokens, val_loss, train_s, gradients of each evaluation; the last two may be None

@@ -18,7 +18,7 @@ from runtime.logger import read_metrics
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A data set, and HellaSwag rows where --data of eval.run finds them."""
+    """A dataset, and HellaSwag rows where --data of eval.run finds them."""
     root = tmp_path_factory.mktemp("choices")
     byte_dataset(root / "tokens")
     (root / "hellaswag").mkdir()
