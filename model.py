@@ -68,6 +68,8 @@ class KVCache:
 
 
 class CausalSelfAttention(nn.Module):
+    """Causal attention of H heads, (B, T, C) to (B, T, C); a cache holds the keys and values of earlier positions."""
+
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
@@ -90,6 +92,8 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers with a GELU between them, 4 C wide inside, (B, T, C) to (B, T, C)."""
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
@@ -103,6 +107,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and MLP, each behind a LayerNorm and added to the residual stream (B, T, C)."""
+
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)

@@ -3,11 +3,11 @@
     python -m bench.prepare --ranks FILE            the prose of the installed packages, a minute
     python -m bench.prepare --smoke                 the byte tokenizer on a little of it, seconds
 
-Four sides take turns: tiktoken alone on one process, which neither reads nor writes; as many such processes
-at once as there are cores, which is what the machine can give; the pipeline on one process; the pipeline on all
-cores, worker start-up subtracted. The processor time of the parent process,
-which hands out work and writes shards, bounds the rate on any number of cores, so projections take the
-smaller of the two. Other work on the machine slows all sides alike, so compare sides, not days.
+Four sides take turns: tiktoken alone on one process, which neither reads nor writes; as many such processes at once
+as there are cores, which is what the machine can give; the pipeline on one process; the pipeline on all cores,
+worker start-up subtracted. The processor time of the parent process, which hands out work and writes shards, bounds
+the rate on any number of cores, so projections take the smaller of the two. Other work on the machine slows all
+sides alike, so compare sides, not days.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def encode_all(path: Path, tokenizer: str, ranks: str | None) -> float:
 
 
 def pipeline(source: Path, tokenizer: str, ranks: str | None, workers: int, shard_tokens: int) -> dict:
-    """Wall and processor seconds of one preparation, without the manifest's flush."""
+    """Wall and processor seconds of one preparation."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe(tokenizer, ranks, "before", FirstShard(), shard_tokens, workers)
         before, start = processor_time(), time.perf_counter()
@@ -79,7 +79,7 @@ def pipeline(source: Path, tokenizer: str, ranks: str | None, workers: int, shar
 
 
 def bench(report: "Report", megabytes: float, tokenizer: str, ranks: str | None, rounds: int) -> None:
-    """Time the three sides in turns and project."""
+    """Time the sides in turns and project."""
     encode, many = get_tokenizer(tokenizer, ranks).encode, cores()
     with tempfile.TemporaryDirectory() as folder:
         documents = write_corpus(Path(folder), megabytes)

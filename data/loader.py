@@ -21,7 +21,7 @@ from data.shards import DataError, Dataset, Shard
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which tokens are read, and in which order."""
+    """Which tokens are read, in which order, and what is scored beside the validation loss."""
 
     # folder written by data.prepare, or with nanoGPT's train.bin and val.bin; a run knows its data by content
     path: str = field(default="data/tokens/pydocs", metadata={"free": True})  # folder of token shards

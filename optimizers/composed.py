@@ -190,7 +190,8 @@ class ComposedOptimizer(Optimizer):
         """Update every parameter that has a gradient.
 
         bs is accepted for loops written for the official MARS class and changes nothing.
-        Raises ValueError for sparse, complex or half-precision gradients.
+        Raises ValueError for sparse, complex or half-precision gradients, for hyperparameters that have become
+        impossible, and in the exact form without the next batch's gradient.
         """
         loss = None
         if closure is not None:

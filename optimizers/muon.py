@@ -91,7 +91,7 @@ class Muon(ComposedOptimizer):
 
 @dataclass(frozen=True)
 class OrthogonalConfig:
-    """What Muon and MARS-M share: matrices are orthogonalized, embeddings and vectors get AdamW and no decay."""
+    """What Muon and MARS-M share: orthogonalized matrices; AdamW, by default without decay, on the rest."""
 
     lr: float = 6e-3  # peak learning rate of matrices
     adamw_lr: float | None = None  # peak learning rate of embeddings and vectors; none: lr

@@ -13,7 +13,7 @@ HALVES_FROM = 384  # rows from which a symmetric product is quicker from three o
 
 
 def newton_schulz_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype to iterate in. "auto": bfloat16 on a GPU that has it, float32 elsewhere."""
+    """The dtype to iterate in. "auto": bfloat16 on a GPU that has it, float32 elsewhere. ValueError for any other."""
     if name == "auto":
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float32

@@ -86,9 +86,11 @@ class Checkpoint:
     state: dict
 
     def model(self) -> dict[str, Tensor]:
+        """The weights by parameter name."""
         return load_file(self.folder / MODEL)
 
     def optimizer(self) -> OptimizerTensors:
+        """The optimizer state of all ranks."""
         return OptimizerTensors([self.folder / name for name in self.state["sha256"] if name != MODEL])
 
 
