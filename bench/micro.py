@@ -19,11 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from bench.micro_optimizers import bench_ns, bench_optim
+from bench.scaling_model import GEMM
 from bench.timing import COPY, SIZES, TINY, Session, arguments, shape_of
 from model import GPTConfig
 from runtime.hardware import memory_gb
 
-RATES = {"124M": 620, "355M": 660, "774M": 690, "1558M": 700}  # predicted TFLOP/s of products, H100 and H200
 ATTENTION = {"FLASH_ATTENTION": 200, "CUDNN_ATTENTION": 280}  # predicted TFLOP/s, H100 and H200
 TOKENS = 32 * 1024
 
@@ -42,7 +42,7 @@ def bench_gemm(s: Session, size: str, c: GPTConfig) -> None:
     def measure(product: Callable, k: int, m: int) -> dict:
         x, w, dy = s.randn(n, k), s.randn(m, k), s.randn(n, m)
         seconds = s.seconds(lambda: product(x, w, dy))
-        predicted = RATES.get(size) if s.hopper else None
+        predicted = GEMM[size] / 1e12 if s.hopper else None
         return dict(ms=1e3 * seconds, tflops=2e-12 * n * k * m / seconds, predicted_tflops=predicted)
 
     for layer, (k, m) in layers.items():
@@ -114,7 +114,7 @@ def chunked(of_chunk: Callable, rows: int, x: Tensor, w: Tensor, targets: Tensor
 def bench_ce(s: Session, size: str, c: GPTConfig) -> None:
     """Output layer and loss, forward and backward; `loss` and `slope` (|dW|) show that the variants agree."""
     n, d, v = 256 if s.smoke else TOKENS, c.n_embd, c.padded_vocab_size
-    predicted = 1e3 * (6e-12 * n * d * v / RATES[size] + 3 * 2 * n * v / COPY) if s.hopper == "H200" else None
+    predicted = 1e3 * (6 * n * d * v / GEMM[size] + 3 * 2 * n * v / COPY) if s.hopper == "H200" else None
 
     def measure(both: Callable, predicted: float | None = None) -> dict:
         torch.manual_seed(0)

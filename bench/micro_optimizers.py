@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from bench.peers import plain_newton_schulz, published_mars_m
+from bench.scaling_model import NEWTON_SCHULZ, work_of
 from bench.timing import COPY, Session
 from model import GPT, GPTConfig
 from optimizers import MARSConfig, MARSMConfig, MuonConfig, OptimizerConfig, build_optimizer
 from optimizers.composed import BATCH
 from optimizers.newton_schulz import newton_schulz_dtype, orthogonalize
 
-NEWTON_SCHULZ = 500e12  # predicted FLOP/s, batched, H100 and H200
 BYTES = {  # moved per parameter of a matrix and of the rest, each tensor touched once: floors
     "AdamW fused (torch)": (28, 28),
     "MARS": (44, 44),  # with the pass for the clip of each tensor
@@ -39,8 +39,8 @@ def as_in_a_step(s: Session, stack: Tensor) -> None:
 
 
 def newton_schulz_flops(c: GPTConfig) -> float:
-    """Of five steps on all matrices: 20 m^2 n + 10 m^3 each, together 280 C^3 a layer."""
-    return 280.0 * c.n_layer * c.n_embd**3
+    """Of five steps on all matrices."""
+    return sum(count * each for count, each, _ in work_of(c).families)
 
 
 def bench_ns(s: Session, size: str, c: GPTConfig) -> None:

@@ -26,17 +26,16 @@ from pathlib import Path
 import torch
 
 from bench.report import markdown
+from bench.timing import COPY, ROOT, SIZES
 from config.load import load_config
 from model import GPT, GPTConfig
 from optimizers.newton_schulz import by_shape
 
-ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = {"124M": "gpt2_small", "355M": "gpt2_medium", "774M": "gpt2_large", "1558M": "gpt2_xl"}
 BUCKET = 0.1  # of the gradients: the size of an all-reduce
 
-# Assumed of one H200, not measured. GEMM rates by size in FLOP/s; the rest alike for all.
+# Assumed of one H200 (in FLOP/s of an H100, too), not measured. GEMM by size; the rest alike for all.
 GEMM = {"124M": 620e12, "355M": 660e12, "774M": 690e12, "1558M": 700e12}
-ATTENTION, NEWTON_SCHULZ, MEMORY = 280e12, 500e12, 4.3e12  # FLOP/s, FLOP/s, bytes/s
+ATTENTION, NEWTON_SCHULZ = 280e12, 500e12  # FLOP/s
 ASSUMED = "assumed, not measured"
 GIVEN = ("tokens_per_s", "ns_ms", "elementwise_ms", "optimizer_share")  # what a measurement may give
 
@@ -129,9 +128,9 @@ def assumed_rates(size: str, config: GPTConfig, micro: int) -> Rates:
     work, V, C, L = work_of(config), config.padded_vocab_size, config.n_embd, config.n_layer
     seconds = 6 * (work.matrix + V * C) / GEMM[size] + 7 * L * C * config.block_size / ATTENTION
     moved = 90 * L * C + 3 * 2 * V + 18 * work.params / (micro * config.block_size)  # pointwise, loss, casts: bytes
-    per_token = 1.03 * (seconds + moved / (0.92 * MEMORY))  # 3 % of gaps
+    per_token = 1.03 * (seconds + moved / (0.92 * COPY))  # 3 % of gaps
     ns = sum(count * each for count, each, _ in work.families) / NEWTON_SCHULZ
-    return Rates(1 / per_token, ns, work.elementwise_bytes(1) / MEMORY)
+    return Rates(1 / per_token, ns, work.elementwise_bytes(1) / COPY)
 
 
 def rates_of(assumed: Rates, given: dict[str, float], source: str, tokens: int) -> Rates:
@@ -158,13 +157,13 @@ def read_measured(path: str) -> dict[str, tuple[dict[str, float], str]]:
     try:
         rows = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
         hardware = next((row["hardware"] for row in rows if "hardware" in row), "hardware not named")
-        rows = [row for row in rows if row.get("size") in CONFIGS and row.get("tokens_per_s")]
+        rows = [row for row in rows if row.get("size") in SIZES and row.get("tokens_per_s")]
         rows = sorted((r for r in rows if r.get("rung", "best") == "best"), key=lambda row: row["tokens_per_s"])
         out = {row["size"]: {key: float(row[key]) for key in GIVEN if row.get(key) is not None} for row in rows}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"--measured {path}: not JSON lines of numbers ({error})") from None
     if not out:
-        raise ValueError(f"--measured {path}: no row has a size of {', '.join(CONFIGS)} and tokens_per_s")
+        raise ValueError(f"--measured {path}: no row has a size of {', '.join(SIZES)} and tokens_per_s")
     for key, value in ((k, v) for given in out.values() for k, v in given.items()):
         if not 0 < value < (1 if key == "optimizer_share" else math.inf):
             raise ValueError(f"--measured {path}: {key}={value}: must be above 0, optimizer_share also below 1")
@@ -175,7 +174,7 @@ def table(args: argparse.Namespace) -> list[dict]:
     """A row for every size and number of GPUs. Raises ValueError for a batch that does not divide."""
     measured, rows = {size: given for path in args.measured for size, given in read_measured(path).items()}, []
     for size in args.sizes:
-        run = load_config(ROOT / f"config/{CONFIGS[size]}.py", ["--micro_batch=1"])
+        run = load_config(ROOT / f"config/{SIZES[size]}.py", ["--micro_batch=1"])
         block, work = run.model.block_size, work_of(run.model)
         for gpus in args.gpus:
             batch = args.batch_size or (run.sequences if run.sequences % gpus == 0 else 8 * gpus)
@@ -193,7 +192,7 @@ def table(args: argparse.Namespace) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.scaling_model")
-    parser.add_argument("--sizes", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64, 512])
     parser.add_argument("--batch_size", type=int, help="sequences; default: 480 where it divides, else 8 per GPU")
     parser.add_argument("--micro_batch", type=int, default=30, help="most sequences of a forward pass")

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from bench import report, scaling_model, scaling_validation
-from bench.scaling_model import CONFIGS, ROOT, Rates, Work, step_on, work_of
+from bench.scaling_model import Rates, Work, step_on, work_of
 from bench.throttled import ThrottledGroup
-from config.load import load_config
+from bench.timing import SIZES, shape_of
 
 # 8 bytes a parameter pass a slow link in 2 x 3/4 x 4000 / 1500 = 4 s; the families' results in 0.4 s each
 TOY = Work(params=1000, matrix=800, tail=0.25, families=((4, 1.0, 100), (2, 4.0, 200)))
@@ -45,10 +45,10 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("size", CONFIGS)
+@pytest.mark.parametrize("size", SIZES)
 def test_the_four_sizes(size):
     compute, ns, elementwise, on_8, on_64, efficiency = PUBLISHED[size]
-    work = replace(work_of(load_config(ROOT / f"config/{CONFIGS[size]}.py").model), tail=0.1)
+    work = replace(work_of(shape_of(size)), tail=0.1)
     rates = Rates(7680 / (compute / 1e3), ns / 1e3, elementwise / 1e3)
     step = step_on(work, rates, 370e9, 8, 61440, 30720)
     assert 1e3 * step.total == pytest.approx(on_8, rel=0.01)
@@ -58,7 +58,7 @@ def test_the_four_sizes(size):
 
 
 def test_the_tail_holds_the_first_block_and_the_tied_table():
-    work = work_of(load_config(ROOT / "config/gpt2_small.py").model)
+    work = work_of(shape_of("124M"))
     table, positions, block = 50304 * 768, 1024 * 768, 12 * 768**2 + 2 * 768
     assert work.params == table + positions + 12 * block + 768
     assert work.tail == pytest.approx((table + positions + 2 * block) / work.params, abs=1e-5)  # two blocks a bucket
@@ -74,7 +74,7 @@ def rows(capsys, *arguments):
 
 def test_without_a_measurement_every_row_says_so(capsys):
     table = rows(capsys)
-    assert [(r["size"], r["gpus"]) for r in table] == [(s, str(w)) for s in CONFIGS for w in (1, 8, 64, 512)]
+    assert [(r["size"], r["gpus"]) for r in table] == [(s, str(w)) for s in SIZES for w in (1, 8, 64, 512)]
     assert [r["sequences"] for r in table[:4]] == ["480", "480", "512", "4096"]
     assert {r["rates"] for r in table} == {"assumed, not measured"}
 
