@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from optimizers.composed import ComposedOptimizer
 from optimizers.directions import averaged, summed
-from optimizers.muon import NS_DTYPES
+from optimizers.newton_schulz import NS_DTYPES
 from optimizers.roles import Claim, grouped
 from optimizers.rules import Rule, choice_faults, fraction_faults, number_faults
 

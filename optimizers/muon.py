@@ -12,11 +12,11 @@ from torch.distributed import ProcessGroup
 
 from optimizers.composed import ComposedOptimizer
 from optimizers.directions import summed
+from optimizers.newton_schulz import NS_DTYPES
 from optimizers.roles import Claim, grouped
 from optimizers.rules import Rule, choice_faults, count_faults, fraction_faults, number_faults
 
 SCALES = ("moonlight", "original")
-NS_DTYPES = ("auto", "bfloat16", "float32")
 
 
 def adamw_rule(group: dict[str, Any]) -> Rule:

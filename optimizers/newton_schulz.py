@@ -7,7 +7,8 @@ from torch import Tensor
 
 # K. Jordan, "Muon" (2024): steepest at zero. Singular values end between about 0.7 and 1.2, not at 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-GRAM_FROM_ASPECT = 2  # wider than this: iterate on the Gram matrix
+GRAM_FROM_ASPECT = 2  # at least so wide: iterate on the Gram matrix
+NS_DTYPES = ("auto", "bfloat16", "float32")
 RESTART = 3  # steps after which the Gram matrix is computed anew from the iterate
 HALVES_FROM = 384  # rows from which a symmetric product is quicker from three of its four quarters
 
@@ -17,8 +18,8 @@ def newton_schulz_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float32
-    if name not in ("bfloat16", "float32"):
-        raise ValueError(f'ns_dtype="{name}": must be "auto", "bfloat16" or "float32"')
+    if name not in NS_DTYPES:
+        raise ValueError(f"ns_dtype={name!r}: must be one of {', '.join(NS_DTYPES)}")
     return getattr(torch, name)
 
 
