@@ -25,7 +25,7 @@ from data.shards import open_dataset
 from model import GPT, GPTConfig
 from optimizers import AdamWConfig, MARSConfig, build_optimizer
 from runtime.compute import collector_paused
-from runtime.distributed import World
+from runtime.distributed import ALONE
 from runtime.guard import Guard
 
 CPU = torch.device("cpu")
@@ -94,7 +94,7 @@ def bench_overhead(steps: int, report: Report) -> None:
         write_tokens(folder, 257, 500_000)
         run = load_config(ROOT / "config/quickstart.py", [f"--steps={steps}", "--warmup=0", "--log.every=1"])
         run = apply(run, {"data.path": folder, "log.folder": folder, "data.val_windows": 1})
-        trainer = train_gpt.Trainer(run, World(0, 1, CPU), fresh=False)
+        trainer = train_gpt.Trainer(run, ALONE, fresh=False)
 
         def sleep(self: train_gpt.Trainer, batch: Tensor, step: int) -> Tensor:
             time.sleep(0.2)

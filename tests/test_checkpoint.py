@@ -17,9 +17,7 @@ from optimizers import AdamWConfig, build_optimizer
 from optimizers.state import load_named_state, named_state
 from runtime import checkpoint
 from runtime.checkpoint import CheckpointConfig, Checkpointer, CheckpointError, damage, open_checkpoint
-from runtime.distributed import World, start_world
-
-ALONE = World(0, 1, torch.device("cpu"))
+from runtime.distributed import ALONE, start_world
 
 
 class Small(torch.nn.Module):

@@ -12,10 +12,8 @@ import train_gpt
 from config.load import load_config
 from model import GPT, GPTConfig
 from runtime.compute import ComputeConfig, prepare
-from runtime.distributed import World
+from runtime.distributed import ALONE, World
 from runtime.preflight import checkpoints_kept, duration, free_bytes, measured_rate, memory_need, reach, verdict
-
-ALONE = World(0, 1, torch.device("cpu"))
 
 
 def kept_for_backward(shape: GPTConfig, half: bool, compute: ComputeConfig) -> int:

@@ -8,11 +8,9 @@ import torch
 
 from optimizers import AdamWConfig, build_optimizer
 from runtime import hardware
-from runtime.distributed import World, resolve_device, start_world
+from runtime.distributed import ALONE, resolve_device, start_world
 from runtime.folder import RunFolderError, differences, open_run_folder
 from runtime.guard import Guard, NonFiniteError
-
-ALONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from model import GPT
 from optimizers import MARSM
 from runtime import checkpoint
 from runtime.checkpoint import Checkpointer
-from runtime.distributed import World
+from runtime.distributed import ALONE
 from runtime.folder import run_lock
 from runtime.logger import read_metrics
 from runtime.micro_batch import Choice
@@ -265,7 +265,7 @@ def test_another_dataset_under_the_same_path_is_refused(arguments, tmp_path):
 
 
 def test_a_folder_in_use_is_refused(arguments):
-    with run_lock(folder_of(arguments), World(0, 1, torch.device("cpu"))):
+    with run_lock(folder_of(arguments), ALONE):
         for _ in range(2):  # a refused start leaves the lock where it is
             assert "is in use by another process" in stops(arguments)
     run_in_process(arguments)
