@@ -472,6 +472,8 @@ def main(argv: list[str] | None = None) -> None:
         if flags & {"--help", "-h"}:
             print(f"{__doc__}\nkeys, as {paths[0]} sets them:\n{describe_keys(run)}")
             return
+        if "--preflight" not in flags and (rates or "--verify" in flags):
+            raise ConfigError([f"{RATE}N and --verify: belong to --preflight; give that, too"])
         with torch_settings(run.compute), start_world(run.device) as world:
             if "--preflight" in flags:
                 preflight(run, world, "--verify" in flags, rates[-1] if rates else None)

@@ -148,6 +148,12 @@ def test_a_speed_that_is_none(arguments, rate):
         train_gpt.main([*arguments, "--preflight", f"--tokens_per_s={rate}"])
 
 
+@pytest.mark.parametrize("word", ["--verify", "--tokens_per_s=5"])
+def test_what_only_a_preflight_reads_is_refused_without_one(arguments, word):
+    with pytest.raises(SystemExit, match="--tokens_per_s=N and --verify: belong to --preflight"):
+        train_gpt.main([*arguments, word])
+
+
 def test_ranks_are_tried_and_share_the_optimizer_state(arguments):
     printed = finish(launch([*arguments, "--preflight", "--optimizer=mars_m"], processes=2))
     assert "preflight of run on 2 x cpu" in printed
