@@ -14,6 +14,8 @@ if __package__ in (None, ""):  # run as a file: python eval/fetch.py
 
 from eval.tasks import Tasks, splits_of
 
+AGAIN = "the same command continues"
+
 
 def fetch(tasks: Tasks, name: str, folder: Path) -> list[Path]:
     """Write what a task, or each task of a group, reads; returns the files written. ValueError if it cannot be had."""
@@ -30,7 +32,7 @@ def fetch(tasks: Tasks, name: str, folder: Path) -> list[Path]:
             found = datasets.load_dataset(source, task.get("dataset_name"), **options)
         except Exception as error:  # datasets, hub and HTTP library each raise their own
             reason = str(error).splitlines()[0][:200] if str(error) else ""
-            raise ValueError(f"task {part}: dataset {source}: {type(error).__name__}: {reason}") from None
+            raise ValueError(f"task {part}: dataset {source}: {type(error).__name__}: {reason}; {AGAIN}") from None
         (folder / part).mkdir(parents=True, exist_ok=True)
         for split in missing:
             path = folder / part / f"{split}.jsonl"
@@ -50,8 +52,10 @@ def main(argv: list[str] | None = None) -> None:
         for name in tasks.names:
             written = fetch(tasks, name, args.folder)
             print(f"{name}: {len(written)} files written", flush=True)
-    except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"eval.fetch: {error}; the same command continues")
+    except OSError as error:
+        sys.exit(f"eval.fetch: {error}; {AGAIN}")
+    except (ValueError, ImportError) as error:
+        sys.exit(f"eval.fetch: {error}")
 
 
 if __name__ == "__main__":
