@@ -27,7 +27,7 @@ config = RunConfig(
 optimizers = {
     "adamw": AdamWConfig(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1),  # [1]
     "lion": LionConfig(lr=1e-4, betas=(0.95, 0.98), weight_decay=1.0),  # [ours]
-    # Moonlight's scale, the baseline of the MARS-M paper: lr and decay [3]; FineWeb-Edu: --lr=5e-3
+    # Moonlight's scale, the baseline of the MARS-M paper: lr and decay [3]; the same on FineWeb-Edu
     "muon": MuonConfig(lr=5e-3, weight_decay=0.1, momentum=0.95, scale="moonlight"),
     # K. Jordan's scale, the baseline of the MARS paper: lr [3]; embeddings under AdamW at AdamW's lr [ours]
     "muon_original": MuonConfig(lr=1e-2, adamw_lr=3e-4, weight_decay=0.0, momentum=0.95, scale="original"),
@@ -35,7 +35,7 @@ optimizers = {
     "mars": MARSConfig(lr=3e-3, lr_1d=1.5e-3, betas=(0.95, 0.99), weight_decay=0.01, gamma=0.025),
     "mars_lion": MARSConfig(mars_type="mars-lion", lr=0.0003, lr_1d=1.5e-3, weight_decay=0.1),  # [ours]
     "mars_shampoo": MARSConfig(mars_type="mars-shampoo", lr=1e-2, lr_1d=1.5e-3, weight_decay=0.01),  # [ours]
-    # lr, momentum, gamma [2, 3]; FineWeb-Edu: --lr=5e-3
+    # lr, momentum, gamma [2, 3]; the same on FineWeb-Edu
     # decay 0.1 [2], as its Muon baseline has; the config files say 0.01 [3]: --weight_decay=0.01
     "mars_m": MARSMConfig(lr=5e-3, weight_decay=0.1, momentum=0.95, gamma=0.025),
 }
