@@ -18,7 +18,7 @@ class AdamWConfig:
 
     lr: float = 6e-4  # peak learning rate
     betas: tuple[float, float] = (0.9, 0.95)  # decay of the first and second moment
-    eps: float = 1e-8
+    eps: float = 1e-8  # added to sqrt(v_hat)
     weight_decay: float = 0.1  # of matrices; embeddings, gains and biases are not decayed
 
     def faults(self) -> list[str]:

@@ -95,8 +95,8 @@ class MARSConfig:
     """MARS on matrices and embeddings, AdamW on vectors; only matrices are decayed."""
 
     lr: float = 6e-3  # peak learning rate
-    betas: tuple[float, float] = (0.95, 0.99)
-    eps: float = 1e-8
+    betas: tuple[float, float] = (0.95, 0.99)  # decay of the first and second moment; the first is in the correction
+    eps: float = 1e-8  # added to sqrt(v_hat); mars-shampoo: to the norm, too
     weight_decay: float = 0.01  # of matrices
     gamma: float = 0.025  # strength of the correction
     gamma_end: float | None = None  # gamma moves there linearly over the run; none: it stays
@@ -105,9 +105,9 @@ class MARSConfig:
     mars_type: str = "mars-adamw"  # "mars-adamw", "mars-lion" or "mars-shampoo"
     optimize_1d: bool = False  # apply MARS to vectors too
     lr_1d: float = 3e-3  # peak learning rate of vectors
-    betas_1d: tuple[float, float] = (0.9, 0.95)
+    betas_1d: tuple[float, float] = (0.9, 0.95)  # of vectors
     weight_decay_1d: float = 0.0  # of vectors; 0.1 as published
-    amsgrad: bool = False
+    amsgrad: bool = False  # divide by the largest second moment so far
     ns_dtype: str = "auto"  # mars-shampoo: "auto" (bfloat16 on a GPU, float32 on a CPU), "bfloat16" or "float32"
 
     def faults(self) -> list[str]:

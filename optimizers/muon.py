@@ -97,13 +97,13 @@ class OrthogonalConfig:
     adamw_lr: float | None = None  # peak learning rate of embeddings and vectors; none: lr
     weight_decay: float = 0.1  # of matrices
     adamw_weight_decay: float = 0.0  # of embeddings and vectors
-    momentum: float = 0.95
+    momentum: float = 0.95  # decay of the momentum
     scale: str = "moonlight"  # "moonlight": 0.2 sqrt(max(rows, columns)); "original": sqrt(max(1, rows/columns))
     ns_steps: int = 5  # Newton-Schulz iterations
     ns_dtype: str = "auto"  # "auto" (bfloat16 on a GPU, float32 on a CPU), "bfloat16" or "float32"
     split_qkv: bool = False  # orthogonalize query, key and value apart instead of as one matrix (as published)
-    adamw_betas: tuple[float, float] = (0.9, 0.95)
-    adamw_eps: float = 1e-8
+    adamw_betas: tuple[float, float] = (0.9, 0.95)  # of AdamW: decay of the first and second moment
+    adamw_eps: float = 1e-8  # of AdamW: added to sqrt(v_hat)
     adamw_eps_first: bool = False  # add eps before the bias correction of v (as published)
 
     def faults(self) -> list[str]:
@@ -134,7 +134,7 @@ class OrthogonalConfig:
 class MuonConfig(OrthogonalConfig):
     """Muon on matrices."""
 
-    nesterov: bool = True
+    nesterov: bool = True  # orthogonalize g + momentum m instead of m
     embeddings_as_matrices: bool = False  # put embeddings under Muon too (as published for "original")
 
     def build(self, claims: list[Claim], group: ProcessGroup | None = None, compiled: bool = False) -> Muon:

@@ -1,6 +1,7 @@
 """Config files, overrides and their faults."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -161,11 +162,13 @@ def test_parse_reads_none_for_optional_keys_only():
         parse("true", float)
 
 
-def test_help_lists_every_key_with_its_comment():
-    config = load_config(CONFIG)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_help_lists_every_key_with_its_comment(optimizer):
+    config = load_config(CONFIG, [f"--optimizer={optimizer}"])
     lines = {line.split("=")[0].strip(): line for line in describe_keys(config).splitlines()}
     sections = {"model", "data", "optim", "schedule", "compute", "checkpoint", "log"}
     assert lines.keys() == {f"--{key}" for key in all_keys(config) if key not in sections}
+    assert all(re.fullmatch(r"  --[\w.]+=\S*  \S.*", line) for line in lines.values())
     assert "peak learning rate" in lines["--optim.lr"]
     assert "sequences per step" in lines["--batch_size"]
 
