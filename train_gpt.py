@@ -78,9 +78,8 @@ class Trainer:
         torch.manual_seed(run.seed)
         self.model = GPT(run.model).to(world.device)
         prepare(self.model, run.compute, wants_bf16(run.dtype, world.device))
-        group = torch.distributed.group.WORLD if world.size > 1 else None
         self.compile = wants_compile(run.compile, world.device)
-        self.optimizer = build_optimizer(self.model, run.optim, group, self.compile)
+        self.optimizer = build_optimizer(self.model, run.optim, world.group, self.compile)
         if run.compute.cast_weights == "step":
             cast_per_step(self.model, self.optimizer)
         self.lookahead = getattr(self.optimizer, "needs_lookahead", False)
@@ -399,8 +398,7 @@ def plan(run: RunConfig, world: World, verify: bool, rate: float | None) -> Plan
     with torch.device("meta"):
         model = GPT(c)
         prepare(model, run.compute, wants_bf16(run.dtype, world.device))
-    group = torch.distributed.group.WORLD if world.size > 1 else None
-    optimizer = build_optimizer(model, run.optim, group)
+    optimizer = build_optimizer(model, run.optim, world.group)
     if rate is None and (folder / METRICS).exists():
         rate = measured_rate(read_metrics(folder / METRICS))
     of = footprint(run, model, optimizer, world)

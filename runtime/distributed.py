@@ -31,6 +31,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group of all ranks; None on one process."""
+        return dist.group.WORLD if self.size > 1 else None
+
     def sum(self, x: Tensor) -> Tensor:
         """Sum of a tensor over all ranks, in place."""
         if self.size > 1:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import ROOT, environment, finish, launch
 from safetensors.torch import load_file
 from torch import nn
@@ -64,7 +63,7 @@ def main(folder: str, start: int, stop: int) -> None:
         held = {}
         for name, config in CONFIGS.items():
             model = Odd()
-            optimizer = build_optimizer(model, config, dist.group.WORLD if world.size > 1 else None)
+            optimizer = build_optimizer(model, config, world.group)
             held[name] = world.gather(state_bytes(optimizer))
             checkpoints = Checkpointer(Path(folder) / name, CheckpointConfig(keep=9), world)
             if start is not None and (found := checkpoints.latest()):
