@@ -68,8 +68,8 @@ def parquet_library() -> object:
     return pq
 
 
-def parquet_facts(path: Path | BinaryIO, column: str, name: str = "") -> tuple[int, int]:
-    """Documents and row groups of a parquet file, from its footer; DataError if it has no such text column."""
+def parquet_rows(path: Path | BinaryIO, column: str, name: str = "") -> int:
+    """Rows of a parquet file, from its footer; DataError if it has no such text column."""
     pq = parquet_library()
     name = name or str(path)
     try:
@@ -82,7 +82,7 @@ def parquet_facts(path: Path | BinaryIO, column: str, name: str = "") -> tuple[i
         raise DataError(f'{name}: no column "{column}"; it has {there}: name one with --column')
     if str(schema.field(column).type) not in ("string", "large_string", "string_view"):
         raise DataError(f'{name}: column "{column}" is {schema.field(column).type}, not text; it has {there}')
-    return file.metadata.num_rows, file.metadata.num_row_groups
+    return file.metadata.num_rows
 
 
 def parquet_parts(path: Path, column: str) -> list[tuple[int, int, int]]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from data.formats import first_line, parquet_facts
+from data.formats import first_line, parquet_rows
 from data.shards import DataError
 from data.sources import SourceFile
 
@@ -133,7 +133,7 @@ class HubFolder:
 
             def rows(path: str = path, name: str = file.name) -> int:
                 with files.open(path, "rb", block_size=1 << 16) as f:
-                    return parquet_facts(f, column, f"{self.repo}: {name}")[0]
+                    return parquet_rows(f, column, f"{self.repo}: {name}")
 
             total += asked(self.repo, self.revision, rows)
         return total

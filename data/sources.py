@@ -18,9 +18,9 @@ from data.formats import (
     first_line,
     line_blocks,
     opened,
-    parquet_facts,
     parquet_library,
     parquet_parts,
+    parquet_rows,
 )
 from data.shards import DataError
 
@@ -153,7 +153,7 @@ class Files:
     def _items(self, path: Path, start: int) -> Iterator[tuple[int, float, type[Chunk], tuple]]:
         """(position behind it in the file, done share of the file, kind of chunk, its items)."""
         if path.suffix == ".parquet":
-            parquet_facts(path, self.column)
+            parquet_rows(path, self.column)  # refuses a file without the column
             parts = parquet_parts(path, self.column)
             for number, part in enumerate(parts[start:], start + 1):
                 yield number, number / len(parts), ParquetChunk, (str(path), self.column, *part)
@@ -228,7 +228,7 @@ class TextFileChunk(Chunk):
 
 def _documents(path: Path, column: str) -> int:
     if path.suffix == ".parquet":
-        return parquet_facts(path, column)[0]
+        return parquet_rows(path, column)
     if ".jsonl" in path.suffixes:
         return sum(len(lines) for _, _, lines in line_blocks(path, 0))
     return 1
