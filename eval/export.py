@@ -24,6 +24,7 @@ from data.tokenizer import Tokenizer
 from eval.checkpoint import Trained, open_trained
 from model import GPT
 
+LICENSE = Path(__file__).resolve().parent.parent / "LICENSE"
 ROUNDING = 1e-5  # largest difference allowed, relative to the largest logit: float32 through some dozen layers
 WINDOWS = 2  # windows of full context that are compared
 
@@ -111,7 +112,7 @@ def hugging_face_tokenizer(tokenizer: Tokenizer, block_size: int) -> object:
 
 
 def sample_windows(trained: Trained) -> Tensor:
-    """Real tokens (WINDOWS, block_size): from the run's validation split, else from this repository's licence."""
+    """Real tokens (WINDOWS, block_size): from the run's validation split, else from this repository's license."""
     block_size, vocab_size = trained.model.config.block_size, trained.model.config.vocab_size
     if trained.kind == "checkpoint":
         try:
@@ -122,8 +123,7 @@ def sample_windows(trained: Trained) -> Tensor:
                 return torch.from_numpy(windows.read(ids, vocab_size)[:, :-1].astype(np.int64))
         except DataError:
             pass  # the dataset is on another machine
-    text = (Path(__file__).resolve().parent.parent / "LICENSE").read_text(encoding="utf-8")
-    ids = [trained.tokenizer.eot, *trained.tokenizer.encode(text)]
+    ids = [trained.tokenizer.eot, *trained.tokenizer.encode(LICENSE.read_text(encoding="utf-8"))]
     ids = (ids * (1 + WINDOWS * block_size // len(ids)))[: WINDOWS * block_size]
     return torch.tensor(ids).view(WINDOWS, block_size)
 
@@ -150,8 +150,11 @@ def tokenizer_difference(tokenizer: Tokenizer, folder: Path) -> str | None:
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    licence = (Path(__file__).resolve().parent.parent / "LICENSE").read_text(encoding="utf-8")
-    for text in (licence, "def f(x):\n\treturn  {'a': 1}  # \u00fc\u4e2d\U0001f600\n\n", "it's 2026, isn't it? "):
+    for text in (
+        LICENSE.read_text(encoding="utf-8"),
+        "def f(x):\n\treturn  {'a': 1}  # \u00fc\u4e2d\U0001f600\n\n",
+        "it's 2026, isn't it? ",
+    ):
         if theirs.encode(text, add_special_tokens=False, verbose=False) != tokenizer.encode(text):
             return text
     return None
