@@ -6,10 +6,10 @@ import pytest
 from conftest import ROOT
 
 from config.load import all_keys, load_config
+from optimizers import OPTIMIZERS
 
 README = (ROOT / "README.md").read_text()
 CONFIG = ROOT / "config" / "gpt2_small.py"
-OPTIMIZERS = ("adamw", "lion", "muon", "mars", "mars_m")
 
 
 def test_every_path_of_the_map_is_there():
