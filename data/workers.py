@@ -15,7 +15,7 @@ import numpy as np
 from data.shards import DataError
 from data.sources import Chunk, Undecodable
 from data.split import Split
-from data.tokenizer import Tokenizer, get_tokenizer, pieces
+from data.tokenizer import Encoder, get_tokenizer, pieces
 
 AHEAD = 1 << 28  # bytes of documents handed out and not yet taken back
 
@@ -42,7 +42,7 @@ class Encoded:
     unreadable: list[str]
 
 
-def encode(chunk: Chunk, tokenizer: Tokenizer, eot: str) -> Encoded:
+def encode(chunk: Chunk, tokenizer: Encoder, eot: str) -> Encoded:
     """Tokenize a chunk; a document that cannot be read gets no token at all and is named."""
     end = np.array([tokenizer.eot], dtype=np.uint16)
     parts, lengths, sizes, unreadable = [], [], [], []
@@ -66,7 +66,7 @@ def encode(chunk: Chunk, tokenizer: Tokenizer, eot: str) -> Encoded:
     return Encoded(tokens, np.array(lengths, dtype=np.int64), np.array(sizes, dtype=np.int64), unreadable)
 
 
-_worker_state: tuple[Tokenizer, str]
+_worker_state: tuple[Encoder, str]
 
 
 def _start_worker(name: str, ranks: str | None, eot: str) -> None:
