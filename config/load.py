@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import importlib.util
 import inspect
+import os
 import re
 import types
 import typing
@@ -17,6 +18,8 @@ from pathlib import Path
 
 from config.schema import ALTERNATIVES, SECTIONS, RunConfig, free_keys
 from optimizers import OPTIMIZERS, OptimizerConfig
+
+PATHS = (("data", "path"), ("data", "choices"), ("log", "folder"))
 
 
 class ConfigError(ValueError):
@@ -32,7 +35,7 @@ def load_config(path: str | Path, overrides: list[str] = (), as_published: bool 
     as_published: start from what the official MARS and MARS-M runs did (see config/published.py).
     Raises ConfigError with every fault found.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     config, optimizers = _read_module(path)
     config = dataclasses.replace(config, size=config.size or path.stem)
     given, faults = _split(overrides)
@@ -68,6 +71,8 @@ def load_config(path: str | Path, overrides: list[str] = (), as_published: bool 
     faults += type_faults(config) or config.faults()
     if faults:
         raise ConfigError(faults)
+    for section, key in PATHS:  # no shell expands the ~ of --key=~/folder
+        config = apply(config, {f"{section}.{key}": os.path.expanduser(getattr(getattr(config, section), key))})
     return dataclasses.replace(config, name=config.name or run_name(config, changes, as_published))
 
 
@@ -199,6 +204,7 @@ def _split(overrides: list[str]) -> tuple[dict[str, str], list[str]]:
     for argument in overrides:
         match = re.fullmatch(r"--([\w.]+)=(.*)", argument, re.DOTALL)
         if match:
+            given.pop(match.group(1), None)  # the last one counts, however its key is spelled
             given[match.group(1)] = match.group(2)
         else:
             faults.append(f"{argument}: expected --key=value")
@@ -223,13 +229,14 @@ def _resolve(key: str, keys: dict) -> tuple[str, str | None]:
 def _read_module(path: Path) -> tuple[RunConfig, dict]:
     """Import a config file under a private name and take its two definitions."""
     if not path.is_file() or path.suffix != ".py":
-        near = ", ".join(sorted(str(p) for p in path.parent.glob("*.py") if p.stem not in _NOT_CONFIGS))
-        raise ConfigError([f"{path}: no such config file{'; there are: ' + near if near else ''}"])
+        near = _configs_in(path if path.is_dir() else path.parent) or _configs_in(Path(__file__).parent)
+        reason = "a folder, not a config file" if path.is_dir() else "no such config file"
+        raise ConfigError([f"{path}: {reason}; there are: {', '.join(map(str, near))}"])
     spec = importlib.util.spec_from_file_location(f"_config_file_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError([f"{path}: {type(error).__name__}: {error}"]) from None
     config, optimizers = getattr(module, "config", None), getattr(module, "optimizers", {})
     if not isinstance(config, RunConfig) or not isinstance(optimizers, dict):
@@ -245,4 +252,6 @@ def _read_module(path: Path) -> tuple[RunConfig, dict]:
     return config, optimizers
 
 
-_NOT_CONFIGS = {"__init__", "schema", "load", "published"}
+def _configs_in(folder: Path) -> list[Path]:
+    """The config files of a folder, by name."""
+    return sorted(p for p in folder.glob("*.py") if b"\nconfig = " in p.read_bytes())

@@ -64,6 +64,9 @@ def test_overrides_are_typed_by_the_schema():
     assert config.model.bias is True
     assert (config.steps, type(config.steps)) == (100, int)
     assert config.data.path == "a/b=c"
+    repeated = load_config(CONFIG, ["--lr=1", "--optim.lr=2", "--lr=3", "--log.folder=~/runs", "--data.path=~/text"])
+    assert repeated.optim.lr == 3  # the last one counts
+    assert (repeated.log.folder, repeated.data.path) == (str(Path.home() / "runs"), str(Path.home() / "text"))
 
 
 def test_all_faults_are_reported_together():
@@ -92,14 +95,27 @@ def test_unknown_keys_answer_with_the_nearest(key, nearest):
 def test_unknown_optimizers_and_files_answer_with_those_there_are():
     with pytest.raises(ConfigError, match='optimizer="adam": unknown; nearest: adamw'):
         load_config(CONFIG, ["--optimizer=adam"])
-    with pytest.raises(ConfigError, match=r"gpt9.py: no such config file; there are: .*quickstart.py"):
-        load_config(ROOT / "config" / "gpt9.py")
+    for path, reason in (
+        ("config/gpt9.py", "no such config file"),
+        ("config", "a folder"),
+        ("nowhere/x.py", "no such"),
+    ):
+        with pytest.raises(
+            ConfigError, match=f"{path}: {reason}.*; there are: .*gpt2_xl.py, .*quickstart.py"
+        ) as caught:
+            load_config(ROOT / path)
+        assert "schema.py" not in str(caught.value)
 
 
 def test_a_config_file_that_fails_is_one_line(tmp_path):
-    (tmp_path / "broken.py").write_text("config = 1 / 0")
-    with pytest.raises(ConfigError, match="broken.py: ZeroDivisionError"):
-        load_config(tmp_path / "broken.py")
+    for text, fault in (
+        ("config = 1 / 0", "ZeroDivisionError"),
+        ("raise SystemExit", "SystemExit"),
+        ("\0", "SyntaxError"),
+    ):
+        (tmp_path / "broken.py").write_text(text)
+        with pytest.raises(ConfigError, match=f"broken.py: {fault}"):
+            load_config(tmp_path / "broken.py")
     (tmp_path / "empty.py").write_text("x = 1")
     with pytest.raises(ConfigError, match="must define `config`, a RunConfig"):
         load_config(tmp_path / "empty.py")
@@ -119,6 +135,10 @@ def test_batch_and_budget_in_tokens():
     assert (config.sequences, config.tokens_per_step, config.total_steps) == (12, 192, 6)
     with pytest.raises(ConfigError, match="batch_tokens=100: must be a multiple of block_size=16"):
         load_config(CONFIG, ["--batch_tokens=100"])
+    with pytest.raises(
+        ConfigError, match="1,000,000,000 sequences x 16 tokens: is above 2.31 tokens; lower batch_size"
+    ):
+        load_config(CONFIG, ["--batch_size=1e9"])
     with pytest.raises(
         ConfigError, match=r"batch_size or batch_tokens: give exactly one \(batch_size=4 and batch_tokens"
     ):
@@ -148,8 +168,9 @@ def test_run_names_tell_budget_and_overrides():
     assert load_config(CONFIG, ["--tokens=5e6"]).name == "tiny_config-adamw-missing-5M"
     changed = load_config(CONFIG, ["--lr=0.003", "--seed=2", "--device=cpu", "--log.every=5"])
     assert changed.name == "tiny_config-adamw-missing-2.3k-lr0.003-seed2"
-    with pytest.raises(ConfigError, match="must be a plain folder name"):
-        load_config(CONFIG, ["--name=../elsewhere"])
+    for name in ("../elsewhere", "two\nlines", "\udcff"):
+        with pytest.raises(ConfigError, match="must be a plain folder name"):
+            load_config(CONFIG, [f"--name={name}"])
 
 
 def test_parse_reads_none_for_optional_keys_only():
