@@ -23,9 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config.load import ConfigError, describe_keys, load_config, short_count, to_dict
 from config.schema import RunConfig, free_keys
-from data.choices import count_right, read_items
+from data.choices import Item, count_right, read_items
 from data.loader import TrainLoader, ValidationSet, prefetch, to_device
-from data.shards import MANIFEST, open_dataset
+from data.shards import MANIFEST, Dataset, open_dataset
 from data.tokenizer import get_tokenizer
 from data.verify import faults
 from model import GPT
@@ -70,10 +70,7 @@ class Trainer:
         self.loader = TrainLoader(dataset, run.data, batch_size=run.sequences, **sizes, **ranks)
         self.validation = ValidationSet(dataset, run.data, micro_batch=run.micro_batch or 1, **sizes)
         self.bytes_per_token = dataset.bytes_per_token("val")
-        self.choices = []
-        if run.data.choices:
-            tokenizer = get_tokenizer(dataset.manifest.get("tokenizer", {}).get("name", "gpt2"))
-            self.choices = read_items(run.data.choices, run.data.choices_items, tokenizer)
+        self.choices = read_choices(run, dataset)
 
         torch.manual_seed(run.seed)
         self.model = GPT(run.model).to(world.device)
@@ -386,11 +383,20 @@ def footprint(run: RunConfig, model: GPT, optimizer: torch.optim.Optimizer, worl
     )
 
 
+def read_choices(run: RunConfig, dataset: Dataset) -> list[Item]:
+    """The HellaSwag items a run scores on its way; none if it names no file."""
+    if not run.data.choices:
+        return []
+    tokenizer = get_tokenizer(dataset.manifest.get("tokenizer", {}).get("name", "gpt2"))
+    return read_items(run.data.choices, run.data.choices_items, tokenizer)
+
+
 def plan(run: RunConfig, world: World, verify: bool, rate: float | None) -> Plan:
-    """What a preflight needs to know; raises ValueError for a dataset or a batch that cannot be used."""
+    """What a preflight needs to know; raises ValueError for a file or a batch that cannot be used."""
     c, folder = run.model, Path(run.log.folder) / run.name
     run.accumulation(world.size)
     dataset = open_dataset(run.data.path, c.vocab_size)
+    read_choices(run, dataset)
     sizes = dict(block_size=c.block_size, batch_size=run.sequences, vocab_size=c.vocab_size, seed=run.seed)
     epochs = TrainLoader(dataset, run.data, **sizes).epochs(run.total_steps)
     known = (dataset.folder / MANIFEST).exists()
@@ -422,8 +428,8 @@ def preflight(run: RunConfig, world: World, verify: bool, rate: str | None) -> N
         told = float(rate) if rate is not None else None
     except ValueError:
         raise ValueError(f"{RATE}{rate}: expected a number") from None
-    if told is not None and not told > 0:
-        raise ValueError(f"{RATE}{rate}: must be above 0")
+    if told is not None and not 1 <= told < math.inf:
+        raise ValueError(f"{RATE}{rate}: must be a number of at least 1")
     text, good = report(plan(run, world, verify, told), world)
     if world.is_main:
         print(text, flush=True)

@@ -64,7 +64,8 @@ def memory_room(device: torch.device) -> tuple[int, int]:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory is short, on a GPU or on the host."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    told = ("can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in told)
 
 
 def environment(device: torch.device, world_size: int) -> dict:

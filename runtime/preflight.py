@@ -1,6 +1,7 @@
 """What a run will need, reckoned before it starts: memory, disk, time, and whether the ranks reach each other."""
 
 import math
+import os
 import shutil
 import statistics
 import time
@@ -90,11 +91,13 @@ def checkpoints_kept(steps: int, every: int, keep: int, milestone_every: int) ->
 
 
 def free_bytes(folder: Path) -> int:
-    """Free bytes on the disk that a folder is, or will be, on."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    """Free bytes on the disk that a run folder is, or will be, on. Raises ValueError where none can be made."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"run folder {folder}: {there} cannot be written into; choose another with --log.folder")
+    return shutil.disk_usage(there).free
 
 
 def measured_rate(records: list[dict]) -> float | None:

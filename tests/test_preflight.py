@@ -142,7 +142,7 @@ def test_too_little_disk_fails_the_preflight(arguments, capsys, monkeypatch):
     assert "of 0.0 GB: short" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("rate", ["fast", "0", "-1"])
+@pytest.mark.parametrize("rate", ["fast", "0", "-1", "inf", "1e-320"])
 def test_a_speed_that_is_none(arguments, rate):
     with pytest.raises(SystemExit, match=f"--tokens_per_s={rate}: "):
         train_gpt.main([*arguments, "--preflight", f"--tokens_per_s={rate}"])
@@ -152,6 +152,13 @@ def test_a_speed_that_is_none(arguments, rate):
 def test_what_only_a_preflight_reads_is_refused_without_one(arguments, word):
     with pytest.raises(SystemExit, match="--tokens_per_s=N and --verify: belong to --preflight"):
         train_gpt.main([*arguments, word])
+
+
+def test_what_stops_a_start_stops_the_preflight(arguments):
+    with pytest.raises(SystemExit, match="data.choices=nowhere: cannot be read"):
+        train_gpt.main([*arguments, "--preflight", "--data.choices=nowhere"])
+    with pytest.raises(SystemExit, match="out of memory; use a smaller"):
+        train_gpt.main([*arguments, "--preflight", "--n_embd=1e10"])
 
 
 def test_ranks_are_tried_and_share_the_optimizer_state(arguments):
