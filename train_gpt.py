@@ -219,6 +219,11 @@ class Trainer:
         loss_sum, count = self.world.sum(sums).sum(dim=1).tolist()
         if count < self.validation.count * self.run.model.block_size:
             return
+        if not math.isfinite(loss_sum):
+            raise NonFiniteError(
+                f"the validation loss of step {self.step} is not finite; nothing is saved of it, "
+                "and the checkpoints before it are good; use a smaller --lr, or --fresh to start over"
+            )
         self.val_loss = loss_sum / count
         self.best = min(self.val_loss, self.best) if self.best is not None else self.val_loss
         numbers = dict(step=self.step, tokens=self.tokens, val_loss=self.val_loss)
@@ -457,7 +462,8 @@ def train_run(run: RunConfig, world: World, fresh: bool) -> None:
         with collector_paused():
             train(trainer)
     except NonFiniteError as error:
-        raise NonFiniteError(f"{error}; sequences: {trainer.blame(error.step)}") from None
+        told = f"; sequences: {trainer.blame(error.step)}" if error.step >= 0 else ""
+        raise NonFiniteError(f"{error}{told}") from None
     finally:
         trainer.log.close()
     conclude(trainer)
