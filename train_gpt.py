@@ -370,7 +370,10 @@ def introduce(t: Trainer) -> None:
     rows = claim_table(t.optimizer, {p: name for name, p in t.model.named_parameters()})
     header = ("tensor", "shape", "estimate x direction", "lr", "decay")
     if world.is_main:
-        (t.folder / "parameters.txt").write_text("".join("\t".join(row) + "\n" for row in (header, *rows)))
+        try:
+            (t.folder / "parameters.txt").write_text("".join("\t".join(row) + "\n" for row in (header, *rows)))
+        except OSError as error:
+            t.log.say(f"parameters.txt cannot be written ({error.strerror}); training goes on without it")
     for name, shape, rule, lr, decay in (header, *folded(rows)):
         t.log.say(f"  {name:36} {shape:>12}  {rule:32} {lr:>8} {decay:>6}")
     if t.step:
@@ -473,9 +476,13 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     paths = [a for a in argv if not a.startswith("-")]
     flags = {a for a in argv if a in FLAGS}
-    if len(paths) != 1:
+    if not paths:
         sys.exit(f"{__doc__}\nusage: train_gpt.py CONFIG [--key=value ...] [{'] ['.join(FLAGS[:-1])}]")
     try:
+        if len(paths) > 1:
+            raise ConfigError([f"{' '.join(paths)}: expected one config file, and each setting as --key=value"])
+        if valued := [a for a in argv if a.partition("=")[0] in FLAGS and a not in FLAGS]:
+            raise ConfigError([f"{a}: takes no value" for a in valued])
         rates = [a.removeprefix(RATE) for a in argv if a.startswith(RATE)]
         overrides = [a for a in argv if a not in flags | set(paths) and not a.startswith(RATE)]
         run = load_config(paths[0], overrides, as_published="--as_published" in flags)
@@ -494,6 +501,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(str(error))
     except (ValueError, ImportError, OSError) as error:
         sys.exit(f"train_gpt: {error}")
+    except KeyboardInterrupt:  # outside the loop, which finishes its step
+        sys.exit("train_gpt: interrupted; the checkpoints so far are untouched, and the same command continues")
     except (MemoryError, RuntimeError) as error:
         if out_of_memory(error):
             sys.exit(f"train_gpt: out of memory; use a smaller --micro_batch or model ({str(error).splitlines()[0]})")

@@ -346,6 +346,8 @@ def test_bad_input_is_answered_in_one_line(arguments, tmp_path):
     assert "use a smaller --block_size or more text" in stops(arguments, "--block_size=16000")
     assert "does not divide into 1 processes x micro_batch=5" in stops(arguments, "--micro_batch=5")
     assert "config: optim.lr=-1.0: must be a number >= 0\nconfig: steps=0" in stops(arguments, "--lr=-1", "--steps=0")
+    assert "0.1: expected one config file, and each setting as --key=value" in stops(arguments, "--lr", "0.1")
+    assert "--fresh=true: takes no value" in stops(arguments, "--fresh=true")
     assert not list((tmp_path / "runs").iterdir())
 
 
@@ -359,6 +361,8 @@ def test_an_unwritable_run_folder(arguments, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     message = stops(arguments, f"--log.folder={tmp_path}/file")
     assert f"run folder {tmp_path}/file/run: File exists; choose another with --log.folder" in message
+    message = stops(arguments, "--preflight", f"--log.folder={tmp_path}/file")
+    assert f"{tmp_path}/file cannot be written into; choose another with --log.folder" in message
 
 
 def test_another_configuration_in_the_same_folder_is_refused_with_the_difference(arguments, straight):
@@ -535,6 +539,21 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(arguments, optimizer,
     run_in_process(arguments, "--fresh")
     straight = load_file(folder_of(arguments) / FINAL)
     assert all(torch.equal(continued[name], straight[name]) for name in straight)
+
+
+def test_weights_that_overflow_in_the_last_step_are_not_saved(arguments):
+    message = stops(arguments, "--steps=4", "--checkpoint.every=3", "--lr=1000")
+    assert "the validation loss of step 4 is not finite; nothing is saved of it" in message
+    assert [p.name for p in (folder_of(arguments) / "checkpoints").iterdir()] == ["step_0000003"]
+
+
+@pytest.mark.parametrize("when", ["choose_micro_batch", "restore"])
+def test_ctrl_c_before_the_loop_is_one_line(arguments, monkeypatch, when):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_gpt.Trainer, when, interrupt)
+    assert "interrupted; the checkpoints so far are untouched" in stops(arguments, "--micro_batch=auto")
 
 
 def test_usage_and_help(capsys):
