@@ -12,6 +12,7 @@ from runtime.schedule import ScheduleConfig
 
 FREE = {"free": True}  # a run may be continued with another value
 ALTERNATIVES = (("batch_size", "batch_tokens"), ("steps", "tokens"))  # two ways to say one thing
+MOST_STEPS = 2**31  # of a run; sequences are counted in 64 bits
 MOST_TOKENS = 2**31  # of a step; a batch and its order are held in memory
 SECTIONS = ("model", "data", "optim", "schedule", "compute", "checkpoint", "log")
 
@@ -74,6 +75,8 @@ class RunConfig:
                 out.append(f'{key}="{getattr(self, key)}": must be one of {", ".join(allowed)}')
         if "/" in self.name or self.name in (".", "..") or not self.name.isprintable():
             out.append(f"name={self.name!a}: must be a plain folder name; the folder around it is log.folder")
+        if not out and self.total_steps > MOST_STEPS:
+            out.append(f"a run of {self.total_steps:,} steps: is above 2^31; lower steps or tokens")
         if not out and self.tokens_per_step > MOST_TOKENS:
             size = f"{self.sequences:,} sequences x {self.model.block_size:,}"
             out.append(f"a step of {size} tokens: is above 2^31 tokens; lower batch_size, batch_tokens or block_size")

@@ -139,6 +139,9 @@ def test_batch_and_budget_in_tokens():
         ConfigError, match="1,000,000,000 sequences x 16 tokens: is above 2.31 tokens; lower batch_size"
     ):
         load_config(CONFIG, ["--batch_size=1e9"])
+    for budget in ("--steps=1e15", "--tokens=1e30"):
+        with pytest.raises(ConfigError, match="a run of [0-9,]+ steps: is above 2.31; lower steps or tokens"):
+            load_config(CONFIG, [budget])
     with pytest.raises(
         ConfigError, match=r"batch_size or batch_tokens: give exactly one \(batch_size=4 and batch_tokens"
     ):
