@@ -40,7 +40,7 @@ def load_config(path: str | Path, overrides: list[str] = (), as_published: bool 
     config = dataclasses.replace(config, size=config.size or path.stem)
     given, faults = _split(overrides)
 
-    name = given.pop("optimizer", config.optimizer)
+    name = given.pop("optimizer", config.optimizer) or ""
     settings = OPTIMIZERS | optimizers
     if name not in settings:
         near = difflib.get_close_matches(name, settings, n=3, cutoff=0.4) or sorted(settings)
@@ -58,9 +58,9 @@ def load_config(path: str | Path, overrides: list[str] = (), as_published: bool 
         found, fault = _resolve(key, keys)
         if fault is None:
             try:
-                changes[found] = parse(text, keys[found])
+                changes[found] = parse(text, keys[found]) if text is not None else _switched_on(keys[found])
             except ValueError as error:
-                fault = f"{key}={text}: {error}"
+                fault = f"--{key}: {error}" if text is None else f"{key}={text}: {error}"
         if fault is not None:
             faults.append(fault)
     for pair in ALTERNATIVES:  # saying one of two alternatives withdraws the other
@@ -198,11 +198,18 @@ def _text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _split(overrides: list[str]) -> tuple[dict[str, str], list[str]]:
-    """`--key=value` arguments as a dict, and what could not be read as one."""
+def _switched_on(kind: typing.Any) -> bool:
+    """The value of a key that is given without one; ValueError if it is no switch."""
+    if kind is not bool:
+        raise ValueError("expected --key=value")
+    return True
+
+
+def _split(overrides: list[str]) -> tuple[dict[str, str | None], list[str]]:
+    """`--key=value` and `--key` arguments as a dict, and what could not be read as one."""
     given, faults = {}, []
     for argument in overrides:
-        match = re.fullmatch(r"--([\w.]+)=(.*)", argument, re.DOTALL)
+        match = re.fullmatch(r"--([\w.]+)(?:=(.*))?", argument, re.DOTALL)
         if match:
             given.pop(match.group(1), None)  # the last one counts, however its key is spelled
             given[match.group(1)] = match.group(2)

@@ -84,6 +84,12 @@ def test_all_faults_are_reported_together():
     assert len(text.splitlines()) == 7
 
 
+def test_a_switch_needs_no_value():
+    assert load_config(CONFIG, ["--deterministic", "--background"]).compute.deterministic
+    with pytest.raises(ConfigError, match="--steps: expected --key=value"):
+        load_config(CONFIG, ["--steps"])
+
+
 @pytest.mark.parametrize(
     "key, nearest", [("batchsize", "batch_size"), ("n_layers", "model.n_layer"), ("lr_min", "min_lr")]
 )
