@@ -117,7 +117,7 @@ def test_a_config_file_that_fails_is_one_line(tmp_path):
     for text, fault in (
         ("config = 1 / 0", "ZeroDivisionError"),
         ("raise SystemExit", "SystemExit"),
-        ("\0", "SyntaxError"),
+        ("\0", "(SyntaxError|ValueError)"),  # the latter in older Pythons
     ):
         (tmp_path / "broken.py").write_text(text)
         with pytest.raises(ConfigError, match=f"broken.py: {fault}"):
