@@ -152,6 +152,11 @@ class ComposedOptimizer(Optimizer):
             for key, tensor in mine.items():
                 if tensor.shape != torch.as_tensor(theirs[key]).shape:
                     raise ValueError(f"state_dict: {key} of parameter {i} has another shape than {tuple(tensor.shape)}")
+        for saved in state_dict["param_groups"]:
+            if missing := sorted(self.defaults.keys() - saved.keys()):
+                raise ValueError(
+                    f"state_dict: a group has no {', '.join(missing)}; it is not a {type(self).__name__}'s"
+                )
         for i, mine in ours["state"].items():
             for key, tensor in mine.items():
                 tensor.copy_(torch.as_tensor(state_dict["state"][i][key]))

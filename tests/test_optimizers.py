@@ -682,6 +682,15 @@ def test_a_state_dict_of_another_optimizer_is_refused(other, message):
         optimizer.load_state_dict(other(params.values()).state_dict())
 
 
+def test_a_state_dict_with_the_same_state_of_another_optimizer_is_refused():
+    matrix = [nn.Parameter(torch.zeros(3, 4))]
+    lion, muon = Lion(matrix), Muon(matrix)
+    assert lion.state[matrix[0]].keys() == muon.state[matrix[0]].keys()
+    for one, other, key in ((lion, muon, "betas"), (muon, lion, "nesterov")):
+        with pytest.raises(ValueError, match=f"state_dict: a group has no .*{key}"):
+            one.load_state_dict(other.state_dict())
+
+
 def test_a_state_dict_of_other_shapes_is_refused():
     one, two = MARS([nn.Parameter(torch.zeros(3, 4))]), MARS([nn.Parameter(torch.zeros(4, 3))])
     with pytest.raises(ValueError, match=r"state_dict: exp_avg of parameter 0 has another shape than \(3, 4\)"):
