@@ -23,8 +23,8 @@ from data.shards import DataError, Dataset, Shard
 class DataConfig:
     """Which tokens are read, in which order, and what is scored beside the validation loss."""
 
-    # folder written by data.prepare, or with nanoGPT's train.bin and val.bin; a run knows its data by content
-    path: str = field(default="data/tokens/pydocs", metadata={"free": True})  # folder of token shards
+    # free, since a run knows its data by content
+    path: str = field(default="data/tokens/pydocs", metadata={"free": True})  # from data.prepare, or nanoGPT's folder
     sampling: str = "permutation"  # "permutation" (every window once per epoch) or "replacement" (as published)
     val_windows: int = field(default=4096, metadata={"free": True})  # windows of the validation set to use, at most
     val_sampling: str = field(default="fixed", metadata={"free": True})  # "fixed", or "random" windows (as published)
