@@ -73,10 +73,10 @@ def build(config: GPTConfig, tensors: Mapping[str, Tensor], source: str, device:
     with torch.no_grad():
         for name, p in wanted.items():
             tensor = found[name]
-            rows = config.vocab_size if name == "transformer.wte.weight" else p.size(0)
-            if tensor.dim() != p.dim() or tensor.shape[1:] != p.shape[1:] or tensor.size(0) < rows:
-                raise ValueError(f"{source}: {name} has shape {tuple(tensor.shape)}, its settings say {tuple(p.shape)}")
-            if name != "transformer.wte.weight" and tensor.size(0) != rows:
+            padded = name == "transformer.wte.weight"  # may have more rows than the vocabulary
+            rows = config.vocab_size if padded else p.size(0)
+            fits = tensor.dim() == p.dim() and tensor.shape[1:] == p.shape[1:]
+            if not fits or tensor.size(0) < rows or (tensor.size(0) > rows and not padded):
                 raise ValueError(f"{source}: {name} has shape {tuple(tensor.shape)}, its settings say {tuple(p.shape)}")
             p.zero_()[:rows].copy_(tensor[:rows])
     return model.to(device).eval()
