@@ -9,6 +9,7 @@ ends with the same bytes. The number of workers does not change them either, as 
 import json
 import shutil
 import sys
+from contextlib import closing
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.place import FETCHED, LOCK, PROGRESS, aside, locked, progress, settle
+from data.place import LOCK, PROGRESS, aside, locked, progress, settle
 from data.shards import (
     SPLITS,
     DataError,
@@ -171,10 +172,10 @@ def build(out: Path, source: Source, settings: dict, recipe: Recipe) -> None:
         start = preparation.tokens
         seldom = 0.1 if sys.stderr.isatty() else 60  # seconds between reports; in a log, one a minute
         look = dict(desc=f"preparing {out.name}", unit=" tokens", unit_scale=True, mininterval=seldom)
-        with tqdm(**look, initial=start) as bar:
-            for chunk, result in encoded(source.chunks(preparation.position), recipe):
+        chunks = source.chunks(preparation.position)
+        with closing(chunks), tqdm(**look, initial=start) as bar, closing(encoded(chunks, recipe)) as results:
+            for chunk, result in results:
                 preparation.take(chunk, result)
-                source.done_with(chunk)
                 if chunk.fraction:
                     bar.total = round(preparation.tokens / chunk.fraction)
                 bar.update(len(result.tokens))
@@ -190,7 +191,7 @@ def sweep(folder: Path, preparation: Preparation) -> None:
             listed_shard(folder, asdict(entry))
             expected.add(entry.file)
     for path in folder.iterdir():
-        ours = path.name in expected | {PROGRESS, LOCK, FETCHED} or path.name.startswith("held-")
+        ours = path.name in expected | {PROGRESS, LOCK} or path.name.startswith("held-")
         if path.name.endswith(".tmp") or (path.suffix == ".bin" and preparation.will_write(path.name)):
             path.unlink()  # left by a kill
         elif not ours:

@@ -9,7 +9,6 @@ import argparse
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from data import pydocs, text
 from data.hub import HubFolder
@@ -17,22 +16,35 @@ from data.shards import DataError
 from data.sources import Files, Folder, LocalFolder, Named, Source
 from data.split import ByName, FirstShard, NanoGPT, Split
 
+
+@dataclass(frozen=True)
+class Hub:
+    """A corpus on the hub: its repository, and the commit that is read unless --revision names another."""
+
+    repo: str
+    commit: str
+
+
+HUB = {
+    "openwebtext": Hub("Skylion007/openwebtext", "79d93d786212f7344586290adb811d4ae6a1762c"),  # 8,013,769 documents
+    "fineweb_edu": Hub("HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"),  # 10BT: 9,672,101
+}
 PINNED = ("revision", "documents", "read")  # what the source says of itself, and what was read of it
 
 
 @dataclass(frozen=True)
 class Job:
-    """A named preparation; open(pinned settings, folder for fetched files) makes its source and split."""
+    """A named preparation; open(pinned settings) makes its source and split."""
 
     name: str
     settings: dict
-    open: Callable[[dict, Path], tuple[Source, Split, dict]]
+    open: Callable[[dict], tuple[Source, Split, dict]]
 
 
 def pydocs_job(args: argparse.Namespace) -> Job:
     """Prose of the installed packages."""
     settings = pydocs.source() | {"val_fraction": args.val_fraction, "eot": "after"}
-    return Job("pydocs", settings, lambda pinned, fetched: (Named(pydocs.documents()), ByName(args.val_fraction), {}))
+    return Job("pydocs", settings, lambda pinned: (Named(pydocs.documents()), ByName(args.val_fraction), {}))
 
 
 def text_job(args: argparse.Namespace) -> Job:
@@ -43,7 +55,7 @@ def text_job(args: argparse.Namespace) -> Job:
     settings = {"name": "text", "root": str(root), "glob": args.glob, "val_fraction": args.val_fraction}
     settings |= {"files": len(files), "files_sha256": hashlib.sha256(repr(sizes).encode()).hexdigest(), "eot": "after"}
     documents = text.documents(args.root, files)
-    return Job(root.name, settings, lambda pinned, fetched: (Named(documents), ByName(args.val_fraction), {}))
+    return Job(root.name, settings, lambda pinned: (Named(documents), ByName(args.val_fraction), {}))
 
 
 def openwebtext_job(args: argparse.Namespace) -> Job:
@@ -62,23 +74,25 @@ def _corpus(args: argparse.Namespace, name: str, folder_name: str, pattern: str,
     """A corpus from the hub, or from files like it that the user has."""
     settings = {"name": name, "column": args.column, **split}
     local = LocalFolder(args.source) if args.source else None
+    revision = args.revision or (HUB[name].commit if args.repo == HUB[name].repo else "main")
     if local:
         settings |= {"root": str(args.source.resolve()), "files": len(local.files), "files_sha256": local.digest()}
     else:
-        settings |= {"repo": args.repo, "pattern": args.pattern or pattern, "asked_revision": args.revision}
+        settings |= {"repo": args.repo, "pattern": args.pattern or pattern, "asked_revision": revision}
 
-    def start(pinned: dict, fetched: Path) -> tuple[Source, Split, dict]:
+    def start(pinned: dict) -> tuple[Source, Split, dict]:
         facts: dict = {}
         folder: Folder
         if local:
             folder = local
         else:
-            folder = HubFolder(args.repo, settings["pattern"], pinned.get("revision", args.revision), fetched)
+            folder = HubFolder(args.repo, settings["pattern"], pinned.get("revision", revision))
             facts["revision"] = folder.revision
+        files = Files(folder, args.column)
         if split["split"] != "nanogpt":
-            return Files(folder, args.column), FirstShard(), facts
-        facts["documents"] = pinned.get("documents") or folder.documents(args.column)
-        return Files(folder, args.column), NanoGPT(facts["documents"]), facts
+            return files, FirstShard(), facts
+        facts["documents"] = pinned.get("documents") or files.documents()
+        return files, NanoGPT(facts["documents"]), facts
 
     return Job(folder_name, settings, start)
 

@@ -1,17 +1,23 @@
-"""Reading corpus files: compressed or not, lines, and parquet footers. Every fault names the file."""
+"""Reading corpus files: lines, compressed or not, and parquet, here or on the hub. Every fault names the file."""
 
+import gc
 import gzip
 import io
-from collections.abc import Iterator
+import logging
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from data.shards import DataError
 
 CHUNK_BYTES = 1 << 20  # a fifth of a second of tokenization: enough to hide the hand-over, little enough to spread
 CHUNK_DOCUMENTS = 512
-PART_BYTES = 1 << 26  # of text in a part of a parquet row group: bounds the memory of a worker
+BATCH_ROWS = 256  # of a parquet file decoded at a time
+
+T = TypeVar("T", bytes, bytes | None)
 
 
 @contextmanager
@@ -39,24 +45,26 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             raise
 
 
+def grouped(documents: Iterable[T]) -> Iterator[list[T]]:
+    """The documents in lists, each as large as a chunk may be."""
+    group, held = [], 0
+    for document in documents:
+        group.append(document)
+        held += len(document or b"")
+        if held >= CHUNK_BYTES or len(group) == CHUNK_DOCUMENTS:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
+
+
 def line_blocks(path: Path, start: int) -> Iterator[tuple[int, float, list[bytes]]]:
     """(number behind the block, done share of the file, its lines) of the lines that are not blank."""
     size = max(1, path.stat().st_size)
     with opened(path) as (stream, raw):
-        lines, held, number = [], 0, 0
-        for line in stream:
-            if not line.strip():
-                continue
-            number += 1
-            if number <= start:
-                continue
-            lines.append(line)
-            held += len(line)
-            if held >= CHUNK_BYTES or len(lines) == CHUNK_DOCUMENTS:
-                yield number, min(0.999, raw.tell() / size), lines
-                lines, held = [], 0
-        if lines:
-            yield number, 1.0, lines
+        for lines in grouped(islice((line for line in stream if line.strip()), start, None)):
+            start += len(lines)
+            yield start, min(1.0, raw.tell() / size), lines
 
 
 def parquet_library() -> object:
@@ -85,17 +93,32 @@ def parquet_rows(path: Path | BinaryIO, column: str, name: str = "") -> int:
     return file.metadata.num_rows
 
 
-def parquet_parts(path: Path, column: str) -> list[tuple[int, int, int]]:
-    """(row group, first row, row behind the last) of the parts of a file: row groups, large ones cut by rows."""
-    file = parquet_library().ParquetFile(path)
-    number, parts = file.schema_arrow.names.index(column), []
-    for group in range(file.num_row_groups):
-        facts = file.metadata.row_group(group)
-        flat = facts.num_columns == len(file.schema_arrow.names)  # else columns of the file are not those of the schema
-        size = facts.column(number).total_uncompressed_size if flat else facts.total_byte_size
-        step = max(1, facts.num_rows // max(1, size // PART_BYTES))
-        parts += [(group, a, min(a + step, facts.num_rows)) for a in range(0, facts.num_rows, step)]
-    return parts
+def parquet_values(path: str, column: str, start: int, **options: object) -> Iterator[bytes | None]:
+    """The texts of a column from row `start` on, not yet decoded, streamed by `datasets` from a disk or the hub.
+
+    path: a local path or hf://datasets/REPO@COMMIT/FILE; options: for datasets.IterableDataset.from_parquet.
+    Of the file no more than the column of one row group is held; rows before `start` are read and dropped.
+    """
+    try:
+        import datasets
+        from pyarrow.dataset import ParquetFragmentScanOptions
+    except ImportError:
+        raise ImportError("reading parquet needs: pip install datasets") from None
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # what it logs, it raises as well
+    scan = ParquetFragmentScanOptions(pre_buffer=False)  # which would keep every row group read so far
+    features = datasets.Features({column: datasets.Value("large_string")})  # else it asks for those of all columns
+    settings = dict(columns=[column], features=features, batch_size=BATCH_ROWS, fragment_scan_options=scan)
+    rows = datasets.IterableDataset.from_parquet(path, **settings, **options).with_format("arrow")
+    for table in rows.iter(BATCH_ROWS):
+        skipped = min(start, len(table))
+        start -= skipped
+        yield from table.column(column).cast("large_binary").to_pylist()[skipped:]
+
+
+def let_go() -> None:
+    """Wait for pyarrow's threads to drop the last parquet file: an interpreter that ends before them aborts."""
+    gc.collect()
+    time.sleep(0.1)
 
 
 def first_line(error: Exception) -> str:

@@ -1,24 +1,22 @@
-"""Files of a Hugging Face dataset repository at one commit, fetched one after the other.
+"""Files of a Hugging Face dataset repository at one commit.
 
-Only names, footers and bytes are asked for: nothing from the repository is ever run. A fetched file is
-dropped once its tokens are written, and the next one is fetched while this one is tokenized. The parquet files
-are read by row group rather than through `datasets`, whose cache would hold a second copy of the corpus: so a
-preparation continues at a row group, workers read for themselves, and only pyarrow and the hub's client are needed.
+Only names, footers and bytes are asked for: nothing from the repository is ever run. Parquet files are streamed by
+`datasets`, the text column alone, so that nothing but the token shards is written to the disk. Files are named by
+the repository's list, so that their order is known and a preparation continues in the middle of the one it was in.
 """
 
 import errno
 import fnmatch
 import os
-import threading
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
-from data.formats import first_line, parquet_rows
+from data.formats import first_line, parquet_rows, parquet_values
 from data.shards import DataError
-from data.sources import SourceFile
+from data.sources import Chunk, SourceFile, parquet_chunks
 
-T = TypeVar("T")
+BLOCK_BYTES = 1 << 25  # asked of the hub at a time
 LOCAL = "files you have can be given with --source DIR"
 
 
@@ -37,19 +35,21 @@ def endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
-def asked(repo: str, revision: str, question: Callable[[], T]) -> T:
-    """Answer of the hub to a question on a repository; DataError says in one line why there is none."""
+@contextmanager
+def answers(repo: str, revision: str) -> Iterator[None]:
+    """Where the hub is asked for something in a repository; DataError says in one line why there is no answer."""
     errors = hub_library().errors
     site = endpoint()
     where = f"{site}/datasets/{repo}"
     try:
-        return question()
+        yield
+        return
     except errors.GatedRepoError:
         reason = f"{where} is gated: accept its terms there, then log in with `hf auth login` or HF_TOKEN"
     except errors.RepositoryNotFoundError:
         reason = f"{where}: no such dataset (moved, renamed or private); give its new name with --repo"
     except errors.RevisionNotFoundError:
-        reason = f"{where}: no revision {revision}; give a commit or branch of it with --revision"
+        reason = f"{where}: no revision {revision}; give a commit or branch of it with --revision, for example main"
     except errors.EntryNotFoundError as error:
         reason = f"{where}: a file is missing at revision {revision} ({first_line(error)})"
     except errors.OfflineModeIsEnabled:
@@ -74,66 +74,38 @@ def _of_the_network(error: Exception) -> bool:
 class HubFolder:
     """The files of a dataset repository that match a pattern, in the order of their names."""
 
-    def __init__(self, repo: str, pattern: str, revision: str, cache: Path) -> None:
+    def __init__(self, repo: str, pattern: str, revision: str) -> None:
         """revision: branch, tag or commit; `self.revision` is the commit it stands for now."""
         api = hub_library().HfApi(endpoint=endpoint())
-        self.repo, self.cache = repo, cache
-        self.revision = asked(repo, revision, lambda: api.dataset_info(repo, revision=revision)).sha
-        where = dict(repo_type="dataset", revision=self.revision, recursive=True)
-        tree = asked(repo, revision, lambda: list(api.list_repo_tree(repo, **where)))
+        self.repo = repo
+        with answers(repo, revision):
+            self.revision = api.dataset_info(repo, revision=revision).sha
+            where = dict(repo_type="dataset", revision=self.revision, recursive=True)
+            tree = list(api.list_repo_tree(repo, **where))
         found = {e.path: e for e in tree if hasattr(e, "size") and fnmatch.fnmatch(e.path, pattern)}
         self.files = [SourceFile(n, e.size, e.lfs.sha256 if e.lfs else None) for n, e in sorted(found.items())]
         if not self.files:
             raise DataError(f'{repo} at {self.revision}: no file matches "{pattern}"; name the files with --pattern')
-        self._ahead: tuple[SourceFile, threading.Thread, list[Path | Exception]] | None = None
 
-    def fetch(self, file: SourceFile) -> Path:
-        """Path of a file, fetched now unless it is there; the next one is then on its way."""
-        if self._ahead and self._ahead[0] == file:
-            _, thread, box = self._ahead
-            thread.join()
-            if isinstance(box[0], Exception):
-                raise box[0]
-            path = box[0]
-        else:
-            path = self._download(file)
-        after = self.files.index(file) + 1
-        self._ahead = self._fetch_ahead(self.files[after]) if after < len(self.files) else None
-        return path
+    def download(self, file: SourceFile, folder: Path) -> Path:
+        """Path of a file, fetched into a folder unless it is there; what an interruption left is continued."""
+        where = dict(repo_type="dataset", revision=self.revision, local_dir=folder, endpoint=endpoint())
+        with answers(self.repo, self.revision):
+            return Path(hub_library().hf_hub_download(self.repo, file.name, **where))
 
-    def _fetch_ahead(self, file: SourceFile) -> tuple[SourceFile, threading.Thread, list[Path | Exception]]:
-        box: list[Path | Exception] = []
+    def address(self, file: SourceFile) -> str:
+        """What names a file at this commit to `datasets` and to huggingface_hub's file system."""
+        return f"hf://datasets/{self.repo}@{self.revision}/{file.name}"
 
-        def work() -> None:
-            try:
-                box.append(self._download(file))
-            except Exception as error:  # raised where the file is asked for
-                box.append(error)
+    def documents(self, file: SourceFile, column: str) -> int:
+        """Rows of a parquet file, from its footer."""
+        files = hub_library().HfFileSystem(endpoint=endpoint(), block_size=1 << 16)
+        with answers(self.repo, self.revision), files.open(self.address(file)) as f:
+            return parquet_rows(f, column, f"{self.repo}: {file.name}")
 
-        thread = threading.Thread(target=work, daemon=True, name="fetch")  # a download must not hold up Ctrl-C
-        thread.start()
-        return file, thread, box
-
-    def _download(self, file: SourceFile) -> Path:
-        hub = hub_library()
-        where = dict(repo_type="dataset", revision=self.revision, local_dir=self.cache, endpoint=endpoint())
-        return Path(asked(self.repo, self.revision, lambda: hub.hf_hub_download(self.repo, file.name, **where)))
-
-    def release(self, file: SourceFile) -> None:
-        """Drop a fetched file."""
-        (self.cache / file.name).unlink(missing_ok=True)
-
-    def documents(self, column: str) -> int:
-        """Rows of all parquet files, from their footers alone."""
-        hub = hub_library()
-        files = hub.HfFileSystem(endpoint=endpoint())
-        total = 0
-        for file in self.files:
-            path = f"datasets/{self.repo}@{self.revision}/{file.name}"
-
-            def rows(path: str = path, name: str = file.name) -> int:
-                with files.open(path, "rb", block_size=1 << 16) as f:
-                    return parquet_rows(f, column, f"{self.repo}: {name}")
-
-            total += asked(self.repo, self.revision, rows)
-        return total
+    def chunks(self, file: SourceFile, column: str, start: int) -> Iterator[Chunk]:
+        """Chunks of a parquet file from row `start` on, streamed; DataError if the hub ceases to answer."""
+        name, rows = f"{self.repo}: {file.name}", self.documents(file, column)
+        options = {"storage_options": {"hf": {"endpoint": endpoint(), "block_size": BLOCK_BYTES}}}
+        with answers(self.repo, self.revision):
+            yield from parquet_chunks(name, rows, parquet_values(self.address(file), column, start, **options), start)

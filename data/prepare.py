@@ -24,13 +24,11 @@ if __package__ in (None, ""):  # run as a file: python data/prepare.py
 
 from data import pretokenized
 from data.build import build
-from data.corpora import JOBS, READY, Job, changed, ready_shards
-from data.place import FETCHED, aside, begun, discard, locked, refuse_strangers, settle
+from data.corpora import HUB, JOBS, READY, Job, changed, ready_shards
+from data.place import aside, begun, discard, locked, refuse_strangers, settle
 from data.shards import MANIFEST, DataError, open_dataset
 from data.verify import describe, info, verify
 from data.workers import Recipe
-
-REPOS = {"openwebtext": "Skylion007/openwebtext", "fineweb_edu": "HuggingFaceFW/fineweb-edu"}
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -45,11 +43,11 @@ def arguments() -> argparse.ArgumentParser:
     text.add_argument("--glob", default="**/*.txt", help="which files in it (default: %(default)s)")
     for p in (pydocs, text):
         p.add_argument("--val-fraction", type=float, default=0.05, help="share of documents for validation")
-    corpora = [commands.add_parser(name, help=f"{repo} from the Hugging Face hub") for name, repo in REPOS.items()]
+    corpora = [commands.add_parser(name, help=f"{hub.repo} from the Hugging Face hub") for name, hub in HUB.items()]
     corpora[1].add_argument("--sample", choices=("10BT", "100BT"), default="10BT", help="which sample")
-    for p, repo in zip(corpora, REPOS.values(), strict=True):
+    for p, hub in zip(corpora, HUB.values(), strict=True):
         p.add_argument("--source", type=Path, help="read parquet, .jsonl or .txt (also .gz, .zst) files from here")
-        p.add_argument("--repo", default=repo, help="dataset repository (default: %(default)s)")
+        p.add_argument("--repo", default=hub.repo, help="dataset repository (default: %(default)s)")
         p.add_argument("--pattern", help="which of its files")
         p.add_argument("--column", default="text", help="column or key of the text (default: %(default)s)")
     ready = commands.add_parser("pretokenized", help="GPT-2 token shards that somebody made")
@@ -59,7 +57,8 @@ def arguments() -> argparse.ArgumentParser:
     ready.add_argument("--pattern", help="and which files in it")
     ready.add_argument("--shards", type=int, help="only this many training shards")
     for p in (*corpora, ready):
-        p.add_argument("--revision", default="main", help="commit, tag or branch; its commit is kept")
+        pinned = "" if p is ready else "a pinned commit; of another --repo, "
+        p.add_argument("--revision", help=f"commit, tag or branch, whose commit is kept (default: {pinned}main)")
     for p, tokenizer in ((pydocs, "byte"), (text, "byte"), *((c, "gpt2") for c in corpora)):
         p.add_argument("--tokenizer", choices=("byte", "gpt2"), default=tokenizer)
         p.add_argument("--ranks", help="local GPT-2 ranks file, for machines without a network")
@@ -202,7 +201,7 @@ def prepare(args: argparse.Namespace, job: Job) -> None:
     if before is None:
         return
     if not complete(out):
-        source, split, facts = job.open(before, aside(out) / FETCHED)
+        source, split, facts = job.open(before)
         recipe = Recipe(args.tokenizer, args.ranks, settings["eot"], split, args.shard_tokens, args.workers)
         build(out, source, settings | facts, recipe)
     print(f"prepared {describe(out)}")
@@ -217,7 +216,7 @@ def prepare_ready(args: argparse.Namespace) -> None:
     name, ready = ready_shards(args)
     out = target(args, name)
     settings = {"name": "pretokenized", "repo": ready.repo, "pattern": ready.pattern}
-    settings |= {"asked_revision": args.revision, "shards": args.shards}
+    settings |= {"asked_revision": args.revision or "main", "shards": args.shards}
     before = standing(out, settings, args.fresh)
     if before is None:
         return

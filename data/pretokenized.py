@@ -69,7 +69,7 @@ def fetch(out: Path, wanted: dict, before: dict) -> None:
     folder, repo = aside(out), wanted["repo"]
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        hub = HubFolder(repo, wanted["pattern"], before.get("revision", wanted["asked_revision"]), folder / FETCHED)
+        hub = HubFolder(repo, wanted["pattern"], before.get("revision", wanted["asked_revision"]))
         train = [f for f in hub.files if split_of(f.name) == "train"][: wanted["shards"]]
         hub.files = [f for f in hub.files if f in train or split_of(f.name) == "val"]
         paths = [folder / Path(f.name).name for f in hub.files]
@@ -81,7 +81,7 @@ def fetch(out: Path, wanted: dict, before: dict) -> None:
         for path, file in zip(bar, hub.files, strict=True):
             if path.exists() and path.stat().st_size == file.size:
                 continue
-            fetched = hub.fetch(file)
+            fetched = hub.download(file, folder / FETCHED)
             if file.sha256 and hash_file(fetched) != file.sha256:
                 fetched.unlink()
                 raise DataError(f"{repo}: {file.name} came damaged (its sha256 is another); the same command continues")

@@ -1,26 +1,30 @@
-"""Where documents come from: parquet, JSON lines and text files, cut into chunks that a worker reads or decodes.
+"""Where documents come from: parquet, JSON lines and text files, cut into chunks that a worker decodes.
 
 A chunk knows the position behind it, so that a preparation can continue there, and yields its documents
-in the order of the source. Parquet chunks name a row group and are read by the worker itself.
+in the order of the source.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
+
+from tqdm.contrib.concurrent import thread_map
 
 from data.formats import (
     CHUNK_BYTES,
     CHUNK_DOCUMENTS,
     first_line,
+    grouped,
+    let_go,
     line_blocks,
     opened,
-    parquet_library,
-    parquet_parts,
     parquet_rows,
+    parquet_values,
 )
 from data.shards import DataError
 
@@ -57,8 +61,6 @@ class Source(Protocol):
 
     def chunks(self, position: tuple[int, ...]) -> Iterator[Chunk]: ...
 
-    def done_with(self, chunk: Chunk) -> None: ...
-
 
 class Named:
     """Documents (name, text, share read so far) from a generator that gives the same ones in the same order."""
@@ -80,13 +82,10 @@ class Named:
         if texts:
             yield Chunk((count,), 1.0, tuple(names), tuple(texts))
 
-    def done_with(self, chunk: Chunk) -> None:
-        """Nothing to tidy up."""
-
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a corpus; its folder's `fetch` says where it lies."""
+    """One file of a corpus."""
 
     name: str
     size: int  # bytes
@@ -94,15 +93,20 @@ class SourceFile:
 
 
 class Folder(Protocol):
-    """Files in an order, here or to be fetched."""
+    """Files in an order, here or on the hub."""
 
     files: list[SourceFile]
 
-    def fetch(self, file: SourceFile) -> Path: ...
+    def documents(self, file: SourceFile, column: str) -> int: ...
 
-    def release(self, file: SourceFile) -> None: ...
+    def chunks(self, file: SourceFile, column: str, start: int) -> "Iterator[Chunk]": ...
 
-    def documents(self, column: str) -> int: ...
+
+def parquet_chunks(name: str, rows: int, values: Iterator[bytes | None], start: int) -> Iterator[Chunk]:
+    """Chunks of the texts of a parquet file's rows from number `start` on."""
+    for group in grouped(values):
+        first, start = start, start + len(group)
+        yield TextChunk((start,), start / rows, None, (name, first, *group))
 
 
 class LocalFolder:
@@ -117,15 +121,29 @@ class LocalFolder:
         if not self.files:
             raise DataError(f"--source {root}: holds no {', '.join(SUFFIXES)} file")
 
-    def fetch(self, file: SourceFile) -> Path:
-        return self.root / file.name
+    def documents(self, file: SourceFile, column: str) -> int:
+        """Documents in a file: from a parquet footer, or by counting lines."""
+        path = self.root / file.name
+        if path.suffix == ".parquet":
+            return parquet_rows(path, column)
+        if ".jsonl" in path.suffixes:
+            return sum(len(lines) for _, _, lines in line_blocks(path, 0))
+        return 1
 
-    def release(self, file: SourceFile) -> None:
-        """The user's files stay."""
-
-    def documents(self, column: str) -> int:
-        """Documents in all files: from parquet footers, or by counting lines."""
-        return sum(_documents(self.root / f.name, column) for f in self.files)
+    def chunks(self, file: SourceFile, column: str, start: int) -> Iterator[Chunk]:
+        """Chunks of a file from row or line `start` on; DataError if it cannot be read."""
+        path = self.root / file.name
+        if path.suffix == ".parquet":
+            rows = parquet_rows(path, column)
+            try:
+                yield from parquet_chunks(str(path), rows, parquet_values(str(path), column, start), start)
+            except (OSError, ValueError) as error:
+                raise DataError(f"{path}: cannot be read ({first_line(error)}); fetch it again") from None
+        elif ".jsonl" in path.suffixes:
+            for end, done, lines in line_blocks(path, start):
+                yield JsonChunk((end,), done, None, (str(path), column, end - len(lines), *lines))
+        elif start == 0:
+            yield TextFileChunk((1,), 1.0, None, (str(path),))
 
     def digest(self) -> str:
         """A name for this state of the folder: sha256 over names and sizes."""
@@ -133,64 +151,42 @@ class LocalFolder:
 
 
 class Files:
-    """The documents of a folder of parquet, JSON lines and text files; a text file is one document."""
+    """The documents of a folder of files, one file after the other; a text file is one document."""
 
     def __init__(self, folder: Folder, column: str = "text") -> None:
         self.folder, self.column = folder, column
 
+    def documents(self) -> int:
+        """Documents in all files."""
+        count = partial(self.folder.documents, column=self.column)
+        look = dict(desc="counting documents", unit=" files", disable=None)
+        return sum(thread_map(count, self.folder.files, max_workers=8, **look))
+
     def chunks(self, position: tuple[int, ...]) -> Iterator[Chunk]:
-        """Chunks from position (file, row group or line) on. Raises DataError for a file that cannot be read."""
+        """Chunks from position (file, row or line) on. Raises DataError for a file that cannot be read."""
         files = self.folder.files
         first, start = position or (0, 0)
         total, before = sum(f.size for f in files) or 1, sum(f.size for f in files[:first])
-        for number in range(first, len(files)):
-            path, share = self.folder.fetch(files[number]), files[number].size / total
-            for item, done, kind, facts in self._items(path, start):
-                after = (number + 1, 0) if done == 1 else (number, item)
-                yield kind(after, before / total + share * done, None, facts)
-            start, before = 0, before + files[number].size
-
-    def _items(self, path: Path, start: int) -> Iterator[tuple[int, float, type[Chunk], tuple]]:
-        """(position behind it in the file, done share of the file, kind of chunk, its items)."""
-        if path.suffix == ".parquet":
-            parquet_rows(path, self.column)  # refuses a file without the column
-            parts = parquet_parts(path, self.column)
-            for number, part in enumerate(parts[start:], start + 1):
-                yield number, number / len(parts), ParquetChunk, (str(path), self.column, *part)
-        elif ".jsonl" in path.suffixes:
-            for end, done, lines in line_blocks(path, start):
-                yield end, done, JsonChunk, (str(path), self.column, end - len(lines), *lines)
-        elif start == 0:
-            yield 1, 1.0, TextFileChunk, (str(path),)
-
-    def done_with(self, chunk: Chunk) -> None:
-        """Let the folder drop the files that lie behind this chunk."""
-        if chunk.after[0] > 0:
-            self.folder.release(self.folder.files[chunk.after[0] - 1])
+        try:
+            for number, file in enumerate(files[first:], first):
+                for chunk in self.folder.chunks(file, self.column, start):
+                    done = (before + chunk.fraction * file.size) / total
+                    yield replace(chunk, after=(number, *chunk.after), fraction=done)
+                start, before = 0, before + file.size
+        finally:
+            let_go()
 
 
-class ParquetChunk(Chunk):
-    """A row group or some rows of it, read where they are tokenized, a few documents at a time."""
+class TextChunk(Chunk):
+    """Rows of a text column, whose numbers in the file count from 0."""
 
     def texts(self) -> Iterator[str | Undecodable]:
-        pq = parquet_library()
-        path, column, group, first, end = self.items
-        row = 0
-        try:
-            file = pq.ParquetFile(path, buffer_size=1 << 20)
-            for batch in file.iter_batches(256, row_groups=[group], columns=[column], use_threads=False):
-                skipped = min(max(0, first - row), len(batch))
-                row += skipped
-                for value in batch.column(0)[skipped : skipped + max(0, end - row)]:
-                    where = f"{path}: row {row} of row group {group}"
-                    row += 1
-                    try:
-                        text = value.as_py()
-                        yield Undecodable(f"{where}: no text") if text is None else text
-                    except UnicodeDecodeError as error:
-                        yield Undecodable(f"{where}: not UTF-8 (byte {error.start})")
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: row group {group} cannot be read ({first_line(error)})") from None
+        name, first, *values = self.items
+        for row, value in enumerate(values, first):
+            try:
+                yield Undecodable(f"{name}: row {row}: no text") if value is None else value.decode("utf-8")
+            except UnicodeDecodeError as error:
+                yield Undecodable(f"{name}: row {row}: not UTF-8 (byte {error.start})")
 
 
 class JsonChunk(Chunk):
@@ -224,11 +220,3 @@ class TextFileChunk(Chunk):
             yield content.decode("utf-8")
         except UnicodeDecodeError as error:
             yield Undecodable(f"{path}: not UTF-8 (byte {error.start})")
-
-
-def _documents(path: Path, column: str) -> int:
-    if path.suffix == ".parquet":
-        return parquet_rows(path, column)
-    if ".jsonl" in path.suffixes:
-        return sum(len(lines) for _, _, lines in line_blocks(path, 0))
-    return 1

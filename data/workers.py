@@ -52,12 +52,14 @@ def encode(chunk: Chunk, tokenizer: Encoder, eot: str) -> Encoded:
             lengths.append(0)
             sizes.append(0)
             continue
-        try:
-            size = len(text.encode())
-        except UnicodeEncodeError:  # lone surrogates, which JSON can spell and UTF-8 cannot
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            size = len(text.encode())
-        body = [tokenizer.encode_array(piece) for piece in pieces(text)]
+        body, size = [], 0
+        for piece in pieces(text):  # an enormous document is encoded without another whole copy of it
+            try:
+                size += len(piece.encode())
+            except UnicodeEncodeError:  # lone surrogates, which JSON can spell and UTF-8 cannot
+                piece = piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+                size += len(piece.encode())
+            body.append(tokenizer.encode_array(piece))
         document = [end, *body] if eot == "before" else [*body, end]
         parts += document
         lengths.append(sum(map(len, document)))

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -18,8 +17,7 @@ from conftest import ROOT, environment
 from fake_hub import COMMIT, FakeHub
 
 from data import build, place, prepare, shards
-from data.formats import parquet_parts
-from data.hub import asked
+from data.hub import answers
 from data.loader import DataConfig, TrainLoader
 from data.shards import HEADER_BYTES, open_dataset, write_shard
 from data.sources import LocalFolder
@@ -166,15 +164,16 @@ def test_one_enormous_document_and_ten_thousand_tiny_ones(tmp_path):
     assert documents_in(both, "before") == documents
 
 
-def test_a_large_row_group_is_read_in_parts(corpus, whole, tmp_path, monkeypatch):
+def test_a_large_row_group_is_continued_in_the_middle(corpus, whole, tmp_path, monkeypatch):
     write_parquet(tmp_path / "source", texts(), files=1, group=1000)
-    monkeypatch.setattr("data.formats.PART_BYTES", 5000)
-    parts = parquet_parts(tmp_path / "source" / "train-00000-of-00001.parquet", "text")
-    assert len(parts) > 10
-    assert [a for _, a, _ in parts] == [0, *(b for _, _, b in parts[:-1])]
+    monkeypatch.setattr("data.formats.BATCH_ROWS", 7)
+    monkeypatch.setattr("data.formats.CHUNK_BYTES", 5000)
     original = build.write_shard
     monkeypatch.setattr(build, "write_shard", lambda *a: stop_at(original, 8, *a))
     stops(command("openwebtext", tmp_path / "source", tmp_path / "out"))
+    file, row = json.loads((tmp_path / "out.tmp" / "progress.json").read_text())["position"]
+    assert file == 0
+    assert 0 < row < 600
     monkeypatch.setattr(build, "write_shard", original)
     prepare.main(command("openwebtext", tmp_path / "source", tmp_path / "out"))
     same = {n: c for n, c in contents(whole).items() if n.endswith(".bin")}
@@ -289,8 +288,8 @@ def test_a_continued_preparation_does_not_read_from_the_start(corpus, whole, tmp
     position = json.loads((build.aside(out) / "progress.json").read_text())["position"]
     assert position > [0, 3]
     seen = []
-    fetch = LocalFolder.fetch
-    monkeypatch.setattr(LocalFolder, "fetch", lambda self, file: (seen.append(file.name), fetch(self, file))[1])
+    chunks = LocalFolder.chunks
+    monkeypatch.setattr(LocalFolder, "chunks", lambda *a: (seen.append(a[1].name), chunks(*a))[1])
     prepare.main(command("openwebtext", corpus, out))
     assert len(seen) == 3 - position[0]
     assert contents(out) == contents(whole)
@@ -523,26 +522,27 @@ def test_the_hub_gives_the_same_shards_and_the_commit_is_kept(hub, whole, tmp_pa
     assert all(ours[n] == theirs[n] for n in ours if n.endswith(".bin"))
 
 
-def test_files_of_the_hub_are_dropped_once_they_are_read(hub, tmp_path, monkeypatch):
-    write_parquet(hub.root / "data", texts(), files=12)
-    for old in hub.root.glob("data/*-of-00003.parquet"):
-        old.unlink()
-    there, take = [], build.Preparation.take
+def test_the_hub_is_streamed_past_the_disk(hub, tmp_path, monkeypatch):
+    """Only shards and records lie in the folder, the libraries' cache stays empty."""
+    from huggingface_hub.constants import HF_HUB_CACHE
 
-    def count(self, chunk, result):
-        there.append(len(list((build.aside(tmp_path / "out") / place.FETCHED).rglob("*.parquet"))))
+    there, take = set(), build.Preparation.take
+
+    def look(self, chunk, result):
+        there.update(p.name for p in (tmp_path / "out.tmp").rglob("*"))
         take(self, chunk, result)
 
-    monkeypatch.setattr(build.Preparation, "take", count)
+    monkeypatch.setattr(build.Preparation, "take", look)
+    cached = set(Path(HF_HUB_CACHE).rglob("*"))
     prepare.main(hub_command(tmp_path / "out"))
-    assert len(there) >= 12
-    assert max(there) <= 3
+    assert set(Path(HF_HUB_CACHE).rglob("*")) == cached
+    assert all(re.fullmatch(r"(train|val)_\d+\.bin|progress\.json|lock|held-\d+", name) for name in there), there
 
 
 def test_a_fault_of_ours_is_not_taken_for_the_networks():
     pytest.importorskip("huggingface_hub")
-    with pytest.raises(KeyError):
-        asked("some/data", "main", lambda: {}["x"])
+    with pytest.raises(KeyError), answers("some/data", "main"):
+        {}["x"]
 
 
 def stop_at(write, number, path, *more):
@@ -580,9 +580,6 @@ def test_ready_made_shards_are_fetched_checked_and_indexed(hub, tmp_path, capsys
     hub.wrong_sha = True
     assert "came damaged (its sha256 is another)" in stops(arguments)
     hub.wrong_sha = False
-    for thread in threading.enumerate():  # a download ahead, which would have ended with its process
-        if thread.name == "fetch":
-            thread.join()
     prepare.main([*arguments, "--shards", "1", "--fresh"])
     assert sorted(contents(tmp_path / "ready")) == [
         "fineweb_train_000001.bin",
@@ -636,7 +633,7 @@ def test_bytes_that_are_no_text_are_skipped_named_and_counted(tmp_path, capsys):
     (source / "c.txt").write_bytes(b"abc\xfe")
     prepare.main(command("fineweb_edu", source, tmp_path / "out", "--shard-tokens", "5"))
     error = capsys.readouterr().err
-    assert f"skipped {source}/a.parquet: row 0 of row group 0: not UTF-8 (byte 2)" in error
+    assert f"skipped {source}/a.parquet: row 0: not UTF-8 (byte 2)" in error
     assert f"skipped {source}/b.jsonl: line 2: not UTF-8 (byte 10)" in error
     assert f"skipped {source}/c.txt: not UTF-8 (byte 3)" in error
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
