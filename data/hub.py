@@ -7,6 +7,7 @@ the repository's list, so that their order is known and a preparation continues 
 
 import errno
 import fnmatch
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,12 +28,34 @@ def hub_library() -> object:
         import huggingface_hub.errors
     except ImportError:
         raise ImportError("fetching from the hub needs: pip install datasets") from None
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # two lines for each of many attempts
     return huggingface_hub
 
 
 def endpoint() -> str:
     """Address of the hub, or of a mirror that HF_ENDPOINT names."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def hub_problem() -> str | None:
+    """Why the hub cannot be asked for anything, None if it answers; its libraries then use what they have cached.
+
+    Left alone, they try again for half a minute for each thing asked, be it cached or not.
+    """
+    hub = hub_library()
+    try:
+        hub.get_session().head(endpoint(), timeout=10)
+        return None
+    except hub.errors.OfflineModeIsEnabled:
+        problem = "HF_HUB_OFFLINE is set"
+    except Exception as error:
+        if not _of_the_network(error):
+            raise
+        problem = f"{endpoint()} does not answer"
+    import datasets
+
+    hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    return problem
 
 
 @contextmanager

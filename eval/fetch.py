@@ -12,6 +12,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: python eval/fetch.py
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from data.formats import first_line
 from eval.tasks import Tasks, splits_of
 
 AGAIN = "the same command continues"
@@ -31,8 +32,7 @@ def fetch(tasks: Tasks, name: str, folder: Path) -> list[Path]:
         try:
             found = datasets.load_dataset(source, task.get("dataset_name"), **options)
         except Exception as error:  # datasets, hub and HTTP library each raise their own
-            reason = str(error).splitlines()[0][:200] if str(error) else ""
-            raise ValueError(f"task {part}: dataset {source}: {type(error).__name__}: {reason}; {AGAIN}") from None
+            raise ValueError(f"task {part}: dataset {source}: {first_line(error)}; {AGAIN}") from None
         (folder / part).mkdir(parents=True, exist_ok=True)
         for split in missing:
             path = folder / part / f"{split}.jsonl"
@@ -49,6 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         tasks = Tasks(args.tasks)
+        if tasks.hub_problem:
+            print(f"eval.fetch: {tasks.hub_problem}; only what is cached can be written", file=sys.stderr)
         for name in tasks.names:
             written = fetch(tasks, name, args.folder)
             print(f"{name}: {len(written)} files written", flush=True)

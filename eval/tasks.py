@@ -3,7 +3,11 @@
 import difflib
 import logging
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+
+from data.formats import first_line
+from data.hub import hub_problem
 
 # task: column in the papers' tables, metric. The metrics follow from the papers' rows of OpenAI's GPT-2, which
 # are published harness scores in acc_norm (HellaSwag 31.14, PIQA 62.51, SciQ 64.40) or, for these three, acc.
@@ -21,6 +25,7 @@ PAPER = {
 FOLDERS = ("arc", "super_glue", "hellaswag", "openbookqa", "piqa", "winogrande", "mmlu", "sciq")  # of lm_eval/tasks
 FEWSHOT_SEED = 1234  # lm-eval's own default
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")  # keys of task files
+LOCAL = (None, "json", "parquet", "csv", "text")  # dataset_path of tasks that read files
 ENDINGS = (".jsonl", ".json", ".parquet")
 
 
@@ -65,10 +70,11 @@ class Tasks:
         if self.data is not None:
             for part in self.parts(name):
                 self._use_local_files(part, shots)
+        problem = self.hub_problem if self._on_the_hub(name) else None
         try:
             loaded = self._manager.load([name])
         except Exception as error:  # datasets, hub and HTTP library each raise their own
-            raise ValueError(self._data_problem(name, error)) from None
+            raise ValueError(self._data_problem(name, problem or first_line(error))) from None
         for task in loaded["tasks"].values():
             task.set_config(key="num_fewshot", value=shots)
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
@@ -105,13 +111,22 @@ class Tasks:
         task |= {key: None for key in SPLITS if task.get(key) not in found}
         self._manager.task_index[part] = replace(entry, yaml_path=None, cfg=task)
 
-    def _data_problem(self, name: str, error: Exception) -> str:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+    @cached_property
+    def hub_problem(self) -> str | None:
+        """Why the hub cannot be asked, None if it answers; found out once, and only for tasks that need it."""
+        return hub_problem()
+
+    def _on_the_hub(self, name: str) -> list[str]:
+        """The single tasks of a task that read a dataset of the hub."""
         parts = [p for p in self.parts(name) if self.data is None or not (self.data / p).is_dir()]
-        source = self.settings(parts[0]).get("dataset_path") if parts else None
-        if source in (None, "json", "parquet", "csv", "text"):
+        return [p for p in parts if self.settings(p).get("dataset_path") not in LOCAL]
+
+    def _data_problem(self, name: str, reason: str) -> str:
+        parts = self._on_the_hub(name)
+        if not parts:
             return f"task {name}: its data could not be read ({reason}); check data_files in its task file or --data"
-        files = f"{parts[0]}/{{{','.join(splits_of(self.settings(parts[0])))}}}.jsonl"
+        source, splits = self.settings(parts[0])["dataset_path"], ",".join(splits_of(self.settings(parts[0])))
+        files = f"{parts[0]}/{{{splits}}}.jsonl"
         files += f" and the same of {len(parts) - 1} more" if len(parts) > 1 else ""
         return (
             f"task {name}: dataset {source} is neither cached nor reachable ({reason}). On a machine with a network "

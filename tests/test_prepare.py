@@ -17,7 +17,7 @@ from conftest import ROOT, environment
 from fake_hub import COMMIT, FakeHub
 
 from data import build, place, prepare, shards
-from data.hub import answers
+from data.hub import answers, hub_problem
 from data.loader import DataConfig, TrainLoader
 from data.shards import HEADER_BYTES, open_dataset, write_shard
 from data.sources import LocalFolder
@@ -573,6 +573,20 @@ def test_no_network_is_one_line_that_names_the_other_way(online, tmp_path, monke
     message = stops(hub_command(tmp_path / "out"))
     assert "http://127.0.0.1:9 does not answer" in message
     assert "no network? The same command continues; files you have can be given with --source DIR" in message
+
+
+def test_a_hub_that_does_not_answer_is_not_asked_again(hub, monkeypatch):
+    """Its libraries try for half a minute otherwise, for each data set of each task."""
+    import datasets.config
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    assert hub_problem() is None
+    assert (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE) == (False, False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert hub_problem() == "http://127.0.0.1:9 does not answer"
+    assert (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE) == (True, True)
+    assert hub_problem() == "HF_HUB_OFFLINE is set"
 
 
 def test_ready_made_shards_are_fetched_checked_and_indexed(hub, tmp_path, capsys):
