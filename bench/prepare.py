@@ -3,11 +3,11 @@
     python -m bench.prepare --ranks FILE            the prose of the installed packages, a minute
     python -m bench.prepare --smoke                 the byte tokenizer on a little of it, seconds
 
-Four sides take turns: tiktoken alone on one process, which neither reads nor writes; as many such processes at once
-as there are cores, which is what the machine can give; the pipeline on one process; the pipeline on all cores,
-worker start-up subtracted. The processor time of the parent process, which hands out work and writes shards, bounds
-the rate on any number of cores, so projections take the smaller of the two. Other work on the machine slows all
-sides alike, so compare sides, not days.
+Five sides take turns: tiktoken alone on one process, which neither reads nor writes, by its batch call on one thread
+and document by document; as many of the latter at once as there are cores, which is what the machine can give; the
+pipeline on one process; the pipeline on all cores, worker start-up subtracted. The processor time of the parent
+process, which reads, hands out work and writes shards, bounds the rate on any number of cores, so projections take the
+smaller of the two. Other work on the machine slows all sides alike, so compare sides, not days.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from multiprocessing import get_context
@@ -26,7 +27,7 @@ from data.build import build
 from data.prepare import cores
 from data.sources import Files, LocalFolder
 from data.split import FirstShard
-from data.tokenizer import get_tokenizer
+from data.tokenizer import GPT2Tokenizer, Tokenizer, get_tokenizer
 from data.workers import Recipe
 
 if TYPE_CHECKING:
@@ -68,6 +69,21 @@ def encode_all(path: Path, tokenizer: str, ranks: str | None) -> float:
     return time.perf_counter() - start
 
 
+def encode_batch(tokenizer: Tokenizer, documents: list[str]) -> None:
+    """One call for all documents, on one thread."""
+    if isinstance(tokenizer, GPT2Tokenizer):
+        tokenizer.encoding.encode_ordinary_batch(documents, num_threads=1)
+    else:
+        list(map(tokenizer.encode, documents))
+
+
+def timed(work: Callable[[], object]) -> dict:
+    """Wall and processor seconds of something that this process does alone."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return dict(wall=time.perf_counter() - wall, parent=time.process_time() - cpu, workers=0.0)
+
+
 def pipeline(source: Path, tokenizer: str, ranks: str | None, workers: int, shard_tokens: int) -> dict:
     """Wall and processor seconds of one preparation."""
     with tempfile.TemporaryDirectory() as folder:
@@ -80,19 +96,17 @@ def pipeline(source: Path, tokenizer: str, ranks: str | None, workers: int, shar
 
 def bench(report: "Report", megabytes: float, tokenizer: str, ranks: str | None, rounds: int) -> None:
     """Time the sides in turns and project."""
-    encode, many = get_tokenizer(tokenizer, ranks).encode, cores()
+    alone_tokenizer, many = get_tokenizer(tokenizer, ranks), cores()
     with tempfile.TemporaryDirectory() as folder:
         documents = write_corpus(Path(folder), megabytes)
         size = sum(len(d.encode()) for d in documents) / 1e6
-        tokens = sum(len(encode(d)) + 1 for d in documents)
-        alone, single, multiple, startup, ceiling = [], [], [], [], []
+        tokens = sum(len(alone_tokenizer.encode(d)) + 1 for d in documents)
+        batch, alone, single, multiple, startup, ceiling = [], [], [], [], [], []
         with tempfile.TemporaryDirectory() as little:
             write_corpus(Path(little), megabytes / 100)
             for _ in range(rounds):
-                wall, cpu = time.perf_counter(), time.process_time()
-                for document in documents:
-                    encode(document)
-                alone.append(dict(wall=time.perf_counter() - wall, parent=time.process_time() - cpu, workers=0.0))
+                batch.append(timed(lambda: encode_batch(alone_tokenizer, documents)))
+                alone.append(timed(lambda: [len(alone_tokenizer.encode(document)) for document in documents]))
                 with ProcessPoolExecutor(many, get_context("spawn")) as pool:
                     job = (encode_all, Path(folder, "corpus.parquet"), tokenizer, ranks)
                     jobs = [pool.submit(*job) for _ in range(many)]
@@ -100,10 +114,11 @@ def bench(report: "Report", megabytes: float, tokenizer: str, ranks: str | None,
                 single.append(pipeline(Path(folder), tokenizer, ranks, 1, tokens // 3))
                 multiple.append(pipeline(Path(folder), tokenizer, ranks, many, tokens // 3))
                 startup.append(pipeline(Path(little), tokenizer, ranks, many, max(1, tokens // 300)))
-    sides = {"tiktoken alone, 1 process": alone, "pipeline, 1 process": single, f"pipeline, {many} workers": multiple}
+    sides = {"tiktoken's batch call, 1 process": batch, "tiktoken alone, 1 process": alone}
+    sides |= {"pipeline, 1 process": single, f"pipeline, {many} workers": multiple}
     sides[f"pipeline, {many} workers, 1/100 of the text"] = startup
     middle = {name: {k: statistics.median(r[k] for r in rows) for k in rows[0]} for name, rows in sides.items()}
-    alone_, _, multiple_, startup_ = middle.values()
+    batch_, alone_, _, multiple_, startup_ = middle.values()
     for name, m in middle.items():
         part = size / 100 if m is startup_ else size
         rate = part / m["wall"]
@@ -113,7 +128,8 @@ def bench(report: "Report", megabytes: float, tokenizer: str, ranks: str | None,
     steady = (multiple_["wall"] - startup_["wall"]) / 0.99
     most = many * size / statistics.median(ceiling)
     report.add(side=f"tiktoken alone, {many} processes at once", MB_s=most, to_alone=most * alone_["wall"] / size)
-    rates = dict(MB_s=size / steady, to_alone=alone_["wall"] / steady, to_most=size / steady / most)
+    rates = dict(MB_s=size / steady, to_batch=batch_["wall"] / steady, to_alone=alone_["wall"] / steady)
+    rates["to_most"] = size / steady / most
     report.add(side=f"{many} workers without start-up", **rates)
     parent = (multiple_["parent"] - startup_["parent"]) / 0.99 / tokens  # processor seconds per token
     worker = (multiple_["workers"] - startup_["workers"]) / 0.99 / tokens

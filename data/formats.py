@@ -1,10 +1,7 @@
-"""Reading corpus files: lines, compressed or not, and parquet, here or on the hub. Every fault names the file."""
+"""Reading corpus files: lines, compressed or not, and parquet. Every fault names the file."""
 
-import gc
 import gzip
 import io
-import logging
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -93,32 +90,22 @@ def parquet_rows(path: Path | BinaryIO, column: str, name: str = "") -> int:
     return file.metadata.num_rows
 
 
-def parquet_values(path: str, column: str, start: int, **options: object) -> Iterator[bytes | None]:
-    """The texts of a column from row `start` on, not yet decoded, streamed by `datasets` from a disk or the hub.
+def parquet_values(path: Path, column: str, start: int) -> Iterator[bytes | None]:
+    """The texts of a column from row `start` on, not yet decoded, a few at a time however large a row group is."""
+    file = parquet_library().ParquetFile(path, buffer_size=1 << 20)
+    groups = list(range(file.num_row_groups))
+    while groups and start >= file.metadata.row_group(groups[0]).num_rows:
+        start -= file.metadata.row_group(groups.pop(0)).num_rows
+    batches = file.iter_batches(BATCH_ROWS, row_groups=groups, columns=[column], use_threads=False)
+    yield from batched_values(batches, start)
 
-    path: a local path or hf://datasets/REPO@COMMIT/FILE; options: for datasets.IterableDataset.from_parquet.
-    Of the file no more than the column of one row group is held; rows before `start` are read and dropped.
-    """
-    try:
-        import datasets
-        from pyarrow.dataset import ParquetFragmentScanOptions
-    except ImportError:
-        raise ImportError("reading parquet needs: pip install datasets") from None
-    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # what it logs, it raises as well
-    scan = ParquetFragmentScanOptions(pre_buffer=False)  # which would keep every row group read so far
-    features = datasets.Features({column: datasets.Value("large_string")})  # else it asks for those of all columns
-    settings = dict(columns=[column], features=features, batch_size=BATCH_ROWS, fragment_scan_options=scan)
-    rows = datasets.IterableDataset.from_parquet(path, **settings, **options).with_format("arrow")
-    for table in rows.iter(BATCH_ROWS):
-        skipped = min(start, len(table))
+
+def batched_values(batches: Iterable, start: int) -> Iterator[bytes | None]:
+    """The values of Arrow batches or tables of one text column, from number `start` on, as bytes."""
+    for batch in batches:
+        skipped = min(start, len(batch))
         start -= skipped
-        yield from table.column(column).cast("large_binary").to_pylist()[skipped:]
-
-
-def let_go() -> None:
-    """Wait for pyarrow's threads to drop the last parquet file: an interpreter that ends before them aborts."""
-    gc.collect()
-    time.sleep(0.1)
+        yield from batch.column(0).cast("large_binary").to_pylist()[skipped:]
 
 
 def first_line(error: Exception) -> str:

@@ -7,13 +7,15 @@ the repository's list, so that their order is known and a preparation continues 
 
 import errno
 import fnmatch
+import gc
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.formats import first_line, parquet_rows, parquet_values
+from data.formats import BATCH_ROWS, batched_values, first_line, parquet_rows
 from data.shards import DataError
 from data.sources import Chunk, SourceFile, parquet_chunks
 
@@ -129,6 +131,30 @@ class HubFolder:
     def chunks(self, file: SourceFile, column: str, start: int) -> Iterator[Chunk]:
         """Chunks of a parquet file from row `start` on, streamed; DataError if the hub ceases to answer."""
         name, rows = f"{self.repo}: {file.name}", self.documents(file, column)
-        options = {"storage_options": {"hf": {"endpoint": endpoint(), "block_size": BLOCK_BYTES}}}
         with answers(self.repo, self.revision):
-            yield from parquet_chunks(name, rows, parquet_values(self.address(file), column, start, **options), start)
+            yield from parquet_chunks(name, rows, streamed(self.address(file), column, start), start)
+
+
+def streamed(address: str, column: str, start: int) -> Iterator[bytes | None]:
+    """The texts of a column of a parquet file from row `start` on, not yet decoded, by `datasets` from the hub.
+
+    Of the file the column of one row group is held; rows before `start` are fetched and dropped.
+    """
+    import datasets
+    from pyarrow.dataset import ParquetFragmentScanOptions
+
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # what it logs, it raises as well
+    rows = datasets.IterableDataset.from_parquet(
+        address,
+        columns=[column],
+        features=datasets.Features({column: datasets.Value("large_string")}),  # else it reads those of all columns
+        batch_size=BATCH_ROWS,
+        fragment_scan_options=ParquetFragmentScanOptions(pre_buffer=False),  # else it keeps all row groups read so far
+        storage_options={"hf": {"endpoint": endpoint(), "block_size": BLOCK_BYTES}},
+    )
+    try:
+        yield from batched_values(rows.with_format("arrow").iter(BATCH_ROWS), start)
+    finally:
+        del rows
+        gc.collect()
+        time.sleep(0.1)  # pyarrow's threads let go of the file: an interpreter that ends before them aborts

@@ -20,7 +20,6 @@ from data.formats import (
     CHUNK_DOCUMENTS,
     first_line,
     grouped,
-    let_go,
     line_blocks,
     opened,
     parquet_rows,
@@ -136,7 +135,7 @@ class LocalFolder:
         if path.suffix == ".parquet":
             rows = parquet_rows(path, column)
             try:
-                yield from parquet_chunks(str(path), rows, parquet_values(str(path), column, start), start)
+                yield from parquet_chunks(str(path), rows, parquet_values(path, column, start), start)
             except (OSError, ValueError) as error:
                 raise DataError(f"{path}: cannot be read ({first_line(error)}); fetch it again") from None
         elif ".jsonl" in path.suffixes:
@@ -167,14 +166,11 @@ class Files:
         files = self.folder.files
         first, start = position or (0, 0)
         total, before = sum(f.size for f in files) or 1, sum(f.size for f in files[:first])
-        try:
-            for number, file in enumerate(files[first:], first):
-                for chunk in self.folder.chunks(file, self.column, start):
-                    done = (before + chunk.fraction * file.size) / total
-                    yield replace(chunk, after=(number, *chunk.after), fraction=done)
-                start, before = 0, before + file.size
-        finally:
-            let_go()
+        for number, file in enumerate(files[first:], first):
+            for chunk in self.folder.chunks(file, self.column, start):
+                done = (before + chunk.fraction * file.size) / total
+                yield replace(chunk, after=(number, *chunk.after), fraction=done)
+            start, before = 0, before + file.size
 
 
 class TextChunk(Chunk):

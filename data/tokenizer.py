@@ -64,7 +64,7 @@ class GPT2Tokenizer:
             raise ImportError("the GPT-2 tokenizer needs: pip install tiktoken") from None
         ranks_file = ranks_file or os.environ.get(RANKS_VARIABLE)
         if ranks_file:
-            self._encoding = tiktoken.Encoding(
+            self.encoding = tiktoken.Encoding(
                 "gpt2",
                 explicit_n_vocab=self.vocab_size,
                 pat_str=GPT2_PATTERN,
@@ -74,7 +74,7 @@ class GPT2Tokenizer:
             return
         for name in ("gpt2", "r50k_base"):  # the same vocabulary under two addresses; either may be in tiktoken's cache
             try:
-                self._encoding = tiktoken.get_encoding(name)
+                self.encoding = tiktoken.get_encoding(name)
                 return
             except Exception as error:  # tiktoken lets its HTTP library's many exceptions through
                 reason = type(error).__name__
@@ -86,16 +86,16 @@ class GPT2Tokenizer:
     @property
     def ranks(self) -> dict[bytes, int]:
         """The byte pairs and their ids, end-of-text left out."""
-        return self._encoding._mergeable_ranks
+        return self.encoding._mergeable_ranks
 
     def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
+        return self.encoding.encode_ordinary(text)
 
     def encode_array(self, text: str) -> np.ndarray:
-        return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+        return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 
     def decode(self, ids: list[int]) -> str:
-        return self._encoding.decode([i for i in ids if i < self.vocab_size])
+        return self.encoding.decode([i for i in ids if i < self.vocab_size])
 
 
 def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:

@@ -113,4 +113,6 @@ def encoded(chunks: Iterator[Chunk], recipe: Recipe) -> Iterator[tuple[Chunk, En
             "continues, with fewer --workers if need be"
         ) from None
     finally:
+        heeded = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C in here would leave workers waiting
         pool.shutdown(wait=True, cancel_futures=True)
+        signal.signal(signal.SIGINT, heeded)

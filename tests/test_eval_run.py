@@ -371,7 +371,7 @@ def test_fetched_data_can_be_scored_without_a_network(folders, tmp_path, monkeyp
         patch.setattr(datasets, "load_dataset", hub)
         for _ in range(2):
             fetch.main([str(tmp_path / "data"), "--tasks", "piqa"])
-        with pytest.raises(SystemExit, match="task arc_easy: .*/ai2_arc: ConnectionError: no route; the same command"):
+        with pytest.raises(SystemExit, match="task arc_easy: .*/ai2_arc: no route; the same command"):
             fetch.main([str(tmp_path / "data"), "--tasks", "arc_easy"])
     assert asked_for == [("baber/piqa", None), ("allenai/ai2_arc", "ARC-Easy")]
     assert sorted(p.name for p in (tmp_path / "data" / "piqa").iterdir()) == ["train.jsonl", "validation.jsonl"]

@@ -276,7 +276,7 @@ def test_a_byte_pair_tokenizer_is_carried_over(tmp_path):
     tokenizer = GPT2Tokenizer.__new__(GPT2Tokenizer)
     ranks = {p: i for i, p in enumerate(pairs)}
     tokenizer.eot = len(ranks)
-    tokenizer._encoding = tiktoken.Encoding(
+    tokenizer.encoding = tiktoken.Encoding(
         "small", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)}
     )
     export.hugging_face_tokenizer(tokenizer, 64).save_pretrained(tmp_path)
