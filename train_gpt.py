@@ -96,7 +96,6 @@ class Trainer:
                 self.compiled,
                 bucket_cap_mb=bucket_size(self.model, run.compute),
                 gradient_as_bucket_view=True,
-                broadcast_buffers=False,
             )
         self.choice = self.choose_micro_batch() if run.micro_batch is None else None
         self.micro_batch = self.validation.micro_batch = self.choice.micro_batch if self.choice else run.micro_batch
