@@ -4,13 +4,19 @@ import gc
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import CONFIG
 from safetensors.torch import load_file
+from torch._dynamo.backends.debugging import aot_eager
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
+from torch.nn.parallel import DistributedDataParallel
 
 import train_gpt
 from config.load import ConfigError, describe_keys, load_config
@@ -191,6 +197,46 @@ def test_buckets_are_a_tenth_of_the_gradients_and_at_least_25_mb():
     assert bucket_size(large, ComputeConfig(bucket_mb=64)) == 64
     with pytest.raises(ConfigError, match="compute.bucket_mb=-1: must not be negative"):
         load_config(CONFIG, ["--bucket_mb=-1"])
+
+
+@contextmanager
+def process_group_of_one(folder: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("settings", [{}, {"cast_weights": "step", "activation_checkpointing": True}])
+def test_a_compiled_model_in_ddp_is_cut_at_the_buckets_whatever_the_settings(tmp_path, settings):
+    """So gradients leave while backward goes on; a model in one graph would send them all at its end."""
+    graphs, results = [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    idx, targets = (t.repeat(1, 4) for t in tokens())
+    with process_group_of_one(tmp_path):
+        for compiled in (False, True):
+            torch._dynamo.reset()
+            torch.manual_seed(0)
+            model = GPT(GPTConfig(n_layer=4, n_head=2, n_embd=128, block_size=64, vocab_size=60))
+            prepare(model, ComputeConfig(**settings), half=True)
+            if "cast_weights" in settings:
+                cast_per_step(model, torch.optim.SGD(model.parameters()))
+            forward = torch.compile(model, fullgraph=True, dynamic=False, backend=backend) if compiled else model
+            forward = DistributedDataParallel(forward, bucket_cap_mb=1, gradient_as_bucket_view=True)
+            for part in (forward.no_sync(), nullcontext()):
+                with part:
+                    with torch.autocast("cpu", torch.bfloat16):
+                        loss = forward(idx, targets)
+                    loss.backward()
+            results.append([loss, *(p.grad for p in model.parameters())])
+    assert len(graphs) >= 3
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, atol=1e-3, rtol=2e-2)
 
 
 # ---- deterministic replay and the garbage collector
