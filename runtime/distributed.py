@@ -75,11 +75,18 @@ def start_world(device: str) -> Iterator[World]:
         return
     on_gpu = torch_device.type == "cuda"
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=torch_device if on_gpu else None)
+    together = True
     try:
         control = dist.new_group(backend="gloo", timeout=TIMEOUT)
         yield World(dist.get_rank(), dist.get_world_size(), torch_device, control)
+    except (Exception, KeyboardInterrupt):
+        together = not on_gpu
+        raise
     finally:
-        dist.destroy_process_group()
+        # NCCL's shutdown waits for every collective in flight. Where this rank alone has failed, the others never
+        # join them: it would hang before its error is told. A process that ends without it aborts them.
+        if together:
+            dist.destroy_process_group()
 
 
 def resolve_device(device: str, local_rank: int | None = None) -> torch.device:

@@ -2,12 +2,13 @@
 
 import json
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from optimizers import AdamWConfig, build_optimizer
-from runtime import hardware
+from runtime import distributed, hardware
 from runtime.distributed import ALONE, resolve_device, start_world
 from runtime.folder import RunFolderError, differences, open_run_folder
 from runtime.guard import Guard, NonFiniteError
@@ -17,6 +18,7 @@ from runtime.guard import Guard, NonFiniteError
     "name, tflops",
     [
         ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
         ("NVIDIA H100 80GB HBM3", 989),
         ("NVIDIA H100 PCIe", 756),
         ("NVIDIA A100-SXM4-80GB", 312),
@@ -62,6 +64,26 @@ def test_one_process_needs_no_process_group(monkeypatch):
         assert (world.rank, world.size, world.is_main) == (0, 1, True)
         assert world.gather("x") == ["x"]
         assert world.sum(torch.ones(2)).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "device, failure, destroyed",
+    [("cuda", None, 1), ("cuda", torch.OutOfMemoryError, 0), ("cuda", SystemExit, 1), ("cpu", ValueError, 1)],
+)
+def test_a_rank_that_fails_alone_on_a_gpu_does_not_wait_for_the_others(monkeypatch, device, failure, destroyed):
+    """NCCL's shutdown is collective: after an error the process ends without it, so that the error is told."""
+    calls = []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(distributed, "resolve_device", lambda *a: torch.device(device, 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: None)
+    for name in ("init_process_group", "new_group", "get_rank", "get_world_size", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *a, name=name, **k: calls.append((name, *a)))
+    with pytest.raises(failure) if failure else nullcontext(), start_world(device):
+        if failure:
+            raise failure
+    assert calls[0] == ("init_process_group", "nccl" if device == "cuda" else "gloo")
+    assert calls.count(("destroy_process_group",)) == destroyed
 
 
 def small():
