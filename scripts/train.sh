@@ -93,6 +93,8 @@ arguments+=(${extra[@]+"${extra[@]}"})
 if [ -n "$launched" ]; then
     command=("$python" "${arguments[@]}")
 else
+    # seconds from a signal to torchrun's SIGKILL; its own 30 may be too few to save a large model
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
     command=("$python" -m torch.distributed.run "--nproc_per_node=$gpus")
     if ((nodes > 1)); then
         [ -n "$rendezvous" ] || fail "--nodes $nodes needs --rendezvous HOST:PORT"

@@ -65,6 +65,15 @@ def test_each_size_prints_a_command_whose_batch_divides(size):
     assert f"--micro_batch={default}" in dry(f"train_{size}.sh", "--gpus", "8")
 
 
+def test_torchrun_leaves_a_stopping_run_time_to_save(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "seconds=$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"')
+    python.chmod(0o755)
+    assert "seconds=600\n" in run("train_xl.sh", "--gpus", "8", PYTHON=str(python)).stdout
+    given = run("train_xl.sh", "--gpus", "8", PYTHON=str(python), TORCH_ELASTIC_SHUTDOWN_TIMEOUT="60")
+    assert "seconds=60\n" in given.stdout
+
+
 def test_choices_and_what_stands_behind_the_dashes_reach_the_command():
     words = dry("train_small.sh", "--optimizer", "adamw", "--dataset", "/data/edu", "--gpus", "4", "--", "--name=a b")
     assert words[-5:] == [
