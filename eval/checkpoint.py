@@ -54,7 +54,10 @@ def build(config: GPTConfig, tensors: Mapping[str, Tensor], source: str, device:
     Wrapper prefixes, the tied output layer and causal masks of other code are understood; rows of the
     embedding beyond the vocabulary are cut. Raises ValueError, naming `source`, if the rest is not exactly a GPT-2.
     """
-    model, found = GPT(config), {}
+    try:
+        model, found = GPT(config), {}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: its settings are not a GPT-2's ({error})") from None
     for name, tensor in tensors.items():
         while prefix := next((w for w in WRAPPERS if name.startswith(w)), None):
             name = name.removeprefix(prefix)
@@ -161,10 +164,12 @@ def _open_pt(path: Path, device: torch.device, tokenizer: str | None, ranks: str
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0])
+        if (reason := next((line for line in str(error).splitlines() if "GLOBAL" in line), None)) is None:
+            raise ValueError(f"{path}: not readable as a torch file (no pickle of one)") from None
         raise ValueError(f"{path}: holds more than tensors and numbers, which is not loaded: {reason[:200]}") from None
     except (OSError, RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{path}: not readable as a torch file ({str(error).splitlines()[0]})") from None
+        reason = (str(error).splitlines() or ["it ends early"])[0]
+        raise ValueError(f"{path}: not readable as a torch file ({reason})") from None
     args = content.get("model_args") if isinstance(content, dict) else None
     if not isinstance(args, dict) or not isinstance(content.get("model"), dict):
         raise ValueError(f"{path}: not a checkpoint of nanoGPT or MARS (no model and model_args in it)")

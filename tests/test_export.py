@@ -140,10 +140,12 @@ def open_trained_with_any_tokenizer(path, vocab_size):
         return open_trained(path, CPU, "byte")
 
 
+SIZES = dict(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=320, bias=False, dropout=0.0)
+
+
 def pt_file(path: Path, **changes) -> Path:
     model = small_model(config=replace(SHAPE, scale_attn_by_inverse_layer_idx=False))
-    args = dict(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=320, bias=False, dropout=0.0)
-    content = dict(model=dict(model.state_dict()), model_args=args, iter_num=1)
+    content = dict(model=dict(model.state_dict()), model_args=SIZES, iter_num=1)
     torch.save({k: v for k, v in (content | changes).items() if v is not None}, path)
     return path
 
@@ -227,6 +229,8 @@ def test_a_broken_hugging_face_folder_is_one_clear_line(exported, tmp_path, how,
     [
         (dict(model_args=None), "not a checkpoint of nanoGPT or MARS"),
         (dict(model_args={"dim": 512}), "another architecture than GPT-2"),
+        (dict(model_args=SIZES | dict(n_head=5)), "ckpt.pt: its settings are not a GPT-2's .*multiple of n_head=5"),
+        (dict(model_args=SIZES | dict(n_layer="two")), "ckpt.pt: its settings are not a GPT-2's"),
         (dict(model={"tok_embeddings.weight": torch.ones(2, 2)}), "not the GPT-2 its settings describe"),
         (
             dict(model=dict(small_model().state_dict()) | {"lm_head.weight": torch.ones(320, 32)}),
@@ -243,9 +247,11 @@ def test_a_foreign_pt_file_is_one_clear_line(tmp_path, changes, message):
 
 def test_a_torn_pt_file_and_a_torn_checkpoint_are_one_clear_line(dataset, tmp_path):
     path = pt_file(tmp_path / "ckpt.pt")
-    path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(SystemExit, match="not readable as a torch file"):
-        export.main([str(path), str(tmp_path / "hf")])
+    for content in (path.read_bytes()[:3000], b"", b"\xa5no pickle"):
+        path.write_bytes(content)
+        with pytest.raises(SystemExit, match="not readable as a torch file") as error:
+            export.main([str(path), str(tmp_path / "hf")])
+        assert "\n" not in str(error.value)
     weights = byte_run(tmp_path, dataset) / "checkpoints" / "step_0000030" / "model.safetensors"
     os.truncate(weights, 3000)
     with pytest.raises(SystemExit, match="does not match its sha256"):
