@@ -38,12 +38,17 @@ def score_rows(scores: list[dict], sizes: Sequence[str]) -> tuple[list[str], lis
             cells = {t: (score, None) for t, score in p["scores"].items()}
             name = f"published: {p['method']} {p['size']}, {p['data']}"
             rows.append({"name": name, "shots": p["shots"], "cells": cells, "mean": p.get("mean")})
+    ours = {}
     for s in scores:
-        row = next((r for r in rows if (r["name"], r["shots"]) == (s["checkpoint"], s["shots"])), None)
-        if row is None:
-            row = {"name": s["checkpoint"], "shots": s["shots"], "cells": {}}
-            rows.append(row)
+        name = s["checkpoint"] + (f", first {s['limit']} documents" if s.get("limit") else "")
+        one = (name, s.get("sha256"), s["shots"])  # a run's name outlives its weights
+        row = ours.setdefault(one, {"name": name, "shots": s["shots"], "cells": {}, "step": s.get("step")})
         row["cells"][s["task"]] = (100 * s["score"], None if s["stderr"] is None else 100 * s["stderr"])
+    for name, _, shots in ours:
+        same = [row for (n, _, k), row in ours.items() if (n, k) == (name, shots)]
+        for row in same if len(same) > 1 else []:
+            row["name"] = f"{name}, step {row['step']}"
+    rows += ours.values()
     for row in rows:
         row["mean"] = row.get("mean") or mean_of(row["cells"])
     return tasks, sorted(rows, key=lambda r: r["shots"])

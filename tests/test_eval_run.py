@@ -460,6 +460,20 @@ def test_the_mean_of_published_rows_and_the_sizes():
     assert metric_of("other", {"alias": "x", "bpb,none": 1, "bpb_stderr,none": 1}) == "bpb"
 
 
+def test_scores_of_other_weights_or_fewer_documents_are_rows_of_their_own():
+    score = dict(checkpoint="run", task="boolq", shots=0, metric="acc", score=0.5, stderr=None, limit=None)
+    score |= dict(sha256="a", step=10)
+    assert "| run | 0 | 50.00 |" in markdown([score], [])
+    later = score | dict(sha256="b", step=20, score=0.75)
+    some = score | dict(limit=7, score=0.25)
+    lines = markdown([score, later | dict(task="piqa", metric="acc_norm"), later, some], []).splitlines()[2:]
+    assert lines == [
+        "| run, step 10 | 0 | 50.00 |  |  |",
+        "| run, step 20 | 0 | 75.00 | 75.00 |  |",
+        "| run, first 7 documents | 0 | 25.00 |  |  |",
+    ]
+
+
 def test_without_lm_eval_the_pip_line_is_given(folders, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(SystemExit, match="benchmark scores need: pip install lm_eval"):
