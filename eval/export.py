@@ -22,6 +22,7 @@ from data.loader import Windows
 from data.shards import DataError, open_dataset
 from data.tokenizer import Tokenizer
 from eval.checkpoint import Trained, open_trained
+from eval.command import add_model_options, one_line
 from model import GPT
 
 LICENSE = Path(__file__).resolve().parent.parent / "LICENSE"
@@ -211,10 +212,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="eval.export", description="Write a checkpoint as a Hugging Face folder.")
     parser.add_argument("checkpoint", help="run folder, checkpoint folder, or .pt file of nanoGPT or MARS")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
-    parser.add_argument("--tokenizer", choices=("byte", "gpt2"), help="default: the dataset's")
-    parser.add_argument("--ranks", help="local GPT-2 ranks file, for machines without a network")
+    add_model_options(parser)
     args = parser.parse_args(argv)
-    try:
+    with one_line("eval.export"):
         try:
             from transformers.utils import logging
         except ImportError:
@@ -224,8 +224,6 @@ def main(argv: list[str] | None = None) -> None:
         if trained.kind == "huggingface":
             raise ValueError(f"{args.checkpoint} is a Hugging Face folder already")
         difference, largest = export(trained, args.out)
-    except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"eval.export: {error}")
     print(f"{args.out}: {trained.name}, vocabulary {trained.model.config.vocab_size}")
     print(f"largest logit difference {difference:.1e} on {WINDOWS} windows, largest logit {largest:.1f}")
 

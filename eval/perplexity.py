@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from data.shards import open_dataset, write_durably
 from eval.checkpoint import Trained, open_trained
+from eval.command import add_model_options, one_line
 from eval.scoring import Scorer
 from runtime.distributed import World, start_world
 
@@ -191,10 +192,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     parser.add_argument("--batch_tokens", type=int, help="tokens a forward pass; default: as many as fit")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--tokenizer", choices=("byte", "gpt2"), help="default: the model's own")
-    parser.add_argument("--ranks", help="local GPT-2 ranks file, for machines without a network")
+    add_model_options(parser)
     args = parser.parse_args(argv)
-    try:
+    with one_line("eval.perplexity"):
         if args.batch_tokens is not None and args.batch_tokens < 1:
             raise ValueError("--batch_tokens must be at least 1")
         with start_world(args.device) as world:
@@ -202,8 +202,6 @@ def main(argv: list[str] | None = None) -> None:
             report = compare(args, world)
             if args.out and world.is_main:
                 write_durably(args.out, (json.dumps(report, indent=1) + "\n").encode())
-    except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"eval.perplexity: {error}")
 
 
 if __name__ == "__main__":

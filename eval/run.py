@@ -20,11 +20,11 @@ import torch
 
 from data.shards import write_durably
 from eval.checkpoint import Trained, open_trained
+from eval.command import add_model_options, one_line
 from eval.scoring import Scorer, harness_model
 from eval.table import SIZES, comma_separated, markdown, size_of
 from eval.tasks import Tasks, metric_of
 from runtime.distributed import World, start_world
-from runtime.hardware import out_of_memory
 from runtime.logger import WANDB_ID
 
 RESULTS = "results.json"
@@ -186,10 +186,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch_tokens", type=int, help="tokens a forward pass; default: as many as fit")
     parser.add_argument("--wandb", choices=("auto", "on", "off"), default="auto", help="write to the run's wandb page")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--tokenizer", choices=("byte", "gpt2"), help="default: the model's own")
-    parser.add_argument("--ranks", help="local GPT-2 ranks file, for machines without a network")
+    add_model_options(parser)
     args = parser.parse_args(argv)
-    try:
+    left = f"interrupted; the same command continues with the tasks that are left ({args.out}/{RESULTS})"
+    with one_line("eval.run", left):
         if min(args.shots) < 0 or any(n is not None and n < 1 for n in (args.limit, args.batch_tokens)):
             raise ValueError("--shots must not be negative, --limit and --batch_tokens must be at least 1")
         with start_world(args.device) as world:
@@ -197,16 +197,6 @@ def main(argv: list[str] | None = None) -> None:
             scores, problems, parameters = evaluate_all(args, world)
             if scores and world.is_main:
                 write_tables(args, scores, parameters)
-    except KeyboardInterrupt:
-        sys.exit(
-            f"eval.run: interrupted; the same command continues with the tasks that are left ({args.out}/{RESULTS})"
-        )
-    except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"eval.run: {error}")
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        sys.exit(f"eval.run: out of memory with the model alone; use --device cpu ({str(error).splitlines()[0]})")
     if problems:
         sys.exit(f"eval.run: {len(problems)} of the tasks could not be run; see above")
 

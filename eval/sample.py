@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from eval.checkpoint import open_trained
+from eval.command import add_model_options, one_line
 from model import GPT, KVCache
 from runtime.distributed import resolve_device
 
@@ -80,10 +81,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--top-p", type=float, default=0.95, help="draw from the likeliest tokens that hold this mass")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--tokenizer", choices=("byte", "gpt2"), help="default: the model's own")
-    parser.add_argument("--ranks", help="local GPT-2 ranks file, for machines without a network")
+    add_model_options(parser)
     args = parser.parse_args(argv)
-    try:
+    with one_line("eval.sample"):
         if not (args.temperature == 0 or 1e-3 <= args.temperature < 1e3):
             raise ValueError(f"--temperature {args.temperature}: must be 0 or between 0.001 and 1000")
         if not 0 < args.top_p <= 1 or min(args.top_k, args.samples, args.max_tokens) < 0:
@@ -104,8 +104,6 @@ def main(argv: list[str] | None = None) -> None:
             )
             print(args.prompt + tokenizer.decode(list(ids)))
             print("-" * 40)
-    except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"eval.sample: {error}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 
 from eval import export, fetch, run
 from eval.checkpoint import open_trained
+from eval.command import one_line
 from eval.scoring import Scorer
 from eval.table import markdown, published, size_of
 from eval.tasks import PAPER, Tasks, metric_of
@@ -472,6 +473,19 @@ def test_scores_of_other_weights_or_fewer_documents_are_rows_of_their_own():
         "| run, step 20 | 0 | 75.00 | 75.00 |  |",
         "| run, first 7 documents | 0 | 25.00 |  |  |",
     ]
+
+
+def test_a_model_larger_than_memory_and_an_interruption_are_one_line():
+    for error, message in (
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "x: out of memory with the model alone; .*CUDA"),
+        (MemoryError(), "x: out of memory with the model alone"),
+        (KeyboardInterrupt(), "x: interrupted"),
+    ):
+        with pytest.raises(SystemExit, match=message) as found, one_line("x"):
+            raise error
+        assert "\n" not in str(found.value)
+    with pytest.raises(RuntimeError, match="a fault"), one_line("x"):
+        raise RuntimeError("a fault")
 
 
 def test_without_lm_eval_the_pip_line_is_given(folders, tmp_path, monkeypatch):
