@@ -123,6 +123,9 @@ def compare(args: argparse.Namespace, world: World) -> dict:
     """Loss of every model and the paired difference of each to the first."""
     cpu = torch.device("cpu")  # one model at a time on the device
     models = [open_trained(path, cpu, args.tokenizer, args.ranks) for path in args.models]
+    for number, trained in enumerate(models):
+        if any(m.name == trained.name and m.path != trained.path for m in models[:number]):
+            trained.name = args.models[number]
     first = models[0]
     for other in models[1:]:
         if (other.tokenizer.name, other.tokenizer.vocab_size) != (first.tokenizer.name, first.tokenizer.vocab_size):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -136,6 +137,15 @@ def test_bad_arguments_are_one_clear_line(runs, arguments, message):
     with pytest.raises(SystemExit, match=message) as error:
         perplexity.main([str(runs[0]), "--device", "cpu", *arguments])
     assert "\n" not in str(error.value)
+
+
+def test_runs_of_one_name_in_two_places_are_told_apart(runs, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(runs[1], tmp_path / "elsewhere" / "one")
+    (tmp_path / "a.txt").write_text("A license.")
+    pair = [runs[0], tmp_path / "elsewhere" / "one"]
+    report = evaluate(pair, tmp_path / "a.json", "--text", str(tmp_path / "a.txt"))
+    assert [m["name"] for m in report["models"]] == ["one", str(pair[1])]
 
 
 def test_models_of_different_tokens_and_text_that_is_none_are_refused(runs, tmp_path, monkeypatch):
