@@ -53,7 +53,7 @@ def test_prepare(results):
     prepare.main(["--smoke"])
     measured = {r["side"]: r for r in rows(results)}
     timed = [r["MB_s"] for side, r in measured.items() if "wall_s" in r or side.startswith("tiktoken")]
-    assert len(timed) == 5
+    assert len(timed) == 6
     assert all(rate > 0 for rate in timed)
     assert {f"projected: {c} on {n} cores" for c in prepare.CORPORA for n in (16, 64)} < measured.keys()
 
