@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> None:
         for name in tasks.names:
             written = fetch(tasks, name, args.folder)
             print(f"{name}: {len(written)} files written", flush=True)
+    except KeyboardInterrupt:
+        sys.exit(f"eval.fetch: interrupted; {AGAIN}")
     except OSError as error:
         sys.exit(f"eval.fetch: {error}; {AGAIN}")
     except (ValueError, ImportError) as error:
