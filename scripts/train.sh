@@ -69,14 +69,14 @@ if [ -z "$gpus" ]; then
     [ "$gpus" -gt 0 ] || gpus=1
 fi
 for number in "$gpus" "$nodes"; do
-    [[ $number =~ ^[1-9][0-9]*$ ]] || fail "\"$number\": --gpus and --nodes must be whole numbers from 1"
+    [[ $number =~ ^[1-9][0-9]{0,5}$ ]] || fail "\"$number\": --gpus and --nodes must be whole numbers from 1 to 999999"
 done
 processes=$((gpus * nodes))
 [ -n "$launched" ] && processes=${WORLD_SIZE:?train: --launched needs WORLD_SIZE}
 
 batch=480
 if ((batch % processes)); then
-    below=$processes above=$processes
+    below=$((processes < batch ? processes : batch)) above=$processes
     while ((batch % below)); do below=$((below - 1)); done
     while ((above <= batch && batch % above)); do above=$((above + 1)); done
     fail "$processes processes do not divide the batch of $batch sequences; nearest that do: $below$( ((above <= batch)) && echo " and $above")"

@@ -98,6 +98,7 @@ def test_several_machines_meet_at_one_address():
         ("train_small.sh", ["--gpus", "7"], "7 processes do not divide the batch of 480 sequences; .* 6 and 8"),
         ("train_small.sh", ["--gpus", "500"], "nearest that do: 480$"),
         ("train_small.sh", ["--gpus", "many"], '"many": --gpus and --nodes must be whole numbers from 1'),
+        ("train_small.sh", ["--gpus", "9" * 20], "must be whole numbers from 1 to 999999"),
         ("train_small.sh", ["--gpus"], "--gpus needs a value"),
         ("train_small.sh", ["--seed=2"], "--seed=2: unknown option .* go behind --"),
         ("train.sh", ["tiny"], '"tiny" is no size; choose small, medium, large or xl'),
