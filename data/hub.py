@@ -12,12 +12,13 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from data.formats import BATCH_ROWS, batched_values, first_line, parquet_rows
 from data.shards import DataError
 from data.sources import Chunk, SourceFile, parquet_chunks
+from data.workers import undisturbed
 
 BLOCK_BYTES = 1 << 25  # asked of the hub at a time
 LOCAL = "files you have can be given with --source DIR"
@@ -61,8 +62,8 @@ def hub_problem() -> str | None:
 
 
 @contextmanager
-def answers(repo: str, revision: str) -> Iterator[None]:
-    """Where the hub is asked for something in a repository; DataError says in one line why there is no answer."""
+def answers(repo: str, revision: str, file: str = "") -> Iterator[None]:
+    """Where the hub is asked for a repository or a file of it; DataError says in one line why there is no answer."""
     errors = hub_library().errors
     site = endpoint()
     where = f"{site}/datasets/{repo}"
@@ -75,16 +76,19 @@ def answers(repo: str, revision: str) -> Iterator[None]:
         reason = f"{where}: no such dataset (moved, renamed or private); give its new name with --repo"
     except errors.RevisionNotFoundError:
         reason = f"{where}: no revision {revision}; give a commit or branch of it with --revision, for example main"
-    except errors.EntryNotFoundError as error:
-        reason = f"{where}: a file is missing at revision {revision} ({first_line(error)})"
+    except errors.EntryNotFoundError:
+        reason = f"{where}: {file or 'a file'} is missing at revision {revision}"
     except errors.OfflineModeIsEnabled:
         reason = f"HF_HUB_OFFLINE is set, and {repo} has to be fetched; unset it"
     except errors.HfHubHTTPError as error:
         reason = f"{where}: {first_line(error)}; the same command continues"
     except Exception as error:
-        if not _of_the_network(error):
+        if (type(error) is OSError and not error.errno) or type(error).__module__.startswith("pyarrow"):
+            reason = f"{where}: {file} cannot be read ({first_line(error)}); the same command continues"
+        elif _of_the_network(error):
+            reason = f"{site} does not answer ({type(error).__name__}): no network? The same command continues"
+        else:
             raise
-        reason = f"{site} does not answer ({type(error).__name__}): no network? The same command continues"
     raise DataError(f"{reason}; {LOCAL}") from None
 
 
@@ -115,7 +119,7 @@ class HubFolder:
     def download(self, file: SourceFile, folder: Path) -> Path:
         """Path of a file, fetched into a folder unless it is there; what an interruption left is continued."""
         where = dict(repo_type="dataset", revision=self.revision, local_dir=folder, endpoint=endpoint())
-        with answers(self.repo, self.revision):
+        with answers(self.repo, self.revision, file.name):
             return Path(hub_library().hf_hub_download(self.repo, file.name, **where))
 
     def address(self, file: SourceFile) -> str:
@@ -125,14 +129,15 @@ class HubFolder:
     def documents(self, file: SourceFile, column: str) -> int:
         """Rows of a parquet file, from its footer."""
         files = hub_library().HfFileSystem(endpoint=endpoint(), block_size=1 << 16)
-        with answers(self.repo, self.revision), files.open(self.address(file)) as f:
+        with answers(self.repo, self.revision, file.name), files.open(self.address(file)) as f:
             return parquet_rows(f, column, f"{self.repo}: {file.name}")
 
     def chunks(self, file: SourceFile, column: str, start: int) -> Iterator[Chunk]:
         """Chunks of a parquet file from row `start` on, streamed; DataError if the hub ceases to answer."""
         name, rows = f"{self.repo}: {file.name}", self.documents(file, column)
-        with answers(self.repo, self.revision):
-            yield from parquet_chunks(name, rows, streamed(self.address(file), column, start), start)
+        values = streamed(self.address(file), column, start)
+        with answers(self.repo, self.revision, file.name), closing(values):
+            yield from parquet_chunks(name, rows, values, start)
 
 
 def streamed(address: str, column: str, start: int) -> Iterator[bytes | None]:
@@ -155,6 +160,7 @@ def streamed(address: str, column: str, start: int) -> Iterator[bytes | None]:
     try:
         yield from batched_values(rows.with_format("arrow").iter(BATCH_ROWS), start)
     finally:
-        del rows
-        gc.collect()
-        time.sleep(0.1)  # pyarrow's threads let go of the file: an interpreter that ends before them aborts
+        with undisturbed():  # a Ctrl-C in a finalizer would be lost
+            del rows
+            gc.collect()
+            time.sleep(0.1)  # pyarrow's threads let go of the file: an interpreter that ends before them aborts

@@ -7,6 +7,7 @@ in the order of the source.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -167,9 +168,10 @@ class Files:
         first, start = position or (0, 0)
         total, before = sum(f.size for f in files) or 1, sum(f.size for f in files[:first])
         for number, file in enumerate(files[first:], first):
-            for chunk in self.folder.chunks(file, self.column, start):
-                done = (before + chunk.fraction * file.size) / total
-                yield replace(chunk, after=(number, *chunk.after), fraction=done)
+            with closing(self.folder.chunks(file, self.column, start)) as chunks:
+                for chunk in chunks:
+                    done = (before + chunk.fraction * file.size) / total
+                    yield replace(chunk, after=(number, *chunk.after), fraction=done)
             start, before = 0, before + file.size
 
 

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process
 
@@ -79,6 +80,19 @@ def _start_worker(name: str, ranks: str | None, eot: str) -> None:
     _worker_state = get_tokenizer(name, ranks), eot
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Where a Ctrl-C would leave something undone: it is heeded at the end."""
+    came: list[int] = []
+    heeded = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, heeded)
+    if came:
+        raise KeyboardInterrupt
+
+
 def _die_with_parent() -> None:
     connection.wait([parent_process().sentinel])
     os._exit(1)
@@ -113,6 +127,5 @@ def encoded(chunks: Iterator[Chunk], recipe: Recipe) -> Iterator[tuple[Chunk, En
             "continues, with fewer --workers if need be"
         ) from None
     finally:
-        heeded = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C in here would leave workers waiting
-        pool.shutdown(wait=True, cancel_futures=True)
-        signal.signal(signal.SIGINT, heeded)
+        with undisturbed():  # a second Ctrl-C in here would leave workers waiting
+            pool.shutdown(wait=True, cancel_futures=True)

@@ -23,6 +23,7 @@ from data.shards import HEADER_BYTES, open_dataset, write_shard
 from data.sources import LocalFolder
 from data.split import NanoGPT
 from data.tokenizer import ByteTokenizer, pieces
+from data.workers import undisturbed
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -273,6 +274,16 @@ def test_kills_change_nothing_and_leave_no_process(corpus, whole, tmp_path, caps
             time.sleep(0.05)
     prepare.main(arguments)
     assert contents(out) == contents(whole)
+
+
+def test_a_ctrl_c_is_heeded_behind_what_it_must_not_disturb():
+    done = []
+    with pytest.raises(KeyboardInterrupt), undisturbed():
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("all")
+    assert done
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_continued_preparation_does_not_read_from_the_start(corpus, whole, tmp_path, monkeypatch):
@@ -541,6 +552,17 @@ def test_the_hub_is_streamed_past_the_disk(hub, tmp_path, monkeypatch):
     assert all(re.fullmatch(r"(train|val)_\d+\.bin|progress\.json|lock|held-\d+", name) for name in there), there
 
 
+def test_a_damaged_parquet_file_is_named_here_as_on_the_hub(hub, tmp_path):
+    path = hub.root / "data" / "train-00001-of-00003.parquet"
+    with open(path, "r+b") as f:
+        f.write(b"PAR1" + bytes(path.stat().st_size // 2))
+    message = stops(command("openwebtext", path.parent, tmp_path / "here"))
+    assert re.search("train-00001-of-00003.parquet: cannot be read .*; fetch it again$", message)
+    message = stops(hub_command(tmp_path / "there"))
+    assert re.search("/some/data: data/train-00001-of-00003.parquet cannot be read .*; the same command", message)
+    assert "network" not in message
+
+
 def test_a_fault_of_ours_is_not_taken_for_the_networks():
     pytest.importorskip("huggingface_hub")
     with pytest.raises(KeyError), answers("some/data", "main"):
@@ -634,6 +656,10 @@ def test_a_parquet_without_text(tmp_path):
     assert 'a.parquet: no column "text"; it has body, id: name one with --column' in message
     message = stops(command("openwebtext", tmp_path / "source", tmp_path / "out", "--column", "id"))
     assert 'column "id" is int64, not text' in message
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "source" / "a.parquet")
+    message = stops(command("openwebtext", tmp_path / "source", tmp_path / "out"))
+    assert 'a.parquet: 2 columns "text"; it has text, text: name one with --column' in message
     (tmp_path / "source" / "a.parquet").write_bytes(b"PAR1 nothing")
     assert "not a readable parquet file" in stops(command("openwebtext", tmp_path / "source", tmp_path / "out"))
 
@@ -649,7 +675,7 @@ def test_bytes_that_are_no_text_are_skipped_named_and_counted(tmp_path, capsys):
     (source / "c.txt").write_bytes(b"abc\xfe")
     prepare.main(command("fineweb_edu", source, tmp_path / "out", "--shard-tokens", "5"))
     error = capsys.readouterr().err
-    assert f"skipped {source}/a.parquet: row 0: not UTF-8 (byte 2)" in error
+    assert re.search(f"[\n\r]skipped {source}/a.parquet: row 0: not UTF-8 \\(byte 2\\)", error)
     assert f"skipped {source}/b.jsonl: line 2: not UTF-8 (byte 10)" in error
     assert f"skipped {source}/c.txt: not UTF-8 (byte 3)" in error
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
