@@ -103,7 +103,7 @@ class Preparation:
             self.writers[stream[a]].add(result.tokens[start : ends[b - 1]], int(result.sizes[a:b].sum()))
         self.documents += len(result.lengths)
         for where in result.unreadable[: max(0, NOTICES - self.unreadable)]:
-            print(f"skipped {where}", file=sys.stderr)
+            tqdm.write(f"skipped {where}", file=sys.stderr)  # on a line of its own
         self.unreadable += len(result.unreadable)
         self.position = chunk.after
         if self.shards > before:

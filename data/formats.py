@@ -83,8 +83,10 @@ def parquet_rows(path: Path | BinaryIO, column: str, name: str = "") -> int:
         raise DataError(f"{name}: not a readable parquet file ({first_line(error)}); fetch it again") from None
     schema = file.schema_arrow
     there = ", ".join(schema.names)
-    if column not in schema.names:
-        raise DataError(f'{name}: no column "{column}"; it has {there}: name one with --column')
+    count = schema.names.count(column)
+    if count != 1:
+        columns = "columns" if count else "column"
+        raise DataError(f'{name}: {count or "no"} {columns} "{column}"; it has {there}: name one with --column')
     if str(schema.field(column).type) not in ("string", "large_string", "string_view"):
         raise DataError(f'{name}: column "{column}" is {schema.field(column).type}, not text; it has {there}')
     return file.metadata.num_rows
