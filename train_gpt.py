@@ -407,6 +407,7 @@ def plan(run: RunConfig, world: World, verify: bool, rate: float | None) -> Plan
     sizes = dict(block_size=c.block_size, batch_size=run.sequences, vocab_size=c.vocab_size, seed=run.seed)
     epochs = TrainLoader(dataset, run.data, **sizes).epochs(run.total_steps)
     known = (dataset.folder / MANIFEST).exists()
+    found = world.gather(faults(dataset.folder, verify, world.rank, world.size) if known else [])
     checked = "headers, counts and sha256 agree" if verify else "headers and counts agree; --verify hashes them, too"
     with torch.device("meta"):
         model = GPT(c)
@@ -422,7 +423,7 @@ def plan(run: RunConfig, world: World, verify: bool, rate: float | None) -> Plan
         **dict(sequences=run.sequences, micro_batch=micro_batch, estimated=run.micro_batch is None),
         **dict(steps=run.total_steps, epochs=epochs),
         **dict(dataset=run.data.path, train_tokens=dataset.tokens("train")),
-        shards="; ".join(faults(dataset.folder, hashes=verify)) if known and world.is_main else None,
+        shards="; ".join(fault for part in found for fault in part) if known else None,
         checked=checked if known else "headers agree; there is no manifest to check against",
         checkpoint=run.checkpoint,
         rate=rate,

@@ -20,8 +20,11 @@ def entries(folder: Path) -> list[dict]:
     return [entry for split in SPLITS for entry in manifest["splits"].get(split, [])]
 
 
-def faults(folder: Path, hashes: bool = True) -> list[str]:
-    """Everything wrong with a folder, a line each: headers, sizes, counts, sha256, files that do not belong."""
+def faults(folder: Path, hashes: bool = True, rank: int = 0, ranks: int = 1) -> list[str]:
+    """Everything wrong with a folder, a line each: headers, sizes, counts, sha256, files that do not belong.
+
+    Of several ranks each looks at its share of the shards, and the first at the folder.
+    """
     listed = entries(folder)
     manifest = read_manifest(folder / MANIFEST)
     eot, vocab_size = manifest["tokenizer"].get("eot"), manifest["tokenizer"]["vocab_size"]
@@ -45,7 +48,9 @@ def faults(folder: Path, hashes: bool = True) -> list[str]:
         return None
 
     with ThreadPoolExecutor(8) as pool:
-        out = [problem for problem in pool.map(fault, listed) if problem]
+        out = [problem for problem in pool.map(fault, listed[rank::ranks]) if problem]
+    if rank > 0:
+        return out
     told = manifest.get("source", {}).get("read") or {"documents": 0, "unreadable": 0}
     read, held = told["documents"] - told["unreadable"], sum(entry.get("documents") or 0 for entry in listed)
     if read and read != held:

@@ -162,8 +162,9 @@ def test_what_stops_a_start_stops_the_preflight(arguments):
 
 
 def test_ranks_are_tried_and_share_the_optimizer_state(arguments):
-    printed = finish(launch([*arguments, "--preflight", "--optimizer=mars_m"], processes=2))
+    printed = finish(launch([*arguments, "--preflight", "--verify", "--optimizer=mars_m"], processes=2))
     assert "preflight of run on 2 x cpu" in printed
+    assert "headers, counts and sha256 agree" in printed
     assert "network  all-reduce of 17 MB in" in printed
     assert printed.count("preflight of") == 1
 

@@ -23,6 +23,7 @@ from data.shards import HEADER_BYTES, open_dataset, write_shard
 from data.sources import LocalFolder
 from data.split import NanoGPT
 from data.tokenizer import ByteTokenizer, pieces
+from data.verify import faults
 from data.workers import undisturbed
 
 pa = pytest.importorskip("pyarrow")
@@ -453,6 +454,19 @@ def test_verify_names_what_is_wrong(corpus, tmp_path, capsys, damage, message):
     assert "headers, counts, sha256 agree" in capsys.readouterr().out
     damage(out)
     assert message in stops(["verify", str(out)])
+
+
+def test_ranks_that_share_the_work_find_every_fault_once(corpus, tmp_path):
+    out = tmp_path / "owt"
+    prepare.main(command("openwebtext", corpus, out))
+    for number in (2, 3, 7):
+        with open(out / f"train_{number:06d}.bin", "r+b") as f:
+            f.seek(HEADER_BYTES)
+            f.write(b"\1\0")
+    (out / "train_000099.bin").write_bytes(b"")
+    shared = [fault for rank in range(3) for fault in faults(out, rank=rank, ranks=3)]
+    assert sorted(shared) == sorted(faults(out))
+    assert len(shared) == 4
 
 
 def test_verify_without_a_manifest_says_how_to_get_one(tmp_path):
