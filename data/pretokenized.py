@@ -67,9 +67,9 @@ def fetch(out: Path, wanted: dict, before: dict) -> None:
     Raises DataError for what the hub refuses and for bad shards.
     """
     folder, repo = aside(out), wanted["repo"]
+    hub = HubFolder(repo, wanted["pattern"], before.get("revision", wanted["asked_revision"]))
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        hub = HubFolder(repo, wanted["pattern"], before.get("revision", wanted["asked_revision"]))
         train = [f for f in hub.files if split_of(f.name) == "train"][: wanted["shards"]]
         hub.files = [f for f in hub.files if f in train or split_of(f.name) == "val"]
         paths = [folder / Path(f.name).name for f in hub.files]
