@@ -21,6 +21,7 @@ from data.sources import Chunk, SourceFile, parquet_chunks
 from data.workers import undisturbed
 
 BLOCK_BYTES = 1 << 25  # asked of the hub at a time
+READ_ATTEMPTS = 3  # half a minute each, in which Ctrl-C is not heard: pyarrow waits for the file meanwhile
 LOCAL = "files you have can be given with --source DIR"
 
 
@@ -149,6 +150,7 @@ def streamed(address: str, column: str, start: int) -> Iterator[bytes | None]:
     from pyarrow.dataset import ParquetFragmentScanOptions
 
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # what it logs, it raises as well
+    datasets.config.STREAMING_READ_MAX_RETRIES = READ_ATTEMPTS
     rows = datasets.IterableDataset.from_parquet(
         address,
         columns=[column],
