@@ -2,7 +2,7 @@
 
 import gzip
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -10,11 +10,11 @@ from typing import BinaryIO, TypeVar
 
 from data.shards import DataError
 
-CHUNK_BYTES = 1 << 20  # a fifth of a second of tokenization: enough to hide the hand-over, little enough to spread
+CHUNK_BYTES = 1 << 20  # a tenth of a second of tokenization: enough to hide the hand-over, little enough to spread
 CHUNK_DOCUMENTS = 512
 BATCH_ROWS = 256  # of a parquet file decoded at a time
 
-T = TypeVar("T", bytes, bytes | None)
+T = TypeVar("T")
 
 
 @contextmanager
@@ -42,12 +42,12 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             raise
 
 
-def grouped(documents: Iterable[T]) -> Iterator[list[T]]:
-    """The documents in lists, each as large as a chunk may be."""
+def grouped(documents: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """The documents in lists, each as large as a chunk may be; size: bytes or characters of one."""
     group, held = [], 0
     for document in documents:
         group.append(document)
-        held += len(document or b"")
+        held += size(document)
         if held >= CHUNK_BYTES or len(group) == CHUNK_DOCUMENTS:
             yield group
             group, held = [], 0
@@ -59,7 +59,7 @@ def line_blocks(path: Path, start: int) -> Iterator[tuple[int, float, list[bytes
     """(number behind the block, done share of the file, its lines) of the lines that are not blank."""
     size = max(1, path.stat().st_size)
     with opened(path) as (stream, raw):
-        for lines in grouped(islice((line for line in stream if line.strip()), start, None)):
+        for lines in grouped(islice((line for line in stream if line.strip()), start, None), len):
             start += len(lines)
             yield start, min(1.0, raw.tell() / size), lines
 

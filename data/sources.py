@@ -17,8 +17,6 @@ from typing import Protocol
 from tqdm.contrib.concurrent import thread_map
 
 from data.formats import (
-    CHUNK_BYTES,
-    CHUNK_DOCUMENTS,
     first_line,
     grouped,
     line_blocks,
@@ -71,16 +69,10 @@ class Named:
     def chunks(self, position: tuple[int, ...]) -> Iterator[Chunk]:
         """Chunks of the documents from number position[0] on."""
         count = position[0] if position else 0
-        names, texts, size = [], [], 0
-        for name, text, done in islice(self.documents, count, None):
-            names.append(name)
-            texts.append(text)
-            count, size = count + 1, size + (len(text) if isinstance(text, str) else 0)
-            if size >= CHUNK_BYTES or len(texts) == CHUNK_DOCUMENTS:
-                yield Chunk((count,), done, tuple(names), tuple(texts))
-                names, texts, size = [], [], 0
-        if texts:
-            yield Chunk((count,), 1.0, tuple(names), tuple(texts))
+        for group in grouped(islice(self.documents, count, None), lambda d: len(d[1]) if isinstance(d[1], str) else 0):
+            count += len(group)
+            names, texts, done = zip(*group, strict=True)
+            yield Chunk((count,), done[-1], names, texts)
 
 
 @dataclass(frozen=True)
@@ -104,7 +96,7 @@ class Folder(Protocol):
 
 def parquet_chunks(name: str, rows: int, values: Iterator[bytes | None], start: int) -> Iterator[Chunk]:
     """Chunks of the texts of a parquet file's rows from number `start` on."""
-    for group in grouped(values):
+    for group in grouped(values, lambda value: len(value or b"")):
         first, start = start, start + len(group)
         yield TextChunk((start,), start / rows, None, (name, first, *group))
 
