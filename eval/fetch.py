@@ -13,6 +13,7 @@ if __package__ in (None, ""):  # run as a file: python eval/fetch.py
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data.formats import first_line
+from eval.command import one_line
 from eval.tasks import Tasks, splits_of
 
 AGAIN = "the same command continues"
@@ -47,19 +48,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="folder to write TASK/SPLIT.jsonl into")
     parser.add_argument("--tasks", nargs="+", default=["paper"], help='"paper" (the nine of the papers) or task names')
     args = parser.parse_args(argv)
-    try:
+    with one_line("eval.fetch", f"interrupted; {AGAIN}"):
         tasks = Tasks(args.tasks)
         if tasks.hub_problem:
             print(f"eval.fetch: {tasks.hub_problem}; only what is cached can be written", file=sys.stderr)
         for name in tasks.names:
             written = fetch(tasks, name, args.folder)
             print(f"{name}: {len(written)} files written", flush=True)
-    except KeyboardInterrupt:
-        sys.exit(f"eval.fetch: interrupted; {AGAIN}")
-    except OSError as error:
-        sys.exit(f"eval.fetch: {error}; {AGAIN}")
-    except (ValueError, ImportError) as error:
-        sys.exit(f"eval.fetch: {error}")
 
 
 if __name__ == "__main__":
