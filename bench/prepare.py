@@ -1,6 +1,7 @@
 """Tokenization: the pipeline of data.prepare against tiktoken alone, and what limits it on many cores.
 
     python -m bench.prepare --ranks FILE            the prose of the installed packages, a minute
+    python -m bench.prepare --memory --ranks FILE   what parent and workers hold at most, of three kinds of source
     python -m bench.prepare --smoke                 the byte tokenizer on a little of it, seconds
 
 Five sides take turns: tiktoken alone on one process, which neither reads nor writes, by its batch call on one thread
@@ -11,12 +12,16 @@ smaller of the two. Other work on the machine slows all sides alike, so compare 
 """
 
 import argparse
+import json
 import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -141,6 +146,51 @@ def bench(report: "Report", megabytes: float, tokenizer: str, ranks: str | None,
             report.add(side=f"projected: {corpus} on {n} cores", hours=hours, limit=limit)
 
 
+def most_held(source: Path, ranks: str | None, shard_tokens: int) -> dict:
+    """Largest resident memory in GB of the parent, of one worker, and of all processes at one time; needs /proc."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["-m", "data.prepare", "fineweb_edu", f"--source={source}", f"--out={folder}/out", "--workers=2"]
+        command += [f"--shard-tokens={shard_tokens}"]
+        command += [f"--ranks={ranks}"] if ranks else ["--tokenizer=byte"]
+        process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        held, together = {}, 0.0
+        while process.poll() is None:
+            now = 0.0
+            with suppress(OSError):  # a process may end while it is looked at
+                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                for pid in (str(process.pid), *children):
+                    facts = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+                    if "VmHWM" in facts:
+                        held[pid] = int(facts["VmHWM"].split()[0]) / 1e6
+                        now += int(facts["VmRSS"].split()[0]) / 1e6
+            together = max(together, now)
+            time.sleep(0.05)
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed")
+    parent = held.pop(str(process.pid))
+    return dict(parent_GB=parent, worker_GB=max(held.values()), together_GB=together)
+
+
+def bench_memory(report: "Report", megabytes: float, ranks: str | None) -> None:
+    """A corpus of ordinary documents, one with a document of a fifth of it, and one in a single row group."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with tempfile.TemporaryDirectory() as folder:
+        ordinary, enormous, one_group = (Path(folder, name) for name in ("ordinary", "enormous", "one_group"))
+        for place in (ordinary, enormous, one_group):
+            place.mkdir()
+        documents = write_corpus(ordinary, megabytes)
+        prose = "".join(documents[: len(documents) // 5])
+        with open(enormous / "corpus.jsonl", "w") as f:
+            f.writelines(json.dumps({"text": text}) + "\n" for text in (prose, *documents[: len(documents) // 5]))
+        some = documents[: len(documents) * 2 // 5]
+        pq.write_table(pa.table({"text": some}), one_group / "corpus.parquet", row_group_size=len(some))
+        held = (("documents of 4 kB", ordinary, 1), ("one document", enormous, 0.2), ("one row group", one_group, 0.4))
+        for name, place, share in held:
+            report.add(side=f"memory: {name}", MB=share * megabytes, **most_held(place, ranks, int(1e5 * megabytes)))
+
+
 def main(argv: list[str] | None = None) -> None:
     import torch  # not at the top: spawned workers import this module again, and would load it
 
@@ -148,15 +198,19 @@ def main(argv: list[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(prog="bench.prepare")
     parser.add_argument("--smoke", action="store_true", help="byte tokenizer, a little text")
+    parser.add_argument("--memory", action="store_true", help="measure memory instead of time")
     parser.add_argument("--ranks", help="GPT-2 ranks file, where there is no network")
-    parser.add_argument("--megabytes", type=float, default=50.0)
+    parser.add_argument("--megabytes", type=float, help="default: 50, for memory 1000")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args(argv)
-    report = Report("prepare_smoke" if args.smoke else "prepare", torch.device("cpu"))
-    if args.smoke:
+    name = "prepare_memory" if args.memory else "prepare"
+    report = Report(f"{name}_smoke" if args.smoke else name, torch.device("cpu"))
+    if args.memory:
+        bench_memory(report, args.megabytes or (1 if args.smoke else 1000), None if args.smoke else args.ranks)
+    elif args.smoke:
         bench(report, 0.2, "byte", None, 1)
     else:
-        bench(report, args.megabytes, "gpt2", args.ranks, args.rounds)
+        bench(report, args.megabytes or 50, "gpt2", args.ranks, args.rounds)
     report.table()
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +57,16 @@ def test_prepare(results):
     assert len(timed) == 6
     assert all(rate > 0 for rate in timed)
     assert {f"projected: {c} on {n} cores" for c in prepare.CORPORA for n in (16, 64)} < measured.keys()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_prepare_memory(results):
+    pytest.importorskip("pyarrow")
+    prepare.main(["--smoke", "--memory"])
+    measured = rows(results)
+    assert [r["side"].split()[1] for r in measured] == ["documents", "one", "one"]
+    assert all(r["together_GB"] >= r["parent_GB"] * 0.9 > 0.02 for r in measured)
+    assert all(r["worker_GB"] > 0.02 for r in measured)
 
 
 def test_micro(results):
