@@ -5,11 +5,14 @@ Letters in shapes: B sequences, T positions, C = n_embd, H heads, D = C / H, V =
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from optimizers.options import errors_of, option
 
 LOSS_ROWS = 512  # positions whose logits exist at a time where the loss is computed in chunks
 
@@ -18,34 +21,26 @@ LOSS_ROWS = 512  # positions whose logits exist at a time where the loss is comp
 class GPTConfig:
     """The shape of a GPT-2. The four released sizes differ in n_layer, n_head and n_embd only."""
 
-    n_layer: int = 12  # transformer blocks
-    n_head: int = 12  # attention heads per block
-    n_embd: int = 768  # width of the residual stream
-    block_size: int = 1024  # longest context, in tokens
-    vocab_size: int = 50257  # token ids the model can read and emit; rows are padded to 64 inside
-    bias: bool = False  # biases in linear layers and layer norms (OpenAI: yes, MARS papers: no)
-    dropout: float = 0.0  # on embeddings, attention and both residual branches
-    gelu: str = "tanh"  # "tanh" (GPT-2) or "exact" (erf; nanoGPT)
-    scale_attn_by_inverse_layer_idx: bool = False  # also divide attention logits by layer + 1
+    n_layer: int = option(12, "transformer blocks", least=1)
+    n_head: int = option(12, "attention heads per block", least=1)
+    n_embd: int = option(768, "width of the residual stream", least=1)
+    block_size: int = option(1024, "longest context, in tokens", least=1)
+    vocab_size: int = option(50257, "token ids the model reads and emits; the table is padded to 64 rows", least=1)
+    bias: bool = option(False, "biases in linear layers and layer norms (OpenAI: true, MARS papers: false)")
+    dropout: float = option(0.0, "dropout on embeddings, attention and residual branches", least=0, below=1)
+    gelu: Literal["tanh", "exact"] = option("tanh", "form of the GELU: tanh (GPT-2) or exact (erf, nanoGPT)")
+    scale_attn_by_inverse_layer_idx: bool = option(False, "also divide attention logits by layer + 1")
 
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding table: vocab_size rounded up to a multiple of 64, for tensor cores."""
         return -(-self.vocab_size // 64) * 64
 
-    def faults(self) -> list[str]:
-        """Everything wrong with this config, a line each."""
-        out = [
-            f"{key}={getattr(self, key)}: must be at least 1"
-            for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-            if getattr(self, key) < 1
-        ]
+    def errors(self) -> list[str]:
+        """Everything wrong with this config, one line each."""
+        out = errors_of(self)
         if not out and self.n_embd % self.n_head:
             out.append(f"n_embd={self.n_embd}: must be a multiple of n_head={self.n_head}")
-        if not 0 <= self.dropout < 1:
-            out.append(f"dropout={self.dropout}: must be in [0, 1)")
-        if self.gelu not in ("tanh", "exact"):
-            out.append(f'gelu="{self.gelu}": must be "tanh" or "exact"')
         return out
 
 
@@ -129,8 +124,8 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        if faults := config.faults():
-            raise ValueError("; ".join(faults))
+        if errors := config.errors():
+            raise ValueError("; ".join(errors))
         self.config = config
         self.residual_dtype: torch.dtype | None = None  # of the sums between blocks; None: as the embeddings
         self.recompute_blocks = False  # keep the input of each block only, and compute the block again for backward
@@ -217,43 +212,3 @@ class GPT(nn.Module):
             weights = 12 * c.n_layer * c.n_embd**2 + c.padded_vocab_size * c.n_embd
             return 6.0 * weights + 6.0 * c.n_layer * c.n_embd * (c.block_size + 1)
         raise ValueError(f'convention="{convention}": must be "palm" or "causal"')
-
-    @classmethod
-    def from_pretrained(cls, name_or_folder: str) -> "GPT":
-        """A Hugging Face GPT-2 ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" or a folder) as a GPT.
-
-        Raises ValueError for a model that is not GPT-2, ImportError without transformers.
-        """
-        try:
-            from transformers import GPT2LMHeadModel
-        except ImportError:
-            raise ImportError("loading Hugging Face weights needs: pip install transformers") from None
-        try:
-            hf = GPT2LMHeadModel.from_pretrained(name_or_folder, dtype=torch.float32)
-        except (RuntimeError, ValueError) as error:  # shapes, or heads that do not divide
-            reason = str(error).splitlines()[0] if isinstance(error, ValueError) else "shapes differ"
-            raise ValueError(f"{name_or_folder}: weights and config.json are not of one GPT-2 ({reason})") from None
-        c, source = hf.config, hf.state_dict()
-        gelus = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
-        if c.model_type != "gpt2" or c.activation_function not in gelus or c.n_inner not in (None, 4 * c.n_embd):
-            raise ValueError(f"{name_or_folder}: {c.model_type} with {c.activation_function} is not a GPT-2")
-        if c.layer_norm_epsilon != 1e-5 or not c.scale_attn_weights:
-            raise ValueError(f"{name_or_folder}: another layer norm or attention scale than GPT-2's")
-        if not torch.equal(source["lm_head.weight"], source["transformer.wte.weight"]):
-            raise ValueError(f"{name_or_folder}: its output layer is not the token embedding, as GPT-2's is")
-        shape = {k: getattr(c, k) for k in ("n_layer", "n_head", "n_embd", "vocab_size")}
-        config = GPTConfig(
-            **shape,
-            block_size=c.n_positions,
-            bias=True,
-            gelu=gelus[c.activation_function],
-            scale_attn_by_inverse_layer_idx=c.scale_attn_by_inverse_layer_idx,
-        )
-        model = cls(config)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                w = source[name]
-                if model.parameter_roles()[name] == "matrix":
-                    w = w.t()  # Hugging Face stores linear layers as (in, out)
-                p[: w.size(0)].copy_(w)  # the padded rows keep their initial values, which nothing reads
-        return model

@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data import pydocs
-from data.build import build
 from data.prepare import cores
-from data.sources import Files, LocalFolder
-from data.split import FirstShard
+from data.prepare.build import build
+from data.prepare.sources import Files, LocalFolder
+from data.prepare.split import FirstShard
+from data.prepare.workers import Recipe
 from data.tokenizer import GPT2Tokenizer, Tokenizer, get_tokenizer
-from data.workers import Recipe
 
 if TYPE_CHECKING:
     from bench.report import Report

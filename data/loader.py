@@ -9,45 +9,47 @@ cannot disturb it.
 
 import queue
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.shards import DataError, Dataset, Shard
+from optimizers.options import accepts_old_names, errors_of, option
 
 
+@accepts_old_names(
+    choices="hellaswag",
+    choices_every="hellaswag_every",
+    choices_items="hellaswag_items",
+    choices_seconds="hellaswag_seconds",
+)
 @dataclass(frozen=True)
 class DataConfig:
-    """Which tokens are read, in which order, and what is scored beside the validation loss."""
+    """Which tokens are read, in which order, and which HellaSwag items are scored during training."""
 
-    # free, since a run knows its data by content
-    path: str = field(default="data/tokens/pydocs", metadata={"free": True})  # from data.prepare, or nanoGPT's folder
-    sampling: str = "permutation"  # "permutation" (every window once per epoch) or "replacement" (as published)
-    val_windows: int = field(default=4096, metadata={"free": True})  # windows of the validation set to use, at most
-    val_sampling: str = field(default="fixed", metadata={"free": True})  # "fixed", or "random" windows (as published)
-    choices: str = field(default="", metadata={"free": True})  # file of HellaSwag rows to score on the way; "": none
-    choices_every: int = field(default=5, metadata={"free": True})  # evaluations from one such score to the next
-    choices_items: int = field(default=256, metadata={"free": True})  # items of the file to score at most
-    choices_seconds: float = field(default=60.0, metadata={"free": True})  # time in which a rank begins another item
+    # free to change, since a run knows its data by content
+    path: str = option("data/tokens/pydocs", "dataset folder, from data.prepare or nanoGPT's", on_resume="free")
+    sampling: Literal["permutation", "replacement"] = option(
+        "permutation", "permutation reads every window once per epoch; replacement draws at random (as published)"
+    )
+    val_windows: int = option(4096, "windows of the validation set to use, at most", least=1, on_resume="free")
+    val_sampling: Literal["fixed", "random"] = option(
+        "fixed", "validation windows: fixed, or drawn anew for every evaluation (as published)", on_resume="free"
+    )
+    hellaswag: str = option("", "file of HellaSwag rows to score during training; empty: none", on_resume="free")
+    hellaswag_every: int = option(5, "score HellaSwag at every so many evaluations", least=1, on_resume="free")
+    hellaswag_items: int = option(256, "HellaSwag items to score, at most", least=1, on_resume="free")
+    hellaswag_seconds: float = option(
+        60.0, "stop starting new items after this many seconds", above=0, on_resume="free"
+    )
 
-    def faults(self) -> list[str]:
-        """Everything wrong with this config, a line each."""
-        out = []
-        for key in ("choices_every", "choices_items"):
-            if getattr(self, key) < 1:
-                out.append(f"{key}={getattr(self, key)}: must be at least 1")
-        if not self.choices_seconds > 0:
-            out.append(f"choices_seconds={self.choices_seconds}: must be above 0")
-        if self.sampling not in ("permutation", "replacement"):
-            out.append(f'sampling="{self.sampling}": must be "permutation" or "replacement"')
-        if self.val_sampling not in ("fixed", "random"):
-            out.append(f'val_sampling="{self.val_sampling}": must be "fixed" or "random"')
-        if self.val_windows < 1:
-            out.append(f"val_windows={self.val_windows}: must be at least 1")
-        return out
+    def errors(self) -> list[str]:
+        """Everything wrong with this config, one line each."""
+        return errors_of(self)
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
@@ -143,7 +145,7 @@ class TrainLoader:
         self.windows = Windows(dataset.splits["train"], block_size, 1 if self.replacement else block_size)
         _require_windows(self.windows, dataset, "train")
         share = batch_size // world_size
-        self.mine = slice(rank * share, (rank + 1) * share)
+        self.rows = slice(rank * share, (rank + 1) * share)  # of the global batch
 
     def window_ids(self, step: int) -> np.ndarray:
         """The windows (batch_size,) of a step's global batch, the same on every rank."""
@@ -161,7 +163,19 @@ class TrainLoader:
 
     def batch(self, step: int) -> np.ndarray:
         """This rank's slice of a step's batch: tokens (batch_size / world_size, block_size + 1) uint16."""
-        return self.windows.read(self.window_ids(step)[self.mine], self.vocab_size)
+        return self.windows.read(self.window_ids(step)[self.rows], self.vocab_size)
+
+    def bad_samples(self, step: int, loss_of: Callable[[Tensor], Tensor]) -> list[str]:
+        """This rank's sequences of a step whose loss is not finite, as "shard@token offset".
+
+        loss_of: the loss of one row of tokens (block_size + 1) uint16.
+        """
+        bad = []
+        for row, window in zip(self.batch(step), self.window_ids(step)[self.rows], strict=True):
+            if not torch.isfinite(loss_of(torch.from_numpy(row))):
+                shard, offset = self.windows.locate(window)
+                bad.append(f"{shard.path.name}@{offset}")
+        return bad
 
 
 class ValidationSet:
@@ -191,6 +205,19 @@ class ValidationSet:
         else:
             ids = place * len(self.windows) // self.count
         return self.windows.read(ids, self.vocab_size)
+
+    def inputs(self, number: int, step: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
+        """Inputs and targets (micro_batch, block_size) of one batch on a device, and how many windows are real.
+
+        Rows that fill up the last batch have targets of -1, which do not count: a compiled model sees one shape.
+        """
+        tokens = torch.from_numpy(self.batch(number, step))
+        full = torch.zeros(self.micro_batch, tokens.size(1), dtype=tokens.dtype)
+        full[: tokens.size(0)] = tokens
+        idx, targets = to_device(full, device)
+        targets = targets.clone()  # shares its memory with idx
+        targets[tokens.size(0) :] = -1
+        return idx, targets, tokens.size(0)
 
 
 def _require_windows(windows: Windows, dataset: Dataset, split: str) -> None:

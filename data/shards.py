@@ -11,12 +11,15 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+
+from runtime.files import write_durably, write_json
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 MANIFEST = "manifest.json"
@@ -204,28 +207,6 @@ def write_shard(path: Path, tokens: np.ndarray, text_bytes: int | None, eot: int
     return ShardEntry(path.name, len(tokens), text_bytes, int(tokens.max(initial=0)), digest, documents)
 
 
-def write_durably(path: Path, *parts: bytes | np.ndarray) -> str:
-    """Write a file aside, flush it to the disk and rename it, so that it is there whole or not at all.
-
-    Returns its sha256. If the disk refuses, nothing is left behind.
-    """
-    aside = path.with_name(path.name + ".tmp")
-    digest = hashlib.sha256()
-    try:
-        with open(aside, "wb") as f:
-            for part in parts:
-                f.write(part)
-                digest.update(part)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        error.filename = error.filename or str(path)  # a failing write does not know where it writes
-        raise
-    return digest.hexdigest()
-
-
 def examine(shard: Shard, eot: int | None) -> ShardEntry:
     """Read a shard whole: its sha256, its largest token and its documents."""
     digest, top, documents = hashlib.sha256(), 0, 0
@@ -239,15 +220,6 @@ def examine(shard: Shard, eot: int | None) -> ShardEntry:
     return ShardEntry(shard.path.name, shard.tokens, None, top, digest.hexdigest(), known)
 
 
-def hash_file(path: Path) -> str:
-    """sha256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def write_manifest(folder: Path, tokenizer: dict, source: dict, splits: dict[str, Iterable[ShardEntry]]) -> None:
     """Write manifest.json; its presence says that the dataset is complete."""
     manifest = {
@@ -256,4 +228,57 @@ def write_manifest(folder: Path, tokenizer: dict, source: dict, splits: dict[str
         "source": source,
         "splits": {split: [asdict(e) for e in entries] for split, entries in splits.items()},
     }
-    write_durably(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    write_json(folder / MANIFEST, manifest)
+
+
+def manifest_entries(folder: Path) -> list[dict]:
+    """The manifest's entries, train first; DataError if there is no manifest to check against."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    if not (folder / MANIFEST).exists():
+        raise DataError(
+            f"{folder}: no {MANIFEST} to check against; for shards of others: "
+            f"python -m data.prepare pretokenized --source {folder}"
+        )
+    manifest = read_manifest(folder / MANIFEST)
+    return [entry for split in SPLITS for entry in manifest["splits"].get(split, [])]
+
+
+def shard_problems(folder: Path, hashes: bool = True, rank: int = 0, ranks: int = 1) -> list[str]:
+    """Everything wrong with a folder, one line each: headers, sizes, counts, sha256, files that do not belong.
+
+    Of several ranks each checks its share of the shards, and the first checks the folder.
+    """
+    listed = manifest_entries(folder)
+    manifest = read_manifest(folder / MANIFEST)
+    eot, vocab_size = manifest["tokenizer"].get("eot"), manifest["tokenizer"]["vocab_size"]
+
+    def problem_of(entry: dict) -> str | None:
+        try:
+            shard = listed_shard(folder, entry)
+        except DataError as error:
+            return str(error)
+        if hashes:
+            found = examine(shard, eot)
+            if found.sha256 != entry.get("sha256"):
+                return (
+                    f"{shard.path}: its sha256 is not the manifest's; the shard was changed, prepare or fetch it again"
+                )
+            for key, there in (("max_token", found.max_token), ("documents", found.documents)):
+                if entry.get(key, there) not in (there, None):
+                    return f"{shard.path}: {MANIFEST} says {key} {entry[key]}, it is {there}; {MANIFEST} was changed"
+        if entry["max_token"] >= vocab_size:
+            return f"{shard.path}: token {entry['max_token']} does not fit the tokenizer's {vocab_size} ids"
+        return None
+
+    with ThreadPoolExecutor(8) as pool:
+        out = [problem for problem in pool.map(problem_of, listed[rank::ranks]) if problem]
+    if rank > 0:
+        return out
+    counts = manifest.get("source", {}).get("read") or {"documents": 0, "unreadable": 0}
+    read, held = counts["documents"] - counts["unreadable"], sum(entry.get("documents") or 0 for entry in listed)
+    if read and read != held:
+        out.append(f"{folder}: {read} documents were read, its shards hold {held}")
+    names = {entry["file"] for entry in listed} | {MANIFEST}
+    out += [f"{p}: not in the manifest" for p in sorted(folder.iterdir()) if p.name not in names]
+    return out

@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from data.shards import MANIFEST
 from data.tokenizer import ByteTokenizer, Tokenizer, get_tokenizer
 from model import GPT, GPTConfig
-from runtime.checkpoint import MODEL, STATE, Checkpoint, file_sha256, open_checkpoint
+from runtime.checkpoint import MODEL, STATE, Checkpoint, open_checkpoint
+from runtime.files import sha256_of
 
 WRAPPERS = ("_orig_mod.", "module.")  # prefixes that torch.compile and DDP leave in parameter names
 RELEASED = re.compile(r"(openai-community/)?(gpt2(-medium|-large|-xl)?)")  # OpenAI's models on the hub
@@ -186,7 +188,7 @@ def _open_pt(path: Path, device: torch.device, tokenizer: str | None, ranks: str
     if content.get("best_val_loss") is not None:
         state["best_val_loss"] = float(content["best_val_loss"])
     chosen = get_tokenizer(tokenizer or name_by_size(config.vocab_size), ranks)
-    return Trained(path.stem, path.resolve(), "pt", model, chosen, file_sha256(path), state)
+    return Trained(path.stem, path.resolve(), "pt", model, chosen, sha256_of(path), state)
 
 
 def _is_hugging_face(path: Path) -> bool:
@@ -201,36 +203,55 @@ def _is_hugging_face(path: Path) -> bool:
 
 
 def _open_hugging_face(path: Path, device: torch.device, tokenizer: str | None, ranks: str | None) -> Trained:
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    if config["model_type"] != "gpt2":
-        raise ValueError(f"{path}: its architecture is {config['model_type']}, only gpt2 can be read")
-    files, names = sorted(path.glob("*.safetensors")), set()
+    """A Hugging Face GPT-2 folder, from safetensors or pytorch_model.bin."""
+    config, files = _hugging_face_config(path), sorted(path.glob("*.safetensors"))
+    files = files or sorted(path.glob("pytorch_model*.bin"))
     if not files:
-        raise ValueError(f"{path}: no model.safetensors in it")
+        raise ValueError(f"{path}: no model.safetensors or pytorch_model.bin in it")
+    tensors: dict[str, Tensor] = {}
     for file in files:
         try:
-            with safe_open(file, framework="pt") as f:
-                names |= {name.removeprefix("transformer.") for name in f.keys()}  # noqa: SIM118  not a dict
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: damaged ({error}); export or copy it again") from None
-    last = config.get("n_layer", 12) - 1  # what is missing would silently keep random values
-    absent = {"wte.weight", "wpe.weight", "ln_f.weight", f"h.{last}.mlp.c_proj.weight"} - names
-    if absent:
-        raise ValueError(f"{path}: the weights lack {sorted(absent)[0]}; not the GPT-2 that config.json describes")
-    try:
-        from transformers.utils import logging
-    except ImportError:
-        raise ImportError("Hugging Face folders need: pip install transformers") from None
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # what does not fit is said in one line
-    model = GPT.from_pretrained(str(path)).to(device).eval()
+            tensors |= load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+        except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = (str(error).splitlines() or ["it ends early"])[0]
+            raise ValueError(f"{file}: damaged ({reason}); export or copy it again") from None
+    named = {}
+    for name, tensor in tensors.items():
+        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        # Hugging Face stores linear layers as (in, out)
+        linear = re.fullmatch(r"transformer\.h\.\d+\.(attn|mlp)\.c_\w+\.weight", name)
+        named[name] = tensor.float().t() if linear else tensor.float()
+    model = build(config, named, str(path), device)
     if tokenizer:
         chosen = get_tokenizer(tokenizer, ranks)
     elif (path / "tokenizer.json").exists() or (path / "merges.txt").exists():
         chosen = FolderTokenizer(path)
     else:
         chosen = get_tokenizer(name_by_size(model.config.vocab_size), ranks)
-    return Trained(path.resolve().name, path.resolve(), "huggingface", model, chosen, file_sha256(files[0]), {})
+    return Trained(path.resolve().name, path.resolve(), "huggingface", model, chosen, sha256_of(files[0]), {})
+
+
+def _hugging_face_config(path: Path) -> GPTConfig:
+    """The shape that a config.json describes; ValueError if it is not a GPT-2's."""
+    c = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    gelus = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
+    activation, width = c.get("activation_function", "gelu_new"), c.get("n_embd", 768)
+    if c["model_type"] != "gpt2" or activation not in gelus:
+        raise ValueError(f"{path}: {c['model_type']} with {activation} is not a GPT-2")
+    if c.get("n_inner") not in (None, 4 * width):
+        raise ValueError(f"{path}: n_inner={c['n_inner']} is not 4 n_embd, as GPT-2's is")
+    if c.get("layer_norm_epsilon", 1e-5) != 1e-5 or not c.get("scale_attn_weights", True):
+        raise ValueError(f"{path}: another layer norm or attention scale than GPT-2's")
+    return GPTConfig(
+        n_layer=c.get("n_layer", 12),
+        n_head=c.get("n_head", 12),
+        n_embd=width,
+        block_size=c.get("n_positions", 1024),
+        vocab_size=c.get("vocab_size", 50257),
+        bias=True,
+        gelu=gelus[activation],
+        scale_attn_by_inverse_layer_idx=c.get("scale_attn_by_inverse_layer_idx", False),
+    )
 
 
 class FolderTokenizer:

@@ -1,30 +1,12 @@
-"""What the commands of eval/ have in common: options that open a model, and one line for what goes wrong."""
+"""Options that every command of eval/ shares."""
 
-import argparse
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from runtime.hardware import out_of_memory
+from runtime.command import Parser
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--tokenizer and --ranks, as open_trained takes them."""
+def model_parser(program: str, description: str) -> Parser:
+    """A parser with the options that `open_trained` takes, and the device."""
+    parser = Parser(prog=program, description=description)
     parser.add_argument("--tokenizer", choices=("byte", "gpt2"), help="default: the model's own")
     parser.add_argument("--ranks", help="local GPT-2 ranks file, for machines without a network")
-
-
-@contextmanager
-def one_line(program: str, interrupted: str = "interrupted") -> Iterator[None]:
-    """Ends the program in one line for Ctrl-C, for what the user can set right, and for a model too large."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit(f"{program}: {interrupted}")
-    except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"{program}: {error}")
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        reason = (str(error).splitlines() or ["no more is to be had"])[0]
-        sys.exit(f"{program}: out of memory with the model alone; use --device cpu ({reason})")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    return parser

@@ -4,15 +4,10 @@ CHECKPOINT is a run folder, a checkpoint folder, or a .pt file of nanoGPT or of 
 folder is loaded back and its logits are compared on real tokens; one that differs is not left behind.
 """
 
-import argparse
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
-
-if __package__ in (None, ""):  # run as a file: python eval/export.py
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
 import torch
@@ -22,8 +17,9 @@ from data.loader import Windows
 from data.shards import DataError, open_dataset
 from data.tokenizer import Tokenizer
 from eval.checkpoint import Trained, open_trained
-from eval.command import add_model_options, one_line
+from eval.command import model_parser
 from model import GPT
+from runtime.command import one_line
 
 LICENSE = Path(__file__).resolve().parent.parent / "LICENSE"
 ROUNDING = 1e-5  # largest difference allowed, relative to the largest logit: float32 through some dozen layers
@@ -209,10 +205,9 @@ def export(trained: Trained, out: Path) -> tuple[float, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="eval.export", description="Write a checkpoint as a Hugging Face folder.")
+    parser = model_parser("eval.export", "Write a checkpoint as a Hugging Face folder.")
     parser.add_argument("checkpoint", help="run folder, checkpoint folder, or .pt file of nanoGPT or MARS")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
-    add_model_options(parser)
     args = parser.parse_args(argv)
     with one_line("eval.export"):
         try:

@@ -4,17 +4,13 @@ Writes DIR/TASK/SPLIT.jsonl, the splits that each task reads; `python -m eval.ru
 Files that are there are left alone, so the same command continues an interrupted one.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file: python eval/fetch.py
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from data.formats import first_line
-from eval.command import one_line
+from data.prepare.formats import first_line
 from eval.tasks import Tasks, splits_of
+from runtime.command import Parser, one_line
 
 AGAIN = "the same command continues"
 
@@ -44,7 +40,7 @@ def fetch(tasks: Tasks, name: str, folder: Path) -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="eval.fetch", description="Fetch the data of benchmark tasks into a folder.")
+    parser = Parser(prog="eval.fetch", description="Fetch the data of benchmark tasks into a folder.")
     parser.add_argument("folder", type=Path, help="folder to write TASK/SPLIT.jsonl into")
     parser.add_argument("--tasks", nargs="+", default=["paper"], help='"paper" (the nine of the papers) or task names')
     args = parser.parse_args(argv)

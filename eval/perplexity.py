@@ -5,24 +5,22 @@ are far smaller than the differences between windows, which cancel. Runs on all 
 """
 
 import argparse
-import json
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file: python eval/perplexity.py
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.shards import open_dataset, write_durably
+from data.shards import open_dataset
 from eval.checkpoint import Trained, open_trained
-from eval.command import add_model_options, one_line
+from eval.command import model_parser
 from eval.scoring import Scorer
+from runtime.command import one_line
 from runtime.distributed import World, start_world
+from runtime.files import write_json
 
 CHUNK = 256  # windows handed to the scorer at a time
 Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
@@ -186,7 +184,7 @@ def describe_pair(row: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="eval.perplexity", description="Loss over a split or a text.")
+    parser = model_parser("eval.perplexity", "Loss over a split or a text.")
     parser.add_argument("models", nargs="+", help="runs, checkpoints, Hugging Face folders, .pt files, gpt2")
     parser.add_argument("--data", help="dataset folder; default: the first model's own")
     parser.add_argument("--split", choices=("train", "val"), default="val")
@@ -194,8 +192,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--stride", type=int, help="tokens from one window to the next; default: the whole context")
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     parser.add_argument("--batch_tokens", type=int, help="tokens a forward pass; default: as many as fit")
-    parser.add_argument("--device", default="auto")
-    add_model_options(parser)
     args = parser.parse_args(argv)
     with one_line("eval.perplexity"):
         if args.batch_tokens is not None and args.batch_tokens < 1:
@@ -204,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
             torch.set_float32_matmul_precision("highest")
             report = compare(args, world)
             if args.out and world.is_main:
-                write_durably(args.out, (json.dumps(report, indent=1) + "\n").encode())
+                write_json(args.out, report)
 
 
 if __name__ == "__main__":

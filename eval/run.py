@@ -13,18 +13,16 @@ import time
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file: python eval/run.py
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import torch
 
-from data.shards import write_durably
 from eval.checkpoint import Trained, open_trained
-from eval.command import add_model_options, one_line
+from eval.command import model_parser
 from eval.scoring import Scorer, harness_model
 from eval.table import SIZES, comma_separated, markdown, size_of
 from eval.tasks import Tasks, metric_of
+from runtime.command import one_line
 from runtime.distributed import World, start_world
+from runtime.files import write_durably, write_json
 from runtime.logger import WANDB_ID
 
 RESULTS = "results.json"
@@ -60,7 +58,7 @@ class Results:
         """Keep a record and write the file whole."""
         self.scores.append(score)
         if self.main:
-            write_durably(self.path, (json.dumps({"format": 1, "scores": self.scores}, indent=1) + "\n").encode())
+            write_json(self.path, {"format": 1, "scores": self.scores})
 
 
 def score_task(trained: Trained, scorer: Scorer, tasks: Tasks, name: str, shots: int, limit: int | None) -> dict:
@@ -122,7 +120,7 @@ def to_wandb(trained: Trained, scores: list[dict], choice: str) -> str | None:
 
 def evaluate_all(args: argparse.Namespace, world: World) -> tuple[list[dict], list[str], list[int]]:
     """Score every model on every task; returns this command's records, what failed, and the parameter counts."""
-    tasks = Tasks(args.tasks, args.include_path, args.data)
+    tasks = Tasks(args.tasks, args.include_path, args.task_data)
     results, mine, problems, parameters = Results(args.out, world), [], [], []
     for path in args.models:
         trained = open_trained(path, world.device, args.tokenizer, args.ranks)
@@ -133,7 +131,7 @@ def evaluate_all(args: argparse.Namespace, world: World) -> tuple[list[dict], li
         for shots in args.shots:
             for name in tasks.names:
                 key = {"sha256": trained.sha256, "task": name, "shots": shots, "limit": args.limit}
-                key |= {"harness": tasks.version, "tokenizer": trained.tokenizer.name, "data": args.data}
+                key |= {"harness": tasks.version, "tokenizer": trained.tokenizer.name, "data": args.task_data}
                 score = results.find(key)
                 if score is None:
                     try:
@@ -174,19 +172,17 @@ def write_tables(args: argparse.Namespace, scores: list[dict], parameters: list[
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="eval.run", description="Score models on benchmark tasks.")
+    parser = model_parser("eval.run", "Score models on benchmark tasks.")
     parser.add_argument("models", nargs="+", help="runs, checkpoints, Hugging Face folders, .pt files, gpt2")
     parser.add_argument("--tasks", nargs="+", default=["paper"], help='"paper" (the nine of the papers) or task names')
     parser.add_argument("--shots", nargs="+", type=int, default=[0], help="worked examples before each question")
     parser.add_argument("--include_path", help="folder with task files of your own")
-    parser.add_argument("--data", help="folder with TASK/validation.jsonl and the like, read instead of the hub")
+    parser.add_argument("--task_data", "--data", help="folder of TASK/SPLIT.jsonl, read instead of the hub")
     parser.add_argument("--out", type=Path, default=Path("runs/scores"), help="folder of results.json and the tables")
     parser.add_argument("--limit", type=int, help="first documents of each task only; for trying things out")
     parser.add_argument("--published", choices=("auto", "none", *SIZES), default="auto", help="published rows to show")
     parser.add_argument("--batch_tokens", type=int, help="tokens a forward pass; default: as many as fit")
     parser.add_argument("--wandb", choices=("auto", "on", "off"), default="auto", help="write to the run's wandb page")
-    parser.add_argument("--device", default="auto")
-    add_model_options(parser)
     args = parser.parse_args(argv)
     left = f"interrupted; the same command continues with the tasks that are left ({args.out}/{RESULTS})"
     with one_line("eval.run", left):

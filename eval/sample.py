@@ -4,20 +4,15 @@ Reads a run folder (its newest good checkpoint), a checkpoint folder, a Hugging 
 of OpenAI's models by its name (gpt2, gpt2-medium, gpt2-large, gpt2-xl).
 """
 
-import argparse
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-
-if __package__ in (None, ""):  # run as a file: python eval/sample.py
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 from torch import Tensor
 
 from eval.checkpoint import open_trained
-from eval.command import add_model_options, one_line
+from eval.command import model_parser
 from model import GPT, KVCache
+from runtime.command import one_line
 from runtime.distributed import resolve_device
 
 
@@ -71,23 +66,21 @@ def generate(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="eval.sample", description="Generate text from a checkpoint.")
+    parser = model_parser("eval.sample", "Generate text from a checkpoint.")
     parser.add_argument("checkpoint", help="run folder, checkpoint folder, Hugging Face folder, .pt file, or gpt2")
     parser.add_argument("--prompt", default="", help="text to continue; empty: start of a document")
     parser.add_argument("--samples", type=int, default=1)
-    parser.add_argument("--max-tokens", type=int, default=500)
+    parser.add_argument("--max_tokens", type=int, default=500)
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0: all")
-    parser.add_argument("--top-p", type=float, default=0.95, help="draw from the likeliest tokens that hold this mass")
+    parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: all")
+    parser.add_argument("--top_p", type=float, default=0.95, help="draw from the likeliest tokens that hold this mass")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--device", default="auto")
-    add_model_options(parser)
     args = parser.parse_args(argv)
     with one_line("eval.sample"):
         if not (args.temperature == 0 or 1e-3 <= args.temperature < 1e3):
             raise ValueError(f"--temperature {args.temperature}: must be 0 or between 0.001 and 1000")
         if not 0 < args.top_p <= 1 or min(args.top_k, args.samples, args.max_tokens) < 0:
-            raise ValueError("--top-p must be in (0, 1], and --top-k, --samples and --max-tokens at least 0")
+            raise ValueError("--top_p must be in (0, 1], and --top_k, --samples and --max_tokens at least 0")
         trained = open_trained(args.checkpoint, resolve_device(args.device), args.tokenizer, args.ranks)
         tokenizer = trained.tokenizer  # its ids are all that the model can emit
         prompt = [tokenizer.eot, *tokenizer.encode(args.prompt)]

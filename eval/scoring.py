@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from data.tokenizer import Tokenizer
 from model import GPT
+from runtime.command import is_out_of_memory
 from runtime.distributed import ALONE, World
-from runtime.hardware import out_of_memory
 
 POSITIONS = 4096  # positions whose logits are held at a time: 0.8 GB in float32 at GPT-2's vocabulary
 
@@ -86,7 +86,7 @@ class Scorer:
         try:
             return self._score(batch)
         except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if len(batch) == 1:
                 hint = "" if self.device.type == "cpu" else "; use --device cpu"

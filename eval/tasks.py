@@ -6,8 +6,8 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from data.formats import first_line
-from data.hub import hub_problem
+from data.prepare.formats import first_line
+from data.prepare.hub import hub_problem
 
 # task: column in the papers' tables, metric. The metrics follow from the papers' rows of OpenAI's GPT-2, which
 # are published harness scores in acc_norm (HellaSwag 31.14, PIQA 62.51, SciQ 64.40) or, for these three, acc.

@@ -1,4 +1,4 @@
-"""Optimizers for pretraining: a gradient estimate times a direction. Needs nothing but torch.
+"""Optimizers for pretraining: a gradient, raw or variance-reduced, times a direction. Needs nothing but torch.
 
 from optimizers import MARS, MARSM, Muon, Lion, build_optimizer
 """
@@ -8,16 +8,41 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from optimizers.adamw import AdamWConfig
+from optimizers.ademamix import AdEMAMix, AdEMAMixConfig
 from optimizers.lion import Lion, LionConfig
 from optimizers.mars import MARS, MARSConfig
 from optimizers.mars_m import MARSM, MARSMConfig
 from optimizers.muon import Muon, MuonConfig
-from optimizers.roles import claim
+from optimizers.normuon import NorMuon, NorMuonConfig
+from optimizers.roles import assign_roles
+from optimizers.settings import Settings
+from optimizers.shampoo import Shampoo, ShampooConfig
+from optimizers.soap import SOAP, SOAPConfig
 
-__all__ = ["MARS", "MARSM", "OPTIMIZERS", "Lion", "Muon", "OptimizerConfig", "build_optimizer"]
+__all__ = [
+    "MARS",
+    "MARSM",
+    "OPTIMIZERS",
+    "SOAP",
+    "AdEMAMix",
+    "AdEMAMixConfig",
+    "AdamWConfig",
+    "Lion",
+    "LionConfig",
+    "MARSConfig",
+    "MARSMConfig",
+    "Muon",
+    "MuonConfig",
+    "NorMuon",
+    "NorMuonConfig",
+    "SOAPConfig",
+    "Settings",
+    "Shampoo",
+    "ShampooConfig",
+    "build_optimizer",
+]
 
-OptimizerConfig = AdamWConfig | LionConfig | MuonConfig | MARSConfig | MARSMConfig
-OPTIMIZERS = {  # what a run may name where its config file has no settings of its own
+OPTIMIZERS: dict[str, Settings] = {  # names that every run can use, with the settings a config file need not repeat
     "adamw": AdamWConfig(),
     "lion": LionConfig(),
     "muon": MuonConfig(),
@@ -26,16 +51,20 @@ OPTIMIZERS = {  # what a run may name where its config file has no settings of i
     "mars_lion": MARSConfig(mars_type="mars-lion", lr=6e-4, weight_decay=0.1),
     "mars_shampoo": MARSConfig(mars_type="mars-shampoo", lr=2e-2),
     "mars_m": MARSMConfig(),
+    "shampoo": ShampooConfig(),
+    "ademamix": AdEMAMixConfig(),
+    "soap": SOAPConfig(),
+    "normuon": NorMuonConfig(),
 }
 
 
 def build_optimizer(
-    model: nn.Module, config: OptimizerConfig, process_group: ProcessGroup | None = None, compiled: bool = False
+    model: nn.Module, config: Settings, process_group: ProcessGroup | None = None, compiled: bool = False
 ) -> Optimizer:
-    """The optimizer a config describes, over a model that declares `parameter_roles()`.
+    """The optimizer that some settings describe, over a model that declares `parameter_roles()`.
 
-    process_group: ranks that hold equal gradients and share the work of Newton-Schulz.
-    compiled: compile the elementwise rules.
-    Raises ValueError if a parameter is claimed by no rule or by two.
+    process_group: ranks that hold equal gradients and share the work on matrices.
+    compiled: compile the elementwise updates.
+    Raises ValueError if a parameter has no role or an unknown one.
     """
-    return config.build(claim(model.named_parameters(), model.parameter_roles()), process_group, compiled)
+    return config.build(assign_roles(model.named_parameters(), model.parameter_roles()), process_group, compiled)

@@ -5,28 +5,31 @@ p <- (1 - lr wd) p - lr m_hat / (sqrt(v_hat) + eps)
 
 from dataclasses import dataclass
 
+import torch
 from torch.distributed import ProcessGroup
 from torch.optim import AdamW
 
-from optimizers.roles import Claim, grouped
-from optimizers.rules import fraction_faults, number_faults
+from optimizers.options import option
+from optimizers.roles import Assignment
+from optimizers.settings import Settings
 
 
 @dataclass(frozen=True)
-class AdamWConfig:
+class AdamWConfig(Settings):
     """AdamW on every tensor; only matrices are decayed."""
 
-    lr: float = 6e-4  # peak learning rate
-    betas: tuple[float, float] = (0.9, 0.95)  # decay of the first and second moment
-    eps: float = 1e-8  # added to sqrt(v_hat)
-    weight_decay: float = 0.1  # of matrices; embeddings, gains and biases are not decayed
+    lr: float = option(6e-4, "peak learning rate", least=0)
+    betas: tuple[float, float] = option((0.9, 0.95), "decay of the first and second moment", least=0, below=1)
+    eps: float = option(1e-8, "added to sqrt(v_hat)", least=0)
+    weight_decay: float = option(0.1, "weight decay of matrices; embeddings, gains and biases are not decayed", least=0)
 
-    def faults(self) -> list[str]:
-        """Everything wrong with this config, a line each."""
-        numbers = number_faults(lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
-        return numbers + fraction_faults(betas=self.betas)
-
-    def build(self, claims: list[Claim], group: ProcessGroup | None = None, compiled: bool = False) -> AdamW:
-        """torch.optim.AdamW over the claimed parameters; it is fused already and replicated on every rank."""
-        groups = grouped(claims, weight_decay={"matrix": self.weight_decay, "embedding": 0.0, "vector": 0.0})
-        return AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+    def build(
+        self, assignments: list[Assignment], process_group: ProcessGroup | None = None, compiled: bool = False
+    ) -> AdamW:
+        """torch.optim.AdamW, which is fused already and runs on every rank."""
+        optimizer = AdamW(self.groups(assignments), lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+        for group in optimizer.param_groups:  # torch allocates state at the first step; allocate it now, as we do
+            for p in group["params"]:
+                step = torch.zeros((), dtype=torch.float32, device=p.device)
+                optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        return optimizer

@@ -1,167 +1,178 @@
-"""The one optimizer: a gradient estimate times a direction, for every algorithm in this folder."""
+"""The one optimizer: a gradient, raw or corrected, times a direction, for every algorithm in this folder."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from optimizers.directions import (
-    AdaptiveNumbers,
-    MomentumNumbers,
-    adaptive,
-    adaptive_kernel,
-    adaptive_numbers,
-    mix,
-    momentum_numbers,
-    orthogonal_scale,
-    signed,
-)
-from optimizers.newton_schulz import as_wide_matrices, by_shape, matrix_shape, newton_schulz_dtype, orthogonalize
+from optimizers.directions import MatrixDirection, Step
+from optimizers.matrices import Ownership, as_wide_matrices, families, from_wide_matrices, matrix_shape
 from optimizers.roles import ROLES
-from optimizers.rules import Rule, count_faults
-from optimizers.share import Share
-from optimizers.variance_reduction import EstimateNumbers, correction_weight, estimate_norm, taken, unit_norm_factor
+from optimizers.settings import Rule, Settings
+from optimizers.variance_reduction import (
+    GradientNumbers,
+    clip_factors,
+    clipped_gradient,
+    corrected_norm,
+    correction_weight,
+)
 
 BLOCK = 1 << 16  # elements worked on at a time on a CPU: five such float32 blocks stay in a core's cache
-BATCH = 1 << 28  # elements of matrices orthogonalized at a time on a GPU: bounds the memory beside the weights
+BATCH = 1 << 28  # elements of matrices worked on at a time on a GPU: bounds the memory beside the weights
 DTYPES = (torch.float32, torch.float64)
 
 
 class ComposedOptimizer(Optimizer):
-    """Base of the algorithms, which say what `rule` applies to a parameter of a given role.
+    """Base of the algorithms. A subclass names its `settings`, whose `rule` says how each parameter is updated.
 
-    Parameter groups may carry "role" ("matrix", "embedding" or "vector"); parameters of a group without
-    one are given a role by `role_of`. "blocks": n treats a matrix as n blocks of rows, each
-    orthogonalized by itself. State is allocated when a parameter is added.
+    Parameter groups may carry "role" ("matrix", "embedding" or "vector"); parameters of a group without one get
+    their role from `role_of`. "blocks": n treats a matrix as n blocks of rows, each a matrix of its own.
+    State is allocated when a parameter is added.
 
-    In the exact form (is_approx=False) the loop evaluates the next batch at the current parameters and
-    calls `update_previous_grad()`, then evaluates the current batch, calls `step()` and
-    `update_last_grad()`.
+    Exact form (is_approx=False): the loop evaluates the next batch at the current parameters and calls
+    `update_previous_grad()`, then evaluates the current batch and calls `step()` and `update_last_grad()`.
 
-    `grad_scale` and `found_inf` are read if a caller sets them, by the protocol of torch's gradient
-    scaler. A step whose gradients are not all finite changes nothing.
+    `grad_scale` and `found_inf` are read if a caller sets them, as in torch's fused optimizers: gradients are divided
+    by the first, and the step is skipped where the second is not 0. A step whose gradients are not all finite changes
+    nothing.
 
-    process_group: a group whose ranks hold equal gradients; orthogonalization is divided over it.
-    compiled: run the elementwise rules through torch.compile.
-    Raises ValueError, naming key and value, for impossible hyperparameters.
+    process_group: a group whose ranks hold equal gradients; the work on matrices is divided over it.
+    compiled: run the elementwise updates through torch.compile.
+    Raises ValueError, naming key and value, for impossible hyperparameters, and TypeError for unknown ones.
     """
+
+    settings: ClassVar[type[Settings]]
+    drop_in: ClassVar[dict[str, Any]] = {}  # defaults of the class where they differ from those of a run
+    _step_supports_amp_scaling = True  # how torch's GradScaler and our trainer recognise grad_scale and found_inf
 
     def __init__(
         self,
         params: Iterable,
-        defaults: dict[str, Any],
+        lr: float | None = None,
         *,
         process_group: torch.distributed.ProcessGroup | None = None,
         compiled: bool = False,
+        **given: Any,
     ) -> None:
-        self.share = Share(process_group)
-        self.owner: dict[Tensor, int] = {}  # of the parameters whose state one rank holds
-        self.grad_scale: Tensor | None = None
-        self.found_inf: Tensor | None = None
-        self._steps: dict[tuple[int, str], Tensor] = {}  # steps taken, by group and role, 0-d float64
-        self._compiled, self._compilations = compiled, {}
-        self._ahead = False  # exact form: whether the next batch's gradient is there
+        given = given if lr is None else given | {"lr": lr}
+        defaults = self.settings().as_group() | self.drop_in
+        if unknown := sorted(given.keys() - defaults.keys()):
+            raise TypeError(f"{type(self).__name__} has no argument {', '.join(unknown)}")
+        self.ownership = Ownership(process_group)
+        self._compiled = compiled
+        self._functions: dict[Callable, Callable] = {}  # compiled
         self._scratch: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
-        super().__init__(params, defaults)
-
-    # ---- what an algorithm says
+        self._calls = 0  # of `step`; after loading, the largest step count of the state
+        self._looked_ahead: list[dict[str, Tensor]] | None = None  # exact form: states with the next batch's gradient
+        super().__init__(params, defaults | given)
 
     def rule(self, group: dict[str, Any], role: str) -> Rule:
         """The rule for a parameter of this role in this group, with the group's present numbers."""
-        raise NotImplementedError
-
-    def faults(self, group: dict[str, Any]) -> list[str]:
-        """Everything wrong with a group's hyperparameters, a line each."""
-        raise NotImplementedError
+        constructed = group.get("constructed_lr", group["lr"])
+        return self.settings.of(group).rule(role, group["lr"] / constructed if constructed else 0.0)
 
     def role_of(self, p: Tensor) -> str:
         """The role of a parameter whose group names none."""
         return "matrix" if p.dim() >= 2 else "vector"
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = ("share", "owner", "grad_scale", "found_inf", "_steps", "_compiled", "_ahead")
-        fresh = dict(_compilations={}, _scratch={})
-        return super().__getstate__() | {name: getattr(self, name) for name in ours} | fresh
+        ours = ("ownership", "_compiled", "_calls", "_looked_ahead")
+        return super().__getstate__() | {k: getattr(self, k) for k in ours} | dict(_functions={}, _scratch={})
 
-    # ---- construction
+    # ---- parameters and state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group and allocate its state. Raises ValueError for bad hyperparameters or parameters."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        faults = self.faults(group)
-        if group.get("role") not in (None, *ROLES):
-            faults.append(f"role={group['role']!r}: must be one of {', '.join(ROLES)}")
-        faults += count_faults(blocks=group.get("blocks", 1))
-        for p in group["params"] if not faults else ():
-            if p.dtype not in DTYPES or p.dtype != group["params"][0].dtype:
-                faults.append(f"parameter of dtype {p.dtype}: must be float32 or float64, one of them in a group")
-            elif self._role(group, p) == "matrix" and p.dim() < 2:
-                faults.append(f"parameter of shape {tuple(p.shape)}: has the role of a matrix and is none")
-            elif p.dim() and p.shape[0] % group.get("blocks", 1):
-                faults.append(f"blocks={group['blocks']}: does not divide the rows of shape {tuple(p.shape)}")
-        if faults:
+        errors = self.settings.of(group).errors() + self._group_errors(group)
+        if errors:
             self.param_groups.pop()
-            raise ValueError(f"{type(self).__name__}: {'; '.join(faults)}")
+            raise ValueError(f"{type(self).__name__}: {'; '.join(errors)}")
         group["constructed_lr"] = group["lr"]
         for role in ROLES:
             members = [p for p in group["params"] if p.numel() and self._role(group, p) == role]
             if members:
                 self._allocate(group, role, members)
 
+    def _group_errors(self, group: dict[str, Any]) -> list[str]:
+        blocks, out = group.get("blocks", 1), []
+        if group.get("role") not in (None, *ROLES):
+            return [f"role={group['role']!r}: must be one of {', '.join(ROLES)}"]
+        if type(blocks) is not int or blocks < 1:
+            return [f"blocks={blocks}: must be a whole number of at least 1"]
+        for p in group["params"]:
+            if p.dtype not in DTYPES or p.dtype != group["params"][0].dtype:
+                out.append(f"parameter of dtype {p.dtype}: must be float32 or float64, one of them in a group")
+            elif hasattr(p, "device_mesh"):
+                out.append("parameter is a DTensor: sharded parameters are not supported; use DistributedDataParallel")
+            elif self._role(group, p) == "matrix" and p.dim() < 2:
+                out.append(f"parameter of shape {tuple(p.shape)}: has the role of a matrix and is none")
+            elif p.dim() and p.shape[0] % blocks:
+                out.append(f"blocks={blocks}: does not divide the rows of shape {tuple(p.shape)}")
+        return out
+
     def _role(self, group: dict[str, Any], p: Tensor) -> str:
         return group.get("role") or self.role_of(p)
 
     def _allocate(self, group: dict[str, Any], role: str, members: list[Tensor]) -> None:
-        rule = self.rule(group, role)
-        names = rule.states
-        if rule.correction is not None and not group.get("is_approx", True):
-            names += ("upcoming",)
-        key = (len(self.param_groups) - 1, role)
-        if rule.direction == "adaptive":
-            self._steps[key] = torch.zeros((), dtype=torch.float64, device=members[0].device)
-        if rule.direction == "orthogonal":
-            for family in by_shape(members, group.get("blocks", 1)):
-                self.owner |= {p: self.share.owner(i, len(family)) for i, p in enumerate(family)}
-        for p in members:
-            if self.owner.get(p, self.share.rank) == self.share.rank:
-                self.state[p] = {name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name in names}
-                if rule.direction == "adaptive":
-                    self.state[p]["step"] = self._steps[key]
-
-    # ---- state
+        rule, blocks = self.rule(group, role), group.get("blocks", 1)
+        gradients = () if rule.correction is None else ("previous",)
+        if gradients and not group.get("is_approx", True):
+            gradients += ("upcoming",)
+        direction = rule.direction
+        if isinstance(direction, MatrixDirection):
+            self.ownership.assign(families(members, blocks), lambda p: direction.cost(*matrix_shape(p, blocks)))
+        count = torch.zeros((), dtype=torch.float64, device=members[0].device)
+        for p in filter(self.ownership.holds, members):
+            zeros = {k: torch.zeros_like(p, memory_format=torch.contiguous_format) for k in gradients}
+            self.state[p] = direction.state(p, blocks) | zeros | ({"step": count} if direction.counts_steps else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned. Raises ValueError if it is another optimizer's or of other shapes."""
-        ours = self.state_dict()
+        """Restore what `state_dict` returned, parameters matched in the order of the groups, as torch does.
+
+        Raises ValueError, with nothing changed, if it is another optimizer's or of other shapes.
+        """
+        self._refuse_foreign(state_dict)
+        super().load_state_dict(state_dict)
+        counts = [float(s[key]) for s in self.state.values() for key in ("step", "count") if key in s]
+        self._calls = int(max(counts, default=0))
+        for group in self.param_groups:
+            for role in ROLES:  # parameters with equal step counts share one tensor again
+                shared: dict[float, Tensor] = {}
+                for p in group["params"]:
+                    if self._role(group, p) == role and "step" in (state := self.state.get(p, {})):
+                        state["step"] = shared.setdefault(float(state["step"]), state["step"].to(p.device))
+
+    def _refuse_foreign(self, state_dict: dict[str, Any]) -> None:
         if not {"state", "param_groups"} <= state_dict.keys():
             raise ValueError("state_dict: has no state and param_groups")
-        if [len(g["params"]) for g in ours["param_groups"]] != [len(g["params"]) for g in state_dict["param_groups"]]:
+        saved_groups = state_dict["param_groups"]
+        if [len(g["params"]) for g in self.param_groups] != [len(g["params"]) for g in saved_groups]:
             raise ValueError("state_dict: its groups have other numbers of parameters")
-        if ours["state"].keys() != state_dict["state"].keys():
-            raise ValueError("state_dict: its state is that of other parameters")
-        for i, mine in ours["state"].items():
-            theirs = state_dict["state"][i]
+        params = [p for g in self.param_groups for p in g["params"]]
+        ids = [i for g in saved_groups for i in g["params"]]
+        for number, (p, i) in enumerate(zip(params, ids, strict=True)):
+            mine, theirs = self.state.get(p, {}), state_dict["state"].get(i, {})
+            if bool(mine) != bool(theirs):
+                raise ValueError("state_dict: its state is that of other parameters")
             if mine.keys() != theirs.keys():
-                raise ValueError(f"state_dict: parameter {i} has {sorted(theirs)}, expected {sorted(mine)}")
-            for key, tensor in mine.items():
-                if tensor.shape != torch.as_tensor(theirs[key]).shape:
-                    raise ValueError(f"state_dict: {key} of parameter {i} has another shape than {tuple(tensor.shape)}")
-        for saved in state_dict["param_groups"]:
-            if missing := sorted(self.defaults.keys() - saved.keys()):
-                raise ValueError(
-                    f"state_dict: a group has no {', '.join(missing)}; it is not a {type(self).__name__}'s"
-                )
-        for i, mine in ours["state"].items():
-            for key, tensor in mine.items():
-                tensor.copy_(torch.as_tensor(state_dict["state"][i][key]))
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({key: value for key, value in saved.items() if key != "params"})
+                raise ValueError(f"state_dict: parameter {number} has {sorted(theirs)}, expected {sorted(mine)}")
+            for key, t in mine.items():
+                if t.shape != torch.as_tensor(theirs[key]).shape:
+                    raise ValueError(f"state_dict: {key} of parameter {number} has another shape than {tuple(t.shape)}")
+        for saved in saved_groups:
+            if missing := sorted(self.settings().as_group().keys() - saved.keys()):
+                name = type(self).__name__
+                raise ValueError(f"state_dict: a group has no {', '.join(missing)}; it is not a {name}'s")
+
+    # ---- the exact form
 
     @property
     def needs_lookahead(self) -> bool:
@@ -174,19 +185,21 @@ class ComposedOptimizer(Optimizer):
 
         A parameter without a gradient keeps what it had.
         """
-        self._ahead = True
+        self._looked_ahead = []
+        inverse = self._inverse_scale()
         for p, state in self.state.items():
             if "upcoming" in state and p.grad is not None:
                 torch.nan_to_num(p.grad, nan=0.0, posinf=0.0, neginf=0.0, out=state["upcoming"])
-                if self.grad_scale is not None:
-                    state["upcoming"].mul_(self._inverse_scale())
+                if inverse is not None:
+                    state["upcoming"].mul_(inverse)
+                self._looked_ahead.append(state)
 
     @torch.no_grad()
     def update_last_grad(self) -> None:
         """Exact form: what was kept becomes the previous gradient of the next step. Otherwise does nothing."""
-        for state in self.state.values():
-            if "upcoming" in state:
-                state["previous"], state["upcoming"] = state["upcoming"], state["previous"]
+        for state in self._looked_ahead or ():
+            state["previous"], state["upcoming"] = state["upcoming"], state["previous"]
+        self._looked_ahead = None
 
     # ---- the step
 
@@ -202,96 +215,106 @@ class ComposedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        jobs = [
-            Job(rule=self.rule(group, role), params=params, group=group, steps=self._steps.get((index, role)))
-            for index, group in enumerate(self.param_groups)
-            for role, params in self._with_gradient(group)
-        ]
+        jobs = [job for group in self.param_groups for job in self._jobs(group)]
         if not jobs:
             return loss
+        self._calls += 1
         for job in jobs:
-            job.factors = self._clip_factors(job)
+            self._clip(job)
         ok = self._all_finite(jobs)
-        transfers = [t for job in jobs if job.rule.direction == "orthogonal" for t in self._start_families(job, ok)]
+        transfers = [transfer for job in jobs if job.is_matrix for transfer in self._start_matrices(job, ok)]
         for job in jobs:
-            if job.rule.direction == "adaptive":
-                self._step_adaptive(job, ok)
-            elif job.rule.direction == "sign":
-                self._step_signed(job, ok)
+            if not job.is_matrix:
+                self._update_elementwise(job, ok)
         for transfer in transfers:
             if transfer.work is not None:
                 transfer.work.wait()
-            self._run(_apply_all, transfer.updates, transfer.decay)
-        self._ahead = False
+            self._run(_move_all, transfer.updates, transfer.decay)
         return loss
 
-    def _with_gradient(self, group: dict[str, Any]) -> Iterator[tuple[str, list[Tensor]]]:
-        if faults := self.faults(group):
-            raise ValueError(f"{type(self).__name__}: {'; '.join(faults)}")
-        if not group.get("is_approx", True) and not self._ahead:
+    def _jobs(self, group: dict[str, Any]) -> Iterator["Job"]:
+        """The parameters of a group that have a gradient, by rule and by step count."""
+        if errors := self.settings.of(group).errors():
+            raise ValueError(f"{type(self).__name__}: {'; '.join(errors)}")
+        if not group.get("is_approx", True) and self._looked_ahead is None:
             raise ValueError(
                 "is_approx=False: call update_previous_grad() with the next batch's gradient before step()"
             )
         for role in ROLES:
             params = [p for p in group["params"] if p.grad is not None and p.numel() and self._role(group, p) == role]
-            if params:
-                _check_gradients(params)
-                yield role, params
+            if not params:
+                continue
+            _check_gradients(params)
+            rule = self.rule(group, role)
+            if not rule.direction.counts_steps or isinstance(rule.direction, MatrixDirection):
+                yield Job(rule, params, group, None)
+                continue
+            cohorts: dict[int, list[Tensor]] = {}
+            for p in params:
+                cohorts.setdefault(id(self.state[p]["step"]), []).append(p)
+            sharers = Counter(id(s["step"]) for s in self.state.values() if "step" in s)
+            for key, members in cohorts.items():
+                count = self.state[members[0]]["step"]
+                if sharers[key] > len(members):  # the others have no gradient now: their count stays behind
+                    count = count.clone()
+                    for p in members:
+                        self.state[p]["step"] = count
+                yield Job(rule, members, group, count)
 
-    def _clip_factors(self, job: "Job") -> list[Tensor | None]:
-        """What scales each estimate to at most unit norm; None where that is not asked for or not ours to know."""
+    def _clip(self, job: "Job") -> None:
+        """Find what scales each gradient that this rank works on to at most unit norm."""
         held = [p for p in job.params if p in self.state]
-        if not job.rule.clip:
-            return [None] * len(held)
-        cut = [self._cut((p.grad, self.state[p].get("previous"))) for p in held]
-        norms = self._run(_estimate_norms, [x for c in cut for x in c], self._estimate_numbers(job))
-        ends = list(accumulate(len(c) for c in cut))
-        per_tensor = [norms[end - len(c) : end] for end, c in zip(ends, cut, strict=True)]
+        job.factors = [None] * len(held)
+        if not job.rule.clip or not held:
+            return
+        pieces = [self._cut((p.grad, self.state[p].get("previous"))) for p in held]
+        # ranks must agree on the norms of what all of them update: compiled reductions may differ in the last bit
+        alone = job.is_matrix or self.ownership.size == 1
+        norms = (self._run if alone else _call)(_norms, [x for p in pieces for x in p], self._gradient_numbers(job))
+        ends = list(accumulate(len(p) for p in pieces))
+        per_tensor = [norms[end - len(p) : end] for end, p in zip(ends, pieces, strict=True)]
         job.norms = [n[0] if len(n) == 1 else torch.linalg.vector_norm(torch.stack(n)) for n in per_tensor]
-        return [unit_norm_factor(norm) for norm in job.norms]
+        job.factors = job.norms if self._compiled else list(clip_factors(torch.stack(job.norms)).unbind())
 
     def _all_finite(self, jobs: list["Job"]) -> Tensor:
         """0-d bool: whether this step is to be taken, from gradients alone, so that all ranks agree."""
-        if self.found_inf is not None:
-            return self.found_inf == 0
-        known = [n for job in jobs if job.rule.direction == "adaptive" for n in job.norms]
-        rest = [p.grad for job in jobs if job.rule.direction != "adaptive" or not job.norms for p in job.params]
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None:
+            return found_inf == 0
+        known = [n for job in jobs if not job.is_matrix for n in job.norms]
+        rest = [p.grad for job in jobs if job.is_matrix or not job.norms for p in job.params]
         norms = known + ([get_total_norm(rest)] if rest else [])
         return torch.isfinite(torch.stack([n.double() for n in norms])).all()
 
-    def _estimate_numbers(self, job: "Job", ok: Tensor | None = None) -> EstimateNumbers:
-        like = job.params[0]
-        on = torch.ones((), device=like.device) if ok is None else ok
+    def _inverse_scale(self) -> Tensor | None:
+        scale = getattr(self, "grad_scale", None)
+        return None if scale is None else scale.reciprocal().nan_to_num(nan=0.0)
+
+    def _gradient_numbers(self, job: "Job", ok: Tensor | None = None) -> GradientNumbers:
+        like, inverse = job.params[0], self._inverse_scale()
         weight = None
         if job.rule.correction is not None:
             weight = torch.full((), correction_weight(*job.rule.correction), dtype=like.dtype, device=like.device)
-        inverse = None if self.grad_scale is None else self._inverse_scale().to(like.dtype)
-        return EstimateNumbers(on.to(like.dtype), inverse, weight)
+        take = torch.ones((), device=like.device) if ok is None else ok
+        return GradientNumbers(take.to(like.dtype), None if inverse is None else inverse.to(like.dtype), weight)
 
-    def _inverse_scale(self) -> Tensor:
-        return self.grad_scale.reciprocal().nan_to_num(nan=0.0)
+    def _step_numbers(self, job: "Job", ok: Tensor) -> tuple[Step, Any]:
+        """What the direction is told of the step, and its numbers in the dtype of the parameters."""
+        count = torch.ones((), dtype=torch.float64, device=ok.device)
+        if job.count is not None:
+            count = job.count.add_(ok).clamp(min=1)
+        step = Step(ok.double(), count, job.rule.lr, job.rule.weight_decay, self._calls)
+        numbers = job.rule.direction.numbers(step)
+        return step, type(numbers)(*(n.to(job.params[0].dtype) for n in numbers))
 
-    def _step_adaptive(self, job: "Job", ok: Tensor) -> None:
-        job.steps.add_(ok)
-        r, like = job.rule, job.params[0]
-        numbers = adaptive_numbers(ok, job.steps.clamp(min=1), r.lr, r.weight_decay, r.betas, r.eps, r.eps_first)
-        numbers = type(numbers)(*(n.to(like.dtype) for n in numbers))
-        pieces = self._pieces(job, ("previous", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
-        arguments = (ok, job.steps, r.lr, r.weight_decay, r.betas, r.eps)
-        kernel = None if r.eps_first or self._compiled else adaptive_kernel(*arguments)
-        self._run(_adaptive_all, pieces, self._estimate_numbers(job, ok), job.remember, numbers, kernel)
-
-    def _step_signed(self, job: "Job", ok: Tensor) -> None:
-        numbers = momentum_numbers(ok, job.params[0], job.rule.lr, job.rule.weight_decay, job.rule.momentum)
-        pieces = self._pieces(job, ("previous", "momentum"))
-        self._run(_signed_all, pieces, self._estimate_numbers(job, ok), job.remember, numbers)
-
-    def _pieces(self, job: "Job", keys: tuple[str, ...]) -> list[tuple]:
-        """(clip factor, p, grad, *state tensors, scratch) of every parameter, on a CPU in blocks that fit its cache."""
-        out = []
+    def _update_elementwise(self, job: "Job", ok: Tensor) -> None:
+        direction = job.rule.direction
+        step, numbers = self._step_numbers(job, ok)
+        kernel = None if self._compiled else direction.cpu_kernel(step)
+        keys, pieces = ("previous", *direction.state_names), []
         for p, factor in zip(job.params, job.factors, strict=True):
-            out += [(factor, *piece) for piece in self._cut((p, p.grad, *(self.state[p].get(k) for k in keys)))]
-        return out
+            pieces += [(factor, *piece) for piece in self._cut((p, p.grad, *map(self.state[p].get, keys)))]
+        self._run(_update_all, pieces, self._gradient_numbers(job, ok), job.remember, direction.update, numbers, kernel)
 
     def _cut(self, tensors: tuple[Tensor | None, ...]) -> list[tuple]:
         """Tensors of one shape as tuples of blocks, each with scratch memory that stays in the cache.
@@ -313,72 +336,70 @@ class ComposedOptimizer(Optimizer):
         """Call one of the functions below this class, compiled if this optimizer is."""
         if not self._compiled:
             return function(*arguments)
-        if function not in self._compilations:
-            self._compilations[function] = torch.compile(function, dynamic=False)
-        return self._compilations[function](*arguments)
+        if function not in self._functions:
+            self._functions[function] = torch.compile(function, dynamic=False)
+        return self._functions[function](*arguments)
 
-    def _start_families(self, job: "Job", ok: Tensor) -> Iterator["Transfer"]:
-        """Momentum and Newton-Schulz of the matrices this rank owns, family by family of one shape.
+    def _start_matrices(self, job: "Job", ok: Tensor) -> Iterator["Transfer"]:
+        """Directions of the matrices this rank owns, family by family of one shape.
 
-        Each family's results are on their way to the other ranks while the next one is computed.
+        Each family's results travel to the other ranks while the next family is worked on.
         """
-        r, group = job.rule, job.group
-        blocks = group.get("blocks", 1)
-        numbers = momentum_numbers(ok, job.params[0], r.lr, r.weight_decay, r.momentum)
-        estimate_numbers = self._estimate_numbers(job, ok)
-        dtype = newton_schulz_dtype(r.ns_dtype, job.params[0].device)
+        direction, blocks = job.rule.direction, job.group.get("blocks", 1)
+        step, numbers = self._step_numbers(job, ok)
+        gradient_numbers = self._gradient_numbers(job, ok)
+        dtype = direction.shared_dtype(job.params[0].device)
         factors = dict(zip((p for p in job.params if p in self.state), job.factors, strict=True))
-        for family in by_shape((p for p in group["params"] if p in self.owner), blocks):
-            mine = [p for p in family if self.owner[p] == self.share.rank]
-            done = {}
-            for batch in self._batches([p for p in mine if p.grad is not None]):
-                used = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in batch]
-                pieces = [
-                    (factors[p], *piece)
-                    for p, u in zip(batch, used, strict=True)
-                    for piece in self._cut((p.grad, self.state[p].get("previous"), self.state[p]["momentum"], u))
-                ]
-                self._run(_mix_all, pieces, estimate_numbers, job.remember, numbers)
-                wide = [as_wide_matrices(u, blocks) for u in used]
+        members = (p for p in job.group["params"] if p in self.ownership.owner)
+        for family in families(members, blocks):
+            results: dict[Tensor, Tensor] = {}
+            for batch in _batches([p for p in family if p in factors]):
+                gathered = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in batch]
+                pieces = []
+                for p, out in zip(batch, gathered, strict=True):
+                    averages = [self.state[p].get(k) for k in ("previous", *direction.state_names)]
+                    pieces += [(factors[p], *piece) for piece in self._cut((out, p.grad, *averages))]
+                self._run(_accumulate_all, pieces, gradient_numbers, job.remember, direction.accumulate, numbers)
+                wide = [as_wide_matrices(x, blocks) for x in gathered]
                 stack = torch.cat(wide) if len(wide) > 1 else wide[0]
-                done |= zip(batch, orthogonalize(stack, r.ns_steps, r.eps, dtype).split(blocks), strict=True)
-            like = as_wide_matrices(family[0], blocks)
-            work, shared = self.share.gather([done.get(p) for p in mine], len(family), like.shape, dtype, like.device)
-            updates = [
-                (p, o, numbers.rate * orthogonal_scale(r.scale, *matrix_shape(p, blocks)))
-                for p, o in zip(family, shared, strict=True)
-                if p.grad is not None
-            ]
+                found = direction.directions(stack, [self.state[p] for p in batch], step)
+                results |= zip(batch, found.split(blocks), strict=True)
+            shape = as_wide_matrices(family[0], blocks).shape
+            work, shared = self.ownership.gather(family, results, shape, dtype)
+            rates: dict[float, Tensor] = {}
+            updates = []
+            for p, result in zip(family, shared, strict=True):
+                if p.grad is not None:
+                    scale = direction.scale(*matrix_shape(p, blocks))
+                    rate = rates.setdefault(scale, numbers.rate * scale)
+                    updates.append((p, from_wide_matrices(result, p, blocks), rate))
             yield Transfer(work, updates, numbers.decay)
-
-    def _batches(self, params: list[Tensor]) -> list[list[Tensor]]:
-        """What is orthogonalized together: on a GPU as many as memory allows; on a CPU one by one, which is as fast,
-        needs less memory, and gives results that do not depend on who else is there."""
-        if not params:
-            return []
-        count = max(1, BATCH // params[0].numel()) if params[0].device.type == "cuda" else 1
-        return [params[i : i + count] for i in range(0, len(params), count)]
 
 
 @dataclass
 class Transfer:
-    """Orthogonal directions on their way between ranks, and the weights they will move."""
+    """Directions of matrices on their way between ranks, and the weights they will move."""
 
     work: torch.distributed.Work | None  # None: nothing to wait for
-    updates: list[tuple[Tensor, Tensor, Tensor]]  # weight, direction (blocks, m, n), rate
+    updates: list[tuple[Tensor, Tensor, Tensor]]  # weight, direction, rate
     decay: Tensor
 
 
 @dataclass
 class Job:
-    """One rule at work: the parameters of one role in one group that have a gradient."""
+    """One rule at work: parameters of one role in one group, of one step count, that have a gradient."""
 
     rule: Rule
     params: list[Tensor]
     group: dict[str, Any]
-    steps: Tensor | None  # adaptive: steps taken, 0-d
-    norms: list[Tensor] = field(default_factory=list)  # of the estimates that are to be clipped
+    count: Tensor | None  # steps taken, 0-d; None if the direction does not count them
+    norms: list[Tensor] = field(default_factory=list)  # of the gradients that are clipped
+    # of the parameters this rank holds: clipping factors, or in compiled code the norms they follow from
     factors: list[Tensor | None] = field(default_factory=list)
+
+    @property
+    def is_matrix(self) -> bool:
+        return isinstance(self.rule.direction, MatrixDirection)
 
     @property
     def remember(self) -> bool:
@@ -397,35 +418,42 @@ def _check_gradients(params: list[Tensor]) -> None:
             )
 
 
+def _batches(params: list[Tensor]) -> list[list[Tensor]]:
+    """What is worked on together: on a GPU as many matrices as memory allows; on a CPU one by one, which is as fast,
+    needs less memory, and gives results that do not depend on which matrices a rank owns."""
+    if not params:
+        return []
+    count = max(1, BATCH // params[0].numel()) if params[0].device.type == "cuda" else 1
+    return [params[i : i + count] for i in range(0, len(params), count)]
+
+
 # ---- functions over lists of tensors, plain or compiled
 
 
-def _estimate_norms(pieces: list[tuple], numbers: EstimateNumbers) -> list[Tensor]:
-    return [estimate_norm(g, previous, numbers, scratch) for g, previous, scratch in pieces]
+def _call(function: Callable, *arguments: Any) -> Any:
+    return function(*arguments)
 
 
-def _adaptive_all(
-    pieces: list[tuple], e: EstimateNumbers, remember: bool, n: AdaptiveNumbers, kernel: Callable | None
+def _norms(pieces: list[tuple], numbers: GradientNumbers) -> list[Tensor]:
+    return [corrected_norm(grad, previous, numbers, scratch) for grad, previous, scratch in pieces]
+
+
+def _update_all(
+    pieces: list[tuple], g: GradientNumbers, remember: bool, update: Callable, n: Any, kernel: Callable | None
 ) -> None:
-    for factor, p, g, previous, m, v, v_max, scratch in pieces:
-        c = taken(g, previous, factor, e, remember, scratch)
+    for factor, p, grad, previous, *state, scratch in pieces:
+        gradient = clipped_gradient(grad, previous, factor, g, remember, scratch)
         if kernel is not None and scratch[0] is not None:  # a block of contiguous tensors on a CPU
-            kernel(p, c, m, v, v_max)
+            kernel(p, gradient, state)
         else:
-            adaptive(p, c, m, v, v_max, n, scratch[0])
+            update(p, gradient, state, n, scratch[0])
 
 
-def _signed_all(pieces: list[tuple], e: EstimateNumbers, remember: bool, n: MomentumNumbers) -> None:
-    for factor, p, g, previous, m, scratch in pieces:
-        signed(p, taken(g, previous, factor, e, remember, scratch), m, n)
+def _accumulate_all(pieces: list[tuple], g: GradientNumbers, remember: bool, accumulate: Callable, n: Any) -> None:
+    for factor, out, grad, previous, *state, scratch in pieces:
+        accumulate(clipped_gradient(grad, previous, factor, g, remember, scratch), state, n, out)
 
 
-def _mix_all(pieces: list[tuple], e: EstimateNumbers, remember: bool, n: MomentumNumbers) -> None:
-    for factor, g, previous, m, used, scratch in pieces:
-        mix(taken(g, previous, factor, e, remember, scratch), m, n, out=used)
-
-
-def _apply_all(updates: list[tuple], decay: Tensor) -> None:
+def _move_all(updates: list[tuple[Tensor, Tensor, Tensor]], decay: Tensor) -> None:
     for p, direction, rate in updates:
-        rows = direction.mT if direction.size(1) * direction.size(0) != p.shape[0] else direction
-        p.mul_(decay).addcmul_(rows.reshape(p.shape).to(p.dtype), rate, value=-1)
+        p.mul_(decay).addcmul_(direction.to(p.dtype), rate, value=-1)

@@ -1,158 +1,255 @@
-"""The three directions as pure rules: they update their own averages and the weight, and decide nothing.
+"""Directions: how a gradient moves a weight. A direction updates its own averages and the weight, nothing else.
 
-Every number that may change during a run enters as a 0-d tensor, so that a compiled rule is compiled
-once, and the host never waits for the device. `Numbers` are neutral for a step that is to be skipped:
-averages keep their values and the weight is multiplied by 1 and moved by 0.
+The gradient that a direction receives may already be corrected (variance reduction) and clipped. Every number that
+may change during a run enters as a 0-d tensor, so a compiled update is compiled once and the host never waits for
+the device.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+State = dict[str, Tensor]  # state tensors of one parameter, by name
+
+
+class Step(NamedTuple):
+    """What a direction has to know of the coming step."""
+
+    take: Tensor  # 0-d float64: 1, or 0 if the step is skipped because a gradient is not finite
+    count: Tensor  # 0-d float64: number of this step, from 1; 1 for directions that do not count steps
+    lr: float
+    weight_decay: float
+    index: int  # number of this call of `step()`, from 1, skipped ones included; known to the host
+
+    def weight(self, x: float | Tensor) -> Tensor:
+        """A mixing weight that is 0 in a skipped step, for `average.lerp_(new, weight)`."""
+        return self.take * x
+
+    @property
+    def decay(self) -> Tensor:
+        """What decoupled weight decay multiplies a weight with; 1 in a skipped step."""
+        return 1 - self.take * (self.lr * self.weight_decay)
+
+    @property
+    def rate(self) -> Tensor:
+        """The learning rate; 0 in a skipped step."""
+        return self.take * self.lr
+
+
+class Direction:
+    """Base of the directions, which are frozen dataclasses of their own hyperparameters.
+
+    A subclass names its state tensors, turns its hyperparameters into the numbers of a step, and updates with them.
+    `numbers` runs once a step; `update` runs for every parameter, possibly compiled, possibly block by block, so it
+    must be elementwise. A skipped step must change nothing: use `step.weight`, `step.decay` and `step.rate`.
+    """
+
+    label: ClassVar[str]  # the direction's name in the table of parameters
+    state_names: tuple[str, ...]  # state tensors of the parameter's shape, in the order that `update` receives them
+    counts_steps: ClassVar[bool] = False  # whether `numbers` reads step.count
+
+    def state(self, p: Tensor, blocks: int = 1) -> State:
+        """State of a parameter before its first step. blocks: row blocks that a matrix is treated as."""
+        return {name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name in self.state_names}
+
+    def numbers(self, step: Step) -> NamedTuple:
+        """The 0-d tensors of a step; the caller converts them to the parameters' dtype."""
+        raise NotImplementedError
+
+    @staticmethod
+    def update(p: Tensor, gradient: Tensor, state: list[Tensor], n: Any, scratch: Tensor | None) -> None:
+        """Update p and its state in place; `gradient` may be overwritten.
+
+        n: the result of `numbers`. scratch: memory of the same shape to work in, or None.
+        """
+        raise NotImplementedError
+
+    def cpu_kernel(self, step: Step) -> Callable[[Tensor, Tensor, list[Tensor]], None] | None:
+        """`update` as one kernel for contiguous tensors on a CPU in eager mode, if there is one."""
+        return None
+
+
+class MatrixDirection(Direction):
+    """Base of the directions that need a whole matrix. Every matrix is worked on by the rank that owns it.
+
+    `accumulate` runs first, elementwise, for every matrix; `directions` then sees a stack of its results. The
+    weights move by -lr * scale * direction on every rank.
+    """
+
+    @staticmethod
+    def accumulate(gradient: Tensor, state: list[Tensor], n: Any, out: Tensor) -> None:
+        """Update elementwise state and fill `out`, which `directions` receives; by default with the gradient."""
+        out.copy_(gradient)
+
+    def directions(self, stack: Tensor, states: list[State], step: Step) -> Tensor:
+        """Directions (count, m, n) of a stack of matrices (count, m, n) with m <= n, the tall ones transposed.
+
+        states: of the parameters in the stack; a parameter in several blocks has as many consecutive matrices.
+        """
+        raise NotImplementedError
+
+    def shared_dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype in which ranks exchange directions."""
+        return torch.float32
+
+    def scale(self, rows: int, columns: int) -> float:
+        """Factor on the learning rate of a matrix (rows, columns)."""
+        return 1.0
+
+    def cost(self, rows: int, columns: int) -> float:
+        """Relative work on a matrix, by which ranks share the matrices evenly."""
+        small, large = sorted((rows, columns))
+        return small * small * (2 * large + small)
+
+
+class AdaptiveNumbers(NamedTuple):
+    """Numbers of `Adaptive.update`, which divides by `root_factor` sqrt(v) + `eps_term`."""
+
+    decay: Tensor
+    weight1: Tensor
+    weight2: Tensor
+    root_factor: Tensor
+    eps_term: Tensor
+
+
+@dataclass(frozen=True)
+class Adaptive(Direction):
+    """Adam (Kingma and Ba 2015) with decoupled weight decay (Loshchilov and Hutter 2019).
+
+    m <- beta1 m + (1 - beta1) g;  v <- beta2 v + (1 - beta2) g^2
+    p <- (1 - lr wd) p - lr m_hat / (sqrt(v_hat) + eps)
+
+    amsgrad: divide by the running maximum of v. eps_first: add eps before the bias correction of v.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    amsgrad: bool = False
+    eps_first: bool = False
+    label = "adaptive"
+    counts_steps = True
+
+    @property
+    def state_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if self.amsgrad else ())
+
+    def numbers(self, step: Step) -> AdaptiveNumbers:
+        """lr m_hat / (sqrt(v_hat) + eps) = m / (root_factor sqrt(v) + eps_term).
+
+        root_factor = correction1 / (lr sqrt(correction2)); eps_term = eps correction1 / lr, or eps root_factor if
+        eps is added first. The term is infinite where the weight must not move.
+        """
+        beta1, beta2 = self.betas
+        correction1, correction2 = 1 - beta1**step.count, 1 - beta2**step.count
+        lr = step.lr or 1.0
+        root_factor = correction1 / correction2.sqrt() / lr
+        eps_term = self.eps * root_factor if self.eps_first else self.eps * correction1 / lr
+        moves = step.take > 0 if step.lr else torch.zeros_like(step.take, dtype=torch.bool)
+        eps_term = torch.where(moves, eps_term, torch.inf)
+        return AdaptiveNumbers(step.decay, step.weight(1 - beta1), step.weight(1 - beta2), root_factor, eps_term)
+
+    @staticmethod
+    def update(p: Tensor, gradient: Tensor, state: list[Tensor], n: AdaptiveNumbers, scratch: Tensor | None) -> None:
+        m, v, *largest = state
+        m.lerp_(gradient, n.weight1)
+        v.lerp_(torch.mul(gradient, gradient, out=gradient), n.weight2)
+        v_used = torch.maximum(largest[0], v, out=largest[0]) if largest else v
+        denominator = torch.sqrt(v_used, out=scratch).mul_(n.root_factor).add_(n.eps_term)
+        p.mul_(n.decay).addcdiv_(m, denominator, value=-1)
+
+    def cpu_kernel(self, step: Step) -> Callable[[Tensor, Tensor, list[Tensor]], None] | None:
+        """The kernel of torch's fused AdamW: one pass over memory where `update` makes eight."""
+        if self.eps_first:
+            return None
+        count, skip = step.count.float(), 1 - step.take.float()
+        numbers = dict(lr=step.lr, beta1=self.betas[0], beta2=self.betas[1], weight_decay=step.weight_decay)
+        numbers |= dict(eps=self.eps, maximize=False, amsgrad=self.amsgrad, found_inf=skip)
+
+        def kernel(p: Tensor, gradient: Tensor, state: list[Tensor]) -> None:
+            m, v, *largest = ([t] for t in state)
+            torch._fused_adamw_([p], [gradient], m, v, largest[0] if largest else [], [count], **numbers)
+
+        return kernel
+
 
 @dataclass(frozen=True)
 class Momentum:
-    """Two mixes of the old momentum and the gradient: what is stored, and what gives the direction."""
+    """Two mixtures of the old momentum and the gradient: the stored momentum, and the one that gives the direction."""
 
-    keep: tuple[float, float]  # momentum' = keep[0] momentum + keep[1] gradient
-    use: tuple[float, float]  # direction of use[0] momentum + use[1] gradient, with the old momentum
+    stored: tuple[float, float]  # new momentum = stored[0] * momentum + stored[1] * gradient
+    used: tuple[float, float]  # the direction is that of used[0] * momentum + used[1] * gradient
 
 
 def summed(beta: float, nesterov: bool = False) -> Momentum:
-    """m' = beta m + g; direction of m', or with Nesterov of g + beta m' (Muon)."""
+    """m <- beta m + g; direction of m, or with Nesterov of g + beta m (Muon)."""
     return Momentum((beta, 1.0), (beta * beta, 1 + beta) if nesterov else (beta, 1.0))
 
 
 def averaged(beta: float) -> Momentum:
-    """m' = beta m + (1 - beta) g; direction of m' (MARS, MARS-M)."""
+    """m <- beta m + (1 - beta) g; direction of m (MARS, MARS-M)."""
     return Momentum((beta, 1 - beta), (beta, 1 - beta))
 
 
-def mixed(beta: float, gamma: float) -> Momentum:
-    """n' = beta n + (1 - beta)(1 - gamma) g; direction of n' + gamma g.
+def corrected_average(beta: float, gamma: float) -> Momentum:
+    """n <- beta n + (1 - beta)(1 - gamma) g; direction of n + gamma g.
 
-    Equals `averaged` on the corrected, unclipped gradient at constant gamma, previous gradient zero at
-    the first step, without keeping a previous gradient: with m the momentum there, n = m - gamma g.
+    At constant gamma this equals `averaged` on the corrected gradient without clipping, with n = m - gamma g, so the
+    previous gradient need not be kept.
     """
-    inflow = (1 - beta) * (1 - gamma)
-    return Momentum((beta, inflow), (beta, inflow + gamma))
+    weight = (1 - beta) * (1 - gamma)
+    return Momentum((beta, weight), (beta, weight + gamma))
 
 
 def interpolated(beta1: float, beta2: float) -> Momentum:
-    """m' = beta2 m + (1 - beta2) g; direction of beta1 m + (1 - beta1) g (Lion)."""
+    """m <- beta2 m + (1 - beta2) g; direction of beta1 m_old + (1 - beta1) g (Lion)."""
     return Momentum((beta2, 1 - beta2), (beta1, 1 - beta1))
 
 
-class AdaptiveNumbers(NamedTuple):
-    """Scalars of `adaptive`; the weight is divided by `root` sqrt(v) + `floor`, see there."""
-
-    decay: Tensor
-    inflow1: Tensor
-    inflow2: Tensor
-    root: Tensor
-    floor: Tensor
-
-
 class MomentumNumbers(NamedTuple):
-    """Scalars of `mix` and of the update that follows."""
+    """Numbers of `mix` and of the update that follows it."""
 
     decay: Tensor
     rate: Tensor
-    keep_momentum: Tensor
-    keep_gradient: Tensor
-    use_momentum: Tensor
-    use_gradient: Tensor
+    stored_momentum: Tensor
+    stored_gradient: Tensor
+    used_momentum: Tensor
+    used_gradient: Tensor
 
 
-def adaptive_numbers(
-    ok: Tensor, step: Tensor, lr: float, weight_decay: float, betas: tuple[float, float], eps: float, eps_first: bool
-) -> AdaptiveNumbers:
-    """Scalars of an Adam step, float64. ok (0-d bool): whether to take it; step (0-d): its number, from 1.
-
-    lr m_hat / (sqrt(v_hat) + eps) = m / (root sqrt(v) + floor) with root = bc1 / (lr sqrt(bc2)) and
-    floor = eps bc1 / lr, or eps root if eps is added before v's bias correction.
-    """
-    beta1, beta2 = betas
-    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-    on = ok.to(step.dtype)
-    root = correction1 / correction2.sqrt() / (lr or 1.0)
-    floor = eps * root if eps_first else eps * correction1 / (lr or 1.0)
-    return AdaptiveNumbers(
-        decay=1 - on * (lr * weight_decay),
-        inflow1=on * (1 - beta1),
-        inflow2=on * (1 - beta2),
-        root=root,
-        # where nothing is to move, the weight is moved by m / inf
-        floor=torch.where(ok, floor, torch.inf) if lr else torch.full_like(floor, torch.inf),
-    )
-
-
-def momentum_numbers(ok: Tensor, like: Tensor, lr: float, weight_decay: float, momentum: Momentum) -> MomentumNumbers:
-    """Scalars of a momentum step in the dtype and on the device of `like`; ok as in `adaptive_numbers`."""
-    on = ok.to(like.dtype)
+def momentum_numbers(momentum: Momentum, step: Step) -> MomentumNumbers:
+    """The numbers of a momentum step; a skipped step keeps the momentum."""
     return MomentumNumbers(
-        decay=1 - on * (lr * weight_decay),
-        rate=on * lr,
-        keep_momentum=1 - on * (1 - momentum.keep[0]),
-        keep_gradient=on * momentum.keep[1],
-        use_momentum=on * momentum.use[0],
-        use_gradient=on * momentum.use[1],
+        step.decay,
+        step.rate,
+        1 - step.weight(1 - momentum.stored[0]),
+        step.weight(momentum.stored[1]),
+        step.weight(momentum.used[0]),
+        step.weight(momentum.used[1]),
     )
 
 
-def adaptive(
-    p: Tensor, c: Tensor, m: Tensor, v: Tensor, v_max: Tensor | None, n: AdaptiveNumbers, scratch: Tensor | None = None
-) -> None:
-    """Adam (Kingma and Ba 2015) with decoupled decay: p <- (1 - lr wd) p - lr m_hat / (sqrt(v_hat) + eps).
-
-    p, c, m, v of one shape; p, m and v are updated in place and c is used up. v_max: the running maximum of v
-    (AMSGrad). scratch: memory to work in.
-    """
-    m.lerp_(c, n.inflow1)
-    v.lerp_(torch.mul(c, c, out=c), n.inflow2)  # c is not needed any more
-    root = torch.sqrt(v if v_max is None else torch.maximum(v_max, v, out=v_max), out=scratch)
-    p.mul_(n.decay).addcdiv_(m, root.mul_(n.root).add_(n.floor), value=-1)
-
-
-def adaptive_kernel(
-    ok: Tensor, step: Tensor, lr: float, weight_decay: float, betas: tuple[float, float], eps: float
-) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], None]:
-    """`adaptive` as one pass of the kernel behind torch's fused AdamW, for contiguous p, c, m, v, v_max on a CPU.
-
-    ok and step as in `adaptive_numbers`. For eager mode, where `adaptive` makes eight passes.
-    """
-    numbers = dict(lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=weight_decay, eps=eps, maximize=False)
-    count, skip = step.float(), 1 - ok.float()
-
-    def kernel(p: Tensor, c: Tensor, m: Tensor, v: Tensor, v_max: Tensor | None) -> None:
-        largest = dict(amsgrad=v_max is not None, found_inf=skip)
-        torch._fused_adamw_([p], [c], [m], [v], [v_max] if v_max is not None else [], [count], **numbers, **largest)
-
-    return kernel
-
-
-def mix(c: Tensor, m: Tensor, n: MomentumNumbers, out: Tensor) -> Tensor:
-    """Update momentum m in place with gradient c; fills and returns `out`, which gives the direction. One shape."""
-    torch.mul(m, n.use_momentum, out=out).addcmul_(c, n.use_gradient)
-    m.mul_(n.keep_momentum).addcmul_(c, n.keep_gradient)
+def mix(gradient: Tensor, m: Tensor, n: MomentumNumbers, out: Tensor) -> Tensor:
+    """Update the momentum m in place; fill and return `out`, which gives the direction. All of one shape."""
+    torch.mul(m, n.used_momentum, out=out).addcmul_(gradient, n.used_gradient)
+    m.mul_(n.stored_momentum).addcmul_(gradient, n.stored_gradient)
     return out
 
 
-def signed(p: Tensor, c: Tensor, m: Tensor, n: MomentumNumbers) -> None:
-    """Lion's direction (Chen et al. 2023): p <- (1 - lr wd) p - lr sign(used)."""
-    p.mul_(n.decay).addcmul_(mix(c, m, n, out=torch.empty_like(c)).sign_(), n.rate, value=-1)
+@dataclass(frozen=True)
+class Sign(Direction):
+    """Lion's direction (Chen et al. 2023): p <- (1 - lr wd) p - lr sign(momentum)."""
 
+    momentum: Momentum
+    label = "sign"
+    state_names = ("momentum",)
 
-def orthogonal_scale(kind: str, rows: int, columns: int) -> float:
-    """Factor on the learning rate of an orthogonalized matrix (rows, columns).
+    def numbers(self, step: Step) -> MomentumNumbers:
+        return momentum_numbers(self.momentum, step)
 
-    "original": sqrt(max(1, rows/columns)) (K. Jordan); "moonlight": 0.2 sqrt(max(rows, columns)), the
-    root mean square of an Adam update (Liu et al. 2025, arXiv 2502.16982).
-    """
-    if kind == "original":
-        return max(1.0, rows / columns) ** 0.5
-    assert kind == "moonlight"
-    return 0.2 * max(rows, columns) ** 0.5
+    @staticmethod
+    def update(p: Tensor, gradient: Tensor, state: list[Tensor], n: MomentumNumbers, scratch: Tensor | None) -> None:
+        used = mix(gradient, state[0], n, out=torch.empty_like(gradient))
+        p.mul_(n.decay).addcmul_(used.sign_(), n.rate, value=-1)

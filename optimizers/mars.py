@@ -8,37 +8,76 @@ mars-shampoo  m average of c;            p <- p - lr (wd p + sqrt(max(1, rows/co
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from optimizers.composed import ComposedOptimizer
-from optimizers.directions import averaged, summed
-from optimizers.newton_schulz import NS_DTYPES
-from optimizers.roles import Claim, grouped
-from optimizers.rules import Rule, choice_faults, fraction_faults, number_faults
+from optimizers.directions import Adaptive, Direction, Sign, averaged, summed
+from optimizers.newton_schulz import NSDtype, Orthogonal
+from optimizers.options import option
+from optimizers.settings import Rule, Settings
 
-TYPES = ("mars-adamw", "mars-lion", "mars-shampoo")
+MARSType = Literal["mars-adamw", "mars-lion", "mars-shampoo"]
 
 
-def mars_faults(group: dict[str, Any]) -> list[str]:
-    """What is wrong with the hyperparameters of MARS, a line each."""
-    numbers = {k: group[k] for k in ("lr", "eps", "weight_decay", "gamma", "lr_1d", "weight_decay_1d")}
-    out = number_faults(**numbers) + fraction_faults(betas=group["betas"], betas_1d=group["betas_1d"])
-    return out + choice_faults(mars_type=(group["mars_type"], TYPES), ns_dtype=(group["ns_dtype"], NS_DTYPES))
+@dataclass(frozen=True)
+class MARSConfig(Settings):
+    """MARS on matrices and embeddings, AdamW on vectors; only matrices are decayed."""
+
+    lr: float = option(6e-3, "peak learning rate", least=0)
+    betas: tuple[float, float] = option(
+        (0.95, 0.99), "decay of the first and second moment; the correction uses the first", least=0, below=1
+    )
+    eps: float = option(1e-8, "added to sqrt(v_hat); mars-shampoo: to the norm, too", least=0)
+    weight_decay: float = option(0.01, "weight decay of matrices", least=0)
+    gamma: float = option(0.025, "strength of the correction", least=0)
+    gamma_end: float | None = option(
+        None, "final value of gamma, which moves there linearly over the run; none: constant", least=0, run_only=True
+    )
+    clip_c: bool = option(True, "clip the corrected gradient of each tensor to unit norm")
+    is_approx: bool = option(True, "false: exact correction, a second gradient per step")
+    mars_type: MARSType = option("mars-adamw", "direction of matrices")
+    optimize_1d: bool = option(False, "apply MARS to vectors, too")
+    lr_1d: float = option(3e-3, "peak learning rate of vectors", least=0)
+    betas_1d: tuple[float, float] = option((0.9, 0.95), "vectors: decay of both moments", least=0, below=1)
+    weight_decay_1d: float = option(0.0, "weight decay of vectors; 0.1 as published", least=0)
+    amsgrad: bool = option(False, "divide by the largest second moment so far")
+    ns_dtype: NSDtype = option("auto", "dtype of Newton-Schulz; auto: bfloat16 on a GPU, float32 on a CPU")
+
+    def rule(self, role: str, lr_factor: float) -> Rule:
+        if role == "vector" and not self.optimize_1d:
+            lr = self.lr_1d * lr_factor if lr_factor else self.lr
+            return Rule(Adaptive(self.betas_1d, self.eps, self.amsgrad), lr, self.weight_decay_1d)
+        correction = (self.gamma, self.betas[0])
+        return Rule(self.direction(role), self.lr, self.weight_decay, correction, self.clip_c)
+
+    def direction(self, role: str) -> Direction:
+        """The direction of a parameter whose gradient is corrected."""
+        if self.mars_type == "mars-lion":
+            return Sign(averaged(self.betas[0]))
+        if self.mars_type == "mars-shampoo" and role == "matrix":
+            # the official code divides the average by 1 - beta1 before Newton-Schulz: it is a sum
+            return Orthogonal(summed(self.betas[0]), "original", self.eps, ns_dtype=self.ns_dtype)
+        return Adaptive(self.betas, self.eps, self.amsgrad)
+
+    def moving(self) -> dict[str, float]:
+        return {} if self.gamma_end is None else {"gamma": self.gamma_end}
 
 
 class MARS(ComposedOptimizer):
     """MARS, a drop-in for the official class. State: 12 bytes a parameter for mars-adamw (16 with amsgrad), 8 for
     mars-lion and the matrices of mars-shampoo, 4 more in the exact form, 8 where AdamW is used.
 
-    params: parameters or groups; a parameter of exactly two dimensions is corrected, the others get AdamW
-    with betas_1d, weight_decay_1d and the rate lr lr_1d / (lr at construction), unless optimize_1d gives
-    them the MARS rule at the group's own numbers. A group's "role" overrides the count of dimensions;
-    "embedding" is corrected too, but never orthogonalized. At construction with lr = 0, lr_1d has no effect.
+    params: parameters or groups; a parameter of exactly two dimensions is corrected. The others get AdamW with
+    betas_1d, weight_decay_1d and the rate lr lr_1d / (lr at construction), unless optimize_1d gives them the MARS rule
+    at the group's own numbers. A group's "role" overrides the number of dimensions; "embedding" is corrected, too, but
+    never orthogonalized. At construction with lr = 0, lr_1d has no effect.
     clip_c: scale the corrected gradient of each tensor to at most unit norm, as the official code does.
     """
+
+    settings = MARSConfig
 
     def __init__(
         self,
@@ -50,72 +89,22 @@ class MARS(ComposedOptimizer):
         amsgrad: bool = False,
         gamma: float = 0.025,
         is_approx: bool = True,
-        mars_type: str = "mars-adamw",
+        mars_type: MARSType = "mars-adamw",
         optimize_1d: bool = False,
         lr_1d: float = 3e-3,
         betas_1d: tuple[float, float] = (0.9, 0.95),
         weight_decay_1d: float = 0.1,
         clip_c: bool = True,
-        ns_dtype: str = "auto",
+        ns_dtype: NSDtype = "auto",
         *,
         process_group: ProcessGroup | None = None,
         compiled: bool = False,
     ) -> None:
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, gamma=gamma)
-        defaults |= dict(is_approx=is_approx, mars_type=mars_type, clip_c=clip_c, ns_dtype=ns_dtype)
-        defaults |= dict(optimize_1d=optimize_1d, lr_1d=lr_1d, betas_1d=betas_1d, weight_decay_1d=weight_decay_1d)
-        super().__init__(params, defaults, process_group=process_group, compiled=compiled)
+        given = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
+        super().__init__(params, **given)
 
     def role_of(self, p: Tensor) -> str:
         return "matrix" if p.dim() == 2 else "vector"
 
-    def faults(self, group: dict[str, Any]) -> list[str]:
-        return mars_faults(group)
 
-    def rule(self, group: dict[str, Any], role: str) -> Rule:
-        shared = dict(eps=group["eps"], amsgrad=group["amsgrad"])
-        if role == "vector" and not group["optimize_1d"]:
-            constructed = group.get("constructed_lr", group["lr"])
-            ratio = group["lr_1d"] / constructed if constructed else 1.0
-            return Rule("adaptive", group["lr"] * ratio, group["weight_decay_1d"], betas=group["betas_1d"], **shared)
-        beta1 = group["betas"][0]
-        corrected = dict(lr=group["lr"], weight_decay=group["weight_decay"], correction=(group["gamma"], beta1))
-        corrected |= dict(clip=group["clip_c"])
-        if group["mars_type"] == "mars-lion":
-            return Rule("sign", **corrected, momentum=averaged(beta1))
-        if group["mars_type"] == "mars-shampoo" and role == "matrix":
-            # the official code divides the average by 1 - beta1 before Newton-Schulz: it is a sum
-            momentum = dict(momentum=summed(beta1), scale="original", eps=group["eps"], ns_dtype=group["ns_dtype"])
-            return Rule("orthogonal", **corrected, **momentum)
-        return Rule("adaptive", **corrected, betas=group["betas"], **shared)
-
-
-@dataclass(frozen=True)
-class MARSConfig:
-    """MARS on matrices and embeddings, AdamW on vectors; only matrices are decayed."""
-
-    lr: float = 6e-3  # peak learning rate
-    betas: tuple[float, float] = (0.95, 0.99)  # decay of the first and second moment; the first is in the correction
-    eps: float = 1e-8  # added to sqrt(v_hat); mars-shampoo: to the norm, too
-    weight_decay: float = 0.01  # of matrices
-    gamma: float = 0.025  # strength of the correction
-    gamma_end: float | None = None  # gamma moves there linearly over the run; none: it stays
-    clip_c: bool = True  # clip the corrected gradient of each tensor to unit norm
-    is_approx: bool = True  # false: exact correction, a second gradient per step
-    mars_type: str = "mars-adamw"  # "mars-adamw", "mars-lion" or "mars-shampoo"
-    optimize_1d: bool = False  # apply MARS to vectors too
-    lr_1d: float = 3e-3  # peak learning rate of vectors
-    betas_1d: tuple[float, float] = (0.9, 0.95)  # of vectors
-    weight_decay_1d: float = 0.0  # of vectors; 0.1 as published
-    amsgrad: bool = False  # divide by the largest second moment so far
-    ns_dtype: str = "auto"  # mars-shampoo: "auto" (bfloat16 on a GPU, float32 on a CPU), "bfloat16" or "float32"
-
-    def faults(self) -> list[str]:
-        """Everything wrong with this config, a line each."""
-        return mars_faults(vars(self)) + number_faults(gamma_end=self.gamma_end or 0.0)
-
-    def build(self, claims: list[Claim], group: ProcessGroup | None = None, compiled: bool = False) -> MARS:
-        """MARS over the claimed parameters."""
-        arguments = {k: v for k, v in vars(self).items() if k not in ("weight_decay", "gamma_end")}
-        groups = grouped(claims, weight_decay={"matrix": self.weight_decay, "embedding": 0.0, "vector": 0.0})
-        return MARS(groups, **arguments, process_group=group, compiled=compiled)
+MARSConfig.optimizer = MARS

@@ -1,145 +1,97 @@
-"""Muon (Jordan et al. 2024; Moonlight: Liu et al. 2025, arXiv 2502.16982): the raw gradient times the
-orthogonal direction on matrices, AdamW on the rest.
+"""Muon (Jordan et al. 2024; Moonlight: Liu et al. 2025, arXiv 2502.16982): orthogonalized momentum on matrices,
+AdamW on the rest.
 
-    m <- mu m + g;  O = NewtonSchulz(g + mu m, or m without Nesterov);  p <- (1 - lr wd) p - lr s O
+m <- mu m + g;  O = NewtonSchulz(g + mu m, or m without Nesterov);  p <- (1 - lr wd) p - lr scale O
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
-
-from torch.distributed import ProcessGroup
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from optimizers.composed import ComposedOptimizer
-from optimizers.directions import summed
-from optimizers.newton_schulz import NS_DTYPES
-from optimizers.roles import Claim, grouped
-from optimizers.rules import Rule, choice_faults, count_faults, fraction_faults, number_faults
-
-SCALES = ("moonlight", "original")
-
-
-def adamw_rule(group: dict[str, Any]) -> Rule:
-    """AdamW on what is no matrix, beside Muon and MARS-M."""
-    return Rule(
-        "adaptive",
-        group["lr"],
-        group["weight_decay"],
-        betas=group["adamw_betas"],
-        eps=group["adamw_eps"],
-        eps_first=group["adamw_eps_first"],
-    )
-
-
-def common_faults(group: dict[str, Any]) -> list[str]:
-    """What Muon and MARS-M check alike."""
-    numbers = {k: group[k] for k in ("lr", "weight_decay", "adamw_eps")}
-    fractions = {k: group[k] for k in ("momentum", "adamw_betas")}
-    out = number_faults(**numbers) + fraction_faults(**fractions)
-    out += choice_faults(scale=(group["scale"], SCALES), ns_dtype=(group["ns_dtype"], NS_DTYPES))
-    return out + count_faults(ns_steps=group["ns_steps"])
-
-
-class Muon(ComposedOptimizer):
-    """Muon. State: 4 bytes a matrix parameter, divided over the ranks of process_group, and 8 elsewhere.
-
-    params: parameters or groups; a group's "role" ("matrix", "embedding", "vector") decides between Muon
-    and AdamW, and without one the number of dimensions does. Put embeddings in a group of their own role.
-    scale: "moonlight", 0.2 sqrt(max(rows, columns)), or "original", sqrt(max(1, rows/columns)).
-    adamw_eps_first: add eps before the bias correction of v, as Moonlight's code does.
-    """
-
-    def __init__(
-        self,
-        params: Iterable,
-        lr: float = 2e-2,
-        weight_decay: float = 0.0,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        scale: str = "moonlight",
-        ns_steps: int = 5,
-        adamw_betas: tuple[float, float] = (0.9, 0.95),
-        adamw_eps: float = 1e-8,
-        adamw_eps_first: bool = True,
-        ns_dtype: str = "auto",
-        *,
-        process_group: ProcessGroup | None = None,
-        compiled: bool = False,
-    ) -> None:
-        defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, scale=scale)
-        defaults |= dict(ns_steps=ns_steps, ns_dtype=ns_dtype)
-        defaults |= dict(adamw_betas=adamw_betas, adamw_eps=adamw_eps, adamw_eps_first=adamw_eps_first)
-        super().__init__(params, defaults, process_group=process_group, compiled=compiled)
-
-    def faults(self, group: dict[str, Any]) -> list[str]:
-        return common_faults(group)
-
-    def rule(self, group: dict[str, Any], role: str) -> Rule:
-        if role != "matrix":
-            return adamw_rule(group)
-        return Rule(
-            "orthogonal",
-            group["lr"],
-            group["weight_decay"],
-            momentum=summed(group["momentum"], group["nesterov"]),
-            scale=group["scale"],
-            eps=1e-7,
-            ns_steps=group["ns_steps"],
-            ns_dtype=group["ns_dtype"],
-        )
+from optimizers.directions import Adaptive, Momentum, summed
+from optimizers.newton_schulz import NSDtype, Orthogonal, Scale
+from optimizers.options import option
+from optimizers.roles import Assignment, grouped
+from optimizers.settings import Rule, Settings
 
 
 @dataclass(frozen=True)
-class OrthogonalConfig:
-    """What Muon and MARS-M share: orthogonalized matrices; AdamW, by default without decay, on the rest."""
+class OrthogonalConfig(Settings):
+    """What Muon, NorMuon and MARS-M share: orthogonalized matrices; AdamW, by default without decay, on the rest."""
 
-    lr: float = 6e-3  # peak learning rate of matrices
-    adamw_lr: float | None = None  # peak learning rate of embeddings and vectors; none: lr
-    weight_decay: float = 0.1  # of matrices
-    adamw_weight_decay: float = 0.0  # of embeddings and vectors
-    momentum: float = 0.95  # decay of the momentum
-    scale: str = "moonlight"  # "moonlight": 0.2 sqrt(max(rows, columns)); "original": sqrt(max(1, rows/columns))
-    ns_steps: int = 5  # Newton-Schulz iterations
-    ns_dtype: str = "auto"  # "auto" (bfloat16 on a GPU, float32 on a CPU), "bfloat16" or "float32"
-    split_qkv: bool = False  # orthogonalize query, key and value apart instead of as one matrix (as published)
-    adamw_betas: tuple[float, float] = (0.9, 0.95)  # of AdamW: decay of the first and second moment
-    adamw_eps: float = 1e-8  # of AdamW: added to sqrt(v_hat)
-    adamw_eps_first: bool = False  # add eps before the bias correction of v (as published)
+    lr: float = option(6e-3, "peak learning rate of matrices", least=0)
+    adamw_lr: float | None = option(
+        None, "peak learning rate of embeddings and vectors; none: lr", least=0, run_only=True
+    )
+    weight_decay: float = option(0.1, "weight decay of matrices", least=0)
+    adamw_weight_decay: float = option(0.0, "weight decay of embeddings and vectors", least=0, run_only=True)
+    momentum: float = option(0.95, "decay of the momentum", least=0, below=1)
+    scale: Scale = option(
+        "moonlight", "factor on lr: moonlight 0.2 sqrt(max(rows, columns)); original sqrt(max(1, rows/columns))"
+    )
+    ns_steps: int = option(5, "Newton-Schulz iterations", least=1)
+    ns_dtype: NSDtype = option("auto", "dtype of Newton-Schulz; auto: bfloat16 on a GPU, float32 on a CPU")
+    split_qkv: bool = option(
+        False, "orthogonalize query, key and value separately instead of as one matrix", run_only=True
+    )
+    adamw_betas: tuple[float, float] = option((0.9, 0.95), "AdamW: decay of both moments", least=0, below=1)
+    adamw_eps: float = option(1e-8, "AdamW: added to sqrt(v_hat)", least=0)
+    adamw_eps_first: bool = option(False, "AdamW: add eps before the bias correction of v (as published)")
 
-    def faults(self) -> list[str]:
-        """Everything wrong with this config, a line each."""
-        extra = number_faults(adamw_lr=self.adamw_lr or 0.0, adamw_weight_decay=self.adamw_weight_decay)
-        return common_faults(vars(self)) + extra
+    def adamw(self) -> Rule:
+        """The rule of what is no matrix."""
+        direction = Adaptive(self.adamw_betas, self.adamw_eps, eps_first=self.adamw_eps_first)
+        return Rule(direction, self.lr, self.weight_decay)
 
-    def groups(self, claims: list[Claim]) -> list[dict[str, Any]]:
-        """Parameter groups with learning rate and decay by role, and fused QKV in three blocks if asked."""
+    def orthogonal(self, momentum: Momentum) -> Orthogonal:
+        """The direction of matrices."""
+        return Orthogonal(momentum, self.scale, ns_steps=self.ns_steps, ns_dtype=self.ns_dtype)
+
+    def groups(self, assignments: list[Assignment]) -> list[dict[str, Any]]:
+        """Parameter groups with learning rate and decay by role, and query, key and value in three blocks if asked."""
         lr = self.lr if self.adamw_lr is None else self.adamw_lr
         decay = self.adamw_weight_decay
+
+        def blocks(a: Assignment) -> int:
+            return 3 if self.split_qkv and a.role == "matrix" and a.name.endswith("attn.c_attn.weight") else 1
+
         return grouped(
-            claims,
+            assignments,
             lr={"matrix": self.lr, "embedding": lr, "vector": lr},
             weight_decay={"matrix": self.weight_decay, "embedding": decay, "vector": decay},
-            blocks=lambda c: (
-                3 if self.split_qkv and c.role == "matrix" and c.name.endswith("attn.c_attn.weight") else 1
-            ),
+            blocks=blocks,
         )
-
-    def arguments(self) -> dict[str, Any]:
-        """The arguments that Muon and MARSM share."""
-        keys = ("momentum", "scale", "ns_steps", "ns_dtype", "adamw_betas", "adamw_eps", "adamw_eps_first")
-        return {key: getattr(self, key) for key in keys}
 
 
 @dataclass(frozen=True)
 class MuonConfig(OrthogonalConfig):
     """Muon on matrices."""
 
-    nesterov: bool = True  # orthogonalize g + momentum m instead of m
-    embeddings_as_matrices: bool = False  # put embeddings under Muon too (as published for "original")
+    nesterov: bool = option(True, "orthogonalize g + momentum m instead of m")
+    embeddings_as_matrices: bool = option(
+        False, 'put embeddings under Muon, too (as published for scale "original")', run_only=True
+    )
 
-    def build(self, claims: list[Claim], group: ProcessGroup | None = None, compiled: bool = False) -> Muon:
-        """Muon over the claimed parameters."""
+    def rule(self, role: str, lr_factor: float) -> Rule:
+        if role != "matrix":
+            return self.adamw()
+        return Rule(self.orthogonal(summed(self.momentum, self.nesterov)), self.lr, self.weight_decay)
+
+    def groups(self, assignments: list[Assignment]) -> list[dict[str, Any]]:
         if self.embeddings_as_matrices:
-            claims = [Claim(c.name, c.param, "matrix" if c.role == "embedding" else c.role) for c in claims]
-        arguments = dict(nesterov=self.nesterov, process_group=group, compiled=compiled)
-        return Muon(self.groups(claims), **self.arguments(), **arguments)
+            assignments = [replace(a, role="matrix") if a.role == "embedding" else a for a in assignments]
+        return super().groups(assignments)
+
+
+class Muon(ComposedOptimizer):
+    """Muon. State: 4 bytes a matrix parameter, divided over the ranks of process_group, and 8 elsewhere.
+
+    params: parameters or groups; a group's "role" ("matrix", "embedding", "vector") decides between Muon and AdamW,
+    and without one the number of dimensions does. Put embeddings in a group of their own role.
+    """
+
+    settings = MuonConfig
+    drop_in: ClassVar = dict(lr=2e-2, weight_decay=0.0, adamw_eps_first=True)  # eps as in Moonlight's code
+
+
+MuonConfig.optimizer = Muon

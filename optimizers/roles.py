@@ -1,7 +1,7 @@
-"""Which rule claims which parameter: every trainable tensor exactly once, by the role its model declares."""
+"""Roles of parameters, and the table that says how every tensor is updated."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 ROLES = ("matrix", "embedding", "vector")
+Row = tuple[str, str, str, str, str]  # tensor, shape, rule, learning rate, weight decay
 
 
 @dataclass(frozen=True)
-class Claim:
+class Assignment:
     """A parameter, its name in the model and its role."""
 
     name: str
@@ -20,7 +21,7 @@ class Claim:
     role: str
 
 
-def claim(named_parameters: Iterable[tuple[str, nn.Parameter]], roles: Mapping[str, str]) -> list[Claim]:
+def assign_roles(named_parameters: Iterable[tuple[str, nn.Parameter]], roles: Mapping[str, str]) -> list[Assignment]:
     """Give every trainable parameter its role.
 
     Raises ValueError for a parameter without a role, a role without a parameter, or an unknown role.
@@ -33,40 +34,40 @@ def claim(named_parameters: Iterable[tuple[str, nn.Parameter]], roles: Mapping[s
         raise ValueError(f"roles for parameters that do not exist: {', '.join(sorted(extra))}")
     if unknown := {roles[name] for name in trainable} - set(ROLES):
         raise ValueError(f"unknown roles {', '.join(sorted(unknown))}; known: {', '.join(ROLES)}")
-    return [Claim(name, p, roles[name]) for name, p in trainable.items()]
+    return [Assignment(name, p, roles[name]) for name, p in trainable.items()]
 
 
-def claim_table(optimizer: Optimizer, names: Mapping[Tensor, str]) -> list[tuple[str, str, str, str, str]]:
-    """Who updates what: (tensor, shape, rule, learning rate, decay) of every parameter, in the order of `names`."""
+def grouped(assignments: list[Assignment], **settings: Mapping[str, Any] | Callable[[Assignment], Any]) -> list[dict]:
+    """Parameter groups, one for each role and combination of settings.
+
+    A setting is a mapping from role to value, or a function of an Assignment.
+    """
+    groups: dict[tuple, dict[str, Any]] = {}
+    for a in assignments:
+        chosen = {key: s(a) if callable(s) else s[a.role] for key, s in settings.items()}
+        group = groups.setdefault((a.role, *chosen.values()), {"params": [], "role": a.role, **chosen})
+        group["params"].append(a.param)
+    return list(groups.values())
+
+
+def update_table(optimizer: Optimizer, names: Mapping[Tensor, str]) -> list[Row]:
+    """How each parameter is updated, in the order of `names`; of a foreign optimizer the name of its class."""
     rows = {}
     for group in optimizer.param_groups:
         for p in group["params"]:
-            rule, lr, decay = "raw x adaptive", group["lr"], group["weight_decay"]
+            rule, lr, decay = type(optimizer).__name__, group["lr"], group.get("weight_decay", 0.0)
             if hasattr(optimizer, "rule"):
                 r = optimizer.rule(group, group.get("role") or optimizer.role_of(p))
-                rule, lr, decay = str(r), r.lr, r.weight_decay
+                rule, lr, decay = f"{rule}: {r}", r.lr, r.weight_decay
             rule += f" in {group['blocks']} blocks" if group.get("blocks", 1) > 1 else ""
-            rows[p] = (names[p], "x".join(map(str, p.shape)), rule, f"{lr:g}", f"{decay:g}")
+            rows[p] = (names[p], "x".join(map(str, p.shape)), rule, f"{float(lr):g}", f"{decay:g}")
     return [rows[p] for p in names if p in rows]
 
 
-def folded(rows: list[tuple[str, str, str, str, str]]) -> list[tuple[str, str, str, str, str]]:
-    """A claim table with equal rows of different layers as one: "h.0" ... "h.11" become "h.*"."""
+def folded(rows: list[Row]) -> list[Row]:
+    """An update table with equal rows of different layers as one: "h.0" ... "h.11" become "h.*"."""
     counts: dict[tuple, int] = {}
     for name, *rest in rows:
         key = (re.sub(r"\.\d+\.", ".*.", name), *rest)
         counts[key] = counts.get(key, 0) + 1
     return [(f"{key[0]} ({n})" if n > 1 else key[0], *key[1:]) for key, n in counts.items()]
-
-
-def grouped(claims: list[Claim], **settings: Any) -> list[dict[str, Any]]:
-    """Parameter groups, one for each role and combination of settings.
-
-    A setting is a dict from role to value, or a function of a Claim.
-    """
-    groups: dict[tuple, dict[str, Any]] = {}
-    for c in claims:
-        chosen = {key: s(c) if callable(s) else s[c.role] for key, s in settings.items()}
-        group = groups.setdefault((c.role, *chosen.values()), {"params": [], "role": c.role, **chosen})
-        group["params"].append(c.param)
-    return list(groups.values())

@@ -1,21 +1,40 @@
-"""Optimizer state by parameter name, for checkpoints that outlive one process count."""
+"""Optimizer state by parameter name, for checkpoints that outlive one number of processes.
 
+Works for any torch optimizer that keeps its state per parameter: tensors of any shape, and numbers. A Python number is
+stored as a 0-d tensor under a key that ends in its type: "h.0.weight/step#int".
+"""
+
+import copy
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
+
+NUMBERS = {"bool": bool, "int": int, "float": float}
+TENSOR_OF = {bool: torch.bool, int: torch.int64, float: torch.float64}
+
+
+def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
+    """The parameters of all groups, in order."""
+    return (p for group in optimizer.param_groups for p in group["params"])
 
 
 def named_state(optimizer: Optimizer, model: nn.Module, rank: int = 0) -> dict[str, Tensor]:
-    """State tensors as "parameter/key" that this rank is to write: what it owns, and on rank 0 what all ranks hold."""
-    owner = getattr(optimizer, "owner", {})
-    return {
-        f"{name}/{key}": value if value.dim() else value.clone()  # step counts may be one shared tensor
-        for name, p in model.named_parameters()
-        if p in optimizer.state and owner.get(p, 0) == rank
-        for key, value in optimizer.state[p].items()
-    }
+    """State as "parameter/key" that this rank is to write: what it owns, and on rank 0 what every rank holds."""
+    owner = optimizer.ownership.owner if hasattr(optimizer, "ownership") else {}
+    out = {}
+    for name, p in model.named_parameters():
+        if p not in optimizer.state or owner.get(p, 0) != rank:
+            continue
+        for key, value in optimizer.state[p].items():
+            if isinstance(value, Tensor):
+                out[f"{name}/{key}"] = value if value.dim() else value.clone()  # parameters may share a step count
+            elif value is not None:
+                out[f"{name}/{key}#{type(value).__name__}"] = torch.tensor(value, dtype=TENSOR_OF[type(value)])
+    return out
 
 
 def load_named_state(optimizer: Optimizer, model: nn.Module, saved: Mapping[str, Tensor]) -> None:
@@ -23,34 +42,86 @@ def load_named_state(optimizer: Optimizer, model: nn.Module, saved: Mapping[str,
 
     Each rank reads what it holds. Raises ValueError if the state is another optimizer's or of other shapes.
     """
-    if not saved and not optimizer.state:
-        return  # torch's classes have no state before their first step
     names = {p: name for name, p in model.named_parameters()}
-    keys: dict[str, set[str]] = defaultdict(set)
-    for full in saved:
+    keys: dict[str, list[str]] = defaultdict(list)
+    for full in sorted(saved):
         name, _, key = full.rpartition("/")
-        keys[name].add(key)
+        keys[name].append(key)
+    allocated = bool(optimizer.state)  # else torch's class allocates at its first step, and takes what there is
     state = optimizer.state_dict()
-    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        name = names[p]
-        if optimizer.state and p not in optimizer.state:
+    for i, p in enumerate(parameters_of(optimizer)):
+        name, mine = names[p], optimizer.state.get(p, {})
+        if allocated and p not in optimizer.state:
             continue  # another rank's
-        expected = set(optimizer.state[p]) if optimizer.state else keys[name]
-        if not keys[name] or keys[name] != expected:
+        found = {key.partition("#")[0]: key for key in keys[name]}
+        if allocated and found.keys() != mine.keys():
             raise ValueError(
-                f"optimizer state of {name}: saved {sorted(keys[name])}, expected {sorted(expected) or 'some'}; "
+                f"optimizer state of {name}: saved {sorted(found) or 'nothing'}, expected {sorted(mine)}; "
                 "it belongs to another optimizer"
             )
-        state["state"][i] = {key: saved[f"{name}/{key}"] for key in sorted(keys[name])}
-        for key, tensor in state["state"][i].items():
-            if tensor.dim() and tensor.shape != p.shape:
-                raise ValueError(f"optimizer state {name}/{key}: shape {tuple(tensor.shape)}, not {tuple(p.shape)}")
+        values = {key: _value(full, saved[f"{name}/{full}"]) for key, full in found.items()}
+        for key, value in values.items():
+            if isinstance(mine.get(key), Tensor) and mine[key].shape != torch.as_tensor(value).shape:
+                shapes = f"shape {tuple(torch.as_tensor(value).shape)}, not {tuple(mine[key].shape)}"
+                raise ValueError(f"optimizer state {name}/{key}: {shapes}; it belongs to another optimizer or model")
+        if values:
+            state["state"][i] = values
     optimizer.load_state_dict(state)
+    for i, p in enumerate(parameters_of(optimizer)):
+        for key, value in state["state"].get(i, {}).items():
+            loaded = optimizer.state[p][key]
+            if isinstance(value, Tensor) and loaded.dtype != value.dtype:  # torch casts to the parameter's dtype
+                optimizer.state[p][key] = value.to(loaded.device)
+
+
+def _value(key: str, tensor: Tensor) -> Tensor | bool | int | float:
+    kind = key.partition("#")[2]
+    return NUMBERS[kind](tensor.item()) if kind else tensor
+
+
+def state_problem(optimizer: Optimizer, model: nn.Module) -> str | None:
+    """What of an optimizer's state a checkpoint cannot keep, or None. Called before the first step."""
+    names, known = {id(p): name for name, p in model.named_parameters()}, set(parameters_of(optimizer))
+    samples = [(p, s) for p, s in optimizer.state.items()] or [(p, s) for p, _, s in _first_states(optimizer)]
+    for p, state in samples:
+        if optimizer.state and p not in known:
+            return "it keeps state that belongs to no parameter"
+        for key, value in state.items():
+            if not (value is None or type(value) in TENSOR_OF or _is_plain_tensor(value)):
+                return f'the state "{key}" of {names.get(id(p), "a parameter")} is a {type(value).__name__}'
+    return None
+
+
+def _is_plain_tensor(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex()
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of optimizer state this process holds or, for torch's AdamW before its first step, will hold."""
-    if isinstance(optimizer, AdamW) and not optimizer.state:
-        return sum(2 * p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
-    tensors = (t for state in optimizer.state.values() for key, t in state.items() if key != "step")
-    return sum(t.numel() * t.element_size() for t in tensors)
+    """Bytes of optimizer state in this process; of a class that allocates at its first step, what it will hold."""
+    if optimizer.state:
+        tensors = [t for state in optimizer.state.values() for key, t in state.items() if key not in ("step", "count")]
+        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+    return sum(
+        group_numel * value.element_size()
+        for p, group_numel, state in _first_states(optimizer)
+        for value in state.values()
+        if isinstance(value, Tensor) and value.shape == p.shape
+    )
+
+
+def _first_states(optimizer: Optimizer) -> list[tuple[Tensor, int, dict[str, Any]]]:
+    """The state that a step creates, seen on copies: for the smallest parameter of each group and number of
+    dimensions that parameter, the elements of all like it, and its state."""
+    out = []
+    for group in optimizer.param_groups:
+        alike: dict[int, list[Tensor]] = defaultdict(list)
+        for p in group["params"]:
+            alike[p.dim()].append(p)
+        for members in alike.values():
+            smallest = min(members, key=lambda p: p.numel())
+            probe, twin = copy.copy(optimizer), torch.zeros_like(smallest, requires_grad=True)
+            twin.grad = torch.zeros_like(twin)
+            probe.param_groups, probe.state = [{**group, "params": [twin]}], defaultdict(dict)
+            probe.step()
+            out.append((smallest, sum(p.numel() for p in members), dict(probe.state[twin])))
+    return out

@@ -1,70 +1,74 @@
-"""The corrected gradient of MARS (Yuan et al. 2024, arXiv 2411.10438) and its clip; no state of its own."""
+"""The corrected gradient of MARS (Yuan et al. 2024, arXiv 2411.10438) and its clipping."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Scratch = tuple[Tensor | None, Tensor | None]  # memory for intermediate results of one piece; None: allocate
+Scratch = tuple[Tensor | None, Tensor | None]  # memory for intermediate results; None: allocate
 
 
-class EstimateNumbers(NamedTuple):
-    """Scalars (0-d, in the dtype of the parameters) of a gradient estimate."""
+class GradientNumbers(NamedTuple):
+    """0-d tensors, in the dtype of the parameters, that turn a raw gradient into the one a direction receives."""
 
-    on: Tensor  # 1 if the step is to be taken, 0 if it is to be skipped
-    inverse_scale: Tensor | None  # what gradients are to be multiplied with; None: 1
-    weight: Tensor | None  # from `correction_weight`; None: the raw gradient
+    take: Tensor  # 1, or 0 if the step is skipped
+    inverse_scale: Tensor | None  # factor on raw gradients; None: 1
+    weight: Tensor | None  # from `correction_weight`; None: no correction
 
 
 def correction_weight(gamma: float, beta: float) -> float:
-    """1 + gamma beta / (1 - beta), by which `estimate` goes beyond the previous gradient."""
+    """1 + gamma beta / (1 - beta), the weight of the gradient in `corrected`."""
     return 1 + gamma * beta / (1 - beta)
 
 
-def estimate(grad: Tensor, previous: Tensor | None, weight: Tensor | None, scratch: Tensor | None = None) -> Tensor:
+def corrected(grad: Tensor, previous: Tensor | None, weight: Tensor | None, out: Tensor | None = None) -> Tensor:
     """c_t = g_t + gamma beta/(1-beta) (g_t - previous), or g_t where there is no previous gradient.
 
-    `previous` is the last step's gradient (approximate form) or this batch's gradient at the last
-    parameters (exact form), and zero at the first step, as in the official code.
+    `previous` is the last step's gradient (approximate form), or this batch's gradient at the last parameters (exact
+    form). It is zero at the first step, as in the official code.
     """
-    return grad if previous is None else torch.lerp(previous, grad, weight, out=scratch)
+    return grad if previous is None else torch.lerp(previous, grad, weight, out=out)
 
 
-def estimate_norm(grad: Tensor, previous: Tensor | None, numbers: EstimateNumbers, scratch: Scratch) -> Tensor:
-    """Frobenius norm of the estimate, 0-d; not finite if a gradient is not."""
+def corrected_norm(grad: Tensor, previous: Tensor | None, numbers: GradientNumbers, scratch: Scratch) -> Tensor:
+    """Frobenius norm of the corrected gradient, 0-d; not finite if a gradient is not."""
     if numbers.inverse_scale is not None:
         grad = grad * numbers.inverse_scale
-    return torch.linalg.vector_norm(estimate(grad, previous, numbers.weight, scratch[0]))
+    return torch.linalg.vector_norm(corrected(grad, previous, numbers.weight, scratch[0]))
 
 
-def taken(
+def clipped_gradient(
     grad: Tensor,
     previous: Tensor | None,
     factor: Tensor | None,
-    numbers: EstimateNumbers,
+    numbers: GradientNumbers,
     remember: bool,
     scratch: Scratch,
 ) -> Tensor:
-    """The estimate as the step takes it: clipped by its factor (0-d), and zero in a step that is to be skipped.
+    """The corrected gradient times its clipping factor (0-d; None: 1), and zero if the step is skipped.
 
-    remember: keep a copy of the gradient as the next step's previous one.
+    remember: keep a copy of the raw gradient in `previous` for the next step.
+    In compiled code `factor` is the norm that the clipping factor follows from: computing the factor there costs no
+    kernel of its own.
     """
-    grad = _finite(grad, numbers.on, scratch[0])
+    if factor is not None and torch.compiler.is_compiling():
+        factor = clip_factors(factor)
+    grad = _without_nan(grad, numbers.take, scratch[0])
     if numbers.inverse_scale is not None:
         grad.mul_(numbers.inverse_scale)
-    c = estimate(grad, previous, numbers.weight, scratch[1])
+    c = corrected(grad, previous, numbers.weight, scratch[1])
     if remember:
-        previous.lerp_(grad, numbers.on)
-    return c.mul_(numbers.on if factor is None else factor)
+        previous.lerp_(grad, numbers.take)
+    return c.mul_(numbers.take if factor is None else factor)
 
 
-def _finite(grad: Tensor, on: Tensor, scratch: Tensor | None) -> Tensor:
-    """A copy of a gradient in which 0 x grad is 0; the quicker of two ways, compiled and not (3 times on a CPU)."""
+def _without_nan(grad: Tensor, take: Tensor, out: Tensor | None) -> Tensor:
+    """A copy of a gradient that gives 0 when multiplied by 0, by the faster of two ways in each mode."""
     if torch.compiler.is_compiling():
-        return torch.where(on > 0, grad, 0.0)
-    return torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0, out=scratch)
+        return torch.where(take > 0, grad, 0.0)
+    return torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0, out=out)
 
 
-def unit_norm_factor(norm: Tensor) -> Tensor:
-    """1 / max(1, norm), and 0 if that is no number: what scales a tensor of that Frobenius norm to at most 1."""
-    return norm.clamp(min=1.0).reciprocal().nan_to_num(nan=0.0)
+def clip_factors(norms: Tensor) -> Tensor:
+    """1 / max(1, norm) of every norm, and 0 where that is not a number: scales tensors to at most unit norm."""
+    return norms.clamp(min=1.0).reciprocal().nan_to_num(nan=0.0)

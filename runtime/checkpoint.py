@@ -4,22 +4,20 @@
                              optimizer-0.safetensors   optimizer state held by rank 0, "parameter/key"
                              state.json                step, losses, config, sha256 of each file
 
-A checkpoint is written under a temporary name, flushed to the disk and renamed, so a folder with its
-final name is whole; damage that comes later is found by its hashes.
+A checkpoint is written under a temporary name, flushed to the disk and renamed, so a folder with its final name is
+complete. Damage that happens later is found by the hashes.
 
-In the background a thread writes the files out of a copy of the tensors while training goes on. The ranks
-speak to each other on their main threads alone: once all have written, between two steps, the folder is renamed.
+In the background a thread writes the files from a copy of the tensors while training goes on. Only the main threads
+of the ranks communicate: once all ranks have written, the folder is renamed between two steps.
 """
 
-import hashlib
 import json
-import os
 import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,31 +25,33 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from optimizers.options import errors_of, option
 from runtime.distributed import ALONE, Exchange, World
+from runtime.files import sha256_of, sync, write_json
 
 MODEL, STATE = "model.safetensors", "state.json"
-FAILURES = (OSError, RuntimeError, MemoryError, SafetensorError)  # of a write; they cost a checkpoint, not the run
+FAILURES = (
+    OSError,
+    RuntimeError,
+    MemoryError,
+    SafetensorError,
+)  # a write that fails so costs a checkpoint, not the run
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """When to save, and what to keep."""
 
-    every: int = field(default=1000, metadata={"free": True})  # steps between them; the last step is saved too
-    keep: int = field(default=2, metadata={"free": True})  # latest to keep; the best of those evaluated is kept besides
-    milestone_every: int = field(default=0, metadata={"free": True})  # keep every multiple of this for good; 0: none
-    background: bool = field(default=False, metadata={"free": True})  # train on while writing, out of a copy in memory
+    every: int = option(1000, "steps between checkpoints; the last step is always saved", least=1, on_resume="free")
+    keep: int = option(
+        2, "number of recent checkpoints to keep, in addition to the best one", least=1, on_resume="free"
+    )
+    milestone_every: int = option(0, "keep every checkpoint at a multiple of this; 0: none", least=0, on_resume="free")
+    background: bool = option(False, "write checkpoints on a thread, from a copy in host memory", on_resume="free")
 
-    def faults(self) -> list[str]:
-        """Everything wrong with this config, a line each."""
-        out = []
-        if self.every < 1:
-            out.append(f"every={self.every}: must be at least 1")
-        if self.keep < 1:
-            out.append(f"keep={self.keep}: must be at least 1")
-        if self.milestone_every < 0:
-            out.append(f"milestone_every={self.milestone_every}: must not be negative")
-        return out
+    def errors(self) -> list[str]:
+        """Everything wrong with this config, one line each."""
+        return errors_of(self)
 
 
 class CheckpointError(ValueError):
@@ -95,10 +95,10 @@ class Checkpoint:
 
 
 @dataclass
-class Flight:
-    """A checkpoint on its way to the disk."""
+class PendingSave:
+    """A checkpoint that is being written."""
 
-    aside: Path
+    temporary: Path
     final: Path
     state: dict
     written: Future  # of this rank: the sha256 by file name
@@ -107,63 +107,64 @@ class Flight:
 class Checkpointer:
     """Writes, prunes and finds the checkpoints of one run.
 
-    In the background, each rank copies the tensors it writes into memory that is allocated at the first save
-    and used again: its optimizer state and, on rank 0, the weights, page-locked on a machine with a GPU, where
-    the allocator may round each tensor up to a power of two. Of what is in flight when a single rank dies, or
-    all are killed, nothing but the temporary folder remains.
+    In the background, each rank copies the tensors it writes into host memory that is allocated at the first save and
+    used again: its optimizer state and, on rank 0, the weights. On a machine with a GPU the memory is page-locked, and
+    the allocator may round each tensor up to a power of two. If a rank dies during a write, nothing but the temporary
+    folder remains.
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, world: World) -> None:
         self.folder, self.config, self.world = folder, config, world
-        self._flight: Flight | None = None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")  # starts when it is needed
+        self._pending: PendingSave | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._unfinished = Exchange(world)
         self._copies: dict[str, dict[str, Tensor]] = {}  # by file
 
     def save(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: dict) -> Path | None:
-        """Write checkpoint state["step"]. Called by every rank with the optimizer tensors it is to write.
+        """Write the checkpoint of state["step"]. Called by every rank with the optimizer tensors it has to write.
 
-        Returns its folder or, in the background, None: `poll` and `finish` tell. Waits for the one before.
+        Returns its folder. In the background it returns None, and `poll` or `finish` return the folder later. Waits
+        for the previous checkpoint first.
         Raises CheckpointError, on every rank, if one rank could not write; earlier checkpoints are untouched.
         """
         self.finish()
         final = self.folder / f"step_{state['step']:07d}"
-        aside = self.folder / f"tmp-{final.name}"
+        temporary = self.folder / f"tmp-{final.name}"
         problem = None
         try:
             if self.world.is_main:
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir(parents=True)
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
         except OSError as error:
             problem = str(error)
-        if problem := self.world.from_main(problem):  # otherwise the folder is there for everybody
+        if problem := self.world.from_main(problem):
             raise _not_written(state, problem)
         files = {MODEL: model} if self.world.is_main else {}
         if optimizer:
             files[f"optimizer-{self.world.rank}.safetensors"] = optimizer
-        self._flight = Flight(aside, final, state, self._start(aside, files))
+        self._pending = PendingSave(temporary, final, state, self._start(temporary, files))
         return None if self.config.background else self.finish()
 
     def poll(self) -> Path | None:
-        """Finish the checkpoint in flight if every rank has written its files; else return None at once.
+        """Finish the pending checkpoint if every rank has written its files; else return None at once.
 
-        Called by every rank after every step; on several ranks, one step late. Raises as `save` does.
+        Called by every rank after every step; on several ranks it answers one step late. Raises as `save` does.
         """
-        if self._flight is None or self._unfinished.any(not self._flight.written.done()) is not False:
+        if self._pending is None or self._unfinished.any(not self._pending.written.done()) is not False:
             return None
         return self.finish()
 
     def finish(self) -> Path | None:
-        """Wait for the checkpoint in flight; returns its folder, or None if there is none. Called by every rank.
+        """Wait for the pending checkpoint; returns its folder, or None if there is none. Called by every rank.
 
         Raises as `save` does.
         """
-        if self._flight is None:
+        if self._pending is None:
             return None
-        flight, self._flight = self._flight, None
+        pending, self._pending = self._pending, None
         self._unfinished.close()
         try:
-            files, problem = flight.written.result(), None
+            files, problem = pending.written.result(), None
         except FAILURES as error:
             files, problem = {}, str(error) or type(error).__name__
         reports = self.world.gather((files, problem))
@@ -171,26 +172,26 @@ class Checkpointer:
         if self.world.is_main:
             if problem is None:
                 hashes = {name: digest for written, _ in reports for name, digest in written.items()}
-                problem = self._commit(flight.aside, flight.final, {**flight.state, "sha256": hashes})
+                problem = self._commit(pending.temporary, pending.final, {**pending.state, "sha256": hashes})
             if problem is not None:
-                shutil.rmtree(flight.aside, ignore_errors=True)
+                shutil.rmtree(pending.temporary, ignore_errors=True)
         if problem := self.world.from_main(problem):
-            raise _not_written(flight.state, problem)
-        return flight.final
+            raise _not_written(pending.state, problem)
+        return pending.final
 
-    def _start(self, aside: Path, files: dict[str, Mapping[str, Tensor]]) -> Future:
-        """Write this rank's files, on the thread if it is to be in the background."""
+    def _start(self, temporary: Path, files: dict[str, Mapping[str, Tensor]]) -> Future:
+        """Write this rank's files, in the background if the config says so."""
         written: Future = Future()
         try:
             if self.config.background:
-                return self._thread.submit(_write_files, aside, self._copied(files))
-            written.set_result(_write_files(aside, files))
+                return self._thread.submit(_write_files, temporary, self._copied(files))
+            written.set_result(_write_files(temporary, files))
         except FAILURES as error:
             written.set_exception(error)
         return written
 
     def _copied(self, files: dict[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """The tensors as they are now, in the memory kept for them."""
+        """Copies of the tensors as they are now, in the memory kept for them."""
         gpu, out = self.world.device.type == "cuda", {}
         for name, tensors in files.items():
             copies = self._copies.setdefault(name, {})
@@ -203,26 +204,23 @@ class Checkpointer:
             torch.cuda.current_stream(self.world.device).synchronize()  # the next step changes what is being copied
         return out
 
-    def _commit(self, aside: Path, final: Path, state: dict) -> str | None:
+    def _commit(self, temporary: Path, final: Path, state: dict) -> str | None:
         try:
-            with open(aside / STATE, "w", encoding="utf-8") as f:
-                json.dump(state, f, indent=1)
-                f.flush()
-                os.fsync(f.fileno())
-            _sync_folder(aside)
+            write_json(temporary / STATE, state)
+            sync(temporary)
             shutil.rmtree(final, ignore_errors=True)
-            aside.rename(final)
-            _sync_folder(self.folder)
+            temporary.rename(final)
+            sync(self.folder)
             self._prune(state["step"])
         except OSError as error:
             return str(error)
         return None
 
     def _prune(self, newest: int) -> None:
-        """Delete what is neither among the latest `keep`, nor the best, nor a milestone.
+        """Delete checkpoints that are not among the latest `keep`, not the best, and no milestone.
 
-        newest: the step just written. Later folders are left from before a damaged checkpoint was passed
-        over; they neither count nor go.
+        newest: the step just written. Folders of later steps are damaged checkpoints that a resume passed over; they
+        do not count and stay.
         """
         states = {path: _read_state(path) for path in self._folders()}
         states = {path: s for path, s in states.items() if s and s["step"] <= newest}
@@ -282,7 +280,7 @@ def damage(folder: Path) -> str | None:
         path = folder / name
         if not path.exists():
             return f"{name} is missing"
-        if file_sha256(path) != digest:
+        if sha256_of(path) != digest:
             return f"{name} does not match its sha256"
     return None
 
@@ -309,23 +307,5 @@ def _write_files(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> dic
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write tensors, flush them to the disk, and return the file's sha256."""
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
-    with open(path, "rb") as f:
-        os.fsync(f.fileno())
-    return file_sha256(path)
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(path)
+    return sha256_of(path)

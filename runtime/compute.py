@@ -1,12 +1,12 @@
-"""How a run computes: settings of speed, memory and rounding. A run may be continued with others."""
+"""How a run computes: settings of speed, memory and rounding. A continued run may change them."""
 
 import gc
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,44 +14,45 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
-BACKENDS = {  # of scaled_dot_product_attention
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
-CHOICES = {
-    "attention": ("auto", *BACKENDS),
-    "residual": ("float32", "bfloat16"),
-    "cast_weights": ("micro_batch", "step"),
-}
+from optimizers.options import errors_of, option
+from runtime.distributed import signals_ignored
 
-
-def free(default: Any) -> Any:
-    """A setting that a continued run may change."""
-    return field(default=default, metadata={"free": True})
+# What may run for each choice of attention. torch puts cuDNN first at a process's first attention call on Hopper and
+# Blackwell GPUs, whatever order was asked for, so a choice enables only the backends that may be used.
+BACKENDS = {
+    "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+    "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+    "efficient": [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+    "math": [SDPBackend.MATH],
+}
 
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """What to trade for what; the defaults are the careful choices. What each buys on a GPU: not measured."""
+    """Trades of speed, memory and rounding; the defaults are the careful choices."""
 
-    attention: str = free("auto")  # tried first: cudnn (Hopper; not bit-exact), flash, efficient, math; auto: torch's
-    residual: str = free("float32")  # "bfloat16": half the traffic between blocks, coarser sums; needs bf16 autocast
-    activation_checkpointing: bool = free(False)  # far less memory for activations, for a third more computation
-    cast_weights: str = free("micro_batch")  # "step": matrices cast to bf16 once a step, for 2 bytes a weight kept
-    bucket_mb: int = free(0)  # MB of gradients in an all-reduce: fewer messages, later start; 0: a tenth of them, or 25
-    deterministic: bool = free(False)  # bit-exact replay on a GPU too, for slower kernels and attention without cuDNN
+    attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = option(
+        "auto",
+        "preferred attention kernel; auto: torch's choice, which is cudnn on Hopper and Blackwell GPUs",
+        on_resume="free",
+    )
+    residual: Literal["float32", "bfloat16"] = option(
+        "float32", "dtype of the residual stream; bfloat16 halves its traffic and needs bf16 autocast", on_resume="free"
+    )
+    activation_checkpointing: bool = option(
+        False, "keep block inputs only and compute blocks again: less memory, a third more work", on_resume="free"
+    )
+    cast_weights: Literal["micro_batch", "step"] = option(
+        "micro_batch", "cast matrices to bf16 in every pass, or once a step for 2 bytes a weight", on_resume="free"
+    )
+    bucket_mb: int = option(
+        0, "MB of gradients per all-reduce; 0: a tenth of the gradients, at least 25", least=0, on_resume="free"
+    )
+    deterministic: bool = option(False, "bit-exact replay on a GPU; slower, without cuDNN attention", on_resume="free")
 
-    def faults(self) -> list[str]:
-        """Everything wrong with this config, a line each."""
-        out = [
-            f'{key}="{getattr(self, key)}": must be one of {", ".join(allowed)}'
-            for key, allowed in CHOICES.items()
-            if getattr(self, key) not in allowed
-        ]
-        if self.bucket_mb < 0:
-            out.append(f"bucket_mb={self.bucket_mb}: must not be negative (0 chooses)")
+    def errors(self) -> list[str]:
+        """Everything wrong with this config, one line each."""
+        out = errors_of(self)
         if self.deterministic and self.attention == "cudnn":
             out.append('attention="cudnn": its gradients are not deterministic; use "flash", or deterministic=false')
         return out
@@ -76,27 +77,32 @@ def wants_compile(choice: str, device: torch.device) -> bool:
     return device.type == "cuda" if choice == "auto" else choice == "true"
 
 
-def attention_order(config: ComputeConfig) -> list[str]:
-    """The attention backends to try, in this order; none: torch's own order."""
-    first = "flash" if config.deterministic and config.attention == "auto" else config.attention
-    if first == "auto":
-        return []
-    order = [first, *(name for name in BACKENDS if name != first and not (name == "cudnn" and config.deterministic))]
-    return order[: order.index("math") + 1]  # math takes everything
+def start_compile_workers() -> None:
+    """Start Inductor's workers, which then ignore the signals that stop a run; see `signals_ignored`."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    with signals_ignored():
+        AsyncCompile.warm_pool()
+
+
+def attention_backends(config: ComputeConfig) -> list[SDPBackend]:
+    """The attention backends that may run, preferred ones first; empty: torch's own choice."""
+    name = "flash" if config.deterministic and config.attention == "auto" else config.attention
+    return BACKENDS.get(name, [])
 
 
 @contextmanager
 def torch_settings(config: ComputeConfig) -> Iterator[None]:
-    """The settings that torch keeps per process, for all that is done inside; put back at the end.
+    """Apply the settings that torch keeps per process, and put the old ones back at the end.
 
-    To be entered before CUDA starts. The backend of attention is chosen in the forward pass, and backward
-    follows. A compiled graph keeps the choice of its compilation, on the disk, too, under a key that does
-    not tell the backends apart (pytorch/pytorch#185449); the tag does.
+    Must be entered before CUDA starts. The backend of attention is chosen in the forward pass, and the backward pass
+    follows. A compiled graph keeps the backend of its compilation, in the cache on disk, too, whose key does not tell
+    the backends apart (pytorch/pytorch#185449); the tag does.
     """
     with ExitStack() as stack:
-        if order := attention_order(config):
-            stack.enter_context(sdpa_kernel([BACKENDS[name] for name in order], set_priority=True))
-            tag = f"{torch.compiler.config.cache_key_tag} attention={','.join(order)}"
+        if backends := attention_backends(config):
+            stack.enter_context(sdpa_kernel(backends, set_priority=True))
+            tag = f"{torch.compiler.config.cache_key_tag} attention={','.join(b.name for b in backends)}"
             stack.enter_context(torch.compiler.config.patch(cache_key_tag=tag))
         if config.deterministic:
             stack.enter_context(_deterministic())
@@ -105,10 +111,10 @@ def torch_settings(config: ComputeConfig) -> Iterator[None]:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """Only kernels that add in a fixed order.
+    """Allow only kernels that add in a fixed order.
 
-    torch's switch is inductor's, too: no kernel is then chosen by timing, and the gradient of the token
-    table is summed in order instead of by atomic adds. cuBLAS wants a fixed workspace, stated before it starts.
+    torch's switch governs Inductor, too: it then chooses no kernel by timing, and sums the gradient of the token table
+    in order instead of by atomic additions. cuBLAS needs a fixed workspace, stated before it starts.
     """
     workspace = "CUBLAS_WORKSPACE_CONFIG"
     given, benchmark = os.environ.get(workspace), torch.backends.cudnn.benchmark
@@ -127,7 +133,7 @@ def _deterministic() -> Iterator[None]:
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Python's garbage collector at rest, and what is alive out of its sight: no pauses but those asked for."""
+    """Switch automatic garbage collection off; objects that exist already are exempt from the explicit collections."""
     enabled = gc.isenabled()
     gc.collect()
     gc.freeze()
@@ -140,21 +146,21 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def prepare(model: nn.Module, config: ComputeConfig, half: bool) -> None:
-    """Apply to a GPT what is to be set there; half: whether it computes under bf16 autocast.
+def apply_compute(model: nn.Module, config: ComputeConfig, bf16: bool) -> None:
+    """Apply the settings that a GPT holds. bf16: whether it computes under bf16 autocast.
 
     Raises ValueError for a setting without meaning in float32.
     """
     for key, value in (("residual", "bfloat16"), ("cast_weights", "step")):
-        if getattr(config, key) == value and not half:
+        if getattr(config, key) == value and not bf16:
             raise ValueError(f'compute.{key}="{value}": this run computes in float32; set --dtype=bfloat16 as well')
-    # layer norms reckon in float32 whatever they are given, and autocast ends each branch in bf16: so do the sums
+    # layer norms compute in float32 whatever their input, and autocast ends each branch in bf16, so the sums may, too
     model.residual_dtype = torch.bfloat16 if config.residual == "bfloat16" else None
     model.recompute_blocks = config.activation_checkpointing
 
 
 class _InPlaceOf(torch.autograd.Function):
-    """A weight's copy in its place: the loss depends on the copy, the gradient goes to the weight."""
+    """Puts a weight's copy in its place: the loss depends on the copy, and the gradient goes to the weight."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, copy: Tensor) -> Tensor:
@@ -168,17 +174,17 @@ class _InPlaceOf(torch.autograd.Function):
 class _CastLinear(nn.Linear):
     """A linear layer that multiplies with `cast`, a bf16 copy of its weight."""
 
-    cast: Tensor  # no buffer: neither checkpoints nor DDP are to see it
+    cast: Tensor  # not a buffer, so that neither checkpoints nor DDP see it
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, _InPlaceOf.apply(self.weight, self.cast), self.bias)
 
 
 def cast_per_step(model: nn.Module, optimizer: Optimizer) -> None:
-    """Let the linear layers of a model keep bf16 copies of their weights, made anew when these are updated or loaded.
+    """Let linear layers keep bf16 copies of their weights, refreshed when the weights are updated or loaded.
 
-    Bit for bit what autocast computes, which casts them in every forward pass. The token table is not
-    among them: as an embedding it is read in float32.
+    The results equal those of autocast, which casts in every forward pass, bit for bit. The token table is left out:
+    as an embedding it is read in float32.
     """
     layers = [m for m in model.modules() if type(m) is nn.Linear]
     for layer in layers:

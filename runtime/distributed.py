@@ -1,11 +1,12 @@
-"""The processes of a run: who am I, on which device, and how do we agree.
+"""The processes of a run: rank, device, small exchanges between ranks, and the signals that stop a run.
 
-The only reader of torchrun's environment variables.
+No other module reads the environment variables of torchrun.
 """
 
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 TIMEOUT = timedelta(minutes=10)  # a collective that takes longer ends the run instead of hanging it
+REPEATED = 1.0  # seconds after which another signal counts as a second one
 
 
 @dataclass
@@ -83,8 +85,8 @@ def start_world(device: str) -> Iterator[World]:
         together = not on_gpu
         raise
     finally:
-        # NCCL's shutdown waits for every collective in flight. Where this rank alone has failed, the others never
-        # join them: it would hang before its error is told. A process that ends without it aborts them.
+        # NCCL's shutdown waits for all pending collectives. If only this rank has failed, the others never join them,
+        # and the shutdown would hang before the error is printed. Ending without it aborts the collectives.
         if together:
             dist.destroy_process_group()
 
@@ -112,10 +114,10 @@ def resolve_device(device: str, local_rank: int | None = None) -> torch.device:
 
 
 class Exchange:
-    """A yes or no of every rank, exchanged without waiting for the network.
+    """Combines a yes or no of every rank without waiting for the network.
 
-    Each `any` starts an exchange and answers from the one that the call before started, so every rank
-    gets the same answer at the same call. Called by every rank at the same points of the program.
+    Each call of `any` starts an exchange and returns the result of the one that the previous call started, so every
+    rank gets the same answer at the same call. Called by every rank at the same points of the program.
     """
 
     def __init__(self, world: World) -> None:
@@ -123,49 +125,73 @@ class Exchange:
         self._pending: tuple[dist.Work, Tensor] | None = None
 
     def any(self, flag: bool) -> bool | None:
-        """Whether a rank said yes at the call before; None at the first. On one process: `flag`."""
+        """Whether a rank said yes at the previous call; None at the first call. On one process: `flag`."""
         if self.world.size == 1:
             return flag
-        answer, said = self.close(), torch.tensor(int(flag))
-        work = dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.world.control, async_op=True)
-        self._pending = (work, said)
+        answer, mine = self.close(), torch.tensor(int(flag))
+        work = dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=self.world.control, async_op=True)
+        self._pending = (work, mine)
         return answer
 
     def close(self) -> bool | None:
-        """Finish the exchange in flight; its answer, or None if there is none."""
+        """Finish the pending exchange; its answer, or None if there is none."""
         if self._pending is None:
             return None
-        (work, said), self._pending = self._pending, None
+        (work, answer), self._pending = self._pending, None
         work.wait()
-        return bool(said.item())
+        return bool(answer.item())
 
 
 class StopRequest:
-    """SIGTERM, SIGINT or SIGUSR1 asks the run to finish its step, save and leave.
+    """SIGTERM, SIGINT or SIGUSR1 asks the run to finish its step, save and leave. A second signal ends it at once.
 
-    A signal may reach only some ranks, and at different steps. `agreed()` is called by every rank once
-    a step: it reads the answer of the exchange started one step earlier and starts the next, so all
-    ranks leave at the same step and no step waits for the network.
+    A signal may reach only some ranks, and at different steps. Every rank calls `agreed` once a step: it returns the
+    result of the exchange started one step earlier, so all ranks leave at the same step and no step waits for the
+    network. A signal that the process ignores, as under nohup, stays ignored.
     """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.signal: str | None = None  # name of the signal that reached this rank
+        self.signal: str | None = None  # name of the first signal that reached this rank
+        self._received = 0.0  # when it came
         self._exchange = Exchange(world)
-        self._before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        handled = [s for s in self.SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+        self._before = {s: signal.signal(s, self._receive) for s in handled}
 
     def _receive(self, number: int, frame: object) -> None:
-        if self.signal is None and self.world.is_main:
-            name = signal.Signals(number).name
+        name, now = signal.Signals(number).name, time.monotonic()
+        if self.signal is not None:
+            if now - self._received > REPEATED:  # launchers forward a signal that reached the whole group, too
+                print(f"{name} again: ends at once, without saving", file=sys.stderr, flush=True)
+                os._exit(128 + number)
+            return
+        if self.world.is_main:
             print(f"{name}: will finish this step, save and stop", file=sys.stderr, flush=True)
-        self.signal = signal.Signals(number).name
+        self.signal, self._received = name, now
 
     def agreed(self) -> bool:
         """Whether all ranks stop here."""
         return bool(self._exchange.any(self.signal is not None))
 
     def close(self) -> None:
-        """Finish the exchange in flight and give the signals back."""
+        """Finish the pending exchange and restore the old signal handlers."""
         self._exchange.close()
         for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def signals_ignored() -> Iterator[None]:
+    """Ignore the signals that stop a run. Processes started meanwhile ignore them for good.
+
+    Inductor's compile workers belong to the trainer's process group. If they died of a signal sent to the group, the
+    trainer would wait for their results for ever.
+    """
+    before = {s: signal.signal(s, signal.SIG_IGN) for s in StopRequest.SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)

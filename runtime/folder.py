@@ -1,14 +1,14 @@
 """The run folder: a name nobody else uses, and a refusal to continue another run in it."""
 
-import errno
-import fcntl
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from runtime.distributed import World
+from runtime.files import locked, write_json
 
 CONFIG, ENVIRONMENT = "config.json", "environment.json"
 
@@ -20,41 +20,41 @@ class RunFolderError(ValueError):
 @contextmanager
 def run_lock(path: Path, world: World) -> Iterator[None]:
     """Hold a run folder for this run. Raises RunFolderError, on every rank, if another run holds it."""
-    problem, handle = None, None
-    if world.is_main:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115  held until the run ends
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.close()
-            handle = None  # the other run's, not to be removed
-            problem = f"{path} is in use by another process; wait for it, or give this run another --name"
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # some network file systems know no locks
+    problem = None
+    with ExitStack() as stack:
+        if world.is_main:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(path.with_name(f".{path.name}.lock")))
+            except BlockingIOError:
+                problem = f"{path} is in use by another process; wait for it, or give this run another --name"
+            except OSError as error:
                 problem = f"run folder {path}: {error.strerror or error}; choose another with --log.folder"
-    try:
-        problem = world.from_main(problem)
-        if problem is not None:
+        if problem := world.from_main(problem):
             raise RunFolderError(problem)
         yield
-    finally:
-        if handle is not None:
-            Path(handle.name).unlink(missing_ok=True)
-            handle.close()
 
 
-def open_run_folder(path: Path, config: dict, free: set[str], environment: dict, fresh: bool, world: World) -> None:
+@dataclass(frozen=True)
+class Comparison:
+    """How the configuration of a continued run is compared with the one in its folder."""
+
+    free: set[str]  # dotted keys that may differ
+    defaults: dict[str, Any]  # of every dotted key: what a run meant that was started before the setting existed
+
+
+def open_run_folder(
+    path: Path, config: dict, comparison: Comparison, environment: dict, fresh: bool, world: World
+) -> None:
     """Create a run folder, or enter the one that is there to continue its run.
 
-    config: the resolved configuration as nested dicts; free: dotted keys that may differ from the
-    folder's. fresh: move an existing folder aside and start over.
+    config: the resolved configuration as nested dicts. fresh: rename an existing folder and start over.
     Raises RunFolderError, on every rank, if the folder cannot be written or holds a different run.
     """
     problem = None
     if world.is_main:
         try:
-            problem = _open(path, config, free, environment, fresh)
+            problem = _open(path, config, comparison, environment, fresh)
         except OSError as error:
             problem = f"run folder {path}: {error.strerror or error}; choose another with --log.folder"
     problem = world.from_main(problem)
@@ -62,10 +62,10 @@ def open_run_folder(path: Path, config: dict, free: set[str], environment: dict,
         raise RunFolderError(problem)
 
 
-def _open(path: Path, config: dict, free: set[str], environment: dict, fresh: bool) -> str | None:
+def _open(path: Path, config: dict, comparison: Comparison, environment: dict, fresh: bool) -> str | None:
     if fresh and path.exists():
-        aside = [path.with_name(f"{path.name}.before-{n}") for n in range(1, 1 + len(list(path.parent.iterdir())))]
-        path.rename(next(p for p in aside if not p.exists()))
+        names = [path.with_name(f"{path.name}.before-{n}") for n in range(1, 1 + len(list(path.parent.iterdir())))]
+        path.rename(next(p for p in names if not p.exists()))
     if (path / CONFIG).exists():
         try:
             before = json.loads((path / CONFIG).read_text(encoding="utf-8"))
@@ -73,7 +73,7 @@ def _open(path: Path, config: dict, free: set[str], environment: dict, fresh: bo
             before = None
         if not isinstance(before, dict):
             return f"{path / CONFIG} is not readable; repair it, or start over with --fresh"
-        changed = differences(before, json.loads(json.dumps(config)), free)
+        changed = differences(before, json.loads(json.dumps(config)), comparison)
         if changed:
             lines = "\n".join(f"  {key}: {old} -> {new}" for key, (old, new) in changed.items())
             return (
@@ -83,28 +83,26 @@ def _open(path: Path, config: dict, free: set[str], environment: dict, fresh: bo
     elif any(path.glob("checkpoints/step_*")):
         return f"{path} has checkpoints and no {CONFIG}; put it back (state.json has it), or start over with --fresh"
     (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-    for name, content in ((CONFIG, config), (ENVIRONMENT, environment)):
-        _write(path / name, content)
+    write_json(path / CONFIG, config)
+    write_json(path / ENVIRONMENT, environment)
     return None
 
 
 def add_facts(path: Path, facts: dict, world: World) -> None:
-    """Add what the start of a run decided to its environment.json; a disk that fails does not stop the run."""
+    """Add what was decided at the start of a run to its environment.json; a failing disk does not stop the run."""
     if world.is_main:
         with suppress(OSError):
-            _write(path / ENVIRONMENT, json.loads((path / ENVIRONMENT).read_text(encoding="utf-8")) | facts)
+            write_json(path / ENVIRONMENT, json.loads((path / ENVIRONMENT).read_text(encoding="utf-8")) | facts)
 
 
-def _write(path: Path, content: dict) -> None:
-    aside = path.with_name(f"{path.name}.tmp")
-    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+def differences(before: dict, now: dict, comparison: Comparison) -> dict[str, tuple]:
+    """Dotted keys whose values differ, as key: (before, now), without those that may change.
 
-
-def differences(before: dict, now: dict, free: set[str]) -> dict[str, tuple]:
-    """Dotted keys whose values differ, without the free ones, as key: (before, now)."""
+    A setting that did not exist when the run was started had its default value; one that no longer exists is ignored.
+    """
     a, b = _flat(before), _flat(now)
-    return {k: (a.get(k), b.get(k)) for k in sorted(a | b) if k not in free and a.get(k) != b.get(k)}
+    a = json.loads(json.dumps(comparison.defaults)) | a
+    return {k: (a.get(k), b[k]) for k in sorted(b) if k not in comparison.free and a.get(k) != b[k]}
 
 
 def _flat(nested: dict, prefix: str = "") -> dict:

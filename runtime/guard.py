@@ -1,4 +1,4 @@
-"""Clipping by global norm, and the stop before a gradient that is not finite, without asking the device."""
+"""Gradient clipping by global norm, and the stop at a gradient that is not finite."""
 
 import torch
 from torch import Tensor, nn
@@ -15,30 +15,38 @@ class NonFiniteError(ValueError):
 
 
 class Guard:
-    """Prepares the gradients of a model for the update.
+    """Clips the gradients of a model and keeps gradients that are not finite out of the update.
 
-    The optimizer receives the clipping factor and the decision to skip as device scalars, by the
-    protocol of torch's gradient scaler: it divides gradients by `grad_scale`, and does nothing where
-    `found_inf` is 1. So no step waits for the device, and clipping costs no pass of its own. Once a norm
-    is not finite, that step and all later ones are skipped until `check` reports it.
+    An optimizer that declares `_step_supports_amp_scaling`, as torch's fused classes and ours do, receives the
+    clipping factor and the verdict as device scalars: it divides gradients by `grad_scale` and does nothing where
+    `found_inf` is 1. No step then waits for the device, and once a norm is not finite, that step and all later ones
+    are skipped until `check` reports it. For any other optimizer the gradients are checked, which waits for the
+    device, and clipped before the step.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, max_norm: float) -> None:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer, self.max_norm = optimizer, max_norm
-        device = self.parameters[0].device
-        self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.optimizer_clips = getattr(optimizer, "_step_supports_amp_scaling", False)
+        self._bad_step = torch.full((), -1, dtype=torch.int64, device=self.parameters[0].device)
 
     def clip(self, step: int) -> Tensor:
-        """Hand clipping and skipping to the optimizer; returns the global gradient norm before clipping.
+        """Prepare the gradients of a step; returns their global norm before clipping.
 
         Gradients are divided by max(1, (norm + 1e-6) / max_norm), as torch's clip_grad_norm_ does.
+        Raises NonFiniteError at once for an optimizer that cannot skip a step by itself.
         """
-        norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = get_total_norm(gradients)
         bad = (self._bad_step < 0) & ~torch.isfinite(norm)
         self._bad_step = torch.where(bad, step, self._bad_step)
-        self.optimizer.found_inf = (self._bad_step >= 0).float()
-        self.optimizer.grad_scale = ((norm + 1e-6) / self.max_norm).clamp(min=1.0) if self.max_norm else None
+        scale = ((norm + 1e-6) / self.max_norm).clamp(min=1.0) if self.max_norm else None
+        if self.optimizer_clips:
+            self.optimizer.found_inf, self.optimizer.grad_scale = (self._bad_step >= 0).float(), scale
+        else:
+            self.check()
+            if scale is not None:
+                torch._foreach_div_(gradients, scale)
         return norm
 
     def check(self) -> None:

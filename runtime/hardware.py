@@ -30,7 +30,7 @@ PEAK_TFLOPS = {
     "RTX 4090": 165.2,
     "RTX 3090": 71.0,
 }
-PACKAGES = ("torch", "numpy", "safetensors", "transformers", "datasets", "tiktoken", "wandb", "lm_eval")
+PACKAGES = ("numpy", "safetensors", "transformers", "datasets", "tiktoken", "wandb", "lm_eval")
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -49,8 +49,8 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def memory_room(device: torch.device) -> tuple[int, int]:
-    """Bytes that this process can hold, with what it holds already on a GPU, and bytes that the device has."""
+def available_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes that this process can use, including what it already uses on a GPU, and bytes that the device has."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device), total
@@ -63,12 +63,6 @@ def memory_room(device: torch.device) -> tuple[int, int]:
         return total, total
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory is short, on a GPU or on the host."""
-    told = ("can't allocate memory", "Storage size calculation overflowed")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in told)
-
-
 def environment(device: torch.device, world_size: int) -> dict:
     """What a reader needs to judge or repeat a run: commit, versions, machine."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
@@ -76,7 +70,7 @@ def environment(device: torch.device, world_size: int) -> dict:
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
-        "packages": {p: v for p in PACKAGES if (v := _version(p))},
+        "packages": {"torch": torch.__version__} | {p: v for p in PACKAGES if (v := _version(p))},
         "device": name,
         "processes": world_size,
         "threads": torch.get_num_threads(),

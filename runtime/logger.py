@@ -9,29 +9,29 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
+
+from optimizers.options import errors_of, option
 
 METRICS, WANDB_ID = "metrics.jsonl", "wandb_id"
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Where a run's folder lies and who hears of it."""
+    """Where the run folder is created, and where metrics go."""
 
-    folder: str = field(default="runs", metadata={"free": True})  # run folders are created in it
-    every: int = field(default=10, metadata={"free": True})  # steps between log lines
-    wandb: str = field(default="off", metadata={"free": True})  # "online", "offline" or "off"
-    project: str = field(default="gpt2", metadata={"free": True})  # wandb project
+    folder: str = option("runs", "folder in which run folders are created", on_resume="free")
+    every: int = option(10, "steps between log lines", least=1, on_resume="free")
+    wandb: Literal["online", "offline", "off"] = option("off", "mirror metrics to Weights & Biases", on_resume="free")
+    project: str = option("gpt2", "wandb project", on_resume="free")
 
-    def faults(self) -> list[str]:
-        """Everything wrong with this config, a line each."""
-        out = [] if self.every >= 1 else [f"every={self.every}: must be at least 1"]
-        if self.wandb not in ("online", "offline", "off"):
-            out.append(f'wandb="{self.wandb}": must be "online", "offline" or "off"')
-        return out
+    def errors(self) -> list[str]:
+        """Everything wrong with this config, one line each."""
+        return errors_of(self)
 
 
 class Meter:

@@ -1,103 +1,115 @@
-"""What a run will need, reckoned before it starts: memory, disk, time, and whether the ranks reach each other."""
+"""What a run will need, checked before it starts: memory, disk, data, time, and whether the ranks reach each other."""
 
 import math
 import os
 import shutil
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.optim import Optimizer
 
-from runtime.checkpoint import CheckpointConfig
+from config.schema import RunConfig, largest_divisor
+from data.hellaswag import HellaSwag
+from data.loader import TrainLoader
+from data.shards import MANIFEST, Dataset, open_dataset, shard_problems
+from model import GPT
+from optimizers import build_optimizer
+from optimizers.state import state_bytes
+from runtime.compute import apply_compute, wants_bf16
 from runtime.distributed import World
+from runtime.logger import METRICS, read_metrics
+from runtime.memory import Footprint, estimated_micro_batch, memory_need
 
 
 @dataclass(frozen=True)
-class Footprint:
-    """What the memory of one process in training depends on, besides the micro-batch."""
+class Requirements:
+    """What the report is computed from."""
 
-    params: int
-    state: int  # bytes of optimizer state in this process
-    layers: int
-    width: int
-    vocab: int  # padded
-    block: int  # tokens of a sequence
-    half: bool  # bf16 autocast
-    stream: int  # bytes of a number in the residual stream
-    recompute: bool  # activation checkpointing
-    processes: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the reckoning needs to know of a run."""
-
-    name: str
-    folder: Path
     footprint: Footprint
-    whole_state: int  # bytes of optimizer state over all processes
-    sequences: int  # of a step, over all processes
+    total_state: int  # bytes of optimizer state over all processes
     micro_batch: int
-    estimated: bool  # the micro-batch is what should fit; a start of the run finds out
-    steps: int
     epochs: float  # passes over the training split
-    dataset: str
     train_tokens: int
-    shards: str | None  # what is wrong with the shards
-    checked: str  # how they were checked
-    checkpoint: CheckpointConfig
+    shard_problems: list[str]
+    checked: str  # how the shards were checked
     rate: float | None  # tokens/s over all processes
 
 
-@dataclass(frozen=True)
-class Need:
-    """Bytes that one process needs at the least; what the allocator and the kernels' scratch add comes on top."""
+def footprint(run: RunConfig, model: GPT, optimizer: Optimizer, world: World) -> Footprint:
+    """What the memory of one process of a run depends on."""
+    c = run.model
+    return Footprint(
+        params=model.num_params(),
+        state=state_bytes(optimizer),
+        layers=c.n_layer,
+        width=c.n_embd,
+        vocab=c.padded_vocab_size,
+        block=c.block_size,
+        bf16=wants_bf16(run.dtype, world.device),
+        residual=(model.residual_dtype or torch.float32).itemsize,
+        recompute=model.recompute_blocks,
+        processes=world.size,
+    )
 
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
 
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
+def requirements(run: RunConfig, world: World, verify: bool, rate: float | None) -> Requirements:
+    """Everything the report needs; raises ValueError for a file or a batch that cannot be used."""
+    c, folder, share = run.model, Path(run.log.folder) / run.name, run.share(world.size)
+    dataset = open_dataset(run.data.path, c.vocab_size)
+    if run.data.hellaswag:
+        HellaSwag.of_run(run.data, dataset)
+    sizes = dict(block_size=c.block_size, batch_size=run.sequences, vocab_size=c.vocab_size, seed=run.seed)
+    problems, checked = check_shards(dataset, world, verify)
+    with torch.device("meta"):
+        model = GPT(c)
+        apply_compute(model, run.compute, wants_bf16(run.dtype, world.device))
+    of = footprint(run, model, build_optimizer(model, run.optim, world.group), world)
+    if rate is None and (folder / METRICS).exists():
+        rate = measured_rate(read_metrics(folder / METRICS))
+    if run.micro_batch is None:
+        micro_batch = estimated_micro_batch(of, share, world)
+    else:
+        micro_batch = largest_divisor(share, run.micro_batch)
+    return Requirements(
+        footprint=of,
+        total_state=state_bytes(build_optimizer(model, run.optim)),
+        micro_batch=micro_batch,
+        epochs=TrainLoader(dataset, run.data, **sizes).epochs(run.total_steps),
+        train_tokens=dataset.tokens("train"),
+        shard_problems=problems,
+        checked=checked,
+        rate=rate,
+    )
 
 
-def memory_need(of: Footprint, micro_batch: int) -> Need:
-    """Memory of one process in training.
-
-    Per token and layer, what backward keeps with fused attention and no dropout, in elements of the width C:
-    inputs of the two norms (2), their outputs (2), q k v (3), attention's output (1), the MLP's hidden layer
-    before and after gelu (8): 16 x 4 bytes in float32. In bf16 the residual stream, which the norms read, may stay
-    float32: 2 x 4 + 14 x 2. Activation checkpointing keeps the block's input, and one block as above. Per token the
-    logits, their gradient and the loss's float32 copy: V x (4 + 4 + 4) or V x (2 + 2 + 4) bytes.
-    """
-    element, logits = (2, 8) if of.half else (4, 12)
-    block = 2 * of.stream + 14 * element
-    blocks = of.stream * of.layers + block if of.recompute else block * of.layers
-    activations = micro_batch * of.block * (blocks * of.width + logits * of.vocab)
-    weights = of.params * (6 if of.half else 4)  # autocast keeps a bf16 copy of the weights
-    gradients = 4 * of.params * (2 if of.processes > 1 else 1)  # accumulated, and the buckets they are exchanged in
-    return Need(weights, gradients, of.state, activations)
+def check_shards(dataset: Dataset, world: World, verify: bool) -> tuple[list[str], str]:
+    """What is wrong with the shards, which the ranks check together, and how they were checked."""
+    if not (dataset.folder / MANIFEST).exists():
+        return [], "headers agree; there is no manifest to check against"
+    found = world.gather(shard_problems(dataset.folder, verify, world.rank, world.size))
+    checked = "headers, counts and sha256 agree" if verify else "headers and counts agree; --verify hashes them, too"
+    return [problem for part in found for problem in part], checked
 
 
 def checkpoints_kept(steps: int, every: int, keep: int, milestone_every: int) -> int:
-    """Checkpoints on the disk at the worst moment: the latest, the best, milestones and the one being written."""
+    """Checkpoints on the disk at the worst moment: the latest, the best, milestones, and the one being written."""
     saved = math.ceil(steps / every)
     milestones = steps // math.lcm(milestone_every, every) if milestone_every else 0
     return min(saved, keep + 1 + milestones) + 1
 
 
 def free_bytes(folder: Path) -> int:
-    """Free bytes on the disk that a run folder is, or will be, on. Raises ValueError where none can be made."""
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"run folder {folder}: {there} cannot be written into; choose another with --log.folder")
-    return shutil.disk_usage(there).free
+    """Free bytes on the disk of a run folder that may not exist yet. Raises ValueError where none can be made."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"run folder {folder}: {existing} cannot be written into; choose another with --log.folder")
+    return shutil.disk_usage(existing).free
 
 
 def measured_rate(records: list[dict]) -> float | None:
@@ -106,10 +118,10 @@ def measured_rate(records: list[dict]) -> float | None:
     return statistics.median(rates) if rates else None
 
 
-def reach(world: World, elements: int = 1 << 22) -> float | None:
-    """Seconds of one all-reduce of `elements` float32 over all ranks, checked; None on one process.
+def all_reduce_seconds(world: World, elements: int = 1 << 22) -> float | None:
+    """Seconds of one checked all-reduce of `elements` float32 over all ranks; None on one process.
 
-    Raises ValueError if it fails or adds up wrong, naming what usually is the cause.
+    Raises ValueError if it fails or gives a wrong sum, naming the usual causes.
     """
     if world.size == 1:
         return None
@@ -134,48 +146,64 @@ def reach(world: World, elements: int = 1 << 22) -> float | None:
 def duration(seconds: float) -> str:
     """90061 -> "1 d 1 h"; two units at most."""
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    seconds, parts = max(1, round(seconds)), []
+    left, parts = max(1, round(seconds)), []
     for name, size in units:
-        if seconds >= size and len(parts) < 2:
-            parts.append(f"{seconds // size} {name}")
-            seconds %= size
+        if left >= size and len(parts) < 2:
+            parts.append(f"{left // size} {name}")
+            left %= size
         elif parts:
             break
     return " ".join(parts)
 
 
-def report(plan: Plan, world: World) -> tuple[str, bool]:
-    """What the run needs, a line a fact, and whether it is all there. Called by every rank.
+def compared(need: float, available: float) -> str:
+    """How a need compares with what there is."""
+    if need > available:
+        return f", exceeds the {available / 1e9:.1f} GB available"
+    return f" of {available / 1e9:.1f} GB"
+
+
+def report(run: RunConfig, of: Requirements, world: World) -> tuple[str, bool]:
+    """What the run needs, one fact a line, and whether all of it is there. Called by every rank.
 
     Raises ValueError if the ranks do not reach each other.
     """
-    seconds, need, shape = reach(world), memory_need(plan.footprint, plan.micro_batch), plan.footprint
-    gpu = world.device.type == "cuda"
-    there = torch.cuda.get_device_properties(world.device).total_memory if gpu else None
-    saving = plan.checkpoint
-    kept = checkpoints_kept(plan.steps, saving.every, saving.keep, saving.milestone_every)
-    disk, free = kept * (4 * shape.params + plan.whole_state), free_bytes(plan.folder)
+    seconds, need, shape = all_reduce_seconds(world), memory_need(of.footprint, of.micro_batch), of.footprint
+    gpu, saving, steps = world.device.type == "cuda", run.checkpoint, run.total_steps
+    available = torch.cuda.get_device_properties(world.device).total_memory if gpu else math.inf
+    kept = checkpoints_kept(steps, saving.every, saving.keep, saving.milestone_every)
+    disk, free = kept * (4 * shape.params + of.total_state), free_bytes(Path(run.log.folder) / run.name)
     parts = [f"{v / 1e9:.2f}" for v in (need.total, need.weights, need.gradients, need.optimizer, need.activations)]
-    tokens = plan.steps * plan.sequences * shape.block
-    epochs = f"{plan.epochs:.2f} epochs of {plan.train_tokens:,}"
-    accumulation = plan.sequences // (world.size * plan.micro_batch)
+    tokens, accumulation = steps * run.tokens_per_step, run.sequences // (world.size * of.micro_batch)
+    time_needed = f"{duration(tokens / of.rate)} at {of.rate:,.0f} tokens/s" if of.rate else "unknown"
     lines = [
-        f"preflight of {plan.name} on {world.size} x {world.device.type}",
-        f"  memory   {parts[0]} GB a process at the least: weights {parts[1]}, gradients {parts[2]}, optimizer "
-        f"{parts[3]}, activations {parts[4]}{verdict(need.total, there) if there else ''}",
-        f"  batch    {plan.sequences} sequences = {world.size} processes x {plan.micro_batch} x {accumulation}"
-        f"{', as reckoned to fit' if plan.estimated else ''}",
-        f"  tokens   {tokens:,} in {plan.steps:,} steps: {epochs}, {plan.dataset}",
-        f"  shards   {plan.shards or plan.checked}",
-        f"  disk     {disk / 1e9:.2f} GB for {kept} checkpoints{verdict(disk, free)}",
-        f"  time     {f'{duration(tokens / plan.rate)} at {plan.rate:,.0f} tokens/s' if plan.rate else 'unknown'}",
+        f"preflight of {run.name} on {world.size} x {world.device.type}",
+        f"  memory   at least {parts[0]} GB a process: weights {parts[1]}, gradients {parts[2]}, optimizer "
+        f"{parts[3]}, activations {parts[4]}{compared(need.total, available) if gpu else ''}",
+        f"  batch    {run.sequences} sequences = {world.size} processes x {of.micro_batch} x {accumulation}"
+        f"{', estimated to fit' if run.micro_batch is None else ''}",
+        f"  tokens   {tokens:,} in {steps:,} steps: {of.epochs:.2f} epochs of {of.train_tokens:,}, {run.data.path}",
+        f"  shards   {'; '.join(of.shard_problems) or of.checked}",
+        f"  disk     {disk / 1e9:.2f} GB for {kept} checkpoints{compared(disk, free)}",
+        f"  time     {time_needed}",
         f"  network  {f'all-reduce of 17 MB in {1e3 * seconds:.1f} ms' if seconds else 'one process'}",
     ]
     if saving.background:  # on the first process; the others have no weights to copy
-        lines.insert(2, f"  host     {(4 * shape.params + shape.state) / 1e9:.2f} GB to write checkpoints out of")
-    return "\n".join(lines), not plan.shards and need.total <= (there or need.total) and disk <= free
+        copy = (4 * shape.params + shape.state) / 1e9
+        lines.insert(2, f"  host     {copy:.2f} GB for the copy that background checkpoints are written from")
+    return "\n".join(lines), not of.shard_problems and need.total <= available and disk <= free
 
 
-def verdict(need: float, there: float) -> str:
-    """How a need compares with what there is."""
-    return f" of {there / 1e9:.1f} GB" + (": short" if need > there else "")
+def preflight(run: RunConfig, world: World, verify: bool, rate: str | None) -> None:
+    """Print what the run needs; the exit status is 1 if something is missing. Raises ValueError for a bad rate."""
+    try:
+        stated = float(rate) if rate is not None else None
+    except ValueError:
+        raise ValueError(f"--tokens_per_s={rate}: must be a number") from None
+    if stated is not None and not 1 <= stated < math.inf:
+        raise ValueError(f"--tokens_per_s={rate}: must be a number of at least 1")
+    text, good = report(run, requirements(run, world, verify, stated), world)
+    if world.is_main:
+        print(text, flush=True)
+    if not world.from_main(good):
+        sys.exit(1)

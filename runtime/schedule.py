@@ -1,53 +1,64 @@
-"""Schedules: a learning rate for every step, and any other number that moves during a run."""
+"""Schedules: the learning rate of every step, and other hyperparameters that move during a run."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
-SHAPES = ("cosine", "wsd", "linear", "exponential", "constant")
+from torch.optim import Optimizer
+
+from optimizers.options import errors_of, option
+from optimizers.settings import Settings
+from runtime.command import parse_number
+
+# The share of the way from the final value to the peak that is left at `progress` in [0, 1]. A new schedule is one
+# more line; the second argument is the share of the run that "wsd" spends decaying.
+SHAPES: dict[str, Callable[[float, float], float]] = {
+    "cosine": lambda progress, decay: 0.5 * (1 + math.cos(math.pi * progress)),
+    "wsd": lambda progress, decay: min(1.0, (1 - progress) / decay),  # hold, then linear
+    "linear": lambda progress, decay: 1 - progress,
+    "exponential": lambda progress, decay: 0.9 ** (100 * progress),  # of the official MARS code
+    "constant": lambda progress, decay: 1.0,
+}
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Linear warm-up, then one of five shapes from the peak learning rate down to min_lr."""
+    """Linear warm-up, then a shape from the peak learning rate down to min_lr."""
 
-    shape: str = "cosine"  # "cosine", "wsd" (hold, then linear), "linear", "exponential" or "constant"
-    warmup: int = 2000  # steps of linear warm-up
-    min_lr: float | None = None  # learning rate at the end; none: min_lr_ratio of the peak; other groups in proportion
-    min_lr_ratio: float = 0.1  # where min_lr is none
-    wsd_decay: float = 0.2  # "wsd": last share of the run, spent decaying
-    zero_first: bool = False  # start the warm-up at 0 instead of lr / warmup (as published)
+    shape: str = option("cosine", f"one of {', '.join(SHAPES)}; wsd holds, then decays linearly")
+    warmup: int = option(2000, "steps of linear warm-up", least=0)
+    min_lr: float | None = option(
+        None, "learning rate at the end; none: min_lr_ratio of the peak; other groups in proportion", least=0
+    )
+    min_lr_ratio: float = option(0.1, "final learning rate relative to the peak, where min_lr is none", least=0, most=1)
+    wsd_decay: float = option(0.2, "wsd: last share of the run, spent decaying", above=0, most=1)
+    zero_first: bool = option(False, "start the warm-up at 0 instead of lr / warmup (as published)")
+    moves: str = option(
+        "", 'hyperparameters that move linearly over the run to a final value: "gamma:0.05,momentum:0.98"'
+    )
 
-    def faults(self) -> list[str]:
-        """Everything wrong with this config, a line each."""
-        out = []
+    def errors(self) -> list[str]:
+        """Everything wrong with this config, one line each."""
+        out = errors_of(self)
         if self.shape not in SHAPES:
-            out.append(f'shape="{self.shape}": must be one of {", ".join(SHAPES)}')
-        if self.warmup < 0:
-            out.append(f"warmup={self.warmup}: must not be negative")
-        if not 0 <= (self.min_lr or 0.0) < math.inf:
-            out.append(f"min_lr={self.min_lr}: must be a number >= 0")
-        if not 0 <= self.min_lr_ratio <= 1:
-            out.append(f"min_lr_ratio={self.min_lr_ratio}: must be in [0, 1]")
-        if not 0 < self.wsd_decay <= 1:
-            out.append(f"wsd_decay={self.wsd_decay}: must be in (0, 1]")
+            out.append(f"shape={self.shape!r}: must be one of {', '.join(SHAPES)}")
+        try:
+            parse_moves(self.moves)
+        except ValueError as error:
+            out.append(f"moves={self.moves!r}: {error}")
         return out
 
 
-def interpolate(shape: str, progress: float, start: float, end: float, wsd_decay: float = 0.2) -> float:
-    """The value at `progress` in [0, 1] of a curve from start to end.
-
-    "exponential" is the MARS code's: end + 0.9^(100 progress) (start - end).
-    """
-    if shape == "wsd":
-        remaining = min(1.0, (1 - progress) / wsd_decay)
-    else:
-        remaining = {
-            "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-            "linear": 1 - progress,
-            "exponential": 0.9 ** (100 * progress),
-            "constant": 1.0,
-        }[shape]
-    return end + remaining * (start - end)
+def parse_moves(text: str) -> dict[str, float]:
+    """ "gamma:0.05,momentum:0.98" as a dict. Raises ValueError for text of another form."""
+    out = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.strip().partition(":")
+        try:
+            out[name.strip()] = float(parse_number(value.strip()))
+        except ValueError:
+            raise ValueError('must be names and final values, for example "gamma:0.05,momentum:0.98"') from None
+    return out
 
 
 def learning_rate(config: ScheduleConfig, step: int, steps: int, peak: float) -> float:
@@ -56,4 +67,27 @@ def learning_rate(config: ScheduleConfig, step: int, steps: int, peak: float) ->
         return peak * (step if config.zero_first else step + 1) / config.warmup
     progress = min(1.0, (step - config.warmup) / max(1, steps - config.warmup))
     low = peak * config.min_lr_ratio if config.min_lr is None else config.min_lr
-    return interpolate(config.shape, progress, peak, low, config.wsd_decay)
+    return low + SHAPES[config.shape](progress, config.wsd_decay) * (peak - low)
+
+
+def moved(start: float, end: float, step: int, steps: int) -> float:
+    """A hyperparameter that moves linearly from start to end, at update number `step` (from 0) of `steps`."""
+    return end + (1 - step / max(1, steps - 1)) * (start - end)
+
+
+def set_rates(
+    optimizer: Optimizer, optim: Settings, schedule: ScheduleConfig, moves: dict[str, float], step: int, steps: int
+) -> float:
+    """Set the learning rate of every group, and the hyperparameters that move; returns the main learning rate.
+
+    A group whose value differs from the main one keeps its proportion to it.
+    """
+    lr = learning_rate(schedule, step, steps, optim.lr)
+    for group in optimizer.param_groups:
+        initial = group.setdefault("initial_lr", group["lr"])
+        group["lr"] = initial * (lr / optim.lr if optim.lr else 0.0)
+        for key, end in moves.items():
+            start, initial = getattr(optim, key), group.setdefault(f"initial_{key}", group[key])
+            now = moved(start, end, step, steps)
+            group[key] = now if initial == start else initial * (now / start if start else 0.0)
+    return lr

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from conftest import CONFIG, finish, launch
+from data.choices import count_right, plain, read_items
 from small_runs import byte_dataset, hellaswag, small_model
 
 import train_gpt
 from data import choices
-from data.choices import count_right, plain, read_items
 from data.shards import DataError
 from data.tokenizer import ByteTokenizer
 from eval import run as eval_run

@@ -13,10 +13,11 @@ import pytest
 import torch
 from conftest import ROOT, VOCAB, environment, make_dataset, make_tokens
 
-from data import prepare, pydocs
 from data.loader import DataConfig, TrainLoader, ValidationSet, Windows, permute, prefetch, to_device
+from data.prepare import command as prepare
+from data.prepare import pydocs
+from data.prepare.text import documents, text_files
 from data.shards import HEADER_BYTES, DataError, open_dataset, read_shard_header, write_shard
-from data.text import documents, text_files
 from data.tokenizer import ByteTokenizer, get_tokenizer
 
 
@@ -373,7 +374,7 @@ def test_text_becomes_a_dataset_that_decodes_to_the_text(tmp_path, capsys):
 
 
 def test_a_text_is_read_in_pieces_that_make_it_up_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.text.READ", 1000)
+    monkeypatch.setattr("data.prepare.text.READ", 1000)
     lines = "".join(f"line {i} é\n" for i in range(3000))
     texts = {"a.txt": lines, "b.txt": lines.replace("\n", " "), "c.txt": "", "d.txt": "x" * 20_000, "e.txt": "short"}
     for name, content in texts.items():

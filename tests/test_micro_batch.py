@@ -7,13 +7,13 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, environment
+from runtime.micro_batch import MARGIN, candidates, choose, estimate, peak_of_pass
 
 import train_gpt
 from config.load import load_config
 from model import GPT, GPTConfig
 from runtime import micro_batch
 from runtime.distributed import World, start_world
-from runtime.micro_batch import MARGIN, candidates, choose, estimate, peak_of_pass
 from runtime.preflight import Footprint, memory_need
 
 CPU, GPU = World(0, 1, torch.device("cpu")), World(0, 1, torch.device("cuda", 0))

@@ -12,16 +12,20 @@ from optimizers import (
     MARS,
     MARSM,
     OPTIMIZERS,
+    SOAP,
     AdamWConfig,
+    AdEMAMix,
     Lion,
     MARSConfig,
     MARSMConfig,
     Muon,
     MuonConfig,
+    NorMuon,
+    Shampoo,
     build_optimizer,
 )
 from optimizers.newton_schulz import COEFFICIENTS, orthogonalize
-from optimizers.roles import claim_table, folded
+from optimizers.roles import folded, update_table
 from optimizers.state import state_bytes
 
 SHAPES = {"wide": (6, 24), "tall": (24, 6), "square": (8, 8), "gain": (16,)}
@@ -343,6 +347,10 @@ EVERY = {
     "mars-shampoo": lambda p, **k: MARS(p, lr=1e-2, mars_type="mars-shampoo", amsgrad=True, **k),
     "mars-m": lambda p, **k: MARSM(p, lr=1e-2, **k),
     "mars-m-one-buffer": lambda p, **k: MARSM(p, lr=1e-2, clip_c=False, **k),
+    "shampoo": lambda p, **k: Shampoo(p, lr=1e-2, **k),
+    "ademamix": lambda p, **k: AdEMAMix(p, lr=1e-2, slow_warmup=5, **k),
+    "soap": lambda p, **k: SOAP(p, lr=1e-2, refresh_every=1, **k),
+    "normuon": lambda p, **k: NorMuon(p, lr=1e-2, **k),
 }
 every = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY.keys())
 APPROXIMATE = {name: make for name, make in EVERY.items() if name != "mars-exact"}
@@ -592,7 +600,7 @@ def test_state_bytes_per_parameter(make, per_parameter):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda p: MARS(p, lr=-1), "lr=-1: must be a number >= 0"),
+        (lambda p: MARS(p, lr=-1), "lr=-1: must be a number of at least 0"),
         (lambda p: MARS(p, gamma=float("nan")), "gamma=nan"),
         (lambda p: MARS(p, betas=(0.9, 1.0)), r"betas=\(0.9, 1.0\): must be two numbers in \[0, 1\)"),
         (lambda p: MARS(p, mars_type="mars-sgd"), "mars_type='mars-sgd': must be one of mars-adamw, mars-lion"),
@@ -662,7 +670,7 @@ def test_a_rate_that_becomes_nonsense_is_refused():
     params = parameters(dtype=torch.float32)
     optimizer = MARS(params.values())
     optimizer.param_groups[0]["lr"] = float("nan")
-    with pytest.raises(ValueError, match="MARS: lr=nan: must be a number >= 0"):
+    with pytest.raises(ValueError, match="MARS: lr=nan: must be a number of at least 0"):
         run(optimizer, params, gradients(params, 1))
 
 
@@ -713,7 +721,7 @@ class Routed(nn.Module):
 GOOD = {"weight": "matrix", "table": "embedding", "gain": "vector"}
 
 
-def test_every_tensor_is_claimed_by_the_rule_of_its_role():
+def test_every_tensor_gets_the_rule_of_its_role():
     model = Routed(GOOD)
     for name, config in OPTIMIZERS.items():
         optimizer = build_optimizer(model, config)
@@ -724,26 +732,26 @@ def test_every_tensor_is_claimed_by_the_rule_of_its_role():
         assert decays[id(model.table)] == 0
     muon = build_optimizer(model, MuonConfig(lr=1.0, adamw_lr=0.5))
     rules = {r: muon.rule(g, r) for g in muon.param_groups for r in [g["role"]]}
-    assert {r: (rule.direction, rule.lr) for r, rule in rules.items()} == {
+    assert {r: (rule.direction.label, rule.lr) for r, rule in rules.items()} == {
         "matrix": ("orthogonal", 1.0),
         "embedding": ("adaptive", 0.5),
         "vector": ("adaptive", 0.5),
     }
 
 
-def test_the_claim_table_names_every_tensor_and_folds_layers():
+def test_the_update_table_names_every_tensor_and_folds_layers():
     model = GPT(GPTConfig(n_layer=3, n_head=2, n_embd=16, block_size=8, vocab_size=64))
     names = {p: n for n, p in model.named_parameters()}
     config = MARSMConfig(lr=0.02, adamw_lr=0.01, weight_decay=0.1, split_qkv=True)
-    rows = claim_table(build_optimizer(model, config), names)
+    rows = update_table(build_optimizer(model, config), names)
     assert [row[0] for row in rows] == list(names.values())
     short = folded(rows)
-    rule = "corrected clipped x orthogonal in 3 blocks"
+    rule = "MARSM: corrected clipped x orthogonal in 3 blocks"
     assert ("transformer.h.*.attn.c_attn.weight (3)", "48x16", rule, "0.02", "0.1") in short
-    assert ("transformer.wte.weight", "64x16", "raw x adaptive", "0.01", "0") in short
+    assert ("transformer.wte.weight", "64x16", "MARSM: raw x adaptive", "0.01", "0") in short
     assert len(short) == 9
-    adamw = claim_table(build_optimizer(model, AdamWConfig(lr=0.5)), names)
-    assert ("transformer.ln_f.weight", "16", "raw x adaptive", "0.5", "0") in adamw
+    adamw = update_table(build_optimizer(model, AdamWConfig(lr=0.5)), names)
+    assert ("transformer.ln_f.weight", "16", "AdamW", "0.5", "0") in adamw
 
 
 @pytest.mark.parametrize(
@@ -754,7 +762,7 @@ def test_the_claim_table_names_every_tensor_and_folds_layers():
         (GOOD | {"gain": "norm"}, "unknown roles norm"),
     ],
 )
-def test_unclaimed_and_unknown_tensors_are_errors(roles, message):
+def test_tensors_without_a_role_and_unknown_roles_are_errors(roles, message):
     with pytest.raises(ValueError, match=message):
         build_optimizer(Routed(roles), AdamWConfig())
 

@@ -16,15 +16,16 @@ import pytest
 from conftest import ROOT, environment
 from fake_hub import COMMIT, FakeHub
 
-from data import build, place, prepare, shards
-from data.hub import answers, hub_problem
+from data import shards
 from data.loader import DataConfig, TrainLoader
-from data.shards import HEADER_BYTES, open_dataset, write_shard
-from data.sources import LocalFolder
-from data.split import NanoGPT
+from data.prepare import build, place
+from data.prepare import command as prepare
+from data.prepare.hub import answers, hub_problem
+from data.prepare.sources import LocalFolder
+from data.prepare.split import NanoGPT
+from data.prepare.workers import undisturbed
+from data.shards import HEADER_BYTES, open_dataset, shard_problems, write_shard
 from data.tokenizer import ByteTokenizer, pieces
-from data.verify import faults
-from data.workers import undisturbed
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -168,8 +169,8 @@ def test_one_enormous_document_and_ten_thousand_tiny_ones(tmp_path):
 
 def test_a_large_row_group_is_continued_in_the_middle(corpus, whole, tmp_path, monkeypatch):
     write_parquet(tmp_path / "source", texts(), files=1, group=1000)
-    monkeypatch.setattr("data.formats.BATCH_ROWS", 7)
-    monkeypatch.setattr("data.formats.CHUNK_BYTES", 5000)
+    monkeypatch.setattr("data.prepare.formats.BATCH_ROWS", 7)
+    monkeypatch.setattr("data.prepare.formats.CHUNK_BYTES", 5000)
     original = build.write_shard
     monkeypatch.setattr(build, "write_shard", lambda *a: stop_at(original, 8, *a))
     stops(command("openwebtext", tmp_path / "source", tmp_path / "out"))
@@ -224,7 +225,7 @@ def test_prepared_shards_reach_the_loader(whole):
 
 @pytest.mark.parametrize("workers, ahead", [(2, 1 << 28), (3, 1 << 28), (2, 0)])
 def test_neither_workers_nor_how_far_they_are_ahead_change_a_byte(corpus, whole, tmp_path, monkeypatch, workers, ahead):
-    monkeypatch.setattr("data.workers.AHEAD", ahead)
+    monkeypatch.setattr("data.prepare.workers.AHEAD", ahead)
     prepare.main(command("openwebtext", corpus, tmp_path / "owt", "--workers", str(workers)))
     assert contents(tmp_path / "owt") == contents(whole)
 
@@ -395,7 +396,7 @@ def test_two_preparations_of_one_folder(corpus, tmp_path):
 
 
 def test_a_worker_that_dies_is_reported(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("data.workers._start_worker", dying_worker)
+    monkeypatch.setattr("data.prepare.workers._start_worker", dying_worker)
     message = stops(command("openwebtext", corpus, tmp_path / "owt", "--workers", "2"))
     assert "one of 2 workers died" in message
 
@@ -464,8 +465,8 @@ def test_ranks_that_share_the_work_find_every_fault_once(corpus, tmp_path):
             f.seek(HEADER_BYTES)
             f.write(b"\1\0")
     (out / "train_000099.bin").write_bytes(b"")
-    shared = [fault for rank in range(3) for fault in faults(out, rank=rank, ranks=3)]
-    assert sorted(shared) == sorted(faults(out))
+    shared = [fault for rank in range(3) for fault in shard_problems(out, rank=rank, ranks=3)]
+    assert sorted(shared) == sorted(shard_problems(out))
     assert len(shared) == 4
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import train_gpt
-from data import prepare
+from data.prepare import command as prepare
 from eval import sample
 from eval.sample import choose, generate
 from model import GPT, GPTConfig

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CONFIG, VOCAB, finish, launch, make_dataset, make_tokens
+from runtime.micro_batch import Choice
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
@@ -29,7 +30,6 @@ from runtime.checkpoint import Checkpointer
 from runtime.distributed import ALONE
 from runtime.folder import run_lock
 from runtime.logger import read_metrics
-from runtime.micro_batch import Choice
 from runtime.schedule import learning_rate
 
 FINAL = "checkpoints/step_0000012/model.safetensors"

@@ -19,5 +19,6 @@ config = RunConfig(
     steps=12,
     eval_every=4,
     device="cpu",
+    optimizer="adamw",
 )
 optimizers = {"adamw": AdamWConfig(lr=1e-2)}

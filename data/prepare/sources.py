@@ -16,7 +16,7 @@ from typing import Protocol
 
 from tqdm.contrib.concurrent import thread_map
 
-from data.formats import (
+from data.prepare.formats import (
     first_line,
     grouped,
     line_blocks,

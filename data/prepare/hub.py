@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from data.formats import BATCH_ROWS, batched_values, first_line, parquet_rows
+from data.prepare.formats import BATCH_ROWS, batched_values, first_line, parquet_rows
+from data.prepare.sources import Chunk, SourceFile, parquet_chunks
+from data.prepare.workers import undisturbed
 from data.shards import DataError
-from data.sources import Chunk, SourceFile, parquet_chunks
-from data.workers import undisturbed
 
 BLOCK_BYTES = 1 << 25  # asked of the hub at a time
 READ_ATTEMPTS = 3  # half a minute each, in which Ctrl-C is not heard: pyarrow waits for the file meanwhile

@@ -1,7 +1,5 @@
 """The place of a dataset folder: made in FOLDER.tmp, complete when it appears; only our own files are deleted."""
 
-import errno
-import fcntl
 import json
 import re
 import shutil
@@ -10,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data.shards import MANIFEST, SPLITS, DataError, read_manifest
+from runtime import files
 
 PROGRESS, LOCK, FETCHED = "progress.json", "lock", "fetched"
 _RECORDS = re.compile(r"(lock|progress\.json|manifest\.json|held-\d+)(\.tmp)?")
@@ -92,16 +91,8 @@ def settle(folder: Path, out: Path) -> None:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep a second preparation out of a folder."""
-    path = folder / LOCK
-    with open(path, "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"{folder}: another preparation is writing there; wait for it or give another --out"
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # some network file systems know no locks
-                raise
-        yield
-        path.unlink(missing_ok=True)
+    try:
+        with files.locked(folder / LOCK):
+            yield
+    except BlockingIOError:
+        raise DataError(f"{folder}: another preparation is writing there; wait for it or give another --out") from None

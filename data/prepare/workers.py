@@ -13,9 +13,9 @@ from multiprocessing import connection, get_context, parent_process
 
 import numpy as np
 
+from data.prepare.sources import Chunk, Undecodable
+from data.prepare.split import Split
 from data.shards import DataError
-from data.sources import Chunk, Undecodable
-from data.split import Split
 from data.tokenizer import Encoder, get_tokenizer, pieces
 
 AHEAD = 1 << 28  # bytes of documents handed out and not yet taken back

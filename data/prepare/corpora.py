@@ -10,11 +10,11 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from data import pydocs, text
-from data.hub import HubFolder
+from data.prepare import pydocs, text
+from data.prepare.hub import HubFolder
+from data.prepare.sources import Files, Folder, LocalFolder, Named, Source
+from data.prepare.split import ByName, FirstShard, NanoGPT, Split
 from data.shards import DataError
-from data.sources import Files, Folder, LocalFolder, Named, Source
-from data.split import ByName, FirstShard, NanoGPT, Split
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,20 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.hub import HubFolder
-from data.place import FETCHED, PROGRESS, aside, locked, settle
+from data.prepare.hub import HubFolder
+from data.prepare.place import FETCHED, PROGRESS, aside, locked, settle
 from data.shards import (
     MANIFEST,
     SPLITS,
     DataError,
     ShardEntry,
     examine,
-    hash_file,
     names_split,
     read_shard_header,
-    write_durably,
     write_manifest,
 )
 from data.tokenizer import GPT2Tokenizer
+from runtime.files import sha256_of, write_durably
 
 GPT2 = {"name": "gpt2", "vocab_size": GPT2Tokenizer.vocab_size, "eot": GPT2Tokenizer.eot}
 
@@ -82,7 +81,7 @@ def fetch(out: Path, wanted: dict, before: dict) -> None:
             if path.exists() and path.stat().st_size == file.size:
                 continue
             fetched = hub.download(file, folder / FETCHED)
-            if file.sha256 and hash_file(fetched) != file.sha256:
+            if file.sha256 and sha256_of(fetched) != file.sha256:
                 fetched.unlink()
                 raise DataError(f"{repo}: {file.name} came damaged (its sha256 is another); the same command continues")
             os.replace(fetched, path)

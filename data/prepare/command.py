@@ -19,16 +19,13 @@ import os
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file: python data/prepare.py
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from data import pretokenized
-from data.build import build
-from data.corpora import HUB, JOBS, READY, Job, changed, ready_shards
-from data.place import aside, begun, discard, locked, refuse_strangers, settle
+from data.prepare import pretokenized
+from data.prepare.build import build
+from data.prepare.corpora import HUB, JOBS, READY, Job, changed, ready_shards
+from data.prepare.place import aside, begun, discard, locked, refuse_strangers, settle
+from data.prepare.verify import describe, info, verify
+from data.prepare.workers import Recipe
 from data.shards import MANIFEST, DataError, open_dataset
-from data.verify import describe, info, verify
-from data.workers import Recipe
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from data.prepare.sources import Undecodable
 from data.shards import DataError
-from data.sources import Undecodable
 
 PIECE_BYTES = 1 << 16  # larger files are cut into pieces of this size, so that validation sees some of each
 MIN_PIECES = 200  # smaller corpora are cut finer, so that there is a validation set at all

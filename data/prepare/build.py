@@ -17,20 +17,19 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.place import LOCK, PROGRESS, aside, locked, progress, settle
+from data.prepare.place import LOCK, PROGRESS, aside, locked, progress, settle
+from data.prepare.sources import Chunk, Source
+from data.prepare.workers import Encoded, Recipe, encoded
 from data.shards import (
     SPLITS,
     DataError,
     ShardEntry,
-    hash_file,
     listed_shard,
-    write_durably,
     write_manifest,
     write_shard,
 )
-from data.sources import Chunk, Source
 from data.tokenizer import Tokenizer, get_tokenizer
-from data.workers import Encoded, Recipe, encoded
+from runtime.files import sha256_of, write_durably
 
 NOTICES = 20  # documents that cannot be read are named up to this many, and all are counted
 
@@ -127,7 +126,7 @@ class Preparation:
         self.position, self.documents = tuple(state["position"]), state["documents"]
         self.unreadable = state["unreadable"]
         path = self.folder / state["held"]["file"]
-        if not path.exists() or hash_file(path) != state["held"]["sha256"]:
+        if not path.exists() or sha256_of(path) != state["held"]["sha256"]:
             raise DataError(f"{path} is missing or damaged; start over with --fresh")
         held = np.fromfile(path, dtype="<u2")
         for writer, told in zip(self.writers, state["streams"], strict=True):

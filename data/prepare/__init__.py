@@ -1,0 +1,1 @@
+"""Text -> token shards: sources, tokenization on all cores, and the commands that start them."""

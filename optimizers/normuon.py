@@ -1,0 +1,69 @@
+"""NorMuon (Li et al. 2025, arXiv 2510.05491): Muon whose neurons are normalized by their mean square over time.
+
+O = NewtonSchulz(momentum);  v <- beta2 v + (1 - beta2) mean over each row of O^2;  O' = O / (sqrt(v) + eps)
+p <- (1 - lr wd) p - lr 0.2 sqrt(rows columns) O' / |O'|_F
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optimizers.composed import ComposedOptimizer
+from optimizers.directions import State, Step, summed
+from optimizers.matrices import as_wide_matrices, matrix_shape
+from optimizers.muon import MuonConfig
+from optimizers.newton_schulz import Orthogonal
+from optimizers.options import option
+from optimizers.settings import Rule
+
+EPS = 1e-10
+
+
+@dataclass(frozen=True)
+class NormalizedOrthogonal(Orthogonal):
+    """The direction of NorMuon. A matrix (rows, columns) has one neuron a row."""
+
+    beta2: float = 0.95
+    label = "orthogonal, rows normalized"
+
+    def state(self, p: Tensor, blocks: int = 1) -> State:
+        """Adds the rows' mean squares, in the layout of wide matrices: a tall matrix has its rows in columns."""
+        wide, (rows, columns) = as_wide_matrices(p, blocks), matrix_shape(p, blocks)
+        return super().state(p) | {"row_sq": wide.new_zeros(wide.mean(1 if rows > columns else 2, keepdim=True).shape)}
+
+    def directions(self, stack: Tensor, states: list[State], step: Step) -> Tensor:
+        found = super().directions(stack, states, step)
+        normalized = []
+        for matrix, state in zip(found.split(len(stack) // len(states)), states, strict=True):
+            v = state["row_sq"]
+            mean = matrix.to(v.dtype).square().mean(2 if v.size(2) == 1 else 1, keepdim=True)
+            v.lerp_(mean, step.weight(1 - self.beta2).to(v.dtype))
+            scaled = matrix / (v.sqrt() + EPS)
+            normalized.append(scaled / torch.linalg.matrix_norm(scaled, keepdim=True).clamp(min=EPS))
+        return torch.cat(normalized).to(found.dtype)
+
+    def scale(self, rows: int, columns: int) -> float:
+        return 0.2 * (rows * columns) ** 0.5
+
+
+@dataclass(frozen=True)
+class NorMuonConfig(MuonConfig):
+    """NorMuon on matrices; `scale` has no effect, since the root mean square of every update is 0.2 lr."""
+
+    beta2: float = option(0.95, "decay of the rows' mean squares", least=0, below=1)
+
+    def rule(self, role: str, lr_factor: float) -> Rule:
+        if role != "matrix":
+            return self.adamw()
+        plain = self.orthogonal(summed(self.momentum, self.nesterov))
+        return Rule(NormalizedOrthogonal(**vars(plain), beta2=self.beta2), self.lr, self.weight_decay)
+
+
+class NorMuon(ComposedOptimizer):
+    """NorMuon. State: 4 bytes a matrix parameter and 4 a row, divided over the ranks, and 8 elsewhere."""
+
+    settings = NorMuonConfig
+
+
+NorMuonConfig.optimizer = NorMuon

@@ -1,0 +1,74 @@
+"""What a run prints: its description at the start, a line per logged step, a line per evaluation."""
+
+import math
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from config.load import short_count
+from optimizers.roles import folded, update_table
+from optimizers.state import state_bytes
+
+if TYPE_CHECKING:
+    from train_gpt import Trainer
+
+HEADER = ("tensor", "shape", "optimizer: gradient x direction", "lr", "decay")
+
+
+def introduce(t: "Trainer") -> None:
+    """Print what is about to run, and how every tensor is updated, which parameters.txt keeps in full."""
+    run, c = t.run, t.run.model
+    chosen = f"  chosen     {t.chosen}\n" if t.chosen else ""
+    t.log.say(
+        f"{run.name}\n"
+        f"  model      {t.model.num_params():,} parameters: {c.n_layer} layers x {c.n_embd}, context {c.block_size}\n"
+        f"  data       {run.data.path}: {t.loader.epochs(t.steps):.2f} epochs of "
+        f"{len(t.loader.windows):,} windows, {run.data.sampling}\n"
+        f"  batch      {run.sequences} sequences = {t.world.size} processes x {t.micro_batch} x "
+        f"{t.accumulation} accumulated = {run.tokens_per_step:,} tokens\n"
+        f"{chosen}"
+        f"  budget     {t.steps:,} steps = {t.steps * run.tokens_per_step:,} tokens\n"
+        f"  optimizer  {run.optimizer}: {run.optim}\n"
+        f"  state      {state_bytes(t.optimizer) / 1e6:,.1f} MB of optimizer state in this process\n"
+        f"  device     {t.world.device}, {run.compute}\n"
+        f"  folder     {t.folder}"
+    )
+    rows = update_table(t.optimizer, {p: name for name, p in t.model.named_parameters()})
+    if t.world.is_main:
+        try:
+            (t.folder / "parameters.txt").write_text("".join("\t".join(row) + "\n" for row in (HEADER, *rows)))
+        except OSError as error:
+            t.log.say(f"parameters.txt cannot be written ({error.strerror}); training goes on without it")
+    for name, shape, rule, lr, decay in (HEADER, *folded(rows)):
+        t.log.say(f"  {name:36} {shape:>12}  {rule:42} {lr:>8} {decay:>6}")
+    if t.step:
+        t.log.say(f"continuing at step {t.step}")
+
+
+def step_line(numbers: dict, steps: int) -> str:
+    """The line of a logged step."""
+    step, ms = numbers["step"], numbers["step_ms"]
+    mfu = f"  MFU {100 * numbers['mfu']:.1f}%" if "mfu" in numbers else ""
+    left = timedelta(seconds=round(ms / 1e3 * (steps - step)))
+    return (
+        f"step {step:>6}/{steps}  loss {numbers['loss']:.4f}  lr {numbers['lr']:.2e}  norm {numbers['grad_norm']:.3f}"
+        f"  {short_count(round(numbers['tokens_per_s']))} tok/s  {ms:.0f} ms{mfu}  left {left}"
+    )
+
+
+def validation_line(numbers: dict) -> str:
+    """The line of an evaluation."""
+    text = f"step {numbers['step']:>6}  {loss_text(numbers['val_loss'], numbers.get('val_bits_per_byte'))}"
+    if "hellaswag_items" in numbers:
+        right = 100 * numbers["hellaswag_acc_norm"]
+        text += f", {numbers['hellaswag_items']} HellaSwag items {right:.1f}% right"
+    return text
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """A loss in nats per token as bits per byte of text."""
+    return loss / bytes_per_token / math.log(2)
+
+
+def loss_text(loss: float, bits: float | None) -> str:
+    """A validation loss per token and, where the dataset knows its bytes, per byte."""
+    return f"validation loss {loss:.4f} nats/token" + (f", {bits:.4f} bits/byte" if bits is not None else "")

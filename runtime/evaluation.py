@@ -1,0 +1,55 @@
+"""The validation loss, shared by all ranks."""
+
+import math
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from runtime.distributed import StopRequest, World
+from runtime.guard import NonFiniteError
+
+
+class Validation(Protocol):
+    """What is needed of a validation set; data.loader.ValidationSet is one."""
+
+    count: int  # windows in all
+
+    def __len__(self) -> int: ...
+
+    def inputs(self, number: int, step: int, device: torch.device) -> tuple[Tensor, Tensor, int]: ...
+
+
+@torch.no_grad()
+def validation_loss(
+    validation: Validation,
+    step: int,
+    model: nn.Module,
+    world: World,
+    autocast: AbstractContextManager,
+    stop: StopRequest,
+) -> float | None:
+    """Mean loss in nats per token over the validation windows, each batch on one rank. Called by every rank.
+
+    Returns None if a stop request cut it short on a rank. Raises NonFiniteError if the loss is not finite.
+    """
+    sums = torch.zeros(2, len(validation), dtype=torch.float64, device=world.device)
+    model.eval()
+    for number in range(world.rank, len(validation), world.size):
+        if stop.signal:
+            break
+        idx, targets, windows = validation.inputs(number, step, world.device)
+        with autocast:
+            sums[0, number] = model(idx, targets).double() * windows
+        sums[1, number] = windows
+    model.train()
+    loss_sum, windows = world.sum(sums).sum(dim=1).tolist()
+    if windows < validation.count:
+        return None
+    if not math.isfinite(loss_sum):
+        raise NonFiniteError(
+            f"the validation loss of step {step} is not finite; this step is not saved, "
+            "and the checkpoints before it are good; use a smaller --lr, or --fresh to start over"
+        )
+    return loss_sum / windows

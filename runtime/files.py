@@ -1,0 +1,79 @@
+"""Files that are whole or absent, their hashes, and locks."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hex."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(f)
+
+
+def _digest(f: Any) -> str:  # Python 3.10 has no file_digest
+    digest = hashlib.sha256()
+    while block := f.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def write_durably(path: Path, *parts: bytes | np.ndarray) -> str:
+    """Write a file under a temporary name, flush it to the disk and rename it: it is there whole or not at all.
+
+    Returns its sha256. If the disk refuses, nothing is left behind.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    digest = hashlib.sha256()
+    try:
+        with open(temporary, "wb") as f:
+            for part in parts:
+                f.write(part)
+                digest.update(part)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)  # a failing write does not know where it writes
+        raise
+    return digest.hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON durably."""
+    write_durably(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk, so that they survive a power failure."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file, which is removed at the end. Raises BlockingIOError if another process holds it."""
+    with open(path, "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # some network file systems know no locks
+                raise
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
