@@ -350,7 +350,8 @@ def train_run(run: RunConfig, world: World, fresh: bool) -> None:
 
 def arguments() -> Parser:
     """The flags of the trainer; everything else is a key of the config."""
-    parser = Parser(prog="train_gpt", description=__doc__, add_help=False)
+    usage = "train_gpt.py CONFIG [--key=value ...] [flags]"
+    parser = Parser(prog="train_gpt", usage=usage, description=__doc__, add_help=False)
     parser.add_argument("config", nargs="*", help="a config file, for example config/quickstart.py")
     parser.add_argument("--help", "-h", action="store_true", help="list every key of CONFIG with its value")
     parser.add_argument("--fresh", action="store_true", help="start over; the old run folder is renamed and kept")
@@ -366,8 +367,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = [name for a in parser._actions if a.nargs == 0 for name in a.option_strings]
     args, overrides = parser.parse_known_args(join_values(sys.argv[1:] if argv is None else argv, flags))
     if not args.config:
-        print(parser.format_help())
-        sys.exit(0 if args.help else 2)
+        sys.exit(parser.format_help())
     interrupted = "interrupted; the checkpoints so far are untouched, and the same command continues"
     with one_line("train_gpt", interrupted, "use a smaller --micro_batch or model"):
         if len(args.config) > 1:

@@ -161,7 +161,7 @@ def synchronizations(t: train_gpt.Trainer, batches: list[Tensor]) -> float | str
                 take_step(t, batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [w for w in caught if "synchroniz" in str(w.message)]
+    waits = [w for w in caught if "called a synchronizing CUDA operation" in str(w.message)]
     if waits:
         print(f"the host waits for the device at {waits[0].filename}:{waits[0].lineno}", file=sys.stderr)
     return len(waits)

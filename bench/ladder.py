@@ -27,6 +27,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
@@ -46,12 +47,11 @@ BUDGET = {"124M": 150, "355M": 240, "774M": 300, "1558M": 420}  # seconds a rung
 
 @dataclass(frozen=True)
 class Rung:
-    """One line of the ladder: settings of the trainer, or a peer. predicted: thousand tokens/s by size on an H200."""
+    """One line of the ladder: settings of the trainer, or a peer."""
 
     settings: tuple[str, ...] = ()
     peer: str = ""
     environment: dict[str, str] = field(default_factory=dict)
-    predicted: dict[str, float] = field(default_factory=dict)
 
 
 GRAPH = ("optimizer=adamw", "dtype=bfloat16", "compile=true", "attention=flash")
@@ -60,17 +60,17 @@ RESIDUAL = (*CUDNN, "residual=bfloat16")
 CAST = (*RESIDUAL, "cast_weights=step")
 TUNED = {"TORCHINDUCTOR_MAX_AUTOTUNE": "1", "TORCHINDUCTOR_COORDINATE_DESCENT_TUNING": "1"}
 RUNGS = {  # in this order, as far as the time goes
-    "best": Rung((*CAST, "optimizer=mars_m"), predicted={"124M": 556, "355M": 216, "774M": 107, "1558M": 56}),
-    "nanogpt": Rung(peer="nanogpt", predicted={"124M": 492, "355M": 191, "774M": 96, "1558M": 51}),
-    "materialized": Rung(peer="materialized", predicted={"124M": 362, "355M": 140, "774M": 71, "1558M": 39}),
-    "loss_outside": Rung(peer="loss_outside", predicted={"124M": 455}),
-    "loss_in_graph": Rung(GRAPH, predicted={"124M": 490}),
-    "cudnn": Rung(CUDNN, predicted={"124M": 515}),
-    "bf16_residual": Rung(RESIDUAL, predicted={"124M": 550}),
-    "cast_once": Rung(CAST, predicted={"124M": 555}),
+    "best": Rung((*CAST, "optimizer=mars_m")),
+    "nanogpt": Rung(peer="nanogpt"),
+    "materialized": Rung(peer="materialized"),
+    "loss_outside": Rung(peer="loss_outside"),
+    "loss_in_graph": Rung(GRAPH),
+    "cudnn": Rung(CUDNN),
+    "bf16_residual": Rung(RESIDUAL),
+    "cast_once": Rung(CAST),
     "deterministic": Rung((*CAST, "attention=flash", "deterministic=true")),
     "checkpointing": Rung((*CAST, "activation_checkpointing=true")),
-    "max_autotune": Rung(CAST, environment=TUNED, predicted={"124M": 562}),
+    "max_autotune": Rung(CAST, environment=TUNED),
 }
 
 
@@ -110,12 +110,12 @@ def measure_trainer(
     warmup = 1 if smoke else 5
     sizes = (f"batch_size={sequences}", f"micro_batch={micro}", f"steps={steps}", f"log.every={2 if smoke else 10}")
     with tempfile.TemporaryDirectory() as name, redirect_stdout(io.StringIO()):
-        told = run_arguments(Path(name), size, smoke, *settings, *sizes)
-        with opened(told) as t:
+        words = run_arguments(Path(name), size, smoke, *settings, *sizes)
+        with opened(words) as t:
             watch = Watch(t.world.device)
             accumulate, clip, update = t.accumulate, t.guard.clip, t.update
 
-            def timed_accumulate(*args: object) -> torch.Tensor:
+            def timed_accumulate(*args: Any) -> torch.Tensor:
                 watch.at("step")
                 return accumulate(*args)
 
@@ -128,7 +128,7 @@ def measure_trainer(
                 watch.at("end")
 
             t.accumulate, t.guard.clip, t.update = timed_accumulate, timed_clip, timed_update
-            t.evaluate, t.save = lambda stop: None, lambda: None
+            t.evaluate, t.save, t.saved_step = lambda stop: None, lambda: None, t.steps
             train(t)
             figures = watch.figures(t.run.model, t.run.sequences, warmup)
             waited = statistics.mean(r["data_ms"] for r in read_metrics(t.folder / METRICS)[1:])
@@ -223,8 +223,7 @@ def in_own_process(name: str, size: str, smoke: bool, micro: int | str) -> dict:
 
 def climb(s: Session, name: str, size: str, micro: int | str) -> dict:
     """Report a rung, at half the micro-batch as long as the memory is not enough; returns its figures."""
-    predicted = 1e3 * RUNGS[name].predicted[size] if s.hopper == "H200" and size in RUNGS[name].predicted else None
-    names = dict(rung=name, size="tiny" if s.smoke else size, predicted_tokens_per_s=predicted)
+    names = dict(rung=name, size="tiny" if s.smoke else size)
     run = measure if s.smoke else in_own_process
     while True:
         found = s.row(partial(run, name, size, s.smoke, micro), BUDGET[size], **names)

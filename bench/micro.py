@@ -3,8 +3,6 @@
 python -m bench.micro                       all five, minutes
 python -m bench.micro gemm ce --sizes 124M  some of them
 python -m bench.micro --smoke               tiny shapes on the CPU, seconds
-
-Beside a measured figure stands, where one was made for this GPU, what was predicted before anything was measured.
 """
 
 from collections.abc import Callable
@@ -19,12 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from bench.micro_optimizers import bench_ns, bench_optim
-from bench.scaling_model import GEMM
-from bench.timing import COPY, SIZES, TINY, Session, arguments, shape_of
+from bench.timing import SIZES, TINY, Session, arguments, shape_of
 from model import GPTConfig
 from runtime.hardware import memory_gb
 
-ATTENTION = {"FLASH_ATTENTION": 200, "CUDNN_ATTENTION": 280}  # predicted TFLOP/s, H100 and H200
 TOKENS = 32 * 1024
 
 
@@ -42,8 +38,7 @@ def bench_gemm(s: Session, size: str, c: GPTConfig) -> None:
     def measure(product: Callable, k: int, m: int) -> dict:
         x, w, dy = s.randn(n, k), s.randn(m, k), s.randn(n, m)
         seconds = s.seconds(lambda: product(x, w, dy))
-        predicted = GEMM[size] / 1e12 if s.hopper else None
-        return dict(ms=1e3 * seconds, tflops=2e-12 * n * k * m / seconds, predicted_tflops=predicted)
+        return dict(ms=1e3 * seconds, tflops=2e-12 * n * k * m / seconds)
 
     for layer, (k, m) in layers.items():
         for kind, product in products.items():
@@ -54,24 +49,23 @@ def bench_sdpa(s: Session, size: str, c: GPTConfig) -> None:
     """Causal attention of 32 sequences, forward and backward; its FLOPs with what flash attention computes twice."""
     B, T, H, D = 2 if s.smoke else 32, c.block_size, c.n_head, c.n_embd // c.n_head
 
-    def measure(attend: Callable, backend: str) -> dict:
+    def measure(attend: Callable) -> dict:
         q, k, v, slope = (s.randn(B, T, H, D).transpose(1, 2) for _ in range(4))  # strides as in the model
         with torch.no_grad():
             forward = s.seconds(lambda: attend(q, k, v))
         leaves = [x.requires_grad_() for x in (q, k, v)]
         seconds = s.seconds(lambda: torch.autograd.grad(attend(q, k, v), leaves, slope))
-        predicted = ATTENTION.get(backend) if s.hopper else None
         rate = 7e-12 * B * T * T * H * D / seconds
-        return dict(ms=1e3 * seconds, forward_ms=1e3 * forward, tflops=rate, predicted_tflops=predicted)
+        return dict(ms=1e3 * seconds, forward_ms=1e3 * forward, tflops=rate)
 
     def fused(backend: str) -> dict:
         with sdpa_kernel(getattr(SDPBackend, backend)):
-            return measure(partial(F.scaled_dot_product_attention, is_causal=True), backend)
+            return measure(partial(F.scaled_dot_product_attention, is_causal=True))
 
     def flex() -> dict:
         mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=s.device.type)
         compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
-        return measure(partial(compiled, block_mask=mask), "flex")
+        return measure(partial(compiled, block_mask=mask))
 
     for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
         s.row(partial(fused, backend), 30, block="sdpa", size=size, what=backend)
@@ -114,9 +108,8 @@ def chunked(of_chunk: Callable, rows: int, x: Tensor, w: Tensor, targets: Tensor
 def bench_ce(s: Session, size: str, c: GPTConfig) -> None:
     """Output layer and loss, forward and backward; `loss` and `slope` (|dW|) show that the variants agree."""
     n, d, v = 256 if s.smoke else TOKENS, c.n_embd, c.padded_vocab_size
-    predicted = 1e3 * (6 * n * d * v / GEMM[size] + 3 * 2 * n * v / COPY) if s.hopper == "H200" else None
 
-    def measure(both: Callable, predicted: float | None = None) -> dict:
+    def measure(both: Callable) -> dict:
         torch.manual_seed(0)
         x, w = s.randn(n, d).requires_grad_(), (s.randn(v, d) * 0.02).requires_grad_()
         targets = torch.randint(v, (n,), device=s.device)
@@ -127,7 +120,7 @@ def bench_ce(s: Session, size: str, c: GPTConfig) -> None:
 
         if s.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        times = dict(ms=1e3 * s.seconds(step), predicted_ms=predicted, memory_gb=memory_gb(s.device))
+        times = dict(ms=1e3 * s.seconds(step), memory_gb=memory_gb(s.device))
         return times | dict(loss=step().item(), slope=w.grad.norm().item())
 
     def compiled(chunks: int = 0) -> dict:
@@ -135,10 +128,10 @@ def bench_ce(s: Session, size: str, c: GPTConfig) -> None:
             raise RuntimeError("this torch has no auto-chunker")
         changes = {"auto_chunker.enable": True, "auto_chunker.num_chunk": chunks}
         with inductor.patch(changes) if chunks else nullcontext():
-            return measure(partial(whole, torch.compile(mean_loss, fullgraph=True, dynamic=False)), predicted)
+            return measure(partial(whole, torch.compile(mean_loss, fullgraph=True, dynamic=False)))
 
     def own_chunks(rows: int) -> dict:
-        return measure(partial(chunked, torch.compile(loss_and_slope, fullgraph=True, dynamic=False), rows), predicted)
+        return measure(partial(chunked, torch.compile(loss_and_slope, fullgraph=True, dynamic=False), rows))
 
     def torchs_own(rows: int) -> dict:
         if not hasattr(torch.nn, "LinearCrossEntropyOptions"):

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from bench.peers import plain_newton_schulz, published_mars_m
-from bench.scaling_model import NEWTON_SCHULZ, work_of
-from bench.timing import COPY, Session
+from bench.timing import Session
 from model import GPT, GPTConfig
-from optimizers import MARSConfig, MARSMConfig, MuonConfig, OptimizerConfig, build_optimizer
+from optimizers import MARSConfig, MARSMConfig, MuonConfig, Settings, build_optimizer
 from optimizers.composed import BATCH
 from optimizers.newton_schulz import newton_schulz_dtype, orthogonalize
 
@@ -39,31 +38,33 @@ def as_in_a_step(s: Session, stack: Tensor) -> None:
 
 
 def newton_schulz_flops(c: GPTConfig) -> float:
-    """Of five steps on all matrices."""
-    return sum(count * each for count, each, _ in work_of(c).families)
+    """FLOPs of five steps on all matrices: 20 m^2 n + 10 m^3 for each (m, n), m the shorter side."""
+    d, flops = c.n_embd, 0.0
+    for count, m, n in ((c.n_layer, d, 3 * d), (c.n_layer, d, d), (2 * c.n_layer, d, 4 * d)):
+        flops += count * (20.0 * m * m * n + 10.0 * m**3)
+    return flops
 
 
 def bench_ns(s: Session, size: str, c: GPTConfig) -> None:
     """Newton-Schulz on every matrix of the model, as in each step."""
-    predicted = 1e3 * newton_schulz_flops(c) / NEWTON_SCHULZ if s.hopper else None
 
-    def measure(function: Callable, predicted: float | None) -> dict:
+    def measure(function: Callable) -> dict:
         every = stacks(s, c)
         seconds = s.seconds(lambda: [function(stack) for stack in every])
-        return dict(ms=1e3 * seconds, tflops=1e-12 * newton_schulz_flops(c) / seconds, predicted_ms=predicted)
+        return dict(ms=1e3 * seconds, tflops=1e-12 * newton_schulz_flops(c) / seconds)
 
     def one_by_one(stack: Tensor) -> None:
         for matrix in stack:
             plain_newton_schulz(matrix)
 
     def compiled() -> dict:
-        return measure(torch.compile(plain_newton_schulz, fullgraph=True, dynamic=False), predicted)
+        return measure(torch.compile(plain_newton_schulz, fullgraph=True, dynamic=False))
 
     names = dict(block="ns", size=size)
-    s.row(lambda: measure(one_by_one, None), **names, what="plain, matrix by matrix")
-    s.row(lambda: measure(plain_newton_schulz, predicted), **names, what="plain, batched")
+    s.row(lambda: measure(one_by_one), **names, what="plain, matrix by matrix")
+    s.row(lambda: measure(plain_newton_schulz), **names, what="plain, batched")
     s.row(compiled, **names, what="plain, batched and compiled")
-    s.row(lambda: measure(partial(as_in_a_step, s), predicted), **names, what="optimizers/newton_schulz.py")
+    s.row(lambda: measure(partial(as_in_a_step, s)), **names, what="optimizers/newton_schulz.py")
 
 
 def bench_optim(s: Session, size: str, c: GPTConfig) -> None:
@@ -95,7 +96,7 @@ def bench_optim(s: Session, size: str, c: GPTConfig) -> None:
     rest = [p for n, p in model.named_parameters() if roles[n] != "matrix"]
     counts = [sum(p.numel() for p in part) for part in (matrices, rest)]
 
-    def own(config: OptimizerConfig) -> Callable:
+    def own(config: Settings) -> Callable:
         optimizer = build_optimizer(model, config, compiled=not s.smoke)
         optimizer.found_inf = torch.zeros((), device=s.device)
         return optimizer.step
@@ -114,8 +115,7 @@ def bench_optim(s: Session, size: str, c: GPTConfig) -> None:
         moved = sum(n * count for n, count in zip(BYTES[name], counts, strict=True))
         inner = apart if name in ORTHOGONAL else 0.0
         numbers = dict(ms=1e3 * seconds, floor_ms=1e3 * moved / copy, to_floor=(seconds - inner) * copy / moved)
-        products = newton_schulz_flops(c) / NEWTON_SCHULZ if name in ORTHOGONAL else 0.0
-        return numbers | dict(predicted_ms=1e3 * (moved / COPY + products) if s.hopper == "H200" else None)
+        return numbers
 
     for name in sides:
         s.row(partial(measure, name), 90, **names, what=name)

@@ -27,9 +27,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data import pydocs
-from data.prepare import cores
+from data.prepare import pydocs
 from data.prepare.build import build
+from data.prepare.command import cores
 from data.prepare.sources import Files, LocalFolder
 from data.prepare.split import FirstShard
 from data.prepare.workers import Recipe

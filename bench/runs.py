@@ -49,10 +49,8 @@ def take_step(t: Trainer, batch: Tensor) -> None:
     """One training step on a batch, as the loop takes it."""
     assert not t.lookahead
     t.set_rates()
-    t.accumulate(batch, t.step)
-    t.guard.clip(t.step)
+    t.gradients(batch)
     t.update()
-    t.step += 1
 
 
 def batch_of(t: Trainer, step: int) -> Tensor:

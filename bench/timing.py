@@ -1,4 +1,4 @@
-"""What the benches that want a GPU share: sizes, a clock of the device, budgets of time, predictions, tokens."""
+"""What the GPU benches share: sizes, a clock of the device, time budgets, tokens."""
 
 import argparse
 import gc
@@ -25,7 +25,6 @@ from model import GPTConfig
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {"124M": "gpt2_small", "355M": "gpt2_medium", "774M": "gpt2_large", "1558M": "gpt2_xl"}
 TINY = GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=64, vocab_size=500)
-COPY = 4.3e12  # bytes/s, read plus written, of a copy on an H200: what predictions of traffic there rest on
 LIMIT = 570  # seconds of a whole bench; what is not measured by then is said not to be
 
 
@@ -69,8 +68,6 @@ class Session:
         self.report = Report(name, self.device, folder or (Path(tempfile.mkdtemp()) if smoke else None))
         self.ends = time.perf_counter() + LIMIT
         torch.manual_seed(0)
-        gpu = "" if smoke else torch.cuda.get_device_name()
-        self.hopper = next((n for n in ("H200", "H100") if n in gpu), None)
 
     @property
     def left(self) -> float:

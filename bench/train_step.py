@@ -100,11 +100,15 @@ def bench_overhead(steps: int, report: Report) -> None:
             time.sleep(0.2)
             return torch.zeros(())
 
+        def take_no_step(self: train_gpt.Trainer) -> None:
+            self.step += 1
+            self.saved_step = self.step
+
         with (
             mock.patch.object(train_gpt.Trainer, "accumulate", sleep),
-            mock.patch.object(train_gpt.Trainer, "update"),
-            mock.patch.object(train_gpt.Trainer, "evaluate"),
-            mock.patch.object(train_gpt.Trainer, "save", return_value=None),
+            mock.patch.object(train_gpt.Trainer, "update", take_no_step),
+            mock.patch.object(train_gpt.Trainer, "evaluate", return_value=None),
+            mock.patch.object(train_gpt.Trainer, "save"),
             collector_paused(),
         ):
             start = time.perf_counter()

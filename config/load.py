@@ -28,6 +28,8 @@ PATHS = ("data.path", "data.hellaswag", "log.folder")
 class ConfigError(ValueError):
     """All errors of a configuration, one a line."""
 
+    names_itself = True  # every line starts with "config:"
+
     def __init__(self, errors: list[str]) -> None:
         super().__init__("\n".join(f"config: {error}" for error in errors))
 

@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args([spelled(a) for a in (sys.argv[1:] if args is None else args)], namespace)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        sys.exit(f"{self.prog}: {message}; --help lists the options")
 
 
 def spelled(argument: str) -> str:
@@ -95,7 +95,7 @@ def one_line(program: str, interrupted: str = "interrupted", memory: str = "use 
     except KeyboardInterrupt:
         sys.exit(f"{program}: {interrupted}")
     except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"{program}: {error}")
+        sys.exit(str(error) if getattr(error, "names_itself", False) else f"{program}: {error}")
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

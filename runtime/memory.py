@@ -107,7 +107,8 @@ def choose_micro_batch(footprint: Footprint, share: int, world: World, attempt: 
     total, estimate = available_memory(world.device)[1], estimated_micro_batch(footprint, share, world)
     if world.device.type == "cpu":
         return MicroBatch(estimate, share // estimate, memory_need(footprint, estimate).total, total)
-    world.sum(torch.zeros(1, device=world.device))  # communication takes its memory before the trials
+    if torch.cuda.is_available():
+        world.sum(torch.zeros(1, device=world.device))  # communication takes its memory before the trials
     larger = [m for m in candidates(share, world) if m > estimate][-1:]
     failed: list[int] = []
     for m in larger + [m for m in candidates(share, world) if m <= estimate]:

@@ -72,7 +72,8 @@ def learning_rate(config: ScheduleConfig, step: int, steps: int, peak: float) ->
 
 def moved(start: float, end: float, step: int, steps: int) -> float:
     """A hyperparameter that moves linearly from start to end, at update number `step` (from 0) of `steps`."""
-    return end + (1 - step / max(1, steps - 1)) * (start - end)
+    progress = step / max(1, steps - 1)
+    return end + (1 - progress) * (start - end) if progress else start
 
 
 def set_rates(

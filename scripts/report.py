@@ -20,10 +20,10 @@ if __package__ in (None, ""):  # run as a file: python scripts/report.py
 import torch
 
 from config.load import short_count
-from data.shards import write_durably
 from eval.perplexity import describe, describe_pair
 from eval.table import markdown, published, size_of
 from model import GPT, GPTConfig
+from runtime.files import write_durably
 from runtime.folder import CONFIG
 from runtime.logger import METRICS, read_metrics
 

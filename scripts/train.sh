@@ -11,7 +11,7 @@
 #   --launched              processes are started already, with RANK, WORLD_SIZE and MASTER_ADDR set
 #   --preflight             only report memory, disk, epochs, shards and the network
 #   --dry-run               only print the command
-# The batch is 480 sequences on any number of processes that divides it. PYTHON names the interpreter.
+# Other arguments go to train_gpt.py, with or without -- before them. PYTHON names the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -25,10 +25,7 @@ optimizer=mars_m dataset=openwebtext gpus='' nodes=1 rendezvous='' id='' launche
 size=${1:-}
 [ $# -gt 0 ] && shift
 case $size in
-small) largest=15 ;; # micro-batch of its config
-medium) largest=15 ;;
-large) largest=5 ;;
-xl) largest=5 ;;
+small | medium | large | xl) ;;
 -h | --help)
     usage
     exit 0
@@ -54,7 +51,7 @@ while [ $# -gt 0 ]; do
         extra+=("$@")
         break
         ;;
-    *) fail "$1: unknown option (--help lists them); arguments of train_gpt.py go behind --" ;;
+    *) extra+=("$1") ;; # for train_gpt.py
     esac
     shift
 done
@@ -71,24 +68,11 @@ fi
 for number in "$gpus" "$nodes"; do
     [[ $number =~ ^[1-9][0-9]{0,5}$ ]] || fail "\"$number\": --gpus and --nodes must be whole numbers from 1 to 999999"
 done
-processes=$((gpus * nodes))
-[ -n "$launched" ] && processes=${WORLD_SIZE:?train: --launched needs WORLD_SIZE}
-
-batch=480
-if ((batch % processes)); then
-    below=$((processes < batch ? processes : batch)) above=$processes
-    while ((batch % below)); do below=$((below - 1)); done
-    while ((above <= batch && batch % above)); do above=$((above + 1)); done
-    fail "$processes processes do not divide the batch of $batch sequences; nearest that do: $below$( ((above <= batch)) && echo " and $above")"
-fi
-micro=$largest
-while ((batch / processes % micro)); do micro=$((micro - 1)); done
-
 case $dataset in
 */*) path=$dataset ;;
 *) path=data/tokens/$dataset ;;
 esac
-arguments=(train_gpt.py "config/gpt2_$size.py" "--optimizer=$optimizer" "--data.path=$path" "--micro_batch=$micro")
+arguments=(train_gpt.py "config/gpt2_$size.py" "--optimizer=$optimizer" "--data.path=$path")
 arguments+=(${extra[@]+"${extra[@]}"})
 if [ -n "$launched" ]; then
     command=("$python" "${arguments[@]}")

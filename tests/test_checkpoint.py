@@ -80,7 +80,7 @@ def test_state_of_other_shapes_or_parameters_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"matrix/exp_avg: shape \(3, 4\), not \(5, 4\)"):
         load_named_state(build_optimizer(wider, AdamWConfig()), wider, saved)
     del saved["gain/step"], saved["gain/exp_avg"], saved["gain/exp_avg_sq"]
-    with pytest.raises(ValueError, match=r"optimizer state of gain: saved \[\], .* it belongs to another optimizer"):
+    with pytest.raises(ValueError, match=r"optimizer state of gain: saved nothing, .* it belongs to another optimizer"):
         load_named_state(build_optimizer(model, AdamWConfig()), model, saved)
 
 
@@ -149,8 +149,8 @@ def test_a_write_that_fails_leaves_no_trace(tmp_path):
         save(checkpointer, 5)
 
 
-def test_faults_are_named():
-    assert len(CheckpointConfig(every=0, keep=0, milestone_every=-1).faults()) == 3
+def test_errors_are_named():
+    assert len(CheckpointConfig(every=0, keep=0, milestone_every=-1).errors()) == 3
 
 
 # ---- in the background

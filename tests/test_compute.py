@@ -25,11 +25,11 @@ from model import GPT, GPTConfig
 from runtime.compute import (
     BACKENDS,
     ComputeConfig,
-    attention_order,
+    apply_compute,
+    attention_backends,
     bucket_size,
     cast_per_step,
     collector_paused,
-    prepare,
     torch_settings,
 )
 from runtime.logger import read_metrics
@@ -37,11 +37,11 @@ from runtime.logger import read_metrics
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=60, bias=True)
 
 
-def model_with(dropout: float = 0.0, half: bool = True, **settings) -> GPT:
+def model_with(dropout: float = 0.0, bf16: bool = True, **settings) -> GPT:
     """A model in training mode with these settings, the same weights each time."""
     torch.manual_seed(0)
     model = GPT(replace(SHAPE, dropout=dropout))
-    prepare(model, ComputeConfig(**settings), half)
+    apply_compute(model, ComputeConfig(**settings), bf16)
     return model
 
 
@@ -57,9 +57,9 @@ def test_settings_are_reached_by_their_short_names_and_checked():
     described = describe_keys(load_config(CONFIG))
     assert all(re.search(rf"--{key}=\S+  \S", described) for key in keys)
     assert load_config(CONFIG, ["--attention=cudnn"]).compute.attention == "cudnn"
-    with pytest.raises(ConfigError, match='compute.residual="half": must be one of float32, bfloat16'):
+    with pytest.raises(ConfigError, match="compute.residual='half': must be one of float32, bfloat16"):
         load_config(CONFIG, ["--residual=half"])
-    with pytest.raises(ConfigError, match='compute.attention="fast": must be one of auto, cudnn, flash'):
+    with pytest.raises(ConfigError, match="compute.attention='fast': must be one of auto, cudnn, flash"):
         load_config(CONFIG, ["--attention=fast"])
 
 
@@ -79,17 +79,22 @@ def test_every_attention_backend_gives_the_same_loss_and_gradient():
             torch.testing.assert_close(ours, reference, atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_the_chosen_backend_comes_first_and_everything_is_put_back():
+def test_a_choice_enables_only_what_may_run_and_everything_is_put_back():
+    """torch moves cuDNN to the front on Hopper and Blackwell GPUs wherever it is enabled."""
     before = _cur_sdpa_kernel_backends(with_priority=True)
     with torch_settings(ComputeConfig(attention="cudnn")):
         assert _cur_sdpa_kernel_backends(with_priority=True) == [
             *(SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
         ]
-        assert "cudnn,flash,efficient,math" in torch.compiler.config.cache_key_tag
+        assert "attention=CUDNN_ATTENTION,FLASH_ATTENTION" in torch.compiler.config.cache_key_tag
     assert _cur_sdpa_kernel_backends(with_priority=True) == before
-    assert "cudnn" not in torch.compiler.config.cache_key_tag
-    assert attention_order(ComputeConfig(attention="efficient")) == ["efficient", "cudnn", "flash", "math"]
-    assert attention_order(ComputeConfig(attention="math")) == ["math"]
+    assert "CUDNN" not in torch.compiler.config.cache_key_tag
+    for name in ("flash", "efficient", "math"):
+        with torch_settings(ComputeConfig(attention=name)):
+            enabled = _cur_sdpa_kernel_backends(with_priority=True)
+        assert SDPBackend.CUDNN_ATTENTION not in enabled
+        assert enabled == attention_backends(ComputeConfig(attention=name)) == BACKENDS[name]
+    assert attention_backends(ComputeConfig()) == []
 
 
 # ---- residual stream and activation checkpointing
@@ -195,7 +200,7 @@ def test_buckets_are_a_tenth_of_the_gradients_and_at_least_25_mb():
     assert bucket_size(large, ComputeConfig()) == large.num_params() * 4 // 2**20 // 10 == 295
     assert bucket_size(GPT(SHAPE), ComputeConfig()) == 25
     assert bucket_size(large, ComputeConfig(bucket_mb=64)) == 64
-    with pytest.raises(ConfigError, match="compute.bucket_mb=-1: must not be negative"):
+    with pytest.raises(ConfigError, match="compute.bucket_mb=-1: must be a whole number of at least 0"):
         load_config(CONFIG, ["--bucket_mb=-1"])
 
 
@@ -223,7 +228,7 @@ def test_a_compiled_model_in_ddp_is_cut_at_the_buckets_whatever_the_settings(tmp
             torch._dynamo.reset()
             torch.manual_seed(0)
             model = GPT(GPTConfig(n_layer=4, n_head=2, n_embd=128, block_size=64, vocab_size=60))
-            prepare(model, ComputeConfig(**settings), half=True)
+            apply_compute(model, ComputeConfig(**settings), bf16=True)
             if "cast_weights" in settings:
                 cast_per_step(model, torch.optim.SGD(model.parameters()))
             forward = torch.compile(model, fullgraph=True, dynamic=False, backend=backend) if compiled else model
@@ -293,4 +298,5 @@ def test_cudnn_attention_is_refused_where_it_cannot_repeat_itself():
         ConfigError, match='compute.attention="cudnn": its gradients are not deterministic; use "flash"'
     ):
         load_config(CONFIG, ["--attention=cudnn", "--deterministic=true"])
-    assert "cudnn" not in attention_order(ComputeConfig(attention="efficient", deterministic=True))
+    backends = attention_backends(ComputeConfig(attention="efficient", deterministic=True))
+    assert SDPBackend.CUDNN_ATTENTION not in backends

@@ -16,10 +16,10 @@ pytest.importorskip("transformers")
 
 from eval import export, fetch, run
 from eval.checkpoint import open_trained
-from eval.command import one_line
 from eval.scoring import Scorer
 from eval.table import markdown, published, size_of
 from eval.tasks import PAPER, Tasks, metric_of
+from runtime.command import one_line
 
 datasets = pytest.importorskip("datasets")
 
@@ -477,8 +477,8 @@ def test_scores_of_other_weights_or_fewer_documents_are_rows_of_their_own():
 
 def test_a_model_larger_than_memory_and_an_interruption_are_one_line():
     for error, message in (
-        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "x: out of memory with the model alone; .*CUDA"),
-        (MemoryError(), "x: out of memory with the model alone"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "x: out of memory; use a smaller model .*CUDA"),
+        (MemoryError(), "x: out of memory; use a smaller model"),
         (KeyboardInterrupt(), "x: interrupted"),
     ):
         with pytest.raises(SystemExit, match=message) as found, one_line("x"):

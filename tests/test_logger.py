@@ -101,5 +101,5 @@ def test_curves_are_drawn_from_metrics_alone(tmp_path):
     assert plot_run(tmp_path).read_bytes().startswith(b"\x89PNG")
 
 
-def test_faults_are_named():
-    assert len(LogConfig(every=0, wandb="maybe").faults()) == 2
+def test_errors_are_named():
+    assert len(LogConfig(every=0, wandb="maybe").errors()) == 2

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from eval.checkpoint import open_trained
 from model import GPT, GPTConfig, KVCache
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -44,11 +45,11 @@ def test_logits_loss_and_gradients_equal_the_golden_data(case):
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
-def test_from_pretrained_computes_what_hugging_face_computes(tmp_path, scaled, activation):
+def test_a_hugging_face_folder_computes_what_hugging_face_computes(tmp_path, scaled, activation):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        vocab_size=101,
+        vocab_size=257,
         n_positions=32,
         n_embd=48,
         n_layer=3,
@@ -63,10 +64,10 @@ def test_from_pretrained_computes_what_hugging_face_computes(tmp_path, scaled, a
     for p in reference.parameters():  # biases and gains away from 0 and 1
         p.data += 0.02 * torch.randn_like(p)
     reference.save_pretrained(tmp_path)
-    ours = GPT.from_pretrained(str(tmp_path)).eval()
-    assert ours.config.vocab_size == 101
-    assert ours.config.padded_vocab_size == 128
-    x = torch.randint(101, (3, 33))
+    ours = open_trained(tmp_path, torch.device("cpu")).model
+    assert ours.config.vocab_size == 257
+    assert ours.config.padded_vocab_size == 320
+    x = torch.randint(257, (3, 33))
     loss = ours(x[:, :-1], x[:, 1:])
     theirs = reference(x[:, :-1])
     torch.testing.assert_close(ours(x[:, :-1]), theirs.logits, atol=2e-5, rtol=1e-5)
@@ -74,12 +75,12 @@ def test_from_pretrained_computes_what_hugging_face_computes(tmp_path, scaled, a
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
 
 
-def test_from_pretrained_refuses_another_architecture(tmp_path):
+def test_a_hugging_face_folder_of_another_architecture(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64, activation_function="relu")
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="relu is not a GPT-2"):
-        GPT.from_pretrained(str(tmp_path))
+        open_trained(tmp_path, torch.device("cpu"))
 
 
 # n_layer, n_head, n_embd, parameters with biases and without, GFLOPs per token (PaLM, exact causal)
@@ -176,7 +177,7 @@ def test_dropout_acts_in_training_only():
 
 
 def test_impossible_shapes_are_refused_together():
-    with pytest.raises(ValueError, match=r"n_layer=0.*dropout=1.5.*gelu=\"relu\""):
+    with pytest.raises(ValueError, match=r"n_layer=0.*dropout=1.5.*gelu='relu'"):
         GPT(GPTConfig(n_layer=0, dropout=1.5, gelu="relu"))
     with pytest.raises(ValueError, match="n_embd=10: must be a multiple of n_head=4"):
         GPT(GPTConfig(n_embd=10, n_head=4))

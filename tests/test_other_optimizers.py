@@ -126,7 +126,7 @@ def soap(p, grads, lr, wd, betas, every, eps=1e-8):
     """The paper's algorithm 3 in NumPy; as in its authors' code, the first gradient only sets up the bases."""
     p, (b1, b2) = p.numpy(), betas
     left, right = np.zeros((p.shape[0],) * 2), np.zeros((p.shape[1],) * 2)
-    m, v = np.zeros(p.shape), np.zeros(p.shape)
+    m, v, ql, qr = np.zeros(p.shape), np.zeros(p.shape), left, right
     for t, g in enumerate(grads, start=1):
         p = p - lr * wd * p
         if t > 1:

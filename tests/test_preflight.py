@@ -1,4 +1,4 @@
-"""What a run will need, reckoned beforehand."""
+"""What a run will need, checked before it starts."""
 
 import json
 from dataclasses import replace
@@ -11,15 +11,24 @@ from conftest import CONFIG, finish, launch, make_dataset
 import train_gpt
 from config.load import load_config
 from model import GPT, GPTConfig
-from runtime.compute import ComputeConfig, prepare
+from runtime.compute import ComputeConfig, apply_compute
 from runtime.distributed import ALONE, World
-from runtime.preflight import checkpoints_kept, duration, free_bytes, measured_rate, memory_need, reach, verdict
+from runtime.memory import memory_need
+from runtime.preflight import (
+    all_reduce_seconds,
+    checkpoints_kept,
+    compared,
+    duration,
+    free_bytes,
+    measured_rate,
+    requirements,
+)
 
 
 def kept_for_backward(shape: GPTConfig, half: bool, compute: ComputeConfig) -> int:
     """Bytes that autograd keeps of one forward pass, parameters not counted, every storage once."""
     model, seen, held = GPT(shape), {}, []
-    prepare(model, compute, half)
+    apply_compute(model, compute, half)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def pack(tensor):
@@ -44,10 +53,10 @@ def test_activations_grow_with_depth_as_autograd_keeps_them(arguments, half, res
     compute = ComputeConfig(residual=residual, activation_checkpointing=recompute)
     shapes = [GPTConfig(n_layer=n, n_head=2, n_embd=128, block_size=128, vocab_size=64) for n in (1, 4)]
     one, four = (kept_for_backward(shape, half, compute) for shape in shapes)
-    if half and not recompute:  # autocast's bf16 copies of the weights are kept, too; reckoned among the weights
+    if half and not recompute:  # autocast's bf16 copies of the weights are kept, too; counted among the weights
         one, four = one - 2 * 12 * 128**2, four - 4 * 2 * 12 * 128**2
-    plan = train_gpt.plan(load_config(arguments[0], arguments[1:]), ALONE, False, None)
-    of = replace(plan.footprint, half=half, stream=2 if residual == "bfloat16" else 4, recompute=recompute)
+    plan = requirements(load_config(arguments[0], arguments[1:]), ALONE, False, None)
+    of = replace(plan.footprint, bf16=half, residual=2 if residual == "bfloat16" else 4, recompute=recompute)
     of = replace(of, width=128, block=128)
     needs = [memory_need(replace(of, layers=n), 2).activations for n in (1, 4)]
     assert needs[1] - needs[0] == pytest.approx(four - one, rel=0.05)
@@ -56,10 +65,10 @@ def test_activations_grow_with_depth_as_autograd_keeps_them(arguments, half, res
 @pytest.mark.parametrize("optimizer", ["adamw", "mars", "mars_m", "muon"])
 def test_weights_gradients_and_state_are_those_of_the_trainer(arguments, optimizer):
     run = load_config(arguments[0], [*arguments[1:], f"--optimizer={optimizer}"])
-    plan = train_gpt.plan(run, ALONE, False, None)
+    plan = requirements(run, ALONE, False, None)
     trainer = train_gpt.Trainer(run, ALONE, False)
     trainer.log.close()
-    assert plan.footprint.state == plan.whole_state == train_gpt.state_bytes(trainer.optimizer)
+    assert plan.footprint.state == plan.total_state == train_gpt.state_bytes(trainer.optimizer)
     need = memory_need(plan.footprint, plan.micro_batch)
     assert need.weights == need.gradients == sum(4 * p.numel() for p in trainer.model.parameters())
     assert need.total == need.weights + need.gradients + need.optimizer + need.activations
@@ -69,11 +78,11 @@ def test_the_exact_form_keeps_the_next_gradient_in_its_state_and_processes_excha
     needs = []
     for approx in ("true", "false"):
         run = load_config(arguments[0], [*arguments[1:], "--optimizer=mars", f"--is_approx={approx}"])
-        needs.append(memory_need(train_gpt.plan(run, ALONE, False, None).footprint, 1))
+        needs.append(memory_need(requirements(run, ALONE, False, None).footprint, 1))
     approx, exact = needs
     corrected = sum(p.numel() for p in train_gpt.GPT(run.model).parameters() if p.dim() >= 2)
     assert exact.total - approx.total == exact.optimizer - approx.optimizer == 4 * corrected
-    of = train_gpt.plan(run, ALONE, False, None).footprint
+    of = requirements(run, ALONE, False, None).footprint
     assert memory_need(replace(of, processes=2), 1).gradients == 2 * approx.gradients
 
 
@@ -90,8 +99,8 @@ def test_small_parts(tmp_path):
     assert free_bytes(tmp_path / "not" / "yet") == pytest.approx(free_bytes(tmp_path), rel=0.01)
     assert measured_rate([{"tokens_per_s": 3.0}, {"val_loss": 1.0}, {"tokens_per_s": 5.0}]) == 4.0
     assert measured_rate([]) is None
-    assert verdict(2e9, 1e9) == " of 1.0 GB: short"
-    assert reach(ALONE) is None
+    assert compared(2e9, 1e9) == ", exceeds the 1.0 GB available"
+    assert all_reduce_seconds(ALONE) is None
 
 
 def test_the_report_trains_nothing_and_leaves_no_folder(arguments, capsys, tmp_path):
@@ -111,8 +120,8 @@ def test_the_report_trains_nothing_and_leaves_no_folder(arguments, capsys, tmp_p
 def test_a_background_checkpoint_counts_its_copy(arguments, capsys):
     train_gpt.main([*arguments, "--preflight", "--checkpoint.background=true"])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  host"))
-    params = train_gpt.plan(load_config(arguments[0], arguments[1:]), ALONE, False, None).footprint.params
-    assert line == f"  host     {12 * params / 1e9:.2f} GB to write checkpoints out of"
+    params = requirements(load_config(arguments[0], arguments[1:]), ALONE, False, None).footprint.params
+    assert line == f"  host     {12 * params / 1e9:.2f} GB for the copy that background checkpoints are written from"
 
 
 def test_speed_comes_from_an_earlier_start_of_the_run(arguments, capsys, tmp_path):
@@ -139,7 +148,7 @@ def test_too_little_disk_fails_the_preflight(arguments, capsys, monkeypatch):
     monkeypatch.setattr("runtime.preflight.free_bytes", lambda folder: 100)
     with pytest.raises(SystemExit):
         train_gpt.main([*arguments, "--preflight"])
-    assert "of 0.0 GB: short" in capsys.readouterr().out
+    assert "exceeds the 0.0 GB available" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rate", ["fast", "0", "-1", "inf", "1e-320"])
@@ -155,8 +164,8 @@ def test_what_only_a_preflight_reads_is_refused_without_one(arguments, word):
 
 
 def test_what_stops_a_start_stops_the_preflight(arguments):
-    with pytest.raises(SystemExit, match="data.choices=nowhere: cannot be read"):
-        train_gpt.main([*arguments, "--preflight", "--data.choices=nowhere"])
+    with pytest.raises(SystemExit, match="data.hellaswag=nowhere: cannot be read"):
+        train_gpt.main([*arguments, "--preflight", "--data.hellaswag=nowhere"])
     with pytest.raises(SystemExit, match="out of memory; use a smaller"):
         train_gpt.main([*arguments, "--preflight", "--n_embd=1e10"])
 
@@ -175,15 +184,15 @@ def test_a_network_that_fails_names_the_remedy(monkeypatch):
 
     monkeypatch.setattr(World, "sum", broken)
     with pytest.raises(ValueError, match=r"over 2 processes failed \(NCCL error: unhandled system error\); name the"):
-        reach(World(0, 2, torch.device("cpu")))
+        all_reduce_seconds(World(0, 2, torch.device("cpu")))
     monkeypatch.setattr(World, "sum", lambda self, x: x)
     with pytest.raises(ValueError, match="gives wrong sums"):  # nothing was added
-        reach(World(0, 2, torch.device("cpu")))
+        all_reduce_seconds(World(0, 2, torch.device("cpu")))
 
 
-def test_the_sizes_can_be_reckoned(dataset):
+def test_the_four_sizes_are_estimated(dataset):
     """Parameters of the four sizes, on a device that holds nothing."""
     for size, millions in (("small", 124), ("medium", 354), ("large", 773), ("xl", 1557)):
         path = Path(__file__).parent.parent / "config" / f"gpt2_{size}.py"
-        plan = train_gpt.plan(load_config(path, [f"--data.path={dataset}", "--block_size=16"]), ALONE, False, None)
+        plan = requirements(load_config(path, [f"--data.path={dataset}", "--block_size=16"]), ALONE, False, None)
         assert plan.footprint.params / 1e6 == pytest.approx(millions, rel=0.02)

@@ -10,7 +10,7 @@ import torch
 from optimizers import AdamWConfig, build_optimizer
 from runtime import distributed, hardware
 from runtime.distributed import ALONE, resolve_device, start_world
-from runtime.folder import RunFolderError, differences, open_run_folder
+from runtime.folder import Comparison, RunFolderError, differences, open_run_folder
 from runtime.guard import Guard, NonFiniteError
 
 
@@ -41,7 +41,7 @@ def test_a_cpu_has_no_peak_and_a_resident_size():
 
 def test_the_environment_names_versions_and_device():
     facts = hardware.environment(torch.device("cpu"), 2)
-    assert facts["packages"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert facts["packages"]["torch"] == torch.__version__
     assert facts["processes"] == 2
     json.dumps(facts)
 
@@ -130,28 +130,37 @@ def test_the_first_bad_step_is_named_and_nothing_is_applied_from_there_on():
 def test_an_empty_folder_is_entered_and_a_finished_one_compared(tmp_path):
     run = {"seed": 1, "optim": {"lr": 0.1}, "log": {"every": 1}}
     for every in (1, 5):
-        open_run_folder(tmp_path / "r", run | {"log": {"every": every}}, {"log.every"}, {}, False, ALONE)
+        open_run_folder(
+            tmp_path / "r", run | {"log": {"every": every}}, Comparison({"log.every"}, {}), {}, False, ALONE
+        )
     assert json.loads((tmp_path / "r" / "config.json").read_text())["log"]["every"] == 5
     with pytest.raises(RunFolderError, match="seed: 1 -> 2"):
-        open_run_folder(tmp_path / "r", run | {"seed": 2}, {"log.every"}, {}, False, ALONE)
+        open_run_folder(tmp_path / "r", run | {"seed": 2}, Comparison({"log.every"}, {}), {}, False, ALONE)
     (tmp_path / "r" / "config.json").write_text("{")
     with pytest.raises(RunFolderError, match="config.json is not readable"):
-        open_run_folder(tmp_path / "r", run, set(), {}, False, ALONE)
+        open_run_folder(tmp_path / "r", run, Comparison(set(), {}), {}, False, ALONE)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_parent_is_named(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(RunFolderError, match="Permission denied"):
-        open_run_folder(tmp_path / "r", {}, set(), {}, False, ALONE)
+        open_run_folder(tmp_path / "r", {}, Comparison(set(), {}), {}, False, ALONE)
 
 
 def test_differences_leave_free_keys_out():
     before, now = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 5, "d": 4, "e": 6}}
-    assert differences(before, now, {"b.d"}) == {"b.c": (2, 5), "b.e": (None, 6)}
+    assert differences(before, now, Comparison({"b.d"}, {})) == {"b.c": (2, 5), "b.e": (None, 6)}
+
+
+def test_settings_gained_since_had_their_defaults_and_lost_ones_do_not_matter():
+    before, now = {"a": 1, "lost": 7}, {"a": 1, "gained": 0.2, "b": {"gained": [0.9, 0.95]}}
+    defaults = {"gained": 0.2, "b.gained": (0.9, 0.95)}
+    assert differences(before, now, Comparison(set(), defaults)) == {}
+    assert differences(before, now | {"gained": 0.3}, Comparison(set(), defaults)) == {"gained": (0.2, 0.3)}
 
 
 def test_fresh_moves_every_earlier_run_aside(tmp_path):
     for i in range(3):
-        open_run_folder(tmp_path / "r", {"i": i}, set(), {}, True, ALONE)
+        open_run_folder(tmp_path / "r", {"i": i}, Comparison(set(), {}), {}, True, ALONE)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r", "r.before-1", "r.before-2"]

@@ -3,8 +3,10 @@
 import math
 
 import pytest
+import torch
 
-from runtime.schedule import SHAPES, ScheduleConfig, interpolate, learning_rate
+from optimizers import MARSMConfig
+from runtime.schedule import SHAPES, ScheduleConfig, learning_rate, moved, parse_moves, set_rates
 
 
 def test_cosine_with_warm_up():
@@ -29,22 +31,52 @@ def test_wsd_holds_then_falls_linearly():
 
 def test_exponential_is_the_official_codes():
     """min_lr + 0.9^(100 progress) (lr - min_lr)"""
-    assert interpolate("exponential", 0.07, 2.0, 0.5) == pytest.approx(0.5 + 0.9**7 * 1.5)
+    config = ScheduleConfig(shape="exponential", warmup=0, min_lr=0.5)
+    assert learning_rate(config, 7, 100, 2.0) == pytest.approx(0.5 + 0.9**7 * 1.5)
 
 
 def test_constant_and_linear():
-    assert [interpolate("constant", p, 3.0, 1.0) for p in (0, 0.5, 1)] == [3, 3, 3]
-    assert [interpolate("linear", p, 0.1, 0.0) for p in (0, 0.5, 1)] == [0.1, 0.05, 0]
+    for shape, expected in (("constant", [3, 3, 3]), ("linear", [3, 2, 1])):
+        config = ScheduleConfig(shape=shape, warmup=0, min_lr=1.0)
+        assert [learning_rate(config, step, 10, 3.0) for step in (0, 5, 10)] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_starts_at_the_peak(shape):
-    assert interpolate(shape, 0.0, 0.7, 0.1) == pytest.approx(0.7)
+    assert learning_rate(ScheduleConfig(shape=shape, warmup=0), 0, 10, 0.7) == pytest.approx(0.7)
 
 
-def test_faults_are_named():
-    faults = ScheduleConfig(shape="step", warmup=-1, min_lr=-1, min_lr_ratio=2, wsd_decay=0).faults()
-    assert [fault.split("=")[0] for fault in faults] == ["shape", "warmup", "min_lr", "min_lr_ratio", "wsd_decay"]
+def test_errors_are_named():
+    errors = ScheduleConfig(shape="step", warmup=-1, min_lr=-1, min_lr_ratio=2, wsd_decay=0, moves="gamma").errors()
+    keys = {error.split("=")[0] for error in errors}
+    assert keys == {"shape", "warmup", "min_lr", "min_lr_ratio", "wsd_decay", "moves"}
+
+
+# ---- hyperparameters that move
+
+
+def test_moves_are_names_and_final_values():
+    assert parse_moves("") == {}
+    assert parse_moves("gamma:0.05, momentum:9.8e-1") == {"gamma": 0.05, "momentum": 0.98}
+    assert [moved(0.02, 0.1, step, 5) for step in range(5)] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
+    assert moved(0.02, 0.1, 0, 1) == 0.02
+
+
+def test_any_number_of_an_optimizer_moves_and_groups_keep_their_proportion():
+    optim = MARSMConfig(lr=0.1, weight_decay=0.2, gamma=0.02)
+    params = [torch.nn.Parameter(torch.zeros(4, 4)) for _ in range(3)]
+    optimizer = optim.optimizer(
+        [{"params": [p], "weight_decay": decay} for p, decay in zip(params, (0.2, 0.1, 0.0), strict=True)],
+        **optim.as_group() | {"weight_decay": 0.2},
+    )
+    schedule = ScheduleConfig(shape="constant", warmup=0)
+    seen = []
+    for step in range(3):
+        assert set_rates(optimizer, optim, schedule, {"gamma": 0.06, "weight_decay": 0.4}, step, 3) == 0.1
+        seen.append([(g["gamma"], g["weight_decay"]) for g in optimizer.param_groups])
+    assert [[round(gamma, 9) for gamma, _ in row] for row in seen] == [[0.02] * 3, [0.04] * 3, [0.06] * 3]
+    decays = [[decay for _, decay in row] for row in seen]
+    assert decays == [pytest.approx(row) for row in ([0.2, 0.1, 0], [0.3, 0.15, 0], [0.4, 0.2, 0])]
 
 
 def test_the_floor_is_a_share_of_the_peak_unless_it_is_given():

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data.shards import MANIFEST, SPLITS, DataError, read_manifest
-from runtime import files
+from runtime.files import locked as file_locked
 
 PROGRESS, LOCK, FETCHED = "progress.json", "lock", "fetched"
 _RECORDS = re.compile(r"(lock|progress\.json|manifest\.json|held-\d+)(\.tmp)?")
@@ -92,7 +92,7 @@ def settle(folder: Path, out: Path) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Keep a second preparation out of a folder."""
     try:
-        with files.locked(folder / LOCK):
+        with file_locked(folder / LOCK):
             yield
     except BlockingIOError:
         raise DataError(f"{folder}: another preparation is writing there; wait for it or give another --out") from None

@@ -1,4 +1,4 @@
-"""The micro-batch that fits: what is reckoned, what is tried, that ranks agree, and that nothing else changes."""
+"""The micro-batch that fits: what is estimated, what is tried, that ranks agree, and that nothing else changes."""
 
 import json
 import subprocess
@@ -7,19 +7,27 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, environment
-from runtime.micro_batch import MARGIN, candidates, choose, estimate, peak_of_pass
 
 import train_gpt
 from config.load import load_config
 from model import GPT, GPTConfig
-from runtime import micro_batch
+from runtime import memory
 from runtime.distributed import World, start_world
-from runtime.preflight import Footprint, memory_need
+from runtime.logger import read_metrics
+from runtime.memory import (
+    MARGIN,
+    Footprint,
+    candidates,
+    choose_micro_batch,
+    estimated_micro_batch,
+    memory_need,
+    peak_of_pass,
+)
 
 CPU, GPU = World(0, 1, torch.device("cpu")), World(0, 1, torch.device("cuda", 0))
 SMALL = Footprint(
     **dict(params=124_000_000, state=10**9, layers=12, width=768, vocab=50304, block=1024),
-    **dict(half=True, stream=4, recompute=False, processes=1),
+    **dict(bf16=True, residual=4, recompute=False, processes=1),
 )
 
 
@@ -44,8 +52,8 @@ def test_candidates_divide_and_a_cpu_takes_few():
 
 @pytest.mark.parametrize("gb", [2, 8, 24, 40, 80, 141, 1000])
 def test_the_estimate_is_the_largest_divisor_that_fits_beside_the_margin(monkeypatch, gb):
-    monkeypatch.setattr(micro_batch, "memory_room", lambda device: (gb * 10**9, gb * 10**9))
-    found = estimate(SMALL, 480, GPU)
+    monkeypatch.setattr(memory, "available_memory", lambda device: (gb * 10**9, gb * 10**9))
+    found = estimated_micro_batch(SMALL, 480, GPU)
     fitting = [m for m in range(1, 481) if 480 % m == 0 and memory_need(SMALL, m).total <= (1 - MARGIN) * gb * 1e9]
     assert found == max(fitting, default=1)
     assert {2: 1, 1000: 480}.get(gb, found) == found
@@ -53,29 +61,29 @@ def test_the_estimate_is_the_largest_divisor_that_fits_beside_the_margin(monkeyp
 
 def test_processes_on_a_cpu_share_its_memory(monkeypatch):
     room = memory_need(SMALL, 4).total
-    monkeypatch.setattr(micro_batch, "memory_room", lambda device: (room, room))
-    assert estimate(SMALL, 480, CPU) == 4
+    monkeypatch.setattr(memory, "available_memory", lambda device: (room, room))
+    assert estimated_micro_batch(SMALL, 480, CPU) == 4
     two = World(0, 2, torch.device("cpu"))
     monkeypatch.setattr(World, "gather", lambda self, item: [item] * self.size)
-    assert estimate(SMALL, 480, two) == 1
+    assert estimated_micro_batch(SMALL, 480, two) == 1
 
 
 def test_out_of_memory_steps_down_to_the_next_divisor(monkeypatch, capsys):
-    monkeypatch.setattr(micro_batch, "memory_room", lambda device: (50 * 10**9, 80 * 10**9))
-    start, tried = estimate(SMALL, 480, GPU), []
-    choice = choose(SMALL, 480, GPU, fits(30, tried))
-    assert start == tried[0] == 48
-    assert tried == [48, 40, 32, 30]
-    assert str(choice) == "micro-batch 30 x accumulation 16: about 30 of 80 GB; 48, 40, 32 did not fit"
+    monkeypatch.setattr(memory, "available_memory", lambda device: (50 * 10**9, 80 * 10**9))
+    tried: list[int] = []
+    choice = choose_micro_batch(SMALL, 480, GPU, fits(30, tried))
+    assert estimated_micro_batch(SMALL, 480, GPU) == 48
+    assert tried == [60, 48, 40, 32, 30]  # one above the estimate first
+    assert str(choice) == "micro-batch 30 x accumulation 16: about 30 of 80 GB; 60, 48, 40, 32 did not fit"
     assert capsys.readouterr().err.splitlines() == [f"trying a micro-batch of {m}" for m in tried]
     with pytest.raises(ValueError, match="out of memory with one sequence at a time: .* use a smaller model"):
-        choose(SMALL, 480, GPU, fits(0))
+        choose_micro_batch(SMALL, 480, GPU, fits(0))
 
 
 def test_on_a_cpu_nothing_is_tried(monkeypatch):
-    monkeypatch.setattr(micro_batch, "memory_room", lambda device: (10**12, 10**12))
-    choice = choose(SMALL, 480, CPU, fits(0))
-    assert (choice.micro_batch, choice.accumulation) == (8, 60)
+    monkeypatch.setattr(memory, "available_memory", lambda device: (10**12, 10**12))
+    choice = choose_micro_batch(SMALL, 480, CPU, fits(0))
+    assert (choice.size, choice.accumulation) == (8, 60)
     assert choice.needed == memory_need(SMALL, 8).total
 
 
@@ -108,22 +116,22 @@ def test_a_run_whose_choice_was_tried_equals_one_that_was_told(arguments, optimi
     """The trainer's own pass, run out of memory at 12 and 6 sequences; 4 is what it then trains with."""
 
     def tried(footprint, share, world, attempt):
-        monkeypatch.setattr(micro_batch, "memory_room", lambda device: (10**9, 10**9))
-        assert micro_batch.memory_need(footprint, 4).total < 10**9
+        monkeypatch.setattr(memory, "available_memory", lambda device: (10**9, 10**9))
+        assert memory.memory_need(footprint, 4).total < 10**9
         monkeypatch.setattr(World, "is_main", True)
 
         def small(m):
             attempt(m)
             return fits(4)(m)
 
-        chosen = choose(footprint, share, World(0, 1, torch.device("cuda", 0)), small)
+        chosen = choose_micro_batch(footprint, share, World(0, 1, torch.device("cuda", 0)), small)
         assert small(4)
         return chosen
 
     arguments = [*arguments, f"--optimizer={optimizer}"]
     train_gpt.main([*arguments, "--micro_batch=4"])
     told = train_metrics(arguments)
-    monkeypatch.setattr(train_gpt, "choose", tried)
+    monkeypatch.setattr(train_gpt, "choose_micro_batch", tried)
     train_gpt.main([*arguments, "--micro_batch=auto", "--fresh"])
     assert train_metrics(arguments) == told
     assert "chosen     micro-batch 4 x accumulation 3: about 4 of 1 GB; 12, 6 did not fit" in capsys.readouterr().out
@@ -135,7 +143,7 @@ def folder_of(arguments):
 
 
 def train_metrics(arguments):
-    records = train_gpt.read_metrics(folder_of(arguments) / "metrics.jsonl")
+    records = read_metrics(folder_of(arguments) / "metrics.jsonl")
     return [(r["step"], r.get("loss"), r.get("grad_norm"), r.get("val_loss")) for r in records]
 
 
@@ -150,17 +158,17 @@ def test_what_was_chosen_is_said_and_recorded_and_may_change(arguments, capsys):
     train_gpt.main([*arguments, "--micro_batch=2", "--steps=4"])  # continues; nothing to do
     assert "\n  chosen" not in capsys.readouterr().out
     train_gpt.main([*arguments, "--micro_batch=auto", "--preflight"])
-    assert "batch    12 sequences = 1 processes x 6 x 2, as reckoned to fit" in capsys.readouterr().out
+    assert "batch    12 sequences = 1 processes x 6 x 2, estimated to fit" in capsys.readouterr().out
 
 
 def main() -> None:
     """What each of two processes runs: one of them has less room, the other runs out of memory."""
     with start_world("cpu") as world:
         gpu = World(world.rank, world.size, torch.device("cuda", 0), world.control)
-        micro_batch.memory_room = lambda device: ((80 - 40 * world.rank) * 10**9, 80 * 10**9)
-        choice = choose(SMALL, 480, gpu, fits(480 if world.rank else 20))
-        assert choice.refused == (40, 32, 30, 24), choice  # from the estimate of rank 1, which has half the room
-        assert choice.micro_batch == 20, choice
+        memory.available_memory = lambda device: ((80 - 40 * world.rank) * 10**9, 80 * 10**9)
+        choice = choose_micro_batch(SMALL, 480, gpu, fits(480 if world.rank else 20))
+        assert choice.failed == (48, 40, 32, 30, 24), choice  # from the estimate of rank 1, which has half the room
+        assert choice.size == 20, choice
 
         model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=60))
         forward = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from conftest import CONFIG, finish, launch
-from data.choices import count_right, plain, read_items
 from small_runs import byte_dataset, hellaswag, small_model
 
 import train_gpt
-from data import choices
+from data import hellaswag as hellaswag_module
+from data.hellaswag import count_right, plain, read_items
 from data.shards import DataError
 from data.tokenizer import ByteTokenizer
 from eval import run as eval_run
@@ -38,7 +38,7 @@ def scored(folder):
 
 def test_training_logs_what_the_harness_gives_for_its_checkpoint(place, tmp_path, capsys):
     pytest.importorskip("lm_eval")
-    choices = [f"--data.choices={place / 'hellaswag' / 'validation.jsonl'}", "--data.choices_every=4"]
+    choices = [f"--data.hellaswag={place / 'hellaswag' / 'validation.jsonl'}", "--data.hellaswag_every=4"]
     train_gpt.main(arguments(place, tmp_path, *choices))
     assert "30 HellaSwag items" in capsys.readouterr().out
     found = scored(tmp_path)
@@ -52,7 +52,7 @@ def test_training_logs_what_the_harness_gives_for_its_checkpoint(place, tmp_path
 
 def test_it_is_off_by_default_and_changes_nothing_else(place, tmp_path):
     train_gpt.main(arguments(place, tmp_path / "off"))
-    choices = [f"--data.choices={place / 'hellaswag' / 'validation.jsonl'}", "--data.choices_every=1"]
+    choices = [f"--data.hellaswag={place / 'hellaswag' / 'validation.jsonl'}", "--data.hellaswag_every=1"]
     train_gpt.main(arguments(place, tmp_path / "on", *choices))
     assert scored(tmp_path / "off") == {}
     assert len(scored(tmp_path / "on")) == 6
@@ -64,7 +64,7 @@ def test_it_is_off_by_default_and_changes_nothing_else(place, tmp_path):
 
 
 def test_two_processes_score_what_one_scores(place, tmp_path):
-    choices = [f"--data.choices={place / 'hellaswag' / 'validation.jsonl'}", "--data.choices_items=7", "--steps=1"]
+    choices = [f"--data.hellaswag={place / 'hellaswag' / 'validation.jsonl'}", "--data.hellaswag_items=7", "--steps=1"]
     choices += ["--schedule.warmup=0", "--dropout=0"]
     train_gpt.main(arguments(place, tmp_path / "one", *choices))
     finish(launch(arguments(place, tmp_path / "two", *choices), processes=2))
@@ -104,7 +104,7 @@ def test_the_same_items_are_drawn_in_the_same_mixed_order(place):
 def test_no_item_is_begun_after_the_time_is_over(place, monkeypatch):
     items = read_items(str(place / "hellaswag" / "validation.jsonl"), 30, ByteTokenizer())
     clock = iter(range(100))
-    monkeypatch.setattr(choices.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(hellaswag_module.time, "monotonic", lambda: next(clock))
     model, device = small_model(), torch.device("cpu")
     assert count_right(model, items, device, seconds=7).tolist() == count_right(model, items[:7], device).tolist()
 
