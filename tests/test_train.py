@@ -347,7 +347,7 @@ def test_bad_input_is_answered_in_one_line(arguments, tmp_path):
     assert "config: optim.lr=-1.0: must be a number of at least 0\nconfig: steps=0" in stops(
         arguments, "--lr=-1", "--steps=0"
     )
-    assert "tiny_config.py dropout: expected one config file" in stops(arguments, "dropout")
+    assert "config: dropout: expected --key=value" in stops(arguments, "dropout")
     assert "argument --fresh: ignored explicit argument 'true'" in stops(arguments, "--fresh=true")
     assert not list((tmp_path / "runs").iterdir())
 
