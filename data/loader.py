@@ -38,7 +38,7 @@ class DataConfig:
     )
     val_windows: int = option(4096, "windows of the validation set to use, at most", least=1, on_resume="free")
     val_sampling: Literal["fixed", "random"] = option(
-        "fixed", "validation windows: fixed, or drawn anew for every evaluation (as published)", on_resume="free"
+        "fixed", "validation windows: fixed, or random ones for every evaluation (as published)", on_resume="free"
     )
     hellaswag: str = option("", "file of HellaSwag rows to score during training; empty: none", on_resume="free")
     hellaswag_every: int = option(5, "score HellaSwag at every so many evaluations", least=1, on_resume="free")

@@ -1,6 +1,6 @@
 """Data of benchmark tasks into a folder, for machines without a network: python -m eval.fetch DIR --tasks paper
 
-Writes DIR/TASK/SPLIT.jsonl, the splits that each task reads; `python -m eval.run ... --data DIR` scores from them.
+Writes DIR/TASK/SPLIT.jsonl, the splits that each task reads; `python -m eval.run ... --task_data DIR` scores from them.
 Files that are there are left alone, so the same command continues an interrupted one.
 """
 

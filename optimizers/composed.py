@@ -299,7 +299,7 @@ class ComposedOptimizer(Optimizer):
         return GradientNumbers(take.to(like.dtype), None if inverse is None else inverse.to(like.dtype), weight)
 
     def _step_numbers(self, job: "Job", ok: Tensor) -> tuple[Step, Any]:
-        """What the direction is told of the step, and its numbers in the dtype of the parameters."""
+        """The step as its direction sees it, and the direction's numbers in the dtype of the parameters."""
         count = torch.ones((), dtype=torch.float64, device=ok.device)
         if job.count is not None:
             count = job.count.add_(ok).clamp(min=1)

@@ -18,7 +18,7 @@ CPU_MOST = 8  # sequences: more do not make a CPU faster
 
 @dataclass(frozen=True)
 class Footprint:
-    """What the memory of one process in training depends on, besides the micro-batch."""
+    """The facts that decide the memory of one training process, apart from the micro-batch."""
 
     params: int
     state: int  # bytes of optimizer state in this process
