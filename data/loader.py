@@ -238,7 +238,8 @@ def to_device(tokens: np.ndarray | Tensor, device: torch.device) -> tuple[Tensor
 def prefetch(loader: TrainLoader, start: int, pin: bool, depth: int = 2) -> Iterator[Tensor]:
     """This rank's batches of steps start, start + 1, ... as uint16 tensors, read ahead on a thread.
 
-    pin: in page-locked memory, for asynchronous copies to a GPU. Errors of the thread are raised here.
+    pin: in page-locked memory, for asynchronous copies to a GPU. Errors of the thread are raised here. Closing the
+    iterator ends the thread: torch aborts a process that exits while another thread is inside torch.
     """
     ready: queue.Queue = queue.Queue(maxsize=depth)
     stopped = threading.Event()
@@ -260,7 +261,8 @@ def prefetch(loader: TrainLoader, start: int, pin: bool, depth: int = 2) -> Iter
         except Exception as error:  # handed over to the consumer
             put(error)
 
-    threading.Thread(target=work, daemon=True, name="prefetch").start()
+    thread = threading.Thread(target=work, daemon=True, name="prefetch")
+    thread.start()
     try:
         while True:
             item = ready.get()
@@ -269,3 +271,4 @@ def prefetch(loader: TrainLoader, start: int, pin: bool, depth: int = 2) -> Iter
             yield item
     finally:
         stopped.set()
+        thread.join(timeout=10)  # not for ever: a read from a dead network disk may never return

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from itertools import islice
 
 import numpy as np
@@ -233,6 +234,15 @@ def test_prefetch_delivers_batches_in_order_from_any_step(dataset):
     data = loader(dataset)
     for step, batch in zip(range(5, 12), prefetch(data, 5, pin=False), strict=False):
         assert np.array_equal(batch.numpy(), data.batch(step))
+
+
+def test_closing_prefetch_ends_its_thread(dataset):
+    """torch aborts a process that exits while another thread is inside torch."""
+    batches = prefetch(loader(dataset), 0, pin=False)
+    next(batches)
+    assert "prefetch" in [thread.name for thread in threading.enumerate()]
+    batches.close()
+    assert "prefetch" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_prefetch_hands_errors_to_the_consumer(dataset):
