@@ -48,7 +48,7 @@ class Tasks:
         if include_path is not None and not Path(include_path).is_dir():
             raise ValueError(f"--include_path {include_path}: no such folder")
         if data is not None and not Path(data).is_dir():
-            raise ValueError(f"--data {data}: no such folder")
+            raise ValueError(f"--task_data {data}: no such folder")
         own = [Path(include_path)] if include_path else []
         root = Path(lm_eval.__file__).parent / "tasks"
         self.data = Path(data) if data else None
@@ -130,7 +130,7 @@ class Tasks:
         files += f" and the same of {len(parts) - 1} more" if len(parts) > 1 else ""
         return (
             f"task {name}: dataset {source} is neither cached nor reachable ({reason}). On a machine with a network "
-            f"run `python -m eval.fetch DIR --tasks {name}`, copy DIR here and give --data DIR: it holds {files}"
+            f"run `python -m eval.fetch DIR --tasks {name}`, copy DIR here and give --task_data DIR: it holds {files}"
         )
 
 

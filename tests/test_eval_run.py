@@ -322,7 +322,7 @@ def test_a_data_set_that_cannot_be_had_says_what_to_do_and_the_others_run(folder
         evaluate(folders[:1], some, tmp_path, "--tasks", "piqa", "boolq")
     error = capsys.readouterr().err
     line = next(line for line in error.splitlines() if "eval.run: task piqa" in line)
-    for words in ("baber/piqa", "eval.fetch DIR --tasks piqa", "--data DIR", "piqa/{train,validation}.jsonl"):
+    for words in ("baber/piqa", "eval.fetch DIR --tasks piqa", "--task_data DIR", "piqa/{train,validation}.jsonl"):
         assert words in line
     assert "Traceback" not in error
     assert [s["task"] for s in json.loads((tmp_path / "results.json").read_text())["scores"]] == ["boolq"]
@@ -386,7 +386,7 @@ def test_fetched_data_can_be_scored_without_a_network(folders, tmp_path, monkeyp
     [
         (["--tasks", "hellaswagg"], 'unknown task "hellaswagg"; nearest: hellaswag'),
         (["--include_path", "nowhere"], "--include_path nowhere: no such folder"),
-        (["--data", "nowhere"], "--data nowhere: no such folder"),
+        (["--task_data", "nowhere"], "--task_data nowhere: no such folder"),
         (["--shots", "-1"], "--shots must not be negative"),
         (["--limit", "0"], "--limit and --batch_tokens must be at least 1"),
     ],
