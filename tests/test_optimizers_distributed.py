@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -134,9 +135,9 @@ def test_weights_and_state_are_bitwise_those_of_one_process(n, single, tmp_path)
 
 
 def test_saved_on_three_and_continued_on_one_and_two(single, tmp_path):
+    processes(3, tmp_path / "3", 0, 4)
     for n in (1, 2):
-        folder = tmp_path / str(n)
-        processes(3, folder, 0, 4)
+        folder = shutil.copytree(tmp_path / "3", tmp_path / str(n))
         processes(n, folder, 4, 8)
         assert_same_checkpoints(single, folder, 8)
 
