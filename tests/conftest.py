@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):  # read when the libraries are imported; no test needs a network
     os.environ[name] = "1"
 
-# A shell starts background jobs with SIGINT ignored, and processes started by the tests would inherit that.
+# A shell starts background jobs with SIGINT ignored. The processes that the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from data.shards import write_manifest, write_shard  # noqa: E402
