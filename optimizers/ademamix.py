@@ -90,6 +90,3 @@ class AdEMAMix(ComposedOptimizer):
     """AdEMAMix. State: 12 bytes a parameter."""
 
     settings = AdEMAMixConfig
-
-
-AdEMAMixConfig.optimizer = AdEMAMix

@@ -51,6 +51,10 @@ class ComposedOptimizer(Optimizer):
     drop_in: ClassVar[dict[str, Any]] = {}  # defaults of the class where they differ from those of a run
     _step_supports_amp_scaling = True  # how torch's GradScaler and our trainer recognise grad_scale and found_inf
 
+    def __init_subclass__(cls) -> None:
+        if "settings" in vars(cls):  # the settings build this class, but not a subclass that reuses them
+            cls.settings.optimizer = cls
+
     def __init__(
         self,
         params: Iterable,
@@ -66,6 +70,8 @@ class ComposedOptimizer(Optimizer):
             raise TypeError(f"{type(self).__name__} has no argument {', '.join(unknown)}")
         self.ownership = Ownership(process_group)
         self._compiled = compiled
+        if compiled:  # the functions below the class are compiled once for each combination of shapes
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         self._functions: dict[Callable, Callable] = {}  # compiled
         self._scratch: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         self._calls = 0  # of `step`; after loading, the largest step count of the state
@@ -268,13 +274,16 @@ class ComposedOptimizer(Optimizer):
         if not job.rule.clip or not held:
             return
         pieces = [self._cut((p.grad, self.state[p].get("previous"))) for p in held]
+        flat, numbers = [x for p in pieces for x in p], self._gradient_numbers(job)
         # ranks must agree on the norms of what all of them update: compiled reductions may differ in the last bit
-        alone = job.is_matrix or self.ownership.size == 1
-        norms = (self._run if alone else _call)(_norms, [x for p in pieces for x in p], self._gradient_numbers(job))
+        if self._compiled and (job.is_matrix or self.ownership.size == 1):
+            job.norms, job.factors = self._run(_norms_and_factors, flat, numbers)
+            return
+        norms = _norms(flat, numbers)
         ends = list(accumulate(len(p) for p in pieces))
         per_tensor = [norms[end - len(p) : end] for end, p in zip(ends, pieces, strict=True)]
         job.norms = [n[0] if len(n) == 1 else torch.linalg.vector_norm(torch.stack(n)) for n in per_tensor]
-        job.factors = job.norms if self._compiled else list(clip_factors(torch.stack(job.norms)).unbind())
+        job.factors = list(clip_factors(torch.stack(job.norms)).unbind())
 
     def _all_finite(self, jobs: list["Job"]) -> Tensor:
         """0-d bool: whether this step is to be taken, from gradients alone, so that all ranks agree."""
@@ -394,8 +403,7 @@ class Job:
     group: dict[str, Any]
     count: Tensor | None  # steps taken, 0-d; None if the direction does not count them
     norms: list[Tensor] = field(default_factory=list)  # of the gradients that are clipped
-    # of the parameters this rank holds: clipping factors, or in compiled code the norms they follow from
-    factors: list[Tensor | None] = field(default_factory=list)
+    factors: list[Tensor | None] = field(default_factory=list)  # for clipping, of the parameters this rank holds
 
     @property
     def is_matrix(self) -> bool:
@@ -430,12 +438,13 @@ def _batches(params: list[Tensor]) -> list[list[Tensor]]:
 # ---- functions over lists of tensors, plain or compiled
 
 
-def _call(function: Callable, *arguments: Any) -> Any:
-    return function(*arguments)
-
-
 def _norms(pieces: list[tuple], numbers: GradientNumbers) -> list[Tensor]:
     return [corrected_norm(grad, previous, numbers, scratch) for grad, previous, scratch in pieces]
+
+
+def _norms_and_factors(pieces: list[tuple], numbers: GradientNumbers) -> tuple[list[Tensor], list[Tensor]]:
+    norms = _norms(pieces, numbers)
+    return norms, [clip_factors(norm) for norm in norms]
 
 
 def _update_all(

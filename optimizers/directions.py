@@ -72,12 +72,23 @@ class Direction:
         return None
 
 
+class MatrixNumbers(NamedTuple):
+    """What every rank needs to move a matrix."""
+
+    decay: Tensor
+    rate: Tensor
+
+
 class MatrixDirection(Direction):
     """Base of the directions that need a whole matrix. Every matrix is worked on by the rank that owns it.
 
     `accumulate` runs first, elementwise, for every matrix; `directions` then sees a stack of its results. The
     weights move by -lr * scale * direction on every rank.
     """
+
+    def numbers(self, step: Step) -> MatrixNumbers:
+        """The 0-d tensors that `accumulate` needs, and the rate and decay of the weights."""
+        return MatrixNumbers(step.decay, step.rate)
 
     @staticmethod
     def accumulate(gradient: Tensor, state: list[Tensor], n: Any, out: Tensor) -> None:

@@ -31,6 +31,3 @@ class Lion(ComposedOptimizer):
 
     settings = LionConfig
     drop_in: ClassVar = dict(betas=(0.9, 0.99), weight_decay=0.0)
-
-
-LionConfig.optimizer = Lion

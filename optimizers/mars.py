@@ -105,6 +105,3 @@ class MARS(ComposedOptimizer):
 
     def role_of(self, p: Tensor) -> str:
         return "matrix" if p.dim() == 2 else "vector"
-
-
-MARSConfig.optimizer = MARS

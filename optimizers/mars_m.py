@@ -78,6 +78,3 @@ class MARSM(ComposedOptimizer):
     ) -> None:
         given = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
         super().__init__(params, **given)
-
-
-MARSMConfig.optimizer = MARSM

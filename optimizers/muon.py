@@ -92,6 +92,3 @@ class Muon(ComposedOptimizer):
 
     settings = MuonConfig
     drop_in: ClassVar = dict(lr=2e-2, weight_decay=0.0, adamw_eps_first=True)  # eps as in Moonlight's code
-
-
-MuonConfig.optimizer = Muon

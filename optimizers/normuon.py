@@ -64,6 +64,3 @@ class NorMuon(ComposedOptimizer):
     """NorMuon. State: 4 bytes a matrix parameter and 4 a row, divided over the ranks, and 8 elsewhere."""
 
     settings = NorMuonConfig
-
-
-NorMuonConfig.optimizer = NorMuon

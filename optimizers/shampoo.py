@@ -38,6 +38,3 @@ class Shampoo(ComposedOptimizer):
     """Shampoo. State: 4 bytes a matrix parameter, divided over the ranks of process_group, and 8 elsewhere."""
 
     settings = ShampooConfig
-
-
-ShampooConfig.optimizer = Shampoo

@@ -8,7 +8,6 @@ As in the authors' code, the first gradient only sets L, R and their eigenvector
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,13 +17,6 @@ from optimizers.directions import Adaptive, MatrixDirection, State, Step
 from optimizers.matrices import as_wide_matrices
 from optimizers.options import option
 from optimizers.settings import Rule, Settings
-
-
-class Numbers(NamedTuple):
-    """What the update of the weights needs."""
-
-    decay: Tensor
-    rate: Tensor
 
 
 @dataclass(frozen=True)
@@ -40,18 +32,11 @@ class Rotated(MatrixDirection):
     def state(self, p: Tensor, blocks: int = 1) -> State:
         """The averages (blocks, m, n), the preconditioners and their bases (blocks, m, m) and (blocks, n, n)."""
         wide = as_wide_matrices(p.detach(), blocks)
-        out = {
-            "count": wide.new_zeros(()),
-            "exp_avg": wide.new_zeros(wide.shape),
-            "exp_avg_sq": wide.new_zeros(wide.shape),
-        }
+        out = {key: wide.new_zeros(wide.shape) for key in ("exp_avg", "exp_avg_sq")} | {"count": wide.new_zeros(())}
         for side, size in (("left", wide.size(1)), ("right", wide.size(2))):
             out[side] = wide.new_zeros(blocks, size, size)
             out[f"{side}_basis"] = torch.eye(size, dtype=p.dtype, device=p.device).repeat(blocks, 1, 1)
         return out
-
-    def numbers(self, step: Step) -> Numbers:
-        return Numbers(step.decay, step.rate)
 
     def directions(self, stack: Tensor, states: list[State], step: Step) -> Tensor:
         each = stack.split(len(stack) // len(states))
@@ -104,6 +89,3 @@ class SOAP(ComposedOptimizer):
     """SOAP. State of a matrix (m, n): 2 m n + 2 m^2 + 2 n^2 numbers, divided over the ranks; 8 bytes elsewhere."""
 
     settings = SOAPConfig
-
-
-SOAPConfig.optimizer = SOAP

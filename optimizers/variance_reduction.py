@@ -48,11 +48,7 @@ def clipped_gradient(
     """The corrected gradient times its clipping factor (0-d; None: 1), and zero if the step is skipped.
 
     remember: keep a copy of the raw gradient in `previous` for the next step.
-    In compiled code `factor` is the norm that the clipping factor follows from: computing the factor there costs no
-    kernel of its own.
     """
-    if factor is not None and torch.compiler.is_compiling():
-        factor = clip_factors(factor)
     grad = _without_nan(grad, numbers.take, scratch[0])
     if numbers.inverse_scale is not None:
         grad.mul_(numbers.inverse_scale)

@@ -221,7 +221,7 @@ class ToyConfig(Settings):
 class Toy(ComposedOptimizer):
     settings = ToyConfig
 
-ToyConfig.optimizer, optimizers = Toy, {"toy": ToyConfig()}
+optimizers = {"toy": ToyConfig()}
 """
 
 
