@@ -116,6 +116,17 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class Transformer(nn.Module):
+    """The parts of the model, under OpenAI's names."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
 class GPT(nn.Module):
     """GPT-2: learned positions, pre-LayerNorm blocks, output layer tied to the token embedding.
 
@@ -129,14 +140,7 @@ class GPT(nn.Module):
         self.config = config
         self.residual_dtype: torch.dtype | None = None  # of the sums between blocks; None: as the embeddings
         self.recompute_blocks = False  # keep the input of each block only, and compute the block again for backward
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
-                wpe=nn.Embedding(config.block_size, config.n_embd),
-                h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-                ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
-            )
-        )
+        self.transformer = Transformer(config)
         for name, p in self.named_parameters():
             if p.dim() >= 2:  # residual branches are scaled down so that their sum keeps unit variance
                 scaled = name.endswith("c_proj.weight")

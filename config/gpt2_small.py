@@ -4,7 +4,7 @@
 
 Sources: [1] MARS paper (arXiv 2411.10438) tables 10 to 12; [2] MARS-M README; [3] config files of
 AGI-Arena/MARS at 4831e28; [ours] where nothing was published. --as_published sets what the runs did beyond
-these numbers (config/published.py).
+these numbers (config/published.py). The config files of the other sizes say what they change in this one.
 """
 
 from config.schema import RunConfig

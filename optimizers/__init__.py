@@ -3,7 +3,6 @@
 from optimizers import MARS, MARSM, Muon, Lion, build_optimizer
 """
 
-from torch import nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
@@ -14,7 +13,7 @@ from optimizers.mars import MARS, MARSConfig
 from optimizers.mars_m import MARSM, MARSMConfig
 from optimizers.muon import Muon, MuonConfig
 from optimizers.normuon import NorMuon, NorMuonConfig
-from optimizers.roles import assign_roles
+from optimizers.roles import ModelWithRoles, assign_roles
 from optimizers.settings import Settings
 from optimizers.shampoo import Shampoo, ShampooConfig
 from optimizers.soap import SOAP, SOAPConfig
@@ -59,9 +58,9 @@ OPTIMIZERS: dict[str, Settings] = {  # names that every run can use, with the se
 
 
 def build_optimizer(
-    model: nn.Module, config: Settings, process_group: ProcessGroup | None = None, compiled: bool = False
+    model: ModelWithRoles, config: Settings, process_group: ProcessGroup | None = None, compiled: bool = False
 ) -> Optimizer:
-    """The optimizer that some settings describe, over a model that declares `parameter_roles()`.
+    """The optimizer that some settings describe, over a model that declares the roles of its parameters.
 
     process_group: ranks that hold equal gradients and share the work on matrices.
     compiled: compile the elementwise updates.

@@ -83,6 +83,10 @@ class ComposedOptimizer(Optimizer):
         constructed = group.get("constructed_lr", group["lr"])
         return self.settings.of(group).rule(role, group["lr"] / constructed if constructed else 0.0)
 
+    def rule_of(self, group: dict[str, Any], p: Tensor) -> Rule:
+        """The rule for a parameter of this group."""
+        return self.rule(group, self._role(group, p))
+
     def role_of(self, p: Tensor) -> str:
         """The role of a parameter whose group names none."""
         return "matrix" if p.dim() >= 2 else "vector"
@@ -129,9 +133,9 @@ class ComposedOptimizer(Optimizer):
 
     def _allocate(self, group: dict[str, Any], role: str, members: list[Tensor]) -> None:
         rule, blocks = self.rule(group, role), group.get("blocks", 1)
-        gradients = () if rule.correction is None else ("previous",)
+        gradients = [] if rule.correction is None else ["previous"]
         if gradients and not group.get("is_approx", True):
-            gradients += ("upcoming",)
+            gradients.append("upcoming")
         direction = rule.direction
         if isinstance(direction, MatrixDirection):
             self.ownership.assign(families(members, blocks), lambda p: direction.cost(*matrix_shape(p, blocks)))
@@ -210,7 +214,7 @@ class ComposedOptimizer(Optimizer):
     # ---- the step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None, bs: int | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None, bs: int | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient.
 
         bs is accepted for loops written for the official MARS class and changes nothing.
@@ -291,7 +295,8 @@ class ComposedOptimizer(Optimizer):
         if found_inf is not None:
             return found_inf == 0
         known = [n for job in jobs if not job.is_matrix for n in job.norms]
-        rest = [p.grad for job in jobs if job.is_matrix or not job.norms for p in job.params]
+        unclipped = [p for job in jobs if job.is_matrix or not job.norms for p in job.params]
+        rest = [p.grad for p in unclipped if p.grad is not None]
         norms = known + ([get_total_norm(rest)] if rest else [])
         return torch.isfinite(torch.stack([n.double() for n in norms])).all()
 
@@ -355,6 +360,7 @@ class ComposedOptimizer(Optimizer):
         Each family's results travel to the other ranks while the next family is worked on.
         """
         direction, blocks = job.rule.direction, job.group.get("blocks", 1)
+        assert isinstance(direction, MatrixDirection)
         step, numbers = self._step_numbers(job, ok)
         gradient_numbers = self._gradient_numbers(job, ok)
         dtype = direction.shared_dtype(job.params[0].device)
@@ -378,7 +384,7 @@ class ComposedOptimizer(Optimizer):
             rates: dict[float, Tensor] = {}
             updates = []
             for p, result in zip(family, shared, strict=True):
-                if p.grad is not None:
+                if p.grad is not None and result is not None:
                     scale = direction.scale(*matrix_shape(p, blocks))
                     rate = rates.setdefault(scale, numbers.rate * scale)
                     updates.append((p, from_wide_matrices(result, p, blocks), rate))
@@ -418,7 +424,7 @@ class Job:
 def _check_gradients(params: list[Tensor]) -> None:
     for p in params:
         g = p.grad
-        if g.is_sparse or g.dtype not in DTYPES:
+        if g is not None and (g.is_sparse or g.dtype not in DTYPES):
             kind = "sparse" if g.is_sparse else str(g.dtype)
             raise ValueError(
                 f"gradient of a parameter of shape {tuple(p.shape)} is {kind}: must be dense and float32 or float64; "

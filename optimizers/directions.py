@@ -15,7 +15,8 @@ from torch import Tensor
 State = dict[str, Tensor]  # state tensors of one parameter, by name
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     """What a direction has to know of the coming step."""
 
     take: Tensor  # 0-d float64: 1, or 0 if the step is skipped because a gradient is not finite
@@ -86,8 +87,8 @@ class MatrixDirection(Direction):
     weights move by -lr * scale * direction on every rank.
     """
 
-    def numbers(self, step: Step) -> MatrixNumbers:
-        """The 0-d tensors that `accumulate` needs, and the rate and decay of the weights."""
+    def numbers(self, step: Step) -> Any:
+        """The 0-d tensors that `accumulate` needs, among them the rate and decay of the weights."""
         return MatrixNumbers(step.decay, step.rate)
 
     @staticmethod
@@ -176,7 +177,8 @@ class Adaptive(Direction):
         if self.eps_first:
             return None
         count, skip = step.count.float(), 1 - step.take.float()
-        numbers = dict(lr=step.lr, beta1=self.betas[0], beta2=self.betas[1], weight_decay=step.weight_decay)
+        beta1, beta2 = self.betas
+        numbers: dict[str, Any] = dict(lr=step.lr, beta1=beta1, beta2=beta2, weight_decay=step.weight_decay)
         numbers |= dict(eps=self.eps, maximize=False, amsgrad=self.amsgrad, found_inf=skip)
 
         def kernel(p: Tensor, gradient: Tensor, state: list[Tensor]) -> None:

@@ -26,7 +26,7 @@ def from_wide_matrices(wide: Tensor, like: Tensor, blocks: int) -> Tensor:
 
 def families(params: Iterable[Tensor], blocks: int) -> list[list[Tensor]]:
     """Parameters grouped by the shape of their matrices; a matrix and its transpose have one shape."""
-    found: dict[tuple[int, int], list[Tensor]] = {}
+    found: dict[tuple[int, ...], list[Tensor]] = {}
     for p in params:
         found.setdefault(tuple(sorted(matrix_shape(p, blocks))), []).append(p)
     return list(found.values())

@@ -11,7 +11,6 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
 from numbers import Real
 from typing import Any
 
@@ -70,17 +69,22 @@ def option(
     return field(default=default, metadata={"option": declared})
 
 
-@lru_cache(maxsize=64)
-def options_of(cls: type) -> dict[str, tuple[Any, Option]]:
+def options_of(cls: Any) -> dict[str, tuple[Any, Option]]:
     """The declared options of a dataclass: name to (type, declaration)."""
-    hints = typing.get_type_hints(cls)
-    return {f.name: (hints[f.name], f.metadata["option"]) for f in fields(cls) if "option" in f.metadata}
+    if cls not in _known_options:  # an optimizer asks at every step, and type hints are slow to read
+        hints = typing.get_type_hints(cls)
+        declared = {f.name: f.metadata["option"] for f in fields(cls) if "option" in f.metadata}
+        _known_options[cls] = {name: (hints[name], o) for name, o in declared.items()}
+    return _known_options[cls]
 
 
-def accepts_old_names(**new_names: str) -> Callable[[type], type]:
+_known_options: dict[Any, dict[str, tuple[Any, Option]]] = {}
+
+
+def accepts_old_names(**new_names: str) -> Callable[[Any], Any]:
     """Lets a settings dataclass be made with the former names of its options: old name = new name."""
 
-    def decorate(cls: type) -> type:
+    def decorate(cls: Any) -> Any:
         make = cls.__init__
 
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -112,8 +116,9 @@ def is_allowed(value: object, kind: Any, declared: Option) -> bool:
         return value in typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)
-        fits = isinstance(value, tuple | list) and len(value) == len(inner)
-        return fits and all(is_allowed(v, k, declared) for v, k in zip(value, inner, strict=True))
+        if not isinstance(value, tuple | list) or len(value) != len(inner):
+            return False
+        return all(is_allowed(v, k, declared) for v, k in zip(value, inner, strict=True))
     if kind is float:
         return isinstance(value, Real) and not isinstance(value, bool) and declared.allows(float(value))
     if kind is int:

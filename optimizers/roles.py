@@ -1,15 +1,23 @@
 """Roles of parameters, and the table that says how every tensor is updated."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 ROLES = ("matrix", "embedding", "vector")
 Row = tuple[str, str, str, str, str]  # tensor, shape, rule, learning rate, weight decay
+
+
+class ModelWithRoles(Protocol):
+    """A torch module that says which role each of its parameters has."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def parameter_roles(self) -> Mapping[str, str]: ...
 
 
 @dataclass(frozen=True)
@@ -56,8 +64,8 @@ def update_table(optimizer: Optimizer, names: Mapping[Tensor, str]) -> list[Row]
     for group in optimizer.param_groups:
         for p in group["params"]:
             rule, lr, decay = type(optimizer).__name__, group["lr"], group.get("weight_decay", 0.0)
-            if hasattr(optimizer, "rule"):
-                r = optimizer.rule(group, group.get("role") or optimizer.role_of(p))
+            if rule_of := getattr(optimizer, "rule_of", None):
+                r = rule_of(group, p)
                 rule, lr, decay = f"{rule}: {r}", r.lr, r.weight_decay
             rule += f" in {group['blocks']} blocks" if group.get("blocks", 1) > 1 else ""
             rows[p] = (names[p], "x".join(map(str, p.shape)), rule, f"{float(lr):g}", f"{decay:g}")

@@ -1,6 +1,7 @@
 """The base of an algorithm's settings: hyperparameters declared once, and the rule they give each parameter."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch.distributed import ProcessGroup
@@ -32,13 +33,17 @@ class Settings:
     The same dataclass is a section of the command line, the defaults of the optimizer class, and a parameter group.
     """
 
-    optimizer: ClassVar[type[Optimizer] | None] = None  # the class that these settings configure
+    optimizer: ClassVar[Callable[..., Optimizer] | None] = None  # the class that these settings configure
     lr: float
     weight_decay: float
 
     def errors(self) -> list[str]:
         """Everything wrong with these settings, one line each."""
         return errors_of(self)
+
+    def changed(self, **changes: Any) -> "Settings":
+        """A copy with other values."""
+        return replace(self, **changes)  # type: ignore[type-var]  # every subclass is a dataclass
 
     def rule(self, role: str, lr_factor: float) -> Rule:
         """The rule for a parameter of a role: "matrix", "embedding" or "vector".

@@ -42,7 +42,7 @@ def load_named_state(optimizer: Optimizer, model: nn.Module, saved: Mapping[str,
 
     Each rank reads what it holds. Raises ValueError if the state is another optimizer's or of other shapes.
     """
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     keys: dict[str, list[str]] = defaultdict(list)
     for full in sorted(saved):
         name, _, key = full.rpartition("/")

@@ -27,7 +27,7 @@ def corrected(grad: Tensor, previous: Tensor | None, weight: Tensor | None, out:
     `previous` is the last step's gradient (approximate form), or this batch's gradient at the last parameters (exact
     form). It is zero at the first step, as in the official code.
     """
-    return grad if previous is None else torch.lerp(previous, grad, weight, out=out)
+    return grad if previous is None or weight is None else torch.lerp(previous, grad, weight, out=out)
 
 
 def corrected_norm(grad: Tensor, previous: Tensor | None, numbers: GradientNumbers, scratch: Scratch) -> Tensor:
@@ -53,7 +53,7 @@ def clipped_gradient(
     if numbers.inverse_scale is not None:
         grad.mul_(numbers.inverse_scale)
     c = corrected(grad, previous, numbers.weight, scratch[1])
-    if remember:
+    if remember and previous is not None:
         previous.lerp_(grad, numbers.take)
     return c.mul_(numbers.take if factor is None else factor)
 
