@@ -51,7 +51,7 @@ def test_devices_that_do_not_exist_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert resolve_device("auto") == torch.device("cuda", 0)
     assert resolve_device("cuda", local_rank=1) == torch.device("cuda", 1)
-    with pytest.raises(ValueError, match="GPU 2 was asked for and torch .* sees 2; use --device=cpu, or fewer"):
+    with pytest.raises(ValueError, match="GPU 2 was asked for, but torch .* sees 2; use --device=cpu, or fewer"):
         resolve_device("cuda", local_rank=2)
     for name in ("tpu", "mps", "gpu:0"):
         with pytest.raises(ValueError, match=f'device="{name}": must be "auto"'):
