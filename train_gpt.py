@@ -27,6 +27,7 @@ from optimizers import build_optimizer
 from optimizers.state import load_named_state, named_state, state_bytes, state_problem
 from runtime import console
 from runtime.checkpoint import Checkpointer, CheckpointError
+from runtime.clipping import GradientClipper, NonFiniteError
 from runtime.command import Parser, join_values, one_line
 from runtime.compute import (
     apply_compute,
@@ -42,7 +43,6 @@ from runtime.compute import (
 from runtime.distributed import StopRequest, World, start_world
 from runtime.evaluation import validation_loss
 from runtime.folder import Comparison, add_facts, open_run_folder, run_lock
-from runtime.guard import Guard, NonFiniteError
 from runtime.hardware import environment, memory_gb, peak_flops
 from runtime.logger import Meter, RunLogger
 from runtime.memory import MicroBatch, choose_micro_batch, peak_of_pass
@@ -76,7 +76,7 @@ class Trainer:
         if run.compute.cast_weights == "step":
             cast_per_step(self.model, self.optimizer)
         self.lookahead = getattr(self.optimizer, "needs_lookahead", False)
-        self.guard = Guard(self.model, self.optimizer, run.grad_clip)
+        self.guard = GradientClipper(self.model, self.optimizer, run.grad_clip)
 
         self.folder = Path(run.log.folder) / run.name
         settings = to_dict(run) | {"dataset": dataset.fingerprint()}
