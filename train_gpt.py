@@ -47,7 +47,7 @@ from runtime.hardware import environment, memory_gb, peak_flops
 from runtime.logger import Meter, RunLogger
 from runtime.memory import MicroBatch, choose_micro_batch, peak_of_pass
 from runtime.plot import plot_run
-from runtime.preflight import footprint, preflight
+from runtime.preflight import memory_estimate, preflight
 from runtime.schedule import set_rates
 
 
@@ -122,8 +122,8 @@ class Trainer:
 
             return peak_of_pass(loss, self.model.parameters(), reserve, self.world.device)
 
-        of = footprint(self.run, self.model, self.optimizer, self.world)
-        return choose_micro_batch(of, share, self.world, attempt)
+        need = memory_estimate(self.run, self.model, self.optimizer, self.world)
+        return choose_micro_batch(need, share, self.world, attempt)
 
     def restore(self) -> tuple[int, float | None, float | None, float]:
         """Step, its and the best validation loss, and training seconds of the newest good checkpoint."""

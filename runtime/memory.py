@@ -17,51 +17,16 @@ CPU_MOST = 8  # sequences; a larger micro-batch does not make a CPU faster
 
 
 @dataclass(frozen=True)
-class Footprint:
-    """The facts that decide the memory of one training process, apart from the micro-batch."""
-
-    params: int
-    state: int  # bytes of optimizer state in this process
-    layers: int
-    width: int
-    vocab: int  # padded
-    block: int  # tokens of a sequence
-    bf16: bool  # autocast
-    residual: int  # bytes per element of the residual stream
-    recompute: bool  # activation checkpointing
-    processes: int
-
-
-@dataclass(frozen=True)
-class MemoryNeed:
+class MemoryEstimate:
     """Bytes that one process needs at least; fragments and the kernels' scratch memory are not included."""
 
     weights: int
     gradients: int
     optimizer: int
-    activations: int
+    activations: int  # for each sequence of a micro-batch
 
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
-
-
-def memory_need(of: Footprint, micro_batch: int) -> MemoryNeed:
-    """Memory of one process in training.
-
-    Backward keeps these elements per token and layer, with fused attention and no dropout, in units of the width C:
-    the inputs of the two norms (2), their outputs (2), q k v (3), attention's output (1), the MLP's hidden layer
-    before and after gelu (8). In float32 that is 16 x 4 bytes. In bf16 the residual stream, which the norms read, may
-    stay float32: 2 x 4 + 14 x 2 bytes. Activation checkpointing keeps the input of each block, and all of one block.
-    The logits, their gradient and the loss's float32 copy need V x (4 + 4 + 4) or V x (2 + 2 + 4) bytes per token.
-    """
-    element, logits = (2, 8) if of.bf16 else (4, 12)
-    block = 2 * of.residual + 14 * element
-    blocks = of.residual * of.layers + block if of.recompute else block * of.layers
-    activations = micro_batch * of.block * (blocks * of.width + logits * of.vocab)
-    weights = of.params * (6 if of.bf16 else 4)  # autocast keeps a bf16 copy of the weights
-    gradients = 4 * of.params * (2 if of.processes > 1 else 1)  # the accumulated ones, and the all-reduce buckets
-    return MemoryNeed(weights, gradients, of.state, activations)
+    def total(self, micro_batch: int) -> int:
+        return self.weights + self.gradients + self.optimizer + micro_batch * self.activations
 
 
 @dataclass(frozen=True)
@@ -85,7 +50,7 @@ def divisors(total: int, most: int) -> list[int]:
     return [m for m in range(min(total, most), 0, -1) if total % m == 0]
 
 
-def estimated_micro_batch(footprint: Footprint, per_process: int, world: World, memory: tuple[int, int]) -> int:
+def estimated_micro_batch(need: MemoryEstimate, per_process: int, world: World, memory: tuple[int, int]) -> int:
     """The largest micro-batch that fits on every rank by the estimate; 1 if none fits.
 
     per_process: sequences per step of one process; the micro-batch divides it.
@@ -95,11 +60,11 @@ def estimated_micro_batch(footprint: Footprint, per_process: int, world: World, 
     gpu = world.device.type == "cuda"
     room = available - round(MARGIN * total) if gpu else available // world.size
     sizes = divisors(per_process, per_process if gpu else CPU_MOST)
-    return min(world.gather(next((m for m in sizes if memory_need(footprint, m).total <= room), 1)))
+    return min(world.gather(next((m for m in sizes if need.total(m) <= room), 1)))
 
 
 def choose_micro_batch(
-    footprint: Footprint, per_process: int, world: World, attempt: Callable[[int], int]
+    need: MemoryEstimate, per_process: int, world: World, attempt: Callable[[int], int]
 ) -> MicroBatch:
     """The largest micro-batch that fits on every rank: estimated on a CPU, measured on a GPU. Called by every rank.
 
@@ -107,9 +72,9 @@ def choose_micro_batch(
     Raises ValueError if a single sequence does not fit.
     """
     memory = available_memory(world.device)
-    estimate = estimated_micro_batch(footprint, per_process, world, memory)
+    estimate = estimated_micro_batch(need, per_process, world, memory)
     if world.device.type == "cpu":
-        return MicroBatch(estimate, per_process // estimate, memory_need(footprint, estimate).total, memory[1])
+        return MicroBatch(estimate, per_process // estimate, need.total(estimate), memory[1])
     world.sum(torch.zeros(1, device=world.device))  # communication allocates its memory before the attempts
     return measured_micro_batch(per_process, estimate, world, memory[1], attempt)
 

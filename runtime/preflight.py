@@ -6,7 +6,6 @@ import shutil
 import statistics
 import sys
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,69 +24,37 @@ from runtime.compute import apply_compute, wants_bf16
 from runtime.distributed import World
 from runtime.hardware import available_memory
 from runtime.logger import METRICS, read_metrics
-from runtime.memory import Footprint, estimated_micro_batch, memory_need
+from runtime.memory import MemoryEstimate, estimated_micro_batch
 
 
-@dataclass(frozen=True)
-class Requirements:
-    """The facts that the report is computed from."""
+def memory_estimate(run: RunConfig, model: GPT, optimizer: Optimizer, world: World) -> MemoryEstimate:
+    """Memory of one process in training.
 
-    footprint: Footprint
-    total_state: int  # bytes of optimizer state over all processes
-    micro_batch: int
-    epochs: float  # passes over the training split
-    train_tokens: int
-    shard_problems: list[str]
-    checked: str  # how the shards were checked
-    rate: float | None  # tokens/s over all processes
-
-
-def footprint(run: RunConfig, model: GPT, optimizer: Optimizer, world: World) -> Footprint:
-    """The facts that decide the memory of one process of a run."""
-    c = run.model
-    return Footprint(
-        params=model.num_params(),
-        state=state_bytes(optimizer),
-        layers=c.n_layer,
-        width=c.n_embd,
-        vocab=c.padded_vocab_size,
-        block=c.block_size,
-        bf16=wants_bf16(run.dtype, world.device),
-        residual=(model.residual_dtype or torch.float32).itemsize,
-        recompute=model.recompute_blocks,
-        processes=world.size,
-    )
-
-
-def requirements(run: RunConfig, world: World, verify: bool, rate: float | None) -> Requirements:
-    """Everything the report needs. Raises ValueError for a file or a batch that cannot be used.
-
-    verify: hash every shard. rate: tokens/s; None: as an earlier start of this run measured it, if there was one.
+    Backward keeps these elements per token and layer, with fused attention and no dropout, in units of the width C:
+    the inputs of the two norms (2), their outputs (2), q k v (3), attention's output (1), the MLP's hidden layer
+    before and after gelu (8). In float32 that is 16 x 4 bytes. In bf16 the residual stream, which the norms read, may
+    stay float32: 2 x 4 + 14 x 2 bytes. Activation checkpointing keeps the input of each block, and all of one block.
+    The logits, their gradient and the loss's float32 copy need V x (4 + 4 + 4) or V x (2 + 2 + 4) bytes per token.
     """
-    c, metrics, per_process = run.model, Path(run.log.folder) / run.name / METRICS, run.share(world.size)
-    dataset = open_dataset(run.data.path, c.vocab_size)
-    if run.data.hellaswag:
-        HellaSwag.of_run(run.data, dataset)
-    sizes = dict(block_size=c.block_size, batch_size=run.sequences, vocab_size=c.vocab_size, seed=run.seed)
-    problems, checked = check_shards(dataset, world, verify)
-    with torch.device("meta"):
-        model = GPT(c)
-        apply_compute(model, run.compute, wants_bf16(run.dtype, world.device))
-    of = footprint(run, model, build_optimizer(model, run.optim, world.group), world)
-    if run.micro_batch is None:
-        micro_batch = estimated_micro_batch(of, per_process, world, available_memory(world.device))
-    else:
-        micro_batch = largest_divisor(per_process, run.micro_batch)
-    return Requirements(
-        footprint=of,
-        total_state=state_bytes(build_optimizer(model, run.optim)),
-        micro_batch=micro_batch,
-        epochs=TrainLoader(dataset, run.data, **sizes).epochs(run.total_steps),
-        train_tokens=dataset.tokens("train"),
-        shard_problems=problems,
-        checked=checked,
-        rate=measured_rate(read_metrics(metrics)) if rate is None and metrics.exists() else rate,
+    c, params, bf16 = model.config, model.num_params(), wants_bf16(run.dtype, world.device)
+    element, logits = (2, 8) if bf16 else (4, 12)
+    residual = (model.residual_dtype or torch.float32).itemsize
+    block = 2 * residual + 14 * element
+    blocks = residual * c.n_layer + block if model.recompute_blocks else block * c.n_layer
+    return MemoryEstimate(
+        weights=params * (6 if bf16 else 4),  # autocast keeps a bf16 copy of the weights
+        gradients=4 * params * (2 if world.size > 1 else 1),  # the accumulated ones, and the all-reduce buckets
+        optimizer=state_bytes(optimizer),
+        activations=c.block_size * (blocks * c.n_embd + logits * c.padded_vocab_size),
     )
+
+
+def on_meta_device(run: RunConfig, world: World) -> tuple[GPT, Optimizer]:
+    """The model and the optimizer of a run, without memory for their tensors."""
+    with torch.device("meta"):
+        model = GPT(run.model)
+    apply_compute(model, run.compute, wants_bf16(run.dtype, world.device))
+    return model, build_optimizer(model, run.optim, world.group)
 
 
 def check_shards(dataset: Dataset, world: World, verify: bool) -> tuple[list[str], str]:
@@ -147,40 +114,63 @@ def all_reduce_seconds(world: World, elements: int = 1 << 22) -> float | None:
     return time.perf_counter() - start
 
 
-def compared(need: float, available: float) -> str:
-    """A need in comparison with the available bytes."""
-    gb = f"{available / 1e9:.1f} GB"
-    return f", exceeds the {gb} available" if need > available else f" of {gb}"
-
-
-def report(run: RunConfig, of: Requirements, world: World) -> tuple[str, bool]:
+def report(run: RunConfig, world: World, verify: bool, rate: float | None) -> tuple[str, bool]:
     """What the run needs, one fact a line, and whether all of it is available. Called by every rank.
 
-    Raises ValueError if the ranks cannot communicate.
+    verify: hash every shard. rate: tokens/s; None: as an earlier start of this run measured it, if there was one.
+    Raises ValueError for a file or a batch that cannot be used, and if the ranks cannot communicate.
     """
-    seconds, need, shape = all_reduce_seconds(world), memory_need(of.footprint, of.micro_batch), of.footprint
-    gpu, saving, steps = world.device.type == "cuda", run.checkpoint, run.total_steps
-    available = available_memory(world.device)[1] if gpu else math.inf
+    folder, steps, saving = Path(run.log.folder) / run.name, run.total_steps, run.checkpoint
+    tokens, per_process = steps * run.tokens_per_step, run.share(world.size)
+    dataset = open_dataset(run.data.path, run.model.vocab_size)
+    if run.data.hellaswag:
+        HellaSwag.of_run(run.data, dataset)
+    sizes = dict(block_size=run.model.block_size, vocab_size=run.model.vocab_size, seed=run.seed)
+    epochs = TrainLoader(dataset, run.data, batch_size=run.sequences, **sizes).epochs(steps)
+    problems, checked = check_shards(dataset, world, verify)
+    if rate is None and (folder / METRICS).exists():
+        rate = measured_rate(read_metrics(folder / METRICS))
+
+    model, optimizer = on_meta_device(run, world)
+    need, memory = memory_estimate(run, model, optimizer, world), available_memory(world.device)
+    estimated = "" if run.micro_batch else ", estimated to fit"
+    micro_batch = largest_divisor(
+        per_process, run.micro_batch or estimated_micro_batch(need, per_process, world, memory)
+    )
+    total, limit = need.total(micro_batch), memory[1] if world.device.type == "cuda" else math.inf
+
+    weights, all_state = 4 * model.num_params(), state_bytes(build_optimizer(model, run.optim))
     kept = checkpoints_kept(steps, saving.every, saving.keep, saving.milestone_every)
-    disk, free = kept * (4 * shape.params + of.total_state), free_bytes(Path(run.log.folder) / run.name)
-    parts = [f"{v / 1e9:.2f}" for v in (need.total, need.weights, need.gradients, need.optimizer, need.activations)]
-    tokens, accumulation = steps * run.tokens_per_step, run.sequences // (world.size * of.micro_batch)
+    disk, free = kept * (weights + all_state), free_bytes(folder)
+    seconds = all_reduce_seconds(world)
     lines = [
         f"preflight of {run.name} on {world.size} x {world.device.type}",
-        f"  memory   at least {parts[0]} GB a process: weights {parts[1]}, gradients {parts[2]}, optimizer "
-        f"{parts[3]}, activations {parts[4]}{compared(need.total, available) if gpu else ''}",
-        f"  batch    {run.sequences} sequences = {world.size} processes x {of.micro_batch} x {accumulation}"
-        f"{', estimated to fit' if run.micro_batch is None else ''}",
-        f"  tokens   {tokens:,} in {steps:,} steps: {of.epochs:.2f} epochs of {of.train_tokens:,}, {run.data.path}",
-        f"  shards   {'; '.join(of.shard_problems) or of.checked}",
-        f"  disk     {disk / 1e9:.2f} GB for {kept} checkpoints{compared(disk, free)}",
-        f"  time     {time_needed(tokens, of.rate)}",
+        f"  memory   at least {gb(total)} a process: weights {gb(need.weights)}, gradients {gb(need.gradients)}, "
+        f"optimizer {gb(need.optimizer)}, activations {gb(micro_batch * need.activations)}{compared(total, limit)}",
+        f"  batch    {run.sequences} sequences = {world.size} processes x {micro_batch} x "
+        f"{per_process // micro_batch}{estimated}",
+        f"  tokens   {tokens:,} in {steps:,} steps: {epochs:.2f} epochs of {dataset.tokens('train'):,} "
+        f"in {run.data.path}",
+        f"  shards   {'; '.join(problems) or checked}",
+        f"  disk     {gb(disk)} for {kept} checkpoints{compared(disk, free)}",
+        f"  time     {time_needed(tokens, rate)}",
         f"  network  {f'all-reduce of 17 MB in {1e3 * seconds:.1f} ms' if seconds else 'one process'}",
     ]
     if saving.background:  # on the first process; the others copy no weights
-        copy = (4 * shape.params + shape.state) / 1e9
-        lines.insert(2, f"  host     {copy:.2f} GB for the copy that background checkpoints are written from")
-    return "\n".join(lines), not of.shard_problems and need.total <= available and disk <= free
+        copy = gb(weights + need.optimizer)
+        lines.insert(2, f"  host     {copy} for the copy that background checkpoints are written from")
+    return "\n".join(lines), not problems and total <= limit and disk <= free
+
+
+def gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def compared(need: float, limit: float) -> str:
+    """A need in comparison with the available bytes; empty without a limit."""
+    if need > limit:
+        return f", exceeds the {gb(limit)} available"
+    return f" of {gb(limit)}" if limit < math.inf else ""
 
 
 def time_needed(tokens: int, rate: float | None) -> str:
@@ -192,11 +182,11 @@ def preflight(run: RunConfig, world: World, verify: bool, rate: str | None) -> N
     """Print what the run needs; the exit status is 1 if something is missing. Raises ValueError for a bad rate."""
     try:
         tokens_per_s = parse_number(rate) if rate is not None else None
-        if tokens_per_s is not None and not 1 <= tokens_per_s < math.inf:
-            raise ValueError
     except ValueError:
-        raise ValueError(f"--tokens_per_s={rate}: must be a number of at least 1") from None
-    text, good = report(run, requirements(run, world, verify, tokens_per_s), world)
+        tokens_per_s = math.nan
+    if tokens_per_s is not None and not 1 <= tokens_per_s < math.inf:
+        raise ValueError(f"--tokens_per_s={rate}: must be a number of at least 1")
+    text, good = report(run, world, verify, tokens_per_s)
     if world.is_main:
         print(text, flush=True)
     if not world.from_main(good):
