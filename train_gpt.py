@@ -27,6 +27,7 @@ from optimizers import build_optimizer
 from optimizers.state import load_named_state, named_state, state_bytes, state_problem
 from runtime import console
 from runtime.checkpoint import Checkpointer, CheckpointError
+from runtime.clipping import GradientClipper, NonFiniteError
 from runtime.command import Parser, join_values, one_line
 from runtime.compute import (
     apply_compute,
@@ -42,12 +43,11 @@ from runtime.compute import (
 from runtime.distributed import StopRequest, World, start_world
 from runtime.evaluation import validation_loss
 from runtime.folder import Comparison, add_facts, open_run_folder, run_lock
-from runtime.guard import Guard, NonFiniteError
 from runtime.hardware import environment, memory_gb, peak_flops
 from runtime.logger import Meter, RunLogger
 from runtime.memory import MicroBatch, choose_micro_batch, peak_of_pass
 from runtime.plot import plot_run
-from runtime.preflight import footprint, preflight
+from runtime.preflight import memory_estimate, preflight
 from runtime.schedule import set_rates
 
 
@@ -76,7 +76,7 @@ class Trainer:
         if run.compute.cast_weights == "step":
             cast_per_step(self.model, self.optimizer)
         self.lookahead = getattr(self.optimizer, "needs_lookahead", False)
-        self.guard = Guard(self.model, self.optimizer, run.grad_clip)
+        self.guard = GradientClipper(self.model, self.optimizer, run.grad_clip)
 
         self.folder = Path(run.log.folder) / run.name
         settings = to_dict(run) | {"dataset": dataset.fingerprint()}
@@ -122,8 +122,8 @@ class Trainer:
 
             return peak_of_pass(loss, self.model.parameters(), reserve, self.world.device)
 
-        of = footprint(self.run, self.model, self.optimizer, self.world)
-        return choose_micro_batch(of, share, self.world, attempt)
+        need = memory_estimate(self.run, self.model, self.optimizer, self.world)
+        return choose_micro_batch(need, share, self.world, attempt)
 
     def restore(self) -> tuple[int, float | None, float | None, float]:
         """Step, its and the best validation loss, and training seconds of the newest good checkpoint."""

@@ -24,9 +24,9 @@ from data.loader import DataConfig, TrainLoader
 from data.shards import open_dataset
 from model import GPT, GPTConfig
 from optimizers import AdamWConfig, MARSConfig, build_optimizer
+from runtime.clipping import GradientClipper
 from runtime.compute import collector_paused
 from runtime.distributed import ALONE
-from runtime.guard import Guard
 
 CPU = torch.device("cpu")
 
@@ -38,7 +38,7 @@ def bench_step(shape: GPTConfig, batch: int, rounds: int, report: Report) -> Non
     plain, ours = PlainGPT(shape), GPT(shape)
     adamw = torch.optim.AdamW(plain.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
     optimizer = build_optimizer(ours, AdamWConfig(lr=1e-3))
-    guard = Guard(ours, optimizer, 1.0)
+    guard = GradientClipper(ours, optimizer, 1.0)
 
     def plain_step() -> None:
         plain(idx, targets).backward()
@@ -64,7 +64,7 @@ def bench_exact(shape: GPTConfig, batch: int, rounds: int, report: Report) -> No
     def step_of(config: MARSConfig) -> Callable[[], None]:
         model = GPT(shape)
         optimizer = build_optimizer(model, config)
-        guard = Guard(model, optimizer, 1.0)
+        guard = GradientClipper(model, optimizer, 1.0)
 
         def gradient() -> None:
             model(tokens[:, :-1], tokens[:, 1:]).backward()

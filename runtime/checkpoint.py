@@ -1,27 +1,28 @@
 """Checkpoints: plain tensors and JSON, complete or absent.
 
     checkpoints/step_0001000/model.safetensors         the weights, by parameter name
-                             optimizer-0.safetensors   optimizer state held by rank 0, "parameter/key"
+                             optimizer-0.safetensors   the optimizer state that rank 0 writes, "parameter/key"
                              state.json                step, losses, config, sha256 of each file
 
 A checkpoint is written under a temporary name, flushed to the disk and renamed, so a folder with its final name is
-complete. Damage that happens later is found by the hashes.
+complete. The hashes reveal later damage.
 
-In the background a thread writes the files from a copy of the tensors while training goes on. Only the main threads
-of the ranks communicate: once all ranks have written, the folder is renamed between two steps.
+A thread writes the files. With `background`, training continues meanwhile and the thread writes a copy of the
+tensors. Only the main threads of the ranks communicate: after all ranks have written their files, the folder is
+renamed between two steps.
 """
 
 import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,17 +31,12 @@ from runtime.distributed import ALONE, Exchange, World
 from runtime.files import sha256_of, sync, write_json
 
 MODEL, STATE = "model.safetensors", "state.json"
-FAILURES = (
-    OSError,
-    RuntimeError,
-    MemoryError,
-    SafetensorError,
-)  # a write that fails so costs a checkpoint, not the run
+FAILURES = (OSError, RuntimeError, MemoryError, SafetensorError)  # the errors that cost a checkpoint and not the run
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save, and what to keep."""
+    """When to save, and which checkpoints to keep."""
 
     every: int = option(1000, "steps between checkpoints; the last step is always saved", least=1, on_resume="free")
     keep: int = option(
@@ -55,27 +51,7 @@ class CheckpointConfig:
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or read; the message names it and the reason."""
-
-
-class OptimizerTensors(Mapping):
-    """The optimizer tensors of a checkpoint, "parameter/key", read from their files one by one when asked for."""
-
-    def __init__(self, files: list[Path]) -> None:
-        self._file = {}
-        for path in files:
-            with safe_open(path, framework="pt") as f:
-                self._file |= dict.fromkeys(f.keys(), path)
-
-    def __getitem__(self, key: str) -> Tensor:
-        with safe_open(self._file[key], framework="pt") as f:
-            return f.get_tensor(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file)
-
-    def __len__(self) -> int:
-        return len(self._file)
+    """A checkpoint that cannot be written or read. The message names it and the reason."""
 
 
 @dataclass
@@ -89,9 +65,10 @@ class Checkpoint:
         """The weights by parameter name."""
         return load_file(self.folder / MODEL)
 
-    def optimizer(self) -> OptimizerTensors:
-        """The optimizer state of all ranks."""
-        return OptimizerTensors([self.folder / name for name in self.state["sha256"] if name != MODEL])
+    def optimizer(self) -> dict[str, Tensor]:
+        """The optimizer state of all ranks, "parameter/key". The tensors are memory-mapped: only use reads them."""
+        files = [load_file(self.folder / name) for name in self.state["sha256"] if name != MODEL]
+        return {key: tensor for tensors in files for key, tensor in tensors.items()}
 
 
 @dataclass
@@ -105,57 +82,58 @@ class PendingSave:
 
 
 class Checkpointer:
-    """Writes, prunes and finds the checkpoints of one run.
+    """Writes, deletes and finds the checkpoints of one run.
 
-    In the background, each rank copies the tensors it writes into host memory that is allocated at the first save and
-    used again: its optimizer state and, on rank 0, the weights. On a machine with a GPU the memory is page-locked, and
-    the allocator may round each tensor up to a power of two. If a rank dies during a write, nothing but the temporary
+    In the background, each rank copies the tensors it writes into host memory: its optimizer state and, on rank 0,
+    the weights. This memory is allocated at the first save and used again. On a machine with a GPU it is page-locked,
+    and the allocator may round each tensor up to a power of two. If a rank dies during a write, only the temporary
     folder remains.
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, world: World) -> None:
         self.folder, self.config, self.world = folder, config, world
+        self.copies: dict[str, dict[str, Tensor]] = {}  # the host memory for background saves, by file and tensor
         self._pending: PendingSave | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._unfinished = Exchange(world)
-        self._copies: dict[str, dict[str, Tensor]] = {}  # by file
 
     def save(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: dict) -> Path | None:
-        """Write the checkpoint of state["step"]. Called by every rank with the optimizer tensors it has to write.
+        """Write the checkpoint of state["step"]. Called by every rank, with the optimizer tensors that it writes.
 
-        Returns its folder. In the background it returns None, and `poll` or `finish` return the folder later. Waits
+        Returns the folder. In the background it returns None, and `poll` or `finish` return the folder later. Waits
         for the previous checkpoint first.
-        Raises CheckpointError, on every rank, if one rank could not write; earlier checkpoints are untouched.
+        Raises CheckpointError on every rank if one rank could not write. Earlier checkpoints are untouched.
         """
         self.finish()
         final = self.folder / f"step_{state['step']:07d}"
         temporary = self.folder / f"tmp-{final.name}"
-        problem = None
-        try:
-            if self.world.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-        except OSError as error:
-            problem = str(error)
-        if problem := self.world.from_main(problem):
-            raise _not_written(state, problem)
         files = {MODEL: model} if self.world.is_main else {}
         if optimizer:
             files[f"optimizer-{self.world.rank}.safetensors"] = optimizer
-        self._pending = PendingSave(temporary, final, state, self._start(temporary, files))
+        problem = None
+        try:
+            if self.config.background:
+                files = self._copied(files)
+            if self.world.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+        except FAILURES as error:
+            problem = _reason(error)
+        self._raise_if_any(self.world.gather(problem), state, temporary)
+        self._pending = PendingSave(temporary, final, state, self._thread.submit(_write_files, temporary, files))
         return None if self.config.background else self.finish()
 
     def poll(self) -> Path | None:
         """Finish the pending checkpoint if every rank has written its files; else return None at once.
 
-        Called by every rank after every step; on several ranks it answers one step late. Raises as `save` does.
+        Called by every rank after every step. With several ranks it answers one step late. Raises as `save` does.
         """
         if self._pending is None or self._unfinished.any(not self._pending.written.done()) is not False:
             return None
         return self.finish()
 
     def finish(self) -> Path | None:
-        """Wait for the pending checkpoint; returns its folder, or None if there is none. Called by every rank.
+        """Wait for the pending checkpoint and return its folder; None if there is none. Called by every rank.
 
         Raises as `save` does.
         """
@@ -163,64 +141,57 @@ class Checkpointer:
             return None
         pending, self._pending = self._pending, None
         self._unfinished.close()
+        hashes, problem = {}, None
         try:
-            files, problem = pending.written.result(), None
+            hashes = pending.written.result()
         except FAILURES as error:
-            files, problem = {}, str(error) or type(error).__name__
-        reports = self.world.gather((files, problem))
-        problem = next((p for _, p in reports if p), None)
-        if self.world.is_main:
-            if problem is None:
-                hashes = {name: digest for written, _ in reports for name, digest in written.items()}
-                problem = self._commit(pending.temporary, pending.final, {**pending.state, "sha256": hashes})
-            if problem is not None:
-                shutil.rmtree(pending.temporary, ignore_errors=True)
-        if problem := self.world.from_main(problem):
-            raise _not_written(pending.state, problem)
+            problem = _reason(error)
+        reports = self.world.gather((hashes, problem))
+        problems = [problem for _, problem in reports]
+        if self.world.is_main and not any(problems):
+            try:
+                self._publish(pending, {name: digest for hashes, _ in reports for name, digest in hashes.items()})
+            except OSError as error:
+                problems = [str(error)]
+        self._raise_if_any(problems, pending.state, pending.temporary)
         return pending.final
 
-    def _start(self, temporary: Path, files: dict[str, Mapping[str, Tensor]]) -> Future:
-        """Write this rank's files, in the background if the config says so."""
-        written: Future = Future()
-        try:
-            if self.config.background:
-                return self._thread.submit(_write_files, temporary, self._copied(files))
-            written.set_result(_write_files(temporary, files))
-        except FAILURES as error:
-            written.set_exception(error)
-        return written
+    def _raise_if_any(self, problems: list[str | None], state: dict, temporary: Path) -> None:
+        """If rank 0 knows a problem, delete the temporary folder and raise the problem on every rank."""
+        problem = next(filter(None, problems), None)
+        if problem and self.world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if problem := self.world.from_main(problem):
+            raise CheckpointError(f"checkpoint of step {state['step']} could not be written: {problem}")
 
     def _copied(self, files: dict[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """Copies of the tensors as they are now, in the memory kept for them."""
+        """Copies of the present tensors in the memory that is kept for them."""
         gpu, out = self.world.device.type == "cuda", {}
         for name, tensors in files.items():
-            copies = self._copies.setdefault(name, {})
+            copies = self.copies.setdefault(name, {})
             for key, t in tensors.items():
                 if key not in copies or copies[key].shape != t.shape or copies[key].dtype != t.dtype:
                     copies[key] = torch.empty(t.shape, dtype=t.dtype, pin_memory=gpu)
                 copies[key].copy_(t.detach(), non_blocking=True)
             out[name] = {key: copies[key] for key in tensors}
         if gpu:
-            torch.cuda.current_stream(self.world.device).synchronize()  # the next step changes what is being copied
+            torch.cuda.current_stream(self.world.device).synchronize()  # the next step changes the tensors
         return out
 
-    def _commit(self, temporary: Path, final: Path, state: dict) -> str | None:
-        try:
-            write_json(temporary / STATE, state)
-            sync(temporary)
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-            sync(self.folder)
-            self._prune(state["step"])
-        except OSError as error:
-            return str(error)
-        return None
+    def _publish(self, pending: PendingSave, hashes: dict[str, str]) -> None:
+        """Complete a written checkpoint and give it its final name."""
+        write_json(pending.temporary / STATE, {**pending.state, "sha256": hashes})
+        sync(pending.temporary)
+        shutil.rmtree(pending.final, ignore_errors=True)
+        pending.temporary.rename(pending.final)
+        sync(self.folder)
+        self._prune(pending.state["step"])
 
     def _prune(self, newest: int) -> None:
-        """Delete checkpoints that are not among the latest `keep`, not the best, and no milestone.
+        """Delete all checkpoints except the latest `keep`, the best one, and milestones.
 
-        newest: the step just written. Folders of later steps are damaged checkpoints that a resume passed over; they
-        do not count and stay.
+        newest: the step that was just written. Folders of later steps are damaged checkpoints that a resume skipped.
+        They do not count and are not deleted.
         """
         states = {path: _read_state(path) for path in self._folders()}
         states = {path: s for path, s in states.items() if s and s["step"] <= newest}
@@ -228,10 +199,10 @@ class Checkpointer:
         kept = set(list(states)[: self.config.keep])
         if losses:
             kept.add(min(losses, key=losses.__getitem__))
-        for path, state in states.items():
-            every = self.config.milestone_every
-            if path not in kept and not (every and state["step"] % every == 0):
-                shutil.rmtree(path, ignore_errors=True)
+        if every := self.config.milestone_every:
+            kept |= {path for path, s in states.items() if s["step"] % every == 0}
+        for path in states.keys() - kept:
+            shutil.rmtree(path, ignore_errors=True)
 
     def _folders(self) -> list[Path]:
         """Checkpoint folders, newest first."""
@@ -239,7 +210,7 @@ class Checkpointer:
         return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
     def latest(self) -> Checkpoint | None:
-        """The newest undamaged checkpoint, the same on every rank; damaged ones are named and left alone.
+        """The newest undamaged checkpoint, the same on every rank. Damaged ones are named and not changed.
 
         None if there is none at all. Raises CheckpointError if there are some and all are damaged.
         """
@@ -250,8 +221,8 @@ class Checkpointer:
                 chosen = folder
                 break
             print(f"checkpoint {folder} is damaged ({problem}); trying the one before it", file=sys.stderr)
-        chosen, any_there = self.world.from_main((chosen, bool(folders)))
-        if any_there and chosen is None:
+        chosen, any_exist = self.world.from_main((chosen, bool(folders)))
+        if any_exist and chosen is None:
             raise CheckpointError(
                 f"every checkpoint in {self.folder} is damaged; repair one, or start over with --fresh"
             )
@@ -272,7 +243,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None: state.json must parse and every hash must match."""
+    """The damage of a checkpoint folder, or None: state.json must be readable and every hash must match."""
     state = _read_state(folder)
     if state is None:
         return f"{STATE} is missing or unreadable"
@@ -286,7 +257,7 @@ def damage(folder: Path) -> str | None:
 
 
 def _read_state(folder: Path) -> dict | None:
-    """The state.json of a checkpoint folder; None if it is not there or not one."""
+    """The state.json of a checkpoint folder; None if it is missing or not one of ours."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         good = type(state["step"]) is int and state["step"] >= 0 and isinstance(state["config"], dict)
@@ -295,16 +266,16 @@ def _read_state(folder: Path) -> dict | None:
         return None
 
 
-def _not_written(state: dict, problem: str) -> CheckpointError:
-    return CheckpointError(f"checkpoint of step {state['step']} could not be written: {problem}")
+def _reason(error: BaseException) -> str:
+    return str(error) or type(error).__name__
 
 
 def _write_files(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
     """Write files of tensors into a folder; returns the sha256 of each."""
-    return {name: _write_tensors(folder / name, tensors) for name, tensors in files.items()}
+    return {name: write_tensors(folder / name, tensors) for name, tensors in files.items()}
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write tensors, flush them to the disk, and return the file's sha256."""
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
     sync(path)

@@ -1,7 +1,6 @@
-"""What all commands share: how options are spelled, and one line for what goes wrong."""
+"""What all commands share: the spelling of options and numbers, and errors in one line."""
 
 import argparse
-import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -9,10 +8,19 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 UNITS = {"k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+OUT_OF_MEMORY = (  # parts of messages of errors that have no class of their own
+    "can't allocate memory",  # torch in host memory
+    "Storage size calculation overflowed",
+    "CUDA error: out of memory",  # torch.AcceleratorError
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "Failed to CUDA calloc",  # NCCL
+    "Triton Error [CUDA]: out of memory",
+)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that reads `--an-option` as `--an_option`, and says what is wrong in one line."""
+    """An argument parser that reads `--an-option` as `--an_option` and reports an error in one line."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
@@ -27,34 +35,35 @@ class Parser(argparse.ArgumentParser):
 
 
 def spelled(argument: str) -> str:
-    """An argument whose option, if it is one, is written with underscores."""
+    """An option in the spelling with underscores: `--an-option=x-y` as `--an_option=x-y`."""
     key, equals, value = argument.partition("=")
-    return key.replace("-", "_").replace("__", "--", 1) + equals + value if re.match(r"--\w", argument) else argument
+    return "--" + key[2:].replace("-", "_") + equals + value if re.match(r"--\w", argument) else argument
 
 
 def parse_number(text: str) -> int | float:
-    """A number as people write it: "480", "6e-4", "0.5M", "10B". Raises ValueError for anything else."""
+    """A number as people write it: "480", "6e-4", "0.5M", "10B". An int if it is whole. ValueError for other text."""
     scale = UNITS.get(text[-1:], 1)
-    number = text[:-1] if scale > 1 else text
+    digits = text[:-1] if scale > 1 else text
     try:
-        value: int | float = int(number)
+        return int(digits) * scale
     except ValueError:
-        value = float(number)
-    value *= scale
-    return int(value) if scale > 1 and math.isfinite(value) and value == int(value) else value
+        number = float(digits) * scale
+        return int(number) if number.is_integer() else number
 
 
 def count(text: str) -> int:
     """A whole number as people write it, "10B" or "1e9"; for argparse."""
-    value = parse_number(text)
-    if value != value // 1:
+    number = parse_number(text)
+    if isinstance(number, float):
         raise ValueError(text)
-    return int(value)
+    return number
 
 
 def join_values(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
-    """`--key value` as `--key=value`. A flag takes no value, and neither does a key before another option or a
-    config file."""
+    """Write `--key value` as `--key=value`.
+
+    These keys have no value: a flag, and a key before another option or before a config file.
+    """
     out: list[str] = []
     for argument in argv:
         previous = out[-1] if out else ""
@@ -68,27 +77,18 @@ def join_values(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory is short, on a GPU or on the host."""
+    """Whether an exception reports too little memory, on a GPU or in the host."""
     import torch
 
-    text = str(error)
-    signs = (
-        "can't allocate memory",  # torch on the host
-        "Storage size calculation overflowed",
-        "CUDA error: out of memory",  # torch.AcceleratorError
-        "CUBLAS_STATUS_ALLOC_FAILED",
-        "CUDNN_STATUS_ALLOC_FAILED",
-        "Failed to CUDA calloc",  # NCCL
-        "Triton Error [CUDA]: out of memory",
-    )
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in text for sign in signs)
+    is_known_class = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return is_known_class or any(part in str(error) for part in OUT_OF_MEMORY)
 
 
 @contextmanager
 def one_line(program: str, interrupted: str = "interrupted", memory: str = "use a smaller model") -> Iterator[None]:
-    """End the program in one line for Ctrl-C, for what the user can set right, and for too little memory.
+    """End the program with one line after Ctrl-C, an error that the user can correct, or too little memory.
 
-    memory: what to do when memory is short.
+    interrupted: the message after Ctrl-C. memory: the advice when memory is too small.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""How a run computes: settings of speed, memory and rounding. A continued run may change them."""
+"""How a run computes: settings of speed, memory and rounding. They may change when a run is resumed."""
 
 import gc
 import os
@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 from optimizers.options import errors_of, option
 from runtime.distributed import signals_ignored
 
-# What may run for each choice of attention. torch puts cuDNN first at a process's first attention call on Hopper and
-# Blackwell GPUs, whatever order was asked for, so a choice enables only the backends that may be used.
+# The backends that are enabled for each setting of attention. On Hopper and Blackwell GPUs, torch prefers cuDNN
+# whatever order is set. So a setting that must not use cuDNN has to disable it.
 BACKENDS = {
     "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
     "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
@@ -29,26 +29,24 @@ BACKENDS = {
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """Trades of speed, memory and rounding; the defaults are the careful choices."""
+    """Settings that trade speed, memory and rounding; the defaults round least."""
 
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = option(
-        "auto",
-        "preferred attention kernel; auto: torch's choice, which is cudnn on Hopper and Blackwell GPUs",
-        on_resume="free",
+        "auto", "attention kernel to prefer; auto: torch selects (cudnn on Hopper and Blackwell)", on_resume="free"
     )
     residual: Literal["float32", "bfloat16"] = option(
-        "float32", "dtype of the residual stream; bfloat16 halves its traffic and needs bf16 autocast", on_resume="free"
+        "float32", "dtype of the residual stream; bfloat16 is faster and needs bf16 autocast", on_resume="free"
     )
     activation_checkpointing: bool = option(
-        False, "keep block inputs only and compute blocks again: less memory, a third more work", on_resume="free"
+        False, "keep only block inputs and compute blocks again: less memory, a third more work", on_resume="free"
     )
     cast_weights: Literal["micro_batch", "step"] = option(
-        "micro_batch", "cast matrices to bf16 in every pass, or once a step for 2 bytes a weight", on_resume="free"
+        "micro_batch", "cast matrices to bf16 in every pass, or once a step: 2 bytes more per weight", on_resume="free"
     )
     bucket_mb: int = option(
         0, "MB of gradients per all-reduce; 0: a tenth of the gradients, at least 25", least=0, on_resume="free"
     )
-    deterministic: bool = option(False, "bit-exact replay on a GPU; slower, without cuDNN attention", on_resume="free")
+    deterministic: bool = option(False, "bit-exact results on a GPU; slower, without cuDNN attention", on_resume="free")
 
     def errors(self) -> list[str]:
         """Everything wrong with this config, one line each."""
@@ -59,14 +57,14 @@ class ComputeConfig:
 
 
 def autocast(dtype: str, device: torch.device) -> torch.autocast:
-    """bf16 autocast where it is asked for or, with "auto", where the GPU has bf16; no-op otherwise."""
+    """bf16 autocast if `wants_bf16`; else a context that changes nothing."""
     if dtype == "bfloat16" and device.type == "cpu":
         print("dtype=bfloat16 on a CPU: many CPUs emulate it, 100 times slower than float32", file=sys.stderr)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wants_bf16(dtype, device))
 
 
 def wants_bf16(choice: str, device: torch.device) -> bool:
-    """Whether to compute in bf16; "auto": on a GPU that has it."""
+    """Whether to compute in bf16; "auto": on a GPU that supports it."""
     if choice == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return choice == "bfloat16"
@@ -78,7 +76,7 @@ def wants_compile(choice: str, device: torch.device) -> bool:
 
 
 def start_compile_workers() -> None:
-    """Start Inductor's workers, which then ignore the signals that stop a run; see `signals_ignored`."""
+    """Start Inductor's workers so that they ignore the signals that stop a run; see `signals_ignored`."""
     from torch._inductor.async_compile import AsyncCompile
 
     with signals_ignored():
@@ -86,18 +84,18 @@ def start_compile_workers() -> None:
 
 
 def attention_backends(config: ComputeConfig) -> list[SDPBackend]:
-    """The attention backends that may run, preferred ones first; empty: torch's own choice."""
+    """The attention backends that may run, preferred ones first; empty: torch selects."""
     name = "flash" if config.deterministic and config.attention == "auto" else config.attention
     return BACKENDS.get(name, [])
 
 
 @contextmanager
 def torch_settings(config: ComputeConfig) -> Iterator[None]:
-    """Apply the settings that torch keeps per process, and put the old ones back at the end.
+    """Apply the settings that torch keeps per process, and restore the previous ones at the end.
 
-    Must be entered before CUDA starts. The backend of attention is chosen in the forward pass, and the backward pass
-    follows. A compiled graph keeps the backend of its compilation, in the cache on disk, too, whose key does not tell
-    the backends apart (pytorch/pytorch#185449); the tag does.
+    Must be entered before CUDA starts. The forward pass selects the attention backend, and the backward pass uses
+    the same one. A compiled graph keeps the backend of its compilation. The key of the compile cache on disk does not
+    contain the backend (pytorch/pytorch#185449), so a tag adds it.
     """
     with ExitStack() as stack:
         if backends := attention_backends(config):
@@ -113,13 +111,13 @@ def torch_settings(config: ComputeConfig) -> Iterator[None]:
 def _deterministic() -> Iterator[None]:
     """Allow only kernels that add in a fixed order.
 
-    torch's switch governs Inductor, too: it then chooses no kernel by timing, and sums the gradient of the token table
-    in order instead of by atomic additions. cuBLAS needs a fixed workspace, stated before it starts.
+    torch's switch applies to Inductor, too. Inductor then selects no kernel by timing, and sums the gradient of the
+    token table in order instead of by atomic additions. cuBLAS needs a fixed workspace, set before it starts.
     """
     workspace = "CUBLAS_WORKSPACE_CONFIG"
-    given, benchmark = os.environ.get(workspace), torch.backends.cudnn.benchmark
+    was_set, benchmark = workspace in os.environ, torch.backends.cudnn.benchmark
     mode, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    os.environ[workspace] = given or ":4096:8"
+    os.environ.setdefault(workspace, ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
     try:
@@ -127,13 +125,13 @@ def _deterministic() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(mode, warn_only=warn)
         torch.backends.cudnn.benchmark = benchmark
-        if given is None:
+        if not was_set:
             del os.environ[workspace]
 
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Switch automatic garbage collection off; objects that exist already are exempt from the explicit collections."""
+    """Switch automatic garbage collection off. Explicit collections inside skip the objects that exist at the start."""
     enabled = gc.isenabled()
     gc.collect()
     gc.freeze()
@@ -147,20 +145,20 @@ def collector_paused() -> Iterator[None]:
 
 
 def apply_compute(model: nn.Module, config: ComputeConfig, bf16: bool) -> None:
-    """Apply the settings that a GPT holds. bf16: whether it computes under bf16 autocast.
+    """Apply the settings that are attributes of a GPT. bf16: whether it computes under bf16 autocast.
 
-    Raises ValueError for a setting without meaning in float32.
+    Raises ValueError for a setting that needs bf16 in a float32 run.
     """
     for key, value in (("residual", "bfloat16"), ("cast_weights", "step")):
         if getattr(config, key) == value and not bf16:
             raise ValueError(f'compute.{key}="{value}": this run computes in float32; set --dtype=bfloat16 as well')
-    # layer norms compute in float32 whatever their input, and autocast ends each branch in bf16, so the sums may, too
+    # layer norms compute in float32 for any input, and each branch ends in bf16 under autocast
     model.residual_dtype = torch.bfloat16 if config.residual == "bfloat16" else None
     model.recompute_blocks = config.activation_checkpointing
 
 
 class _InPlaceOf(torch.autograd.Function):
-    """Puts a weight's copy in its place: the loss depends on the copy, and the gradient goes to the weight."""
+    """Uses a weight's copy in the forward pass, and gives the gradient to the weight."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, copy: Tensor) -> Tensor:
@@ -174,17 +172,17 @@ class _InPlaceOf(torch.autograd.Function):
 class _CastLinear(nn.Linear):
     """A linear layer that multiplies with `cast`, a bf16 copy of its weight."""
 
-    cast: Tensor  # not a buffer, so that neither checkpoints nor DDP see it
+    cast: Tensor  # not a buffer, because checkpoints and DDP would include buffers
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, _InPlaceOf.apply(self.weight, self.cast), self.bias)
 
 
 def cast_per_step(model: nn.Module, optimizer: Optimizer) -> None:
-    """Let linear layers keep bf16 copies of their weights, refreshed when the weights are updated or loaded.
+    """Let linear layers keep bf16 copies of their weights. They are refreshed when weights are updated or loaded.
 
-    The results equal those of autocast, which casts in every forward pass, bit for bit. The token table is left out:
-    as an embedding it is read in float32.
+    The results equal those of autocast, which casts in every forward pass, bit for bit. The token table has no copy,
+    because the embedding reads it in float32.
     """
     layers = [m for m in model.modules() if type(m) is nn.Linear]
     for layer in layers:
@@ -200,5 +198,5 @@ def cast_per_step(model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def bucket_size(model: nn.Module, config: ComputeConfig) -> int:
-    """Megabytes (2^20 bytes) of gradients that DDP sends at once."""
+    """Megabytes (2^20 bytes) of gradients in one all-reduce of DDP."""
     return config.bucket_mb or max(25, sum(p.numel() * p.element_size() for p in model.parameters()) // (10 << 20))

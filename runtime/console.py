@@ -1,6 +1,7 @@
-"""What a run prints: its description at the start, a line per logged step, a line per evaluation."""
+"""The text that a run prints: its settings at the start, a line per logged step, a line per evaluation."""
 
 import math
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ HEADER = ("tensor", "shape", "optimizer: gradient x direction", "lr", "decay")
 
 
 def introduce(t: "Trainer") -> None:
-    """Print what is about to run, and how every tensor is updated, which parameters.txt keeps in full."""
+    """Print the settings of the run and how every tensor is updated; parameters.txt has the full table."""
     run, c = t.run, t.run.model
     chosen = f"  chosen     {t.chosen}\n" if t.chosen else ""
     t.log.say(
@@ -34,14 +35,17 @@ def introduce(t: "Trainer") -> None:
     )
     rows = update_table(t.optimizer, {p: name for name, p in t.model.named_parameters()})
     if t.world.is_main:
-        try:
-            (t.folder / "parameters.txt").write_text("".join("\t".join(row) + "\n" for row in (HEADER, *rows)))
-        except OSError as error:
-            t.log.say(f"parameters.txt cannot be written ({error.strerror}); training goes on without it")
-    for name, shape, rule, lr, decay in (HEADER, *folded(rows)):
-        t.log.say(f"  {name:36} {shape:>12}  {rule:42} {lr:>8} {decay:>6}")
+        (t.folder / "parameters.txt").write_text("".join("\t".join(row) + "\n" for row in (HEADER, *rows)))
+    for line in aligned([HEADER, *folded(rows)]):
+        t.log.say(line)
     if t.step:
         t.log.say(f"continuing at step {t.step}")
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of an update table as lines. Each column is as wide as its longest entry."""
+    name, shape, rule, lr, decay = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return [f"  {r[0]:{name}} {r[1]:>{shape}}  {r[2]:{rule}} {r[3]:>{lr}} {r[4]:>{decay}}" for r in rows]
 
 
 def step_line(numbers: dict, steps: int) -> str:
@@ -70,5 +74,5 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
 
 
 def loss_text(loss: float, bits: float | None) -> str:
-    """A validation loss per token and, where the dataset knows its bytes, per byte."""
+    """A validation loss per token and, if the dataset counts its bytes, per byte."""
     return f"validation loss {loss:.4f} nats/token" + (f", {bits:.4f} bits/byte" if bits is not None else "")

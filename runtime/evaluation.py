@@ -1,4 +1,4 @@
-"""The validation loss, shared by all ranks."""
+"""The validation loss, computed by all ranks together."""
 
 import math
 from contextlib import AbstractContextManager
@@ -7,14 +7,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from runtime.clipping import NonFiniteError
 from runtime.distributed import StopRequest, World
-from runtime.guard import NonFiniteError
 
 
 class Validation(Protocol):
-    """What is needed of a validation set; data.loader.ValidationSet is one."""
+    """The part of data.loader.ValidationSet that the evaluation uses: a list of batches."""
 
-    count: int  # windows in all
+    count: int  # windows in all batches
 
     def __len__(self) -> int: ...
 
@@ -30,10 +30,11 @@ def validation_loss(
     autocast: AbstractContextManager,
     stop: StopRequest,
 ) -> float | None:
-    """Mean loss in nats per token over the validation windows, each batch on one rank. Called by every rank.
+    """Mean loss in nats per token over the validation windows. Each rank computes a part of the batches.
 
-    Returns None if a stop request cut it short on a rank. Raises NonFiniteError if the loss is not finite.
+    Returns None if a stop request interrupted a rank. Raises NonFiniteError if the loss is not finite.
     """
+    # one place per batch, so that the order of the sum does not depend on the number of ranks
     sums = torch.zeros(2, len(validation), dtype=torch.float64, device=world.device)
     model.eval()
     for number in range(world.rank, len(validation), world.size):

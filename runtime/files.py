@@ -1,4 +1,4 @@
-"""Files that are whole or absent, their hashes, and locks."""
+"""Files that are complete or absent, their hashes, and lock files."""
 
 import errno
 import fcntl
@@ -15,21 +15,17 @@ import numpy as np
 
 def sha256_of(path: Path) -> str:
     """The sha256 of a file, in hex."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(f)
-
-
-def _digest(f: Any) -> str:  # Python 3.10 has no file_digest
     digest = hashlib.sha256()
-    while block := f.read(1 << 20):
-        digest.update(block)
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
 def write_durably(path: Path, *parts: bytes | np.ndarray) -> str:
-    """Write a file under a temporary name, flush it to the disk and rename it: it is there whole or not at all.
+    """Write a file under a temporary name, flush it to the disk and rename it. Returns its sha256.
 
-    Returns its sha256. If the disk refuses, nothing is left behind.
+    So the file is complete or absent. If writing fails, the temporary file is deleted.
     """
     temporary = path.with_name(path.name + ".tmp")
     digest = hashlib.sha256()
@@ -43,7 +39,7 @@ def write_durably(path: Path, *parts: bytes | np.ndarray) -> str:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        error.filename = error.filename or str(path)  # a failing write does not know where it writes
+        error.filename = error.filename or str(path)  # the error of a failed write does not name the file
         raise
     return digest.hexdigest()
 
@@ -64,14 +60,12 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file, which is removed at the end. Raises BlockingIOError if another process holds it."""
+    """Lock a lock file, and delete it at the end. Raises BlockingIOError if another process has locked it."""
     with open(path, "w") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # some network file systems know no locks
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # some network file systems cannot lock files
                 raise
         try:
             yield

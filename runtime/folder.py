@@ -1,8 +1,9 @@
-"""The run folder: a name nobody else uses, and a refusal to continue another run in it."""
+"""The run folder: a lock for one run at a time, and a check that a resumed run has the same configuration."""
 
+import itertools
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,74 +15,74 @@ CONFIG, ENVIRONMENT = "config.json", "environment.json"
 
 
 class RunFolderError(ValueError):
-    """A run folder that cannot be used; the message names it and the remedy."""
-
-
-@contextmanager
-def run_lock(path: Path, world: World) -> Iterator[None]:
-    """Hold a run folder for this run. Raises RunFolderError, on every rank, if another run holds it."""
-    problem = None
-    with ExitStack() as stack:
-        if world.is_main:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(path.with_name(f".{path.name}.lock")))
-            except BlockingIOError:
-                problem = f"{path} is in use by another process; wait for it, or give this run another --name"
-            except OSError as error:
-                problem = f"run folder {path}: {error.strerror or error}; choose another with --log.folder"
-        if problem := world.from_main(problem):
-            raise RunFolderError(problem)
-        yield
+    """A run folder that cannot be used. The message names it and says what to do."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How the configuration of a continued run is compared with the one in its folder."""
+    """How the configuration of a resumed run is compared with the one in its folder."""
 
-    free: set[str]  # dotted keys that may differ
-    defaults: dict[str, Any]  # of every dotted key: what a run meant that was started before the setting existed
+    may_change: set[str]  # dotted keys that may differ
+    defaults: dict[str, Any]  # the default of every dotted key, for runs that started before the key existed
+
+
+@contextmanager
+def run_lock(path: Path, world: World) -> Iterator[None]:
+    """Lock a run folder for this run. Raises RunFolderError, on every rank, if another run uses it."""
+
+    def lock() -> str | None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            stack.enter_context(locked(path.with_name(f".{path.name}.lock")))
+        except BlockingIOError:
+            return f"{path} is in use by another process; wait for it, or give this run another --name"
+        return None
+
+    with ExitStack() as stack:
+        _on_main(lock, path, world)
+        yield
 
 
 def open_run_folder(
     path: Path, config: dict, comparison: Comparison, environment: dict, fresh: bool, world: World
 ) -> None:
-    """Create a run folder, or enter the one that is there to continue its run.
+    """Create a run folder, or open an existing one to resume its run.
 
     config: the resolved configuration as nested dicts. fresh: rename an existing folder and start over.
-    Raises RunFolderError, on every rank, if the folder cannot be written or holds a different run.
+    Raises RunFolderError, on every rank, if the folder cannot be written or contains a different run.
     """
+    _on_main(lambda: _open(path, config, comparison, environment, fresh), path, world)
+
+
+def _on_main(action: Callable[[], str | None], path: Path, world: World) -> None:
+    """Run an action on rank 0. If it returns a problem or fails, raise RunFolderError on every rank."""
     problem = None
     if world.is_main:
         try:
-            problem = _open(path, config, comparison, environment, fresh)
+            problem = action()
         except OSError as error:
             problem = f"run folder {path}: {error.strerror or error}; choose another with --log.folder"
-    problem = world.from_main(problem)
-    if problem is not None:
+    if problem := world.from_main(problem):
         raise RunFolderError(problem)
 
 
 def _open(path: Path, config: dict, comparison: Comparison, environment: dict, fresh: bool) -> str | None:
     if fresh and path.exists():
-        names = [path.with_name(f"{path.name}.before-{n}") for n in range(1, 1 + len(list(path.parent.iterdir())))]
+        names = (path.with_name(f"{path.name}.before-{n}") for n in itertools.count(1))
         path.rename(next(p for p in names if not p.exists()))
     if (path / CONFIG).exists():
         try:
             before = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         except ValueError:
-            before = None
-        if not isinstance(before, dict):
             return f"{path / CONFIG} is not readable; repair it, or start over with --fresh"
-        changed = differences(before, json.loads(json.dumps(config)), comparison)
-        if changed:
+        if changed := differences(before, config, comparison):
             lines = "\n".join(f"  {key}: {old} -> {new}" for key, (old, new) in changed.items())
             return (
-                f"{path} holds a run with another configuration (there -> now):\n{lines}\n"
-                "give the old values to continue it, another --name to run beside it, or --fresh to start over"
+                f"{path} contains a run with another configuration (old -> new):\n{lines}\n"
+                "give the old values to continue it, another --name for a new run, or --fresh to start over"
             )
     elif any(path.glob("checkpoints/step_*")):
-        return f"{path} has checkpoints and no {CONFIG}; put it back (state.json has it), or start over with --fresh"
+        return f"{path} has checkpoints and no {CONFIG}; restore it (state.json has it), or start over with --fresh"
     (path / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_json(path / CONFIG, config)
     write_json(path / ENVIRONMENT, environment)
@@ -89,27 +90,25 @@ def _open(path: Path, config: dict, comparison: Comparison, environment: dict, f
 
 
 def add_facts(path: Path, facts: dict, world: World) -> None:
-    """Add what was decided at the start of a run to its environment.json; a failing disk does not stop the run."""
+    """Add facts that are decided at the start of a run to its environment.json."""
     if world.is_main:
-        with suppress(OSError):
-            write_json(path / ENVIRONMENT, json.loads((path / ENVIRONMENT).read_text(encoding="utf-8")) | facts)
+        write_json(path / ENVIRONMENT, json.loads((path / ENVIRONMENT).read_text(encoding="utf-8")) | facts)
 
 
 def differences(before: dict, now: dict, comparison: Comparison) -> dict[str, tuple]:
     """Dotted keys whose values differ, as key: (before, now), without those that may change.
 
-    A setting that did not exist when the run was started had its default value; one that no longer exists is ignored.
+    A key that did not exist when the run started had its default value. A key that no longer exists is ignored.
     """
-    a, b = _flat(before), _flat(now)
-    a = json.loads(json.dumps(comparison.defaults)) | a
-    return {k: (a.get(k), b[k]) for k in sorted(b) if k not in comparison.free and a.get(k) != b[k]}
+    before, now, defaults = json.loads(json.dumps([_flat(before), _flat(now), comparison.defaults]))
+    before = defaults | before
+    changed = (key for key in sorted(now) if before.get(key) != now[key])
+    return {key: (before.get(key), now[key]) for key in changed if key not in comparison.may_change}
 
 
 def _flat(nested: dict, prefix: str = "") -> dict:
+    """Nested dicts as one dict with dotted keys."""
     out = {}
     for key, value in nested.items():
-        if isinstance(value, dict):
-            out |= _flat(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return out

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-# Dense bf16 peak in TFLOP/s without sparsity, from the vendors' data sheets. The first name among
-# the words of the device's name counts, so variants come before the names they contain.
+# Dense bf16 peak in TFLOP/s without sparsity, from the vendors' data sheets. The first key that occurs in the device's
+# name counts, so "H100 PCIe" comes before "H100".
 PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
@@ -34,7 +34,7 @@ PACKAGES = ("numpy", "safetensors", "transformers", "datasets", "tiktoken", "wan
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of a device in FLOP/s, or None if it is not in the table: MFU is then not shown."""
+    """Dense bf16 peak of a device in FLOP/s; None if the table does not have it."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -50,7 +50,7 @@ def memory_gb(device: torch.device) -> float:
 
 
 def available_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes that this process can use, including what it already uses on a GPU, and bytes that the device has."""
+    """Bytes that this process can use, and bytes that the device has. On a GPU, used ones count as usable."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device), total
@@ -64,7 +64,7 @@ def available_memory(device: torch.device) -> tuple[int, int]:
 
 
 def environment(device: torch.device, world_size: int) -> dict:
-    """What a reader needs to judge or repeat a run: commit, versions, machine."""
+    """Facts that are needed to judge or repeat a run: commit, versions, machine."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "commit": _git("rev-parse", "HEAD"),

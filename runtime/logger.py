@@ -1,6 +1,6 @@
-"""What a run tells: a line on the console, a JSON line in metrics.jsonl, and the same numbers to wandb.
+"""The records of a run: metrics.jsonl, optionally Weights & Biases, and lines on the console.
 
-metrics.jsonl is the truth; wandb mirrors it, and its absence or outage never stops training.
+metrics.jsonl is the reference. The trainer and the reports read no other record.
 """
 
 import json
@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tqdm import tqdm
 
 from optimizers.options import errors_of, option
+from runtime.files import write_durably
 
 METRICS, WANDB_ID = "metrics.jsonl", "wandb_id"
 
@@ -26,7 +27,7 @@ class LogConfig:
 
     folder: str = option("runs", "folder in which run folders are created", on_resume="free")
     every: int = option(10, "steps between log lines", least=1, on_resume="free")
-    wandb: Literal["online", "offline", "off"] = option("off", "mirror metrics to Weights & Biases", on_resume="free")
+    wandb: Literal["online", "offline", "off"] = option("off", "copy metrics to Weights & Biases", on_resume="free")
     project: str = option("gpt2", "wandb project", on_resume="free")
 
     def errors(self) -> list[str]:
@@ -35,30 +36,30 @@ class LogConfig:
 
 
 class Meter:
-    """Seconds spent training, evaluation and checkpoints left out, and seconds waited for data."""
+    """Measures the seconds of training, without evaluations and checkpoints, and the seconds of waiting for data."""
 
     def __init__(self, trained: float = 0.0) -> None:
-        self.trained = trained  # seconds in the life of the run, over all its restarts
-        self.waited = 0.0  # seconds waited for data since the last reading
+        self.trained = trained  # seconds since the start of the run, over all restarts
+        self.waited = 0.0  # seconds of waiting for data since the last reading
         self._since = time.perf_counter()
         self._read_at = trained
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
-        """Time in here is not training."""
+        """The time inside does not count as training."""
         self._advance()
         yield
         self._since = time.perf_counter()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time in here is waiting for data."""
+        """The time inside counts as waiting for data."""
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
 
     def read(self) -> tuple[float, float]:
-        """Training seconds and data seconds since the last reading."""
+        """Seconds of training, and of waiting for data, since the last reading."""
         self._advance()
         out = self.trained - self._read_at, self.waited
         self._read_at, self.waited = self.trained, 0.0
@@ -70,22 +71,63 @@ class Meter:
         self._since = now
 
 
-class RunLogger:
-    """The records of one run. Silent on every rank but the main one.
+class MetricsFile:
+    """metrics.jsonl: one record a line. Records after the step of a resume are deleted, because the run repeats it."""
 
-    resume_step: records of later steps, which the checkpoint does not know, are dropped.
+    def __init__(self, path: Path, resume_step: int) -> None:
+        kept = [r for r in read_metrics(path) if r["step"] <= resume_step] if path.exists() else []
+        write_durably(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+        self.file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  buffering=1 writes every line
+
+    def record(self, numbers: dict) -> None:
+        self.file.write(json.dumps(numbers) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class Wandb:
+    """A copy of the records in Weights & Biases; offline, if the network fails at the start."""
+
+    def __init__(self, folder: Path, config: LogConfig, run: dict, name: str) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise ImportError("wandb is not installed (pip install wandb)") from None
+        path = folder / WANDB_ID
+        if not path.exists():
+            path.write_text(uuid.uuid4().hex[:12])
+        settings = dict(project=config.project, name=name, id=path.read_text(), resume="allow", config=run)
+        try:
+            self.run = wandb.init(mode=config.wandb, dir=str(folder), **settings)
+        except Exception as error:
+            print(f"wandb ({config.wandb}) did not start: {error}")
+            self.run = wandb.init(mode="offline", dir=str(folder), **settings)
+
+    def record(self, numbers: dict) -> None:
+        self.run.log(numbers, step=numbers["step"])
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class RunLogger:
+    """Prints the lines of a run and hands its records to the backends. Only the main rank prints and records.
+
+    A backend is an object with `record(numbers)` and `close()`. If it fails, the run continues without it.
     """
 
     def __init__(
         self, folder: Path, config: LogConfig, run: dict, name: str, steps: int, resume_step: int, main: bool
     ) -> None:
-        self.config, self.main, self._wandb, self._file, self._bar = config, main, None, None, None
-        if not main:
-            return
-        self._open_metrics(folder / METRICS, resume_step)
-        self._bar = tqdm(total=steps, initial=resume_step, unit="step", disable=not sys.stderr.isatty())
-        if config.wandb != "off":
-            self._start_wandb(folder, run, name)
+        self.main = main
+        self.backends: dict[str, Any] = {}
+        if main:
+            self._start(METRICS, MetricsFile, folder / METRICS, resume_step)
+        if main and config.wandb != "off":
+            self._start("wandb", Wandb, folder, config, run, name)
+        show = main and sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=resume_step, unit="step", disable=not show)
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -94,66 +136,34 @@ class RunLogger:
             sys.stdout.flush()
 
     def record(self, numbers: dict, text: str) -> None:
-        """Keep a record (with "step"), mirror it to wandb, and print `text`."""
-        if not self.main:
-            return
+        """Print `text` and hand a record, which includes "step", to the backends."""
         self.say(text)
         self._bar.update(numbers["step"] - self._bar.n)
-        try:
-            if self._file:
-                self._file.write(json.dumps(numbers) + "\n")
-        except OSError as error:
-            self.say(f"{METRICS} can no longer be written ({error.strerror}); training goes on without it")
-            self._file = None
-        if self._wandb is not None:
-            try:
-                self._wandb.log(numbers, step=numbers["step"])
-            except Exception as error:
-                self.say(f"wandb stopped listening ({error}); training goes on, {METRICS} has everything")
-                self._wandb = None
+        for name, backend in list(self.backends.items()):
+            with self._optional(name):
+                backend.record(numbers)
 
     def close(self) -> None:
-        if not self.main:
-            return
         self._bar.close()
-        if self._file:
-            self._file.close()
-        if self._wandb is not None:
-            try:
-                self._wandb.finish()
-            except Exception as error:
-                self.say(f"wandb did not finish cleanly: {error}")
+        for name, backend in list(self.backends.items()):
+            with self._optional(name):
+                backend.close()
 
-    def _open_metrics(self, path: Path, resume_step: int) -> None:
+    def _start(self, name: str, backend: type, *arguments: object) -> None:
+        with self._optional(name):
+            self.backends[name] = backend(*arguments)
+
+    @contextmanager
+    def _optional(self, name: str) -> Iterator[None]:
         try:
-            kept = [r for r in read_metrics(path) if r["step"] <= resume_step] if path.exists() else []
-            aside = path.with_suffix(".tmp")
-            aside.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-            aside.replace(path)
-            self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  a line at a time
-        except OSError as error:
-            print(f"{path} cannot be written ({error.strerror}); training goes on without it", file=sys.stderr)
-
-    def _start_wandb(self, folder: Path, run: dict, name: str) -> None:
-        for mode in dict.fromkeys((self.config.wandb, "offline")):
-            try:
-                import wandb
-
-                path = folder / WANDB_ID
-                if not path.exists():
-                    path.write_text(uuid.uuid4().hex[:12])
-                settings = dict(project=self.config.project, name=name, id=path.read_text(), resume="allow", config=run)
-                self._wandb = wandb.init(mode=mode, dir=str(folder), **settings)
-                return
-            except ImportError:
-                self.say("wandb is not installed (pip install wandb); training goes on without it")
-                return
-            except Exception as error:  # whatever it is, it must not stop a run
-                self.say(f"wandb ({mode}) did not start: {error}")
+            yield
+        except Exception as error:  # no error of a backend may stop a run
+            self.backends.pop(name, None)
+            self.say(f"{name} failed ({error}); training goes on without it")
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; lines that are none, such as one torn by a crash, are left out."""
+    """The records of a metrics.jsonl. Other lines, such as one cut off by a crash, are skipped."""
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:

@@ -3,15 +3,16 @@
 import sys
 from pathlib import Path
 
+from runtime.command import one_line
 from runtime.logger import METRICS, read_metrics
 
 CURVES = "curves.png"
 
 
 def plot_run(folder: Path) -> Path:
-    """Draw loss, learning rate and gradient norm against tokens into curves.png and return its path.
+    """Draw loss, learning rate and gradient norm over tokens into curves.png and return its path.
 
-    Raises ImportError, with the remedy, without matplotlib; ValueError if there is nothing to draw.
+    Raises ImportError without matplotlib, and ValueError if there is nothing to draw.
     """
     try:
         from matplotlib.figure import Figure
@@ -24,38 +25,33 @@ def plot_run(folder: Path) -> Path:
     val = [r for r in records if r.keys() >= {"tokens", "val_loss"}]
     if not train:
         raise ValueError(f"{folder / METRICS}: nothing logged yet")
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    loss, rest = figure.subplots(2, 1, height_ratios=(2.5, 1), sharex=True)
 
     def series(rows: list[dict], key: str) -> tuple[list, list]:
         return [r["tokens"] / 1e6 for r in rows], [r[key] for r in rows]
 
-    loss.plot(*series(train, "loss"), color="#9ab8d9", linewidth=1, label="training (one batch)")
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    losses, norms = figure.subplots(2, 1, height_ratios=(2.5, 1), sharex=True)
+    losses.plot(*series(train, "loss"), color="#9ab8d9", linewidth=1, label="training (one batch)")
     if val:
-        loss.plot(*series(val, "val_loss"), "o-", color="#1f4e79", markersize=3, label="validation")
-        loss.annotate(
-            f"{val[-1]['val_loss']:.3f}",
-            (val[-1]["tokens"] / 1e6, val[-1]["val_loss"]),
-            textcoords="offset points",
-            xytext=(-8, 10),
-        )
-    loss.set(ylabel="loss, nats per token", title=folder.name)
-    loss.legend()
-    rest.plot(*series(train, "grad_norm"), color="#c0504d", linewidth=1, label="gradient norm")
-    rest.set(xlabel="tokens, millions", ylabel="gradient norm", yscale="log")
-    rate = rest.twinx()
-    rate.plot(*series(train, "lr"), color="#777777", label="learning rate")
-    rate.set(ylabel="learning rate", ylim=(0, None))
-    for axes in (loss, rest):
+        tokens, values = series(val, "val_loss")
+        losses.plot(tokens, values, "o-", color="#1f4e79", markersize=3, label="validation")
+        last = (tokens[-1], values[-1])
+        losses.annotate(f"{values[-1]:.3f}", last, textcoords="offset points", xytext=(-8, 10))
+    losses.set(ylabel="loss, nats per token", title=folder.name)
+    losses.legend()
+    norms.plot(*series(train, "grad_norm"), color="#c0504d", linewidth=1, label="gradient norm")
+    norms.set(xlabel="tokens, millions", ylabel="gradient norm", yscale="log")
+    rates = norms.twinx()
+    rates.plot(*series(train, "lr"), color="#777777", label="learning rate")
+    rates.set(ylabel="learning rate", ylim=(0, None))
+    for axes in (losses, norms):
         axes.grid(alpha=0.25)
     figure.savefig(folder / CURVES, dpi=110)
     return folder / CURVES
 
 
 if __name__ == "__main__":
-    try:
-        print(plot_run(Path(sys.argv[1])))
-    except IndexError:
+    if len(sys.argv) != 2:
         sys.exit("usage: python -m runtime.plot RUN_FOLDER")
-    except (ImportError, ValueError, OSError) as error:
-        sys.exit(f"plot: {error}")
+    with one_line("plot"):
+        print(plot_run(Path(sys.argv[1])))

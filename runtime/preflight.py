@@ -1,4 +1,4 @@
-"""What a run will need, checked before it starts: memory, disk, data, time, and whether the ranks reach each other."""
+"""Check what a run needs before it starts: memory, disk, data, time, and communication between the ranks."""
 
 import math
 import os
@@ -6,7 +6,7 @@ import shutil
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -19,75 +19,46 @@ from data.shards import MANIFEST, Dataset, open_dataset, shard_problems
 from model import GPT
 from optimizers import build_optimizer
 from optimizers.state import state_bytes
+from runtime.command import parse_number
 from runtime.compute import apply_compute, wants_bf16
 from runtime.distributed import World
+from runtime.hardware import available_memory
 from runtime.logger import METRICS, read_metrics
-from runtime.memory import Footprint, estimated_micro_batch, memory_need
+from runtime.memory import MemoryEstimate, estimated_micro_batch
 
 
-@dataclass(frozen=True)
-class Requirements:
-    """What the report is computed from."""
+def memory_estimate(run: RunConfig, model: GPT, optimizer: Optimizer, world: World) -> MemoryEstimate:
+    """Memory of one process in training.
 
-    footprint: Footprint
-    total_state: int  # bytes of optimizer state over all processes
-    micro_batch: int
-    epochs: float  # passes over the training split
-    train_tokens: int
-    shard_problems: list[str]
-    checked: str  # how the shards were checked
-    rate: float | None  # tokens/s over all processes
-
-
-def footprint(run: RunConfig, model: GPT, optimizer: Optimizer, world: World) -> Footprint:
-    """What the memory of one process of a run depends on."""
-    c = run.model
-    return Footprint(
-        params=model.num_params(),
-        state=state_bytes(optimizer),
-        layers=c.n_layer,
-        width=c.n_embd,
-        vocab=c.padded_vocab_size,
-        block=c.block_size,
-        bf16=wants_bf16(run.dtype, world.device),
-        residual=(model.residual_dtype or torch.float32).itemsize,
-        recompute=model.recompute_blocks,
-        processes=world.size,
+    Backward keeps these elements per token and layer, with fused attention and no dropout, in units of the width C:
+    the inputs of the two norms (2), their outputs (2), q k v (3), attention's output (1), the MLP's hidden layer
+    before and after gelu (8). In float32 that is 16 x 4 bytes. In bf16 the residual stream, which the norms read, may
+    stay float32: 2 x 4 + 14 x 2 bytes. Activation checkpointing keeps the input of each block, and all of one block.
+    The logits, their gradient and the loss's float32 copy need V x (4 + 4 + 4) or V x (2 + 2 + 4) bytes per token.
+    """
+    c, params, bf16 = model.config, model.num_params(), wants_bf16(run.dtype, world.device)
+    element, logits = (2, 8) if bf16 else (4, 12)
+    residual = (model.residual_dtype or torch.float32).itemsize
+    block = 2 * residual + 14 * element
+    blocks = residual * c.n_layer + block if model.recompute_blocks else block * c.n_layer
+    return MemoryEstimate(
+        weights=params * (6 if bf16 else 4),  # autocast keeps a bf16 copy of the weights
+        gradients=4 * params * (2 if world.size > 1 else 1),  # the accumulated ones, and the all-reduce buckets
+        optimizer=state_bytes(optimizer),
+        activations=c.block_size * (blocks * c.n_embd + logits * c.padded_vocab_size),
     )
 
 
-def requirements(run: RunConfig, world: World, verify: bool, rate: float | None) -> Requirements:
-    """Everything the report needs; raises ValueError for a file or a batch that cannot be used."""
-    c, folder, share = run.model, Path(run.log.folder) / run.name, run.share(world.size)
-    dataset = open_dataset(run.data.path, c.vocab_size)
-    if run.data.hellaswag:
-        HellaSwag.of_run(run.data, dataset)
-    sizes = dict(block_size=c.block_size, batch_size=run.sequences, vocab_size=c.vocab_size, seed=run.seed)
-    problems, checked = check_shards(dataset, world, verify)
+def on_meta_device(run: RunConfig, world: World) -> tuple[GPT, Optimizer]:
+    """The model and the optimizer of a run, without memory for their tensors."""
     with torch.device("meta"):
-        model = GPT(c)
-        apply_compute(model, run.compute, wants_bf16(run.dtype, world.device))
-    of = footprint(run, model, build_optimizer(model, run.optim, world.group), world)
-    if rate is None and (folder / METRICS).exists():
-        rate = measured_rate(read_metrics(folder / METRICS))
-    if run.micro_batch is None:
-        micro_batch = estimated_micro_batch(of, share, world)
-    else:
-        micro_batch = largest_divisor(share, run.micro_batch)
-    return Requirements(
-        footprint=of,
-        total_state=state_bytes(build_optimizer(model, run.optim)),
-        micro_batch=micro_batch,
-        epochs=TrainLoader(dataset, run.data, **sizes).epochs(run.total_steps),
-        train_tokens=dataset.tokens("train"),
-        shard_problems=problems,
-        checked=checked,
-        rate=rate,
-    )
+        model = GPT(run.model)
+    apply_compute(model, run.compute, wants_bf16(run.dtype, world.device))
+    return model, build_optimizer(model, run.optim, world.group)
 
 
 def check_shards(dataset: Dataset, world: World, verify: bool) -> tuple[list[str], str]:
-    """What is wrong with the shards, which the ranks check together, and how they were checked."""
+    """The problems of the shards, and how the shards were checked. Each rank checks a part of them."""
     if not (dataset.folder / MANIFEST).exists():
         return [], "headers agree; there is no manifest to check against"
     found = world.gather(shard_problems(dataset.folder, verify, world.rank, world.size))
@@ -96,14 +67,14 @@ def check_shards(dataset: Dataset, world: World, verify: bool) -> tuple[list[str
 
 
 def checkpoints_kept(steps: int, every: int, keep: int, milestone_every: int) -> int:
-    """Checkpoints on the disk at the worst moment: the latest, the best, milestones, and the one being written."""
+    """The largest number of checkpoints on the disk: the latest, the best, milestones, and one in writing."""
     saved = math.ceil(steps / every)
     milestones = steps // math.lcm(milestone_every, every) if milestone_every else 0
     return min(saved, keep + 1 + milestones) + 1
 
 
 def free_bytes(folder: Path) -> int:
-    """Free bytes on the disk of a run folder that may not exist yet. Raises ValueError where none can be made."""
+    """Free bytes on the disk of a run folder that may not exist yet. Raises ValueError if it cannot be created."""
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -113,15 +84,15 @@ def free_bytes(folder: Path) -> int:
 
 
 def measured_rate(records: list[dict]) -> float | None:
-    """Median tokens per second of a run's last 100 reports; None if there are none."""
+    """Median tokens per second of a run's last 100 logged steps; None if there are none."""
     rates = [r["tokens_per_s"] for r in records if "tokens_per_s" in r][-100:]
     return statistics.median(rates) if rates else None
 
 
 def all_reduce_seconds(world: World, elements: int = 1 << 22) -> float | None:
-    """Seconds of one checked all-reduce of `elements` float32 over all ranks; None on one process.
+    """Seconds of one checked all-reduce of `elements` float32 over all ranks; None with one process.
 
-    Raises ValueError if it fails or gives a wrong sum, naming the usual causes.
+    Raises ValueError, with the usual causes, if it fails or gives a wrong sum.
     """
     if world.size == 1:
         return None
@@ -135,74 +106,87 @@ def all_reduce_seconds(world: World, elements: int = 1 << 22) -> float | None:
     except RuntimeError as error:
         raise ValueError(
             f"an all-reduce over {world.size} processes failed ({str(error).splitlines()[0]}); name the network "
-            "interface between the machines with NCCL_SOCKET_IFNAME (GLOO_SOCKET_IFNAME on a CPU), or rule "
-            "InfiniBand out with NCCL_IB_DISABLE=1"
+            "interface between the machines with NCCL_SOCKET_IFNAME (GLOO_SOCKET_IFNAME on a CPU), or switch "
+            "InfiniBand off with NCCL_IB_DISABLE=1"
         ) from None
     if not right:
         raise ValueError(f"an all-reduce over {world.size} processes gives wrong sums; check drivers and cables")
     return time.perf_counter() - start
 
 
-def duration(seconds: float) -> str:
-    """90061 -> "1 d 1 h"; two units at most."""
-    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    left, parts = max(1, round(seconds)), []
-    for name, size in units:
-        if left >= size and len(parts) < 2:
-            parts.append(f"{left // size} {name}")
-            left %= size
-        elif parts:
-            break
-    return " ".join(parts)
+def report(run: RunConfig, world: World, verify: bool, rate: float | None) -> tuple[str, bool]:
+    """What the run needs, one fact a line, and whether all of it is available. Called by every rank.
 
-
-def compared(need: float, available: float) -> str:
-    """How a need compares with what there is."""
-    if need > available:
-        return f", exceeds the {available / 1e9:.1f} GB available"
-    return f" of {available / 1e9:.1f} GB"
-
-
-def report(run: RunConfig, of: Requirements, world: World) -> tuple[str, bool]:
-    """What the run needs, one fact a line, and whether all of it is there. Called by every rank.
-
-    Raises ValueError if the ranks do not reach each other.
+    verify: hash every shard. rate: tokens/s; None: as an earlier start of this run measured it, if there was one.
+    Raises ValueError for a file or a batch that cannot be used, and if the ranks cannot communicate.
     """
-    seconds, need, shape = all_reduce_seconds(world), memory_need(of.footprint, of.micro_batch), of.footprint
-    gpu, saving, steps = world.device.type == "cuda", run.checkpoint, run.total_steps
-    available = torch.cuda.get_device_properties(world.device).total_memory if gpu else math.inf
+    folder, steps, saving = Path(run.log.folder) / run.name, run.total_steps, run.checkpoint
+    tokens, per_process = steps * run.tokens_per_step, run.share(world.size)
+    dataset = open_dataset(run.data.path, run.model.vocab_size)
+    if run.data.hellaswag:
+        HellaSwag.of_run(run.data, dataset)
+    sizes = dict(block_size=run.model.block_size, vocab_size=run.model.vocab_size, seed=run.seed)
+    epochs = TrainLoader(dataset, run.data, batch_size=run.sequences, **sizes).epochs(steps)
+    problems, checked = check_shards(dataset, world, verify)
+    if rate is None and (folder / METRICS).exists():
+        rate = measured_rate(read_metrics(folder / METRICS))
+
+    model, optimizer = on_meta_device(run, world)
+    need, memory = memory_estimate(run, model, optimizer, world), available_memory(world.device)
+    estimated = "" if run.micro_batch else ", estimated to fit"
+    micro_batch = largest_divisor(
+        per_process, run.micro_batch or estimated_micro_batch(need, per_process, world, memory)
+    )
+    total, limit = need.total(micro_batch), memory[1] if world.device.type == "cuda" else math.inf
+
+    weights, all_state = 4 * model.num_params(), state_bytes(build_optimizer(model, run.optim))
     kept = checkpoints_kept(steps, saving.every, saving.keep, saving.milestone_every)
-    disk, free = kept * (4 * shape.params + of.total_state), free_bytes(Path(run.log.folder) / run.name)
-    parts = [f"{v / 1e9:.2f}" for v in (need.total, need.weights, need.gradients, need.optimizer, need.activations)]
-    tokens, accumulation = steps * run.tokens_per_step, run.sequences // (world.size * of.micro_batch)
-    time_needed = f"{duration(tokens / of.rate)} at {of.rate:,.0f} tokens/s" if of.rate else "unknown"
+    disk, free = kept * (weights + all_state), free_bytes(folder)
+    seconds = all_reduce_seconds(world)
     lines = [
         f"preflight of {run.name} on {world.size} x {world.device.type}",
-        f"  memory   at least {parts[0]} GB a process: weights {parts[1]}, gradients {parts[2]}, optimizer "
-        f"{parts[3]}, activations {parts[4]}{compared(need.total, available) if gpu else ''}",
-        f"  batch    {run.sequences} sequences = {world.size} processes x {of.micro_batch} x {accumulation}"
-        f"{', estimated to fit' if run.micro_batch is None else ''}",
-        f"  tokens   {tokens:,} in {steps:,} steps: {of.epochs:.2f} epochs of {of.train_tokens:,}, {run.data.path}",
-        f"  shards   {'; '.join(of.shard_problems) or of.checked}",
-        f"  disk     {disk / 1e9:.2f} GB for {kept} checkpoints{compared(disk, free)}",
-        f"  time     {time_needed}",
+        f"  memory   at least {gb(total)} a process: weights {gb(need.weights)}, gradients {gb(need.gradients)}, "
+        f"optimizer {gb(need.optimizer)}, activations {gb(micro_batch * need.activations)}{compared(total, limit)}",
+        f"  batch    {run.sequences} sequences = {world.size} processes x {micro_batch} x "
+        f"{per_process // micro_batch}{estimated}",
+        f"  tokens   {tokens:,} in {steps:,} steps: {epochs:.2f} epochs of {dataset.tokens('train'):,} "
+        f"in {run.data.path}",
+        f"  shards   {'; '.join(problems) or checked}",
+        f"  disk     {gb(disk)} for {kept} checkpoints{compared(disk, free)}",
+        f"  time     {time_needed(tokens, rate)}",
         f"  network  {f'all-reduce of 17 MB in {1e3 * seconds:.1f} ms' if seconds else 'one process'}",
     ]
-    if saving.background:  # on the first process; the others have no weights to copy
-        copy = (4 * shape.params + shape.state) / 1e9
-        lines.insert(2, f"  host     {copy:.2f} GB for the copy that background checkpoints are written from")
-    return "\n".join(lines), not of.shard_problems and need.total <= available and disk <= free
+    if saving.background:  # on the first process; the others copy no weights
+        copy = gb(weights + need.optimizer)
+        lines.insert(2, f"  host     {copy} for the copy that background checkpoints are written from")
+    return "\n".join(lines), not problems and total <= limit and disk <= free
+
+
+def gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def compared(need: float, limit: float) -> str:
+    """A need in comparison with the available bytes; empty without a limit."""
+    if need > limit:
+        return f", exceeds the {gb(limit)} available"
+    return f" of {gb(limit)}" if limit < math.inf else ""
+
+
+def time_needed(tokens: int, rate: float | None) -> str:
+    """The time for a number of tokens at a rate in tokens/s, in words."""
+    return f"{timedelta(seconds=math.ceil(tokens / rate))} at {rate:,.0f} tokens/s" if rate else "unknown"
 
 
 def preflight(run: RunConfig, world: World, verify: bool, rate: str | None) -> None:
     """Print what the run needs; the exit status is 1 if something is missing. Raises ValueError for a bad rate."""
     try:
-        stated = float(rate) if rate is not None else None
+        tokens_per_s = parse_number(rate) if rate is not None else None
     except ValueError:
-        raise ValueError(f"--tokens_per_s={rate}: must be a number") from None
-    if stated is not None and not 1 <= stated < math.inf:
+        tokens_per_s = math.nan
+    if tokens_per_s is not None and not 1 <= tokens_per_s < math.inf:
         raise ValueError(f"--tokens_per_s={rate}: must be a number of at least 1")
-    text, good = report(run, requirements(run, world, verify, stated), world)
+    text, good = report(run, world, verify, tokens_per_s)
     if world.is_main:
         print(text, flush=True)
     if not world.from_main(good):

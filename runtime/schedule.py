@@ -1,4 +1,4 @@
-"""Schedules: the learning rate of every step, and other hyperparameters that move during a run."""
+"""Schedules: the learning rate of every step, and other hyperparameters that change during a run."""
 
 import math
 from collections.abc import Callable
@@ -10,13 +10,13 @@ from optimizers.options import errors_of, option
 from optimizers.settings import Settings
 from runtime.command import parse_number
 
-# The share of the way from the final value to the peak that is left at `progress` in [0, 1]. A new schedule is one
-# more line; the second argument is the share of the run that "wsd" spends decaying.
+# A shape maps `progress` in [0, 1] to a factor in [0, 1]: 1 is the peak learning rate, 0 the final one. `decay` is the
+# setting wsd_decay. A new schedule is one more line.
 SHAPES: dict[str, Callable[[float, float], float]] = {
     "cosine": lambda progress, decay: 0.5 * (1 + math.cos(math.pi * progress)),
-    "wsd": lambda progress, decay: min(1.0, (1 - progress) / decay),  # hold, then linear
+    "wsd": lambda progress, decay: min(1.0, (1 - progress) / decay),  # constant, then linear
     "linear": lambda progress, decay: 1 - progress,
-    "exponential": lambda progress, decay: 0.9 ** (100 * progress),  # of the official MARS code
+    "exponential": lambda progress, decay: 0.9 ** (100 * progress),  # as in the official MARS code
     "constant": lambda progress, decay: 1.0,
 }
 
@@ -25,16 +25,16 @@ SHAPES: dict[str, Callable[[float, float], float]] = {
 class ScheduleConfig:
     """Linear warm-up, then a shape from the peak learning rate down to min_lr."""
 
-    shape: str = option("cosine", f"one of {', '.join(SHAPES)}; wsd holds, then decays linearly")
+    shape: str = option("cosine", f"one of {', '.join(SHAPES)}; wsd is constant, then decays linearly")
     warmup: int = option(2000, "steps of linear warm-up", least=0)
     min_lr: float | None = option(
-        None, "learning rate at the end; none: min_lr_ratio of the peak; other groups in proportion", least=0
+        None, "learning rate at the end; none: min_lr_ratio times the peak; other groups keep their proportion", least=0
     )
-    min_lr_ratio: float = option(0.1, "final learning rate relative to the peak, where min_lr is none", least=0, most=1)
-    wsd_decay: float = option(0.2, "wsd: last share of the run, spent decaying", above=0, most=1)
+    min_lr_ratio: float = option(0.1, "final learning rate relative to the peak, if min_lr is none", least=0, most=1)
+    wsd_decay: float = option(0.2, "wsd: fraction of the run, at its end, with linear decay", above=0, most=1)
     zero_first: bool = option(False, "start the warm-up at 0 instead of lr / warmup (as published)")
     moves: str = option(
-        "", 'hyperparameters that move linearly over the run to a final value: "gamma:0.05,momentum:0.98"'
+        "", 'hyperparameters that change linearly over the run to a final value: "gamma:0.05,momentum:0.98"'
     )
 
     def errors(self) -> list[str]:
@@ -50,7 +50,7 @@ class ScheduleConfig:
 
 
 def parse_moves(text: str) -> dict[str, float]:
-    """ "gamma:0.05,momentum:0.98" as a dict. Raises ValueError for text of another form."""
+    """The text "gamma:0.05,momentum:0.98" as a dict. Raises ValueError for other text."""
     out = {}
     for part in filter(None, text.split(",")):
         name, _, value = part.strip().partition(":")
@@ -71,7 +71,7 @@ def learning_rate(config: ScheduleConfig, step: int, steps: int, peak: float) ->
 
 
 def moved(start: float, end: float, step: int, steps: int) -> float:
-    """A hyperparameter that moves linearly from start to end, at update number `step` (from 0) of `steps`."""
+    """A hyperparameter that changes linearly from start to end, at update number `step` (from 0) of `steps`."""
     progress = step / max(1, steps - 1)
     return end + (1 - progress) * (start - end) if progress else start
 
@@ -79,7 +79,7 @@ def moved(start: float, end: float, step: int, steps: int) -> float:
 def set_rates(
     optimizer: Optimizer, optim: Settings, schedule: ScheduleConfig, moves: dict[str, float], step: int, steps: int
 ) -> float:
-    """Set the learning rate of every group, and the hyperparameters that move; returns the main learning rate.
+    """Set the learning rate and the moving hyperparameters of every group; returns the main learning rate.
 
     A group whose value differs from the main one keeps its proportion to it.
     """

@@ -159,13 +159,13 @@ def test_errors_are_named():
 @pytest.fixture
 def gate(monkeypatch):
     """Holds every write of a file back until it is set."""
-    opened, write = threading.Event(), checkpoint._write_tensors
+    opened, write = threading.Event(), checkpoint.write_tensors
 
     def held(path, tensors):
         assert opened.wait(60)
         return write(path, tensors)
 
-    monkeypatch.setattr(checkpoint, "_write_tensors", held)
+    monkeypatch.setattr(checkpoint, "write_tensors", held)
     yield opened
     opened.set()
 
@@ -212,7 +212,7 @@ def test_a_second_save_waits_for_the_first_and_uses_its_memory(tmp_path, gate):
     background, model = in_background(tmp_path), Small()
     save(background, 1, model=model)
     first = model.matrix.detach().clone()
-    places = [t.data_ptr() for tensors in background._copies.values() for t in tensors.values()]
+    places = [t.data_ptr() for tensors in background.copies.values() for t in tensors.values()]
     second = threading.Thread(target=save, args=(background, 2), kwargs=dict(model=model))
     second.start()  # steps the model, then waits
     second.join(0.3)
@@ -224,7 +224,7 @@ def test_a_second_save_waits_for_the_first_and_uses_its_memory(tmp_path, gate):
     assert steps_in(tmp_path) == [1, 2]
     assert torch.equal(open_checkpoint(tmp_path / "step_0000001").model()["matrix"], first)
     assert torch.equal(open_checkpoint(tmp_path / "step_0000002").model()["matrix"], model.matrix)
-    assert places == [t.data_ptr() for tensors in background._copies.values() for t in tensors.values()]
+    assert places == [t.data_ptr() for tensors in background.copies.values() for t in tensors.values()]
 
 
 def test_a_write_that_fails_in_the_background_is_told_once_and_the_next_one_succeeds(tmp_path, monkeypatch):
@@ -232,7 +232,7 @@ def test_a_write_that_fails_in_the_background_is_told_once_and_the_next_one_succ
     save(background, 1)
     background.finish()
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "_write_tensors", disk_full)
+        patched.setattr(checkpoint, "write_tensors", disk_full)
         save(background, 2)
         with pytest.raises(CheckpointError, match="checkpoint of step 2 could not be written: .*No space left"):
             arrive(background)
@@ -249,12 +249,12 @@ def disk_full(path, tensors):
 def main(folder: str) -> None:
     """What each of two processes runs: rank 1's disk is full at step 1, and its write is slow at step 2."""
     with start_world("cpu") as world:
-        write = checkpoint._write_tensors
+        write = checkpoint.write_tensors
         background, parameter = Checkpointer(Path(folder), CheckpointConfig(background=True), world), torch.ones(2)
         for step in (1, 2):
             if world.rank == 1:
                 slow = lambda path, tensors: (time.sleep(0.2), write(path, tensors))[1]  # noqa: E731
-                checkpoint._write_tensors = disk_full if step == 1 else slow
+                checkpoint.write_tensors = disk_full if step == 1 else slow
             background.save({"p": parameter}, {f"p{world.rank}/m": parameter + step}, dict(step=step, config={}))
             polls, outcome = 0, None
             while outcome is None:

@@ -13,7 +13,7 @@ import train_gpt
 from config.load import load_config
 from optimizers import OPTIMIZERS
 from optimizers.state import load_named_state, named_state, state_bytes, state_problem
-from runtime.guard import NonFiniteError
+from runtime.clipping import NonFiniteError
 from runtime.logger import read_metrics
 
 FINAL = "run/checkpoints/step_0000012/model.safetensors"

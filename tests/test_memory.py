@@ -1,4 +1,4 @@
-"""The micro-batch that fits: what is estimated, what is tried, that ranks agree, and that nothing else changes."""
+"""The micro-batch that fits: the estimate, the attempts, agreement of ranks, and no other effect on a run."""
 
 import json
 import subprocess
@@ -11,24 +11,21 @@ from conftest import ROOT, environment
 import train_gpt
 from config.load import load_config
 from model import GPT, GPTConfig
-from runtime import memory
-from runtime.distributed import World, start_world
+from runtime.distributed import ALONE, World, start_world
 from runtime.logger import read_metrics
 from runtime.memory import (
     MARGIN,
-    Footprint,
-    candidates,
+    MemoryEstimate,
     choose_micro_batch,
+    divisors,
     estimated_micro_batch,
-    memory_need,
+    measured_micro_batch,
     peak_of_pass,
 )
 
-CPU, GPU = World(0, 1, torch.device("cpu")), World(0, 1, torch.device("cuda", 0))
-SMALL = Footprint(
-    **dict(params=124_000_000, state=10**9, layers=12, width=768, vocab=50304, block=1024),
-    **dict(bf16=True, residual=4, recompute=False, processes=1),
-)
+GPU = World(0, 1, torch.device("cuda", 0))
+GB = 10**9
+NEED = MemoryEstimate(weights=GB // 2, gradients=GB // 2, optimizer=GB, activations=GB // 2)  # 2 GB and 0.5 a sequence
 
 
 def fits(most: int, tried: list | None = None):
@@ -39,52 +36,56 @@ def fits(most: int, tried: list | None = None):
             tried.append(m)
         if m > most:
             raise torch.OutOfMemoryError(f"{m} sequences")
-        return m * 10**9
+        return m * GB
 
     return attempt
 
 
-def test_candidates_divide_and_a_cpu_takes_few():
-    assert candidates(60, GPU) == [60, 30, 20, 15, 12, 10, 6, 5, 4, 3, 2, 1]
-    assert candidates(60, CPU) == [6, 5, 4, 3, 2, 1]
-    assert candidates(7, CPU) == [7, 1]
+def test_divisors_come_largest_first():
+    assert divisors(60, 60) == [60, 30, 20, 15, 12, 10, 6, 5, 4, 3, 2, 1]
+    assert divisors(60, 8) == [6, 5, 4, 3, 2, 1]
+    assert divisors(7, 8) == [7, 1]
 
 
 @pytest.mark.parametrize("gb", [2, 8, 24, 40, 80, 141, 1000])
-def test_the_estimate_is_the_largest_divisor_that_fits_beside_the_margin(monkeypatch, gb):
-    monkeypatch.setattr(memory, "available_memory", lambda device: (gb * 10**9, gb * 10**9))
-    found = estimated_micro_batch(SMALL, 480, GPU)
-    fitting = [m for m in range(1, 481) if 480 % m == 0 and memory_need(SMALL, m).total <= (1 - MARGIN) * gb * 1e9]
+def test_the_estimate_is_the_largest_divisor_that_fits_and_leaves_the_margin(gb):
+    found = estimated_micro_batch(NEED, 480, GPU, (gb * GB, gb * GB))
+    fitting = [m for m in range(1, 481) if 480 % m == 0 and 2 + m / 2 <= (1 - MARGIN) * gb]
     assert found == max(fitting, default=1)
     assert {2: 1, 1000: 480}.get(gb, found) == found
 
 
-def test_processes_on_a_cpu_share_its_memory(monkeypatch):
-    room = memory_need(SMALL, 4).total
-    monkeypatch.setattr(memory, "available_memory", lambda device: (room, room))
-    assert estimated_micro_batch(SMALL, 480, CPU) == 4
-    two = World(0, 2, torch.device("cpu"))
+def test_the_processes_of_a_cpu_divide_its_memory(monkeypatch):
+    room = NEED.total(4)
+    assert estimated_micro_batch(NEED, 480, ALONE, (room, room)) == 4
     monkeypatch.setattr(World, "gather", lambda self, item: [item] * self.size)
-    assert estimated_micro_batch(SMALL, 480, two) == 1
+    assert estimated_micro_batch(NEED, 480, World(0, 2, torch.device("cpu")), (room, room)) == 1
 
 
-def test_out_of_memory_steps_down_to_the_next_divisor(monkeypatch, capsys):
-    monkeypatch.setattr(memory, "available_memory", lambda device: (50 * 10**9, 80 * 10**9))
+def test_a_size_that_runs_out_of_memory_is_followed_by_the_next_divisor(capsys):
     tried: list[int] = []
-    choice = choose_micro_batch(SMALL, 480, GPU, fits(30, tried))
-    assert estimated_micro_batch(SMALL, 480, GPU) == 48
+    estimate = estimated_micro_batch(NEED, 480, GPU, (33 * GB, 80 * GB))
+    choice = measured_micro_batch(480, estimate, ALONE, 80 * GB, fits(30, tried))
+    assert estimate == 48
     assert tried == [60, 48, 40, 32, 30]  # one above the estimate first
     assert str(choice) == "micro-batch 30 x accumulation 16: about 30 of 80 GB; 60, 48, 40, 32 did not fit"
     assert capsys.readouterr().err.splitlines() == [f"trying a micro-batch of {m}" for m in tried]
-    with pytest.raises(ValueError, match="out of memory with one sequence at a time: .* use a smaller model"):
-        choose_micro_batch(SMALL, 480, GPU, fits(0))
 
 
-def test_on_a_cpu_nothing_is_tried(monkeypatch):
-    monkeypatch.setattr(memory, "available_memory", lambda device: (10**12, 10**12))
-    choice = choose_micro_batch(SMALL, 480, CPU, fits(0))
-    assert (choice.size, choice.accumulation) == (8, 60)
-    assert choice.needed == memory_need(SMALL, 8).total
+def test_the_largest_size_is_tried_first_if_the_estimate_says_that_it_fits():
+    tried: list[int] = []
+    assert measured_micro_batch(12, 12, ALONE, GB, fits(12, tried)).failed == ()
+    assert tried == [12]
+
+
+def test_too_little_memory_for_one_sequence_is_an_error():
+    with pytest.raises(ValueError, match="out of memory with one sequence at a time .* use a smaller model"):
+        measured_micro_batch(480, 48, ALONE, 80 * GB, fits(0))
+
+
+def test_a_cpu_makes_no_attempt():
+    choice = choose_micro_batch(MemoryEstimate(10, 10, 20, 1), 480, ALONE, fits(0))
+    assert (choice.size, choice.accumulation, choice.needed) == (8, 60, 48)
 
 
 def test_a_pass_leaves_weights_gradients_and_generator_as_they_were():
@@ -112,28 +113,22 @@ def test_a_pass_leaves_weights_gradients_and_generator_as_they_were():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "mars_m"])
-def test_a_run_whose_choice_was_tried_equals_one_that_was_told(arguments, optimizer, monkeypatch, capsys):
-    """The trainer's own pass, run out of memory at 12 and 6 sequences; 4 is what it then trains with."""
+def test_a_measured_micro_batch_trains_like_a_given_one(arguments, optimizer, monkeypatch, capsys):
+    """The trainer's own forward and backward pass runs out of memory with 12 and 6 sequences, so the run uses 4."""
 
-    def tried(footprint, share, world, attempt):
-        monkeypatch.setattr(memory, "available_memory", lambda device: (10**9, 10**9))
-        assert memory.memory_need(footprint, 4).total < 10**9
-        monkeypatch.setattr(World, "is_main", True)
-
+    def measured(need, per_process, world, attempt):
         def small(m):
             attempt(m)
             return fits(4)(m)
 
-        chosen = choose_micro_batch(footprint, share, World(0, 1, torch.device("cuda", 0)), small)
-        assert small(4)
-        return chosen
+        return measured_micro_batch(per_process, 6, world, GB, small)
 
     arguments = [*arguments, f"--optimizer={optimizer}"]
     train_gpt.main([*arguments, "--micro_batch=4"])
-    told = train_metrics(arguments)
-    monkeypatch.setattr(train_gpt, "choose_micro_batch", tried)
+    expected = train_metrics(arguments)
+    monkeypatch.setattr(train_gpt, "choose_micro_batch", measured)
     train_gpt.main([*arguments, "--micro_batch=auto", "--fresh"])
-    assert train_metrics(arguments) == told
+    assert train_metrics(arguments) == expected
     assert "chosen     micro-batch 4 x accumulation 3: about 4 of 1 GB; 12, 6 did not fit" in capsys.readouterr().out
 
 
@@ -147,7 +142,7 @@ def train_metrics(arguments):
     return [(r["step"], r.get("loss"), r.get("grad_norm"), r.get("val_loss")) for r in records]
 
 
-def test_what_was_chosen_is_said_and_recorded_and_may_change(arguments, capsys):
+def test_the_chosen_micro_batch_is_printed_and_recorded_and_may_change(arguments, capsys):
     train_gpt.main([*arguments, "--micro_batch=auto", "--steps=4"])
     output = capsys.readouterr().out
     assert "batch      12 sequences = 1 processes x 6 x 2 accumulated" in output
@@ -162,12 +157,12 @@ def test_what_was_chosen_is_said_and_recorded_and_may_change(arguments, capsys):
 
 
 def main() -> None:
-    """What each of two processes runs: one of them has less room, the other runs out of memory."""
+    """The program of each of two processes. Rank 1 has less memory by the estimate; rank 0 runs out of memory."""
     with start_world("cpu") as world:
         gpu = World(world.rank, world.size, torch.device("cuda", 0), world.control)
-        memory.available_memory = lambda device: ((80 - 40 * world.rank) * 10**9, 80 * 10**9)
-        choice = choose_micro_batch(SMALL, 480, gpu, fits(480 if world.rank else 20))
-        assert choice.failed == (48, 40, 32, 30, 24), choice  # from the estimate of rank 1, which has half the room
+        estimate = estimated_micro_batch(NEED, 480, gpu, ((60 - 29 * world.rank) * GB, 80 * GB))
+        choice = measured_micro_batch(480, estimate, world, 80 * GB, fits(480 if world.rank else 20))
+        assert choice.failed == (48, 40, 32, 30, 24), choice  # from the estimate of rank 1, which is 40
         assert choice.size == 20, choice
 
         model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=60))
@@ -178,7 +173,7 @@ def main() -> None:
             with forward.no_sync():
                 return forward(tokens, tokens)
 
-        if world.rank == 0:  # a pass exchanges nothing, so a rank that fails alone leaves nobody waiting
+        if world.rank == 0:  # a pass does not communicate, so no rank waits for one that fails alone
             peak_of_pass(loss, model.parameters(), 0, torch.device("cpu"))
         assert world.gather("here") == ["here", "here"]
         forward(tokens, tokens).backward()

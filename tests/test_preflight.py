@@ -1,7 +1,7 @@
-"""What a run will need, checked before it starts."""
+"""The preflight: a check of what a run needs, before it starts."""
 
 import json
-from dataclasses import replace
+import math
 from pathlib import Path
 
 import pytest
@@ -11,23 +11,29 @@ from conftest import CONFIG, finish, launch, make_dataset
 import train_gpt
 from config.load import load_config
 from model import GPT, GPTConfig
+from optimizers import AdamWConfig, build_optimizer
+from optimizers.state import state_bytes
 from runtime.compute import ComputeConfig, apply_compute
 from runtime.distributed import ALONE, World
-from runtime.memory import memory_need
 from runtime.preflight import (
     all_reduce_seconds,
     checkpoints_kept,
     compared,
-    duration,
     free_bytes,
     measured_rate,
-    requirements,
+    memory_estimate,
+    on_meta_device,
+    time_needed,
 )
 
 
+def estimate(run, world=ALONE):
+    return memory_estimate(run, *on_meta_device(run, world), world)
+
+
 def kept_for_backward(shape: GPTConfig, half: bool, compute: ComputeConfig) -> int:
-    """Bytes that autograd keeps of one forward pass, parameters not counted, every storage once."""
-    model, seen, held = GPT(shape), {}, []
+    """Bytes that autograd keeps for backward, without parameters; each storage counts once."""
+    model, seen, kept = GPT(shape), {}, []
     apply_compute(model, compute, half)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -35,7 +41,7 @@ def kept_for_backward(shape: GPTConfig, half: bool, compute: ComputeConfig) -> i
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             seen[storage.data_ptr()] = storage.nbytes()
-            held.append(tensor)
+            kept.append(tensor)  # so that no later tensor gets the same address
         return tensor
 
     tokens = torch.zeros(2, shape.block_size, dtype=torch.long)
@@ -55,51 +61,56 @@ def test_activations_grow_with_depth_as_autograd_keeps_them(arguments, half, res
     one, four = (kept_for_backward(shape, half, compute) for shape in shapes)
     if half and not recompute:  # autocast's bf16 copies of the weights are kept, too; counted among the weights
         one, four = one - 2 * 12 * 128**2, four - 4 * 2 * 12 * 128**2
-    plan = requirements(load_config(arguments[0], arguments[1:]), ALONE, False, None)
-    of = replace(plan.footprint, bf16=half, residual=2 if residual == "bfloat16" else 4, recompute=recompute)
-    of = replace(of, width=128, block=128)
-    needs = [memory_need(replace(of, layers=n), 2).activations for n in (1, 4)]
+    run = load_config(arguments[0], [*arguments[1:], f"--dtype={'bfloat16' if half else 'float32'}"])
+    needs = []
+    for shape in shapes:
+        model = GPT(shape)
+        apply_compute(model, compute, half)
+        needs.append(2 * memory_estimate(run, model, build_optimizer(model, AdamWConfig()), ALONE).activations)
     assert needs[1] - needs[0] == pytest.approx(four - one, rel=0.05)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "mars", "mars_m", "muon"])
 def test_weights_gradients_and_state_are_those_of_the_trainer(arguments, optimizer):
     run = load_config(arguments[0], [*arguments[1:], f"--optimizer={optimizer}"])
-    plan = requirements(run, ALONE, False, None)
+    need = estimate(run)
     trainer = train_gpt.Trainer(run, ALONE, False)
     trainer.log.close()
-    assert plan.footprint.state == plan.total_state == train_gpt.state_bytes(trainer.optimizer)
-    need = memory_need(plan.footprint, plan.micro_batch)
+    assert need.optimizer == state_bytes(trainer.optimizer)
     assert need.weights == need.gradients == sum(4 * p.numel() for p in trainer.model.parameters())
-    assert need.total == need.weights + need.gradients + need.optimizer + need.activations
+    assert need.total(2) == need.weights + need.gradients + need.optimizer + 2 * need.activations
 
 
-def test_the_exact_form_keeps_the_next_gradient_in_its_state_and_processes_exchange_in_buckets(arguments):
-    needs = []
-    for approx in ("true", "false"):
-        run = load_config(arguments[0], [*arguments[1:], "--optimizer=mars", f"--is_approx={approx}"])
-        needs.append(memory_need(requirements(run, ALONE, False, None).footprint, 1))
-    approx, exact = needs
-    corrected = sum(p.numel() for p in train_gpt.GPT(run.model).parameters() if p.dim() >= 2)
-    assert exact.total - approx.total == exact.optimizer - approx.optimizer == 4 * corrected
-    of = requirements(run, ALONE, False, None).footprint
-    assert memory_need(replace(of, processes=2), 1).gradients == 2 * approx.gradients
+def test_the_exact_form_keeps_one_more_gradient_and_several_processes_need_buckets(arguments):
+    runs = [
+        load_config(arguments[0], [*arguments[1:], "--optimizer=mars", f"--is_approx={approx}"])
+        for approx in ("true", "false")
+    ]
+    approx, exact = map(estimate, runs)
+    corrected = sum(p.numel() for p in GPT(runs[0].model).parameters() if p.dim() >= 2)
+    assert exact.total(1) - approx.total(1) == exact.optimizer - approx.optimizer == 4 * corrected
+    model, optimizer = on_meta_device(runs[0], ALONE)
+    two = memory_estimate(runs[0], model, optimizer, World(0, 2, torch.device("cpu")))
+    assert two.gradients == 2 * approx.gradients
 
 
 @pytest.mark.parametrize(
     "steps, every, keep, milestone_every, expected",
     [(100, 10, 2, 0, 4), (100, 10, 2, 50, 6), (10, 10, 2, 0, 2), (100, 30, 1, 60, 4)],
 )
-def test_checkpoints_on_the_disk_at_the_worst_moment(steps, every, keep, milestone_every, expected):
+def test_the_largest_number_of_checkpoints_on_the_disk(steps, every, keep, milestone_every, expected):
     assert checkpoints_kept(steps, every, keep, milestone_every) == expected
 
 
-def test_small_parts(tmp_path):
-    assert [duration(s) for s in (0.2, 59, 90, 3600, 90_061)] == ["1 s", "59 s", "1 min 30 s", "1 h", "1 d 1 h"]
+def test_sizes_rates_and_times(tmp_path):
+    assert time_needed(180_122, 2.0) == "1 day, 1:01:01 at 2 tokens/s"
+    assert time_needed(1, 2.0) == "0:00:01 at 2 tokens/s"
+    assert time_needed(5, None) == "unknown"
     assert free_bytes(tmp_path / "not" / "yet") == pytest.approx(free_bytes(tmp_path), rel=0.01)
     assert measured_rate([{"tokens_per_s": 3.0}, {"val_loss": 1.0}, {"tokens_per_s": 5.0}]) == 4.0
     assert measured_rate([]) is None
-    assert compared(2e9, 1e9) == ", exceeds the 1.0 GB available"
+    assert compared(2e9, 1e9) == ", exceeds the 1.00 GB available"
+    assert compared(2e9, math.inf) == ""
     assert all_reduce_seconds(ALONE) is None
 
 
@@ -113,22 +124,22 @@ def test_the_report_trains_nothing_and_leaves_no_folder(arguments, capsys, tmp_p
     assert "2,304 in 12 steps: 0.12 epochs of 20,000" in lines[3]
     assert lines[4] == "  shards   headers, counts and sha256 agree"
     assert "for 4 checkpoints of" in lines[5]
-    assert lines[6] == "  time     2 min at 19 tokens/s"
+    assert lines[6] == "  time     0:02:00 at 19 tokens/s"
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_background_checkpoint_counts_its_copy(arguments, capsys):
     train_gpt.main([*arguments, "--preflight", "--checkpoint.background=true"])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  host"))
-    params = requirements(load_config(arguments[0], arguments[1:]), ALONE, False, None).footprint.params
+    params = GPT(load_config(arguments[0], arguments[1:]).model).num_params()
     assert line == f"  host     {12 * params / 1e9:.2f} GB for the copy that background checkpoints are written from"
 
 
-def test_speed_comes_from_an_earlier_start_of_the_run(arguments, capsys, tmp_path):
+def test_the_speed_is_read_from_the_metrics_of_the_run(arguments, capsys, tmp_path):
     (tmp_path / "runs" / "run").mkdir(parents=True)
     (tmp_path / "runs" / "run" / "metrics.jsonl").write_text(json.dumps({"step": 1, "tokens_per_s": 2304.0}) + "\n")
     train_gpt.main([*arguments, "--preflight"])
-    assert "time     1 s at 2,304 tokens/s" in capsys.readouterr().out
+    assert "time     0:00:01 at 2,304 tokens/s" in capsys.readouterr().out
 
 
 def test_a_damaged_shard_fails_the_preflight(tmp_path, capsys):
@@ -148,29 +159,29 @@ def test_too_little_disk_fails_the_preflight(arguments, capsys, monkeypatch):
     monkeypatch.setattr("runtime.preflight.free_bytes", lambda folder: 100)
     with pytest.raises(SystemExit):
         train_gpt.main([*arguments, "--preflight"])
-    assert "exceeds the 0.0 GB available" in capsys.readouterr().out
+    assert "exceeds the 0.00 GB available" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rate", ["fast", "0", "-1", "inf", "1e-320"])
-def test_a_speed_that_is_none(arguments, rate):
+def test_a_speed_must_be_a_number_of_at_least_1(arguments, rate):
     with pytest.raises(SystemExit, match=f"--tokens_per_s={rate}: "):
         train_gpt.main([*arguments, "--preflight", f"--tokens_per_s={rate}"])
 
 
 @pytest.mark.parametrize("word", ["--verify", "--tokens_per_s=5"])
-def test_what_only_a_preflight_reads_is_refused_without_one(arguments, word):
+def test_options_of_the_preflight_are_refused_without_it(arguments, word):
     with pytest.raises(SystemExit, match="--tokens_per_s=N and --verify: belong to --preflight"):
         train_gpt.main([*arguments, word])
 
 
-def test_what_stops_a_start_stops_the_preflight(arguments):
+def test_errors_that_stop_a_run_stop_the_preflight(arguments):
     with pytest.raises(SystemExit, match="data.hellaswag=nowhere: cannot be read"):
         train_gpt.main([*arguments, "--preflight", "--data.hellaswag=nowhere"])
     with pytest.raises(SystemExit, match="out of memory; use a smaller"):
         train_gpt.main([*arguments, "--preflight", "--n_embd=1e10"])
 
 
-def test_ranks_are_tried_and_share_the_optimizer_state(arguments):
+def test_two_ranks_communicate_and_print_one_report(arguments):
     printed = finish(launch([*arguments, "--preflight", "--verify", "--optimizer=mars_m"], processes=2))
     assert "preflight of run on 2 x cpu" in printed
     assert "headers, counts and sha256 agree" in printed
@@ -178,7 +189,7 @@ def test_ranks_are_tried_and_share_the_optimizer_state(arguments):
     assert printed.count("preflight of") == 1
 
 
-def test_a_network_that_fails_names_the_remedy(monkeypatch):
+def test_an_all_reduce_that_fails_is_an_error_with_advice(monkeypatch):
     def broken(self, x):
         raise RuntimeError("NCCL error: unhandled system error\nmore")
 
@@ -191,8 +202,8 @@ def test_a_network_that_fails_names_the_remedy(monkeypatch):
 
 
 def test_the_four_sizes_are_estimated(dataset):
-    """Parameters of the four sizes, on a device that holds nothing."""
+    """The model is on the meta device, so its size does not matter."""
     for size, millions in (("small", 124), ("medium", 354), ("large", 773), ("xl", 1557)):
         path = Path(__file__).parent.parent / "config" / f"gpt2_{size}.py"
-        plan = requirements(load_config(path, [f"--data.path={dataset}", "--block_size=16"]), ALONE, False, None)
-        assert plan.footprint.params / 1e6 == pytest.approx(millions, rel=0.02)
+        run = load_config(path, [f"--data.path={dataset}", "--block_size=16", "--device=cpu"])
+        assert estimate(run).weights / 4e6 == pytest.approx(millions, rel=0.02)

@@ -1,4 +1,4 @@
-"""Devices, the guard, and the run folder."""
+"""Devices, gradient clipping, and the run folder."""
 
 import json
 import os
@@ -9,9 +9,9 @@ import torch
 
 from optimizers import AdamWConfig, build_optimizer
 from runtime import distributed, hardware
+from runtime.clipping import GradientClipper, NonFiniteError
 from runtime.distributed import ALONE, resolve_device, start_world
 from runtime.folder import Comparison, RunFolderError, differences, open_run_folder
-from runtime.guard import Guard, NonFiniteError
 
 
 @pytest.mark.parametrize(
@@ -46,12 +46,12 @@ def test_the_environment_names_versions_and_device():
     json.dumps(facts)
 
 
-def test_devices_that_do_not_exist_are_refused(monkeypatch):
+def test_devices_that_do_not_exist_are_errors(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert resolve_device("auto") == torch.device("cuda", 0)
     assert resolve_device("cuda", local_rank=1) == torch.device("cuda", 1)
-    with pytest.raises(ValueError, match="GPU 2 was asked for and torch .* sees 2; use --device=cpu, or fewer"):
+    with pytest.raises(ValueError, match="GPU 2 was asked for, but torch .* sees 2; use --device=cpu, or fewer"):
         resolve_device("cuda", local_rank=2)
     for name in ("tpu", "mps", "gpu:0"):
         with pytest.raises(ValueError, match=f'device="{name}": must be "auto"'):
@@ -70,8 +70,8 @@ def test_one_process_needs_no_process_group(monkeypatch):
     "device, failure, destroyed",
     [("cuda", None, 1), ("cuda", torch.OutOfMemoryError, 0), ("cuda", SystemExit, 1), ("cpu", ValueError, 1)],
 )
-def test_a_rank_that_fails_alone_on_a_gpu_does_not_wait_for_the_others(monkeypatch, device, failure, destroyed):
-    """NCCL's shutdown is collective: after an error the process ends without it, so that the error is told."""
+def test_a_rank_that_fails_on_a_gpu_does_not_wait_for_the_others(monkeypatch, device, failure, destroyed):
+    """NCCL's shutdown is collective: after an error the process ends without it, so that the error is printed."""
     calls = []
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(distributed, "resolve_device", lambda *a: torch.device(device, 0))
@@ -96,12 +96,12 @@ def small():
 @pytest.mark.parametrize("scale", [0.01, 10.0])
 def test_clipping_inside_the_update_equals_clip_grad_norm(scale):
     (one, first), (two, second) = small(), small()
-    guard = Guard(one, first, max_norm=1.0)
+    clipper = GradientClipper(one, first, max_norm=1.0)
     for step in range(5):
         for model in (one, two):
             model.zero_grad()
             (model(torch.full((2, 4), float(step + 1))).pow(2).sum() * scale).backward()
-        norm = guard.clip(step)
+        norm = clipper.clip(step)
         expected = torch.nn.utils.clip_grad_norm_(two.parameters(), 1.0)
         torch.testing.assert_close(norm, expected)
         first.step()
@@ -110,24 +110,24 @@ def test_clipping_inside_the_update_equals_clip_grad_norm(scale):
         torch.testing.assert_close(a, b)
 
 
-def test_the_first_bad_step_is_named_and_nothing_is_applied_from_there_on():
+def test_the_first_bad_step_is_named_and_no_later_update_is_applied():
     model, optimizer = small()
-    guard = Guard(model, optimizer, max_norm=1.0)
+    clipper = GradientClipper(model, optimizer, max_norm=1.0)
     for step in range(6):
         model.zero_grad()
         model(torch.ones(1, 4)).sum().backward()
         if step == 3:
             model.bias.grad[0] = float("nan")
             before = model.weight.detach().clone()
-        guard.clip(step)
+        clipper.clip(step)
         optimizer.step()
     assert torch.equal(model.weight, before)
     with pytest.raises(NonFiniteError, match="step 3") as caught:
-        guard.check()
+        clipper.check()
     assert caught.value.step == 3
 
 
-def test_an_empty_folder_is_entered_and_a_finished_one_compared(tmp_path):
+def test_a_new_folder_is_created_and_an_existing_one_is_compared(tmp_path):
     run = {"seed": 1, "optim": {"lr": 0.1}, "log": {"every": 1}}
     for every in (1, 5):
         open_run_folder(
@@ -148,19 +148,19 @@ def test_a_read_only_parent_is_named(tmp_path):
         open_run_folder(tmp_path / "r", {}, Comparison(set(), {}), {}, False, ALONE)
 
 
-def test_differences_leave_free_keys_out():
+def test_differences_skip_keys_that_may_change():
     before, now = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 5, "d": 4, "e": 6}}
     assert differences(before, now, Comparison({"b.d"}, {})) == {"b.c": (2, 5), "b.e": (None, 6)}
 
 
-def test_settings_gained_since_had_their_defaults_and_lost_ones_do_not_matter():
-    before, now = {"a": 1, "lost": 7}, {"a": 1, "gained": 0.2, "b": {"gained": [0.9, 0.95]}}
-    defaults = {"gained": 0.2, "b.gained": (0.9, 0.95)}
+def test_new_settings_had_their_defaults_and_removed_settings_are_ignored():
+    before, now = {"a": 1, "removed": 7}, {"a": 1, "new": 0.2, "b": {"new": [0.9, 0.95]}}
+    defaults = {"new": 0.2, "b.new": (0.9, 0.95)}
     assert differences(before, now, Comparison(set(), defaults)) == {}
-    assert differences(before, now | {"gained": 0.3}, Comparison(set(), defaults)) == {"gained": (0.2, 0.3)}
+    assert differences(before, now | {"new": 0.3}, Comparison(set(), defaults)) == {"new": (0.2, 0.3)}
 
 
-def test_fresh_moves_every_earlier_run_aside(tmp_path):
+def test_fresh_renames_every_earlier_run(tmp_path):
     for i in range(3):
         open_run_folder(tmp_path / "r", {"i": i}, Comparison(set(), {}), {}, True, ALONE)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r", "r.before-1", "r.before-2"]

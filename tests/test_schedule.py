@@ -23,13 +23,13 @@ def test_zero_first_is_the_official_warm_up():
     assert [learning_rate(config, step, 10, 1.0) for step in range(5)] == [0, 0.25, 0.5, 0.75, 1.0]
 
 
-def test_wsd_holds_then_falls_linearly():
+def test_wsd_is_constant_and_then_decays_linearly():
     config = ScheduleConfig(shape="wsd", warmup=0, min_lr=0.2, wsd_decay=0.5)
     rates = [learning_rate(config, step, 8, 1.0) for step in range(9)]
     assert rates == pytest.approx([1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
 
 
-def test_exponential_is_the_official_codes():
+def test_exponential_has_the_formula_of_the_official_code():
     """min_lr + 0.9^(100 progress) (lr - min_lr)"""
     config = ScheduleConfig(shape="exponential", warmup=0, min_lr=0.5)
     assert learning_rate(config, 7, 100, 2.0) == pytest.approx(0.5 + 0.9**7 * 1.5)
@@ -79,7 +79,7 @@ def test_any_number_of_an_optimizer_moves_and_groups_keep_their_proportion():
     assert decays == [pytest.approx(row) for row in ([0.2, 0.1, 0], [0.3, 0.15, 0], [0.4, 0.2, 0])]
 
 
-def test_the_floor_is_a_share_of_the_peak_unless_it_is_given():
-    ends = [learning_rate(ScheduleConfig(warmup=0, **floor), 10, 10, 2.0) for floor in ({}, dict(min_lr_ratio=0.03))]
+def test_the_final_rate_is_min_lr_or_a_fraction_of_the_peak():
+    ends = [learning_rate(ScheduleConfig(warmup=0, **final), 10, 10, 2.0) for final in ({}, dict(min_lr_ratio=0.03))]
     assert ends == pytest.approx([0.2, 0.06])
     assert learning_rate(ScheduleConfig(warmup=0, min_lr=0.5), 10, 10, 2.0) == 0.5

@@ -441,13 +441,13 @@ def test_a_disk_full_at_the_end_is_an_error(arguments, monkeypatch):
 
 def write_through(monkeypatch, before):
     """Let `before(step)` run on the writer before each file of a checkpoint."""
-    write = checkpoint._write_tensors
+    write = checkpoint.write_tensors
 
     def patched(path, tensors):
         before(int(path.parent.name[-7:]))
         return write(path, tensors)
 
-    monkeypatch.setattr(checkpoint, "_write_tensors", patched)
+    monkeypatch.setattr(checkpoint, "write_tensors", patched)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(arguments, straight, monkeypatch, capsys):

@@ -7,21 +7,20 @@ from torch.optim import Optimizer
 
 
 class NonFiniteError(ValueError):
-    """Loss or gradient was not finite at `step`; no update was applied from that step on."""
+    """Loss or gradient was not finite at `step`. No update was applied from that step on."""
 
     def __init__(self, message: str, step: int = -1) -> None:
         super().__init__(message)
         self.step = step
 
 
-class Guard:
-    """Clips the gradients of a model and keeps gradients that are not finite out of the update.
+class GradientClipper:
+    """Clips the gradients of a model and prevents updates with gradients that are not finite.
 
-    An optimizer that declares `_step_supports_amp_scaling`, as torch's fused classes and ours do, receives the
-    clipping factor and the verdict as device scalars: it divides gradients by `grad_scale` and does nothing where
-    `found_inf` is 1. No step then waits for the device, and once a norm is not finite, that step and all later ones
-    are skipped until `check` reports it. For any other optimizer the gradients are checked, which waits for the
-    device, and clipped before the step.
+    An optimizer with `_step_supports_amp_scaling`, as torch's fused classes and ours have, receives two device
+    scalars: it divides gradients by `grad_scale`, and does nothing where `found_inf` is 1. So no step waits for the
+    device. After the first norm that is not finite, that step and all later ones are skipped until `check` raises.
+    For any other optimizer, `clip` waits for the device, checks the gradients and clips them before the step.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, max_norm: float) -> None:
@@ -31,10 +30,10 @@ class Guard:
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=self.parameters[0].device)
 
     def clip(self, step: int) -> Tensor:
-        """Prepare the gradients of a step; returns their global norm before clipping.
+        """Prepare the gradients of a step and return their global norm before clipping.
 
-        Gradients are divided by max(1, (norm + 1e-6) / max_norm), as torch's clip_grad_norm_ does.
-        Raises NonFiniteError at once for an optimizer that cannot skip a step by itself.
+        Gradients are divided by max(1, (norm + 1e-6) / max_norm), as in torch's clip_grad_norm_.
+        Raises NonFiniteError at once if the optimizer cannot skip a step by itself.
         """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = get_total_norm(gradients)
@@ -50,7 +49,7 @@ class Guard:
         return norm
 
     def check(self) -> None:
-        """Wait for the device and raise NonFiniteError, naming the first bad step, if there was one."""
+        """Wait for the device. Raises NonFiniteError with the first bad step, if there is one."""
         step = int(self._bad_step)
         if step >= 0:
             raise NonFiniteError(
