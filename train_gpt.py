@@ -9,8 +9,10 @@ CONFIG --help lists them all.
 
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -24,29 +26,17 @@ from data.loader import TrainLoader, ValidationSet, prefetch, to_device
 from data.shards import open_dataset
 from model import GPT
 from optimizers import build_optimizer
-from optimizers.state import load_named_state, named_state, state_bytes, state_problem
-from runtime import console
+from optimizers.state import load_named_state, named_state, state_problem
+from runtime import compute, console
 from runtime.checkpoint import Checkpointer, CheckpointError
 from runtime.clipping import GradientClipper, NonFiniteError
 from runtime.command import Parser, join_values, one_line
-from runtime.compute import (
-    apply_compute,
-    autocast,
-    bucket_size,
-    cast_per_step,
-    collector_paused,
-    start_compile_workers,
-    torch_settings,
-    wants_bf16,
-    wants_compile,
-)
 from runtime.distributed import StopRequest, World, start_world
 from runtime.evaluation import validation_loss
 from runtime.folder import Comparison, add_facts, open_run_folder, run_lock
 from runtime.hardware import environment, memory_gb, peak_flops
 from runtime.logger import Meter, RunLogger
 from runtime.memory import MicroBatch, choose_micro_batch, peak_of_pass
-from runtime.plot import plot_run
 from runtime.preflight import memory_estimate, preflight
 from runtime.schedule import set_rates
 
@@ -56,7 +46,7 @@ class Trainer:
 
     def __init__(self, run: RunConfig, world: World, fresh: bool) -> None:
         self.run, self.world, self.steps = run, world, run.total_steps
-        share = run.share(world.size)  # refuses a batch that does not divide
+        per_process = run.share(world.size)  # raises ValueError for a batch that does not divide
         dataset = open_dataset(run.data.path, run.model.vocab_size)
         sizes = dict(block_size=run.model.block_size, vocab_size=run.model.vocab_size, seed=run.seed)
         ranks = dict(rank=world.rank, world_size=world.size)
@@ -66,67 +56,63 @@ class Trainer:
 
         torch.manual_seed(run.seed)
         self.model = GPT(run.model).to(world.device)
-        apply_compute(self.model, run.compute, wants_bf16(run.dtype, world.device))
-        self.compile = wants_compile(run.compile, world.device)
-        if self.compile:
-            start_compile_workers()
-        self.optimizer = build_optimizer(self.model, run.optim, world.group, self.compile)
+        compute.apply_compute(self.model, run.compute, compute.wants_bf16(run.dtype, world.device))
+        compiles = compute.wants_compile(run.compile, world.device)
+        if compiles:
+            compute.start_compile_workers()
+        self.optimizer = build_optimizer(self.model, run.optim, world.group, compiles)
         if problem := state_problem(self.optimizer, self.model):
             raise ValueError(f"optimizer={run.optimizer}: checkpoints cannot keep its state ({problem})")
         if run.compute.cast_weights == "step":
-            cast_per_step(self.model, self.optimizer)
-        self.lookahead = getattr(self.optimizer, "needs_lookahead", False)
-        self.guard = GradientClipper(self.model, self.optimizer, run.grad_clip)
+            compute.cast_per_step(self.model, self.optimizer)
+        self.lookahead = getattr(self.optimizer, "needs_lookahead", False)  # the exact form of MARS and MARS-M
+        self.clipper = GradientClipper(self.model, self.optimizer, run.grad_clip)
 
         self.folder = Path(run.log.folder) / run.name
         settings = to_dict(run) | {"dataset": dataset.fingerprint()}
         comparison = Comparison(free_keys(), default_values(run))
         open_run_folder(self.folder, settings, comparison, environment(world.device, world.size), fresh, world)
         self.checkpoints = Checkpointer(self.folder / "checkpoints", run.checkpoint, world)
-        self.step, self.val_loss, self.best, trained = self.restore()  # val_loss: at this very step, or None
+        # val_loss is None until the present step has been evaluated
+        self.step, self.val_loss, self.best_val_loss, train_seconds = self.restore()
+        self.logged_step = self.saved_step = self.step
 
-        self.autocast = autocast(run.dtype, world.device)
-        self.compiled = torch.compile(self.model, fullgraph=True, dynamic=False) if self.compile else self.model
+        self.autocast = compute.autocast(run.dtype, world.device)
+        self.compiled = torch.compile(self.model, fullgraph=True, dynamic=False) if compiles else self.model
         self.forward = self.compiled
         if world.size > 1:
-            buckets = bucket_size(self.model, run.compute)
+            buckets = compute.bucket_size(self.model, run.compute)
             self.forward = DistributedDataParallel(self.compiled, bucket_cap_mb=buckets, gradient_as_bucket_view=True)
-        self.chosen = self.try_micro_batches(share) if run.micro_batch is None else None
-        self.micro_batch = self.chosen.size if self.chosen else largest_divisor(share, run.micro_batch)
-        self.accumulation = share // self.micro_batch
+        self.chosen = self.try_micro_batches(per_process) if run.micro_batch is None else None
+        self.micro_batch = self.chosen.size if self.chosen else largest_divisor(per_process, run.micro_batch)
+        self.accumulation = per_process // self.micro_batch
         self.validation = ValidationSet(dataset, run.data, micro_batch=self.micro_batch, **sizes)
         add_facts(self.folder, dict(micro_batch=self.micro_batch, accumulation=self.accumulation), world)
 
-        self.meter = Meter(trained)
-        self.log = RunLogger(self.folder, run.log, settings, run.name, self.steps, self.step, world.is_main)
         self.passes = 2 if self.lookahead else 1  # gradient evaluations per step
-        self.flops_per_step = self.passes * self.model.flops_per_token("palm") * run.tokens_per_step
-        peak = peak_flops(world.device)
-        self.peak = peak * world.size if peak else None
-        self.batches: Iterator[Tensor] = prefetch(self.loader, self.step, pin=world.device.type == "cuda")
-        self.following: Tensor | None = None  # the batch after the one that next_batch returned
-        self.last: tuple[Tensor, Tensor, float] | None = None  # loss, gradient norm and rate of the last step
-        self.logged_step, self.saved_step = self.step, self.step
+        flops = self.passes * self.model.flops_per_token("palm") * run.tokens_per_step
+        self.meter = Meter(train_seconds, run.tokens_per_step, flops, world.size * (peak_flops(world.device) or 0))
+        self.log = RunLogger(self.folder, run.log, settings, run.name, self.steps, self.step, world.is_main)
+        self.batches = prefetch(self.loader, self.step, pin=world.device.type == "cuda")
+        self.pairs = pairwise(self.batches)
 
-    def try_micro_batches(self, share: int) -> MicroBatch:
+    def try_micro_batches(self, per_process: int) -> MicroBatch:
         """The largest micro-batch that fits: measured on a GPU, estimated on a CPU."""
-        # torch optimizers allocate state lazily; reserve room for it
-        reserve = 0 if self.optimizer.state else state_bytes(self.optimizer)
+
+        def loss(micro_batch: int) -> Tensor:
+            tokens = torch.zeros(micro_batch, self.run.model.block_size + 1, dtype=torch.uint16)
+            with self.unsynchronized(), self.autocast:
+                return self.forward(*to_device(tokens, self.world.device))
 
         def attempt(micro_batch: int) -> int:
-            tokens = torch.zeros(micro_batch, self.run.model.block_size + 1, dtype=torch.uint16)
-
-            def loss() -> Tensor:
-                with self.unsynchronised(), self.autocast:
-                    return self.forward(*to_device(tokens, self.world.device))
-
-            return peak_of_pass(loss, self.model.parameters(), reserve, self.world.device)
+            return peak_of_pass(partial(loss, micro_batch), self.model.parameters(), reserve, self.world.device)
 
         need = memory_estimate(self.run, self.model, self.optimizer, self.world)
-        return choose_micro_batch(need, share, self.world, attempt)
+        reserve = 0 if self.optimizer.state else need.optimizer  # torch optimizers allocate state at their first step
+        return choose_micro_batch(need, per_process, self.world, attempt)
 
     def restore(self) -> tuple[int, float | None, float | None, float]:
-        """Step, its and the best validation loss, and training seconds of the newest good checkpoint."""
+        """Load the newest good checkpoint; returns its step, its and the best validation loss, and training seconds."""
         found = self.checkpoints.latest()
         if found is None:
             return 0, None, None, 0.0
@@ -135,10 +121,6 @@ class Trainer:
         state = found.state
         return state["step"], state.get("val_loss"), state.get("best_val_loss"), state.get("train_seconds", 0.0)
 
-    @property
-    def tokens(self) -> int:
-        return self.step * self.run.tokens_per_step
-
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps, and at the last one, happens after this step."""
         return self.step > 0 and (self.step == self.steps or self.step % every == 0)
@@ -146,44 +128,44 @@ class Trainer:
     # ---- one step
 
     def next_batch(self) -> Tensor:
-        """This rank's share of the coming step's batch; the batch after it is kept in `following`."""
+        """This rank's part of the step's batch, (sequences, block_size + 1) uint16."""
         with self.meter.waiting():
-            batch = next(self.batches) if self.following is None else self.following
-            self.following = next(self.batches)
+            batch, self.following_batch = next(self.pairs)
         return batch
 
-    def set_rates(self) -> float:
-        """Set what changes from step to step in the optimizer; returns the main learning rate."""
-        return set_rates(self.optimizer, self.run.optim, self.run.schedule, self.run.moves, self.step, self.steps)
+    def set_rates(self) -> None:
+        """Set the learning rate and the other hyperparameters that change from step to step."""
+        run = self.run
+        self.lr = set_rates(self.optimizer, run.optim, run.schedule, run.moves, self.step, self.steps)
 
     def gradients(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Leave the clipped gradients of a batch in the parameters; returns this rank's mean loss and their norm."""
-        if self.lookahead:  # exact form: first the next batch's gradient at the present weights
-            self.accumulate(self.following, self.step + 1)
-            self.guard.clip(self.step + 1)
+        if self.lookahead:  # the exact form first needs the next batch's gradient at the present weights
+            self.accumulate(self.following_batch, self.step + 1)
+            self.clipper.clip(self.step + 1)
             self.optimizer.update_previous_grad()
             self.optimizer.zero_grad(set_to_none=True)
-        return self.accumulate(batch, self.step), self.guard.clip(self.step)
+        return self.accumulate(batch, self.step), self.clipper.clip(self.step)
 
     def accumulate(self, batch: Tensor, step: int) -> Tensor:
         """Gradients of the mean loss over a step's batch, averaged over ranks; returns this rank's mean loss."""
-        # every step has its own dropout, which needs no state
+        # the seed depends on step and rank, so a resumed run draws the same dropout without saving generator states
         torch.manual_seed(self.run.seed + 1_000_003 * (step + 1) + 7919 * self.world.rank)
         total = torch.zeros((), device=self.world.device)
         for i, part in enumerate(batch.split(self.micro_batch)):
-            with nullcontext() if i == self.accumulation - 1 else self.unsynchronised():
+            with nullcontext() if i == self.accumulation - 1 else self.unsynchronized():
                 with self.autocast:
                     loss = self.forward(*to_device(part, self.world.device))
                 (loss * (self.run.grad_multiple / self.accumulation)).backward()
             total += loss.detach() / self.accumulation
         return total
 
-    def unsynchronised(self) -> AbstractContextManager[None]:
-        """Backward passes inside keep their gradients to this rank."""
+    def unsynchronized(self) -> AbstractContextManager[None]:
+        """Backward passes inside do not average their gradients over the ranks."""
         return self.forward.no_sync() if isinstance(self.forward, DistributedDataParallel) else nullcontext()
 
     def update(self) -> None:
-        """Take the step and drop its gradients."""
+        """Update the weights and drop the gradients."""
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.lookahead:
@@ -192,103 +174,91 @@ class Trainer:
 
     # ---- between steps
 
-    def log_if_due(self, loss: Tensor, norm: Tensor, lr: float) -> None:
+    def log_if_due(self, loss: Tensor, norm: Tensor) -> None:
         """Log the step. Before anything is logged or saved, and on a CPU always, check that gradients are finite."""
-        self.last = (loss, norm, lr)
-        evaluated_or_saved = self.due(self.run.eval_every) or self.due(self.run.checkpoint.every)
+        self.last_loss, self.last_norm = loss, norm
         due = self.due(self.run.log.every)
-        if due or evaluated_or_saved or self.world.device.type == "cpu":
-            self.guard.check()
+        if (
+            due
+            or self.due(self.run.eval_every)
+            or self.due(self.run.checkpoint.every)
+            or self.world.device.type == "cpu"
+        ):
+            self.clipper.check()
         if due:
             self.log_step()
 
     def log_step(self) -> None:
-        """Log the last step; times are means over the steps since the last report."""
-        if self.last is None or self.logged_step == self.step:
+        """Log the last step, if it is not logged yet; times are means over the steps since the last report."""
+        if self.logged_step == self.step:
             return
-        loss, norm, lr = self.last
-        loss = (self.world.sum(loss.clone()) / self.world.size).item()
-        seconds, waited = (t / (self.step - self.logged_step) for t in self.meter.read())
-        numbers = dict(step=self.step, tokens=self.tokens, loss=loss, lr=lr, grad_norm=norm.item())
-        numbers |= dict(gradient_evaluations=self.step * self.passes, tokens_per_s=self.run.tokens_per_step / seconds)
-        numbers |= dict(step_ms=1e3 * seconds, data_ms=1e3 * waited, memory_gb=memory_gb(self.world.device))
-        numbers |= dict(train_s=self.meter.trained)
-        if self.peak:
-            numbers["mfu"] = self.flops_per_step / seconds / self.peak
+        loss = (self.world.sum(self.last_loss.clone()) / self.world.size).item()
+        numbers = dict(step=self.step, tokens=self.step * self.run.tokens_per_step, loss=loss, lr=self.lr)
+        numbers |= dict(grad_norm=self.last_norm.item(), gradient_evaluations=self.step * self.passes)
+        numbers |= self.meter.read(self.step - self.logged_step) | dict(memory_gb=memory_gb(self.world.device))
         self.log.record(numbers, console.step_line(numbers, self.steps))
         self.logged_step = self.step
 
     def evaluate_if_due(self, stop: StopRequest) -> None:
-        """Evaluate, unless this step has been evaluated; a stop request cuts it short, and a resume makes up for it."""
+        """Evaluate, unless this step is evaluated already. The resumed run repeats what a stop request interrupts."""
         if not self.due(self.run.eval_every) or self.val_loss is not None:
             return
         with self.meter.excluded():
             gc.collect()  # automatic garbage collection is off between evaluations
-            loss = self.evaluate(stop)
-            if loss is None:
+            self.val_loss = self.evaluate(stop)
+            if self.val_loss is None:
                 return
-            self.val_loss = loss
-            self.best = min(loss, self.best) if self.best is not None else loss
-            numbers = dict(step=self.step, tokens=self.tokens, val_loss=loss)
+            self.best_val_loss = min(x for x in (self.val_loss, self.best_val_loss) if x is not None)
+            numbers = dict(step=self.step, tokens=self.step * self.run.tokens_per_step, val_loss=self.val_loss)
             if self.bytes_per_token:
-                numbers["val_bits_per_byte"] = console.bits_per_byte(loss, self.bytes_per_token)
+                numbers["val_bits_per_byte"] = console.bits_per_byte(self.val_loss, self.bytes_per_token)
             number = self.step // self.run.eval_every
             if self.hellaswag and (number % self.run.data.hellaswag_every == 0 or self.step == self.steps):
                 numbers |= self.hellaswag.score(self.model, self.world, self.autocast)
             self.log.record(numbers, console.validation_line(numbers))
 
     def evaluate(self, stop: StopRequest) -> float | None:
-        """Mean loss over the validation set, shared by all ranks; None if a stop request came."""
+        """Mean loss over the validation set, computed by all ranks together; None if a stop request came."""
         return validation_loss(self.validation, self.step, self.compiled, self.world, self.autocast, stop)
 
-    def save_if_due(self) -> None:
-        """Save a checkpoint if one is due, and publish one that was written in the background.
+    def save_if_due(self, last: bool = False) -> None:
+        """Save a checkpoint if one is due. If that fails, on a full disk for example, training continues.
 
-        A full disk costs a checkpoint and nothing else.
+        A checkpoint that is written in the background is announced once every rank has written its files.
+        last: the run ends here; save this step in any case, wait for it, and raise CheckpointError if it fails.
         """
-        due = self.due(self.run.checkpoint.every) and self.saved_step != self.step
+        due = self.saved_step != self.step and (last or self.due(self.run.checkpoint.every))
         with self.meter.excluded():
-            self.publish(wait=due)
+            self.announce(self.checkpoints.finish if due or last else self.checkpoints.poll)
             if due:
                 gc.collect()
-                self.save()
+                self.saved_step = self.step
+                self.announce(self.save)
+            if last:
+                self.announce(self.checkpoints.finish)
+        if last and self.saved_step != self.step:
+            raise CheckpointError(f"the run stops at step {self.step} without its last checkpoint; see above")
 
-    def save(self) -> None:
-        """Write a checkpoint or, in the background, start to."""
-        state = dict(step=self.step, tokens=self.tokens, val_loss=self.val_loss, best_val_loss=self.best)
-        state |= dict(train_seconds=self.meter.trained, config=to_dict(self.run), processes=self.world.size)
+    def save(self) -> Path | None:
+        """Write a checkpoint and return its folder; in the background, start to write it and return None."""
+        state = dict(step=self.step, tokens=self.step * self.run.tokens_per_step, config=to_dict(self.run))
+        state |= dict(val_loss=self.val_loss, best_val_loss=self.best_val_loss, train_seconds=self.meter.trained)
+        state |= dict(processes=self.world.size)
         tensors = named_state(self.optimizer, self.model, self.world.rank)
-        try:
-            saved = self.checkpoints.save(dict(self.model.named_parameters()), tensors, state)
-            self.saved_step = self.step
-            if saved:
-                self.log.say(f"saved {saved}")
-        except CheckpointError as error:
-            self.log.say(f"{error}; training goes on, earlier checkpoints are untouched")
+        return self.checkpoints.save(dict(self.model.named_parameters()), tensors, state)
 
-    def publish(self, wait: bool) -> None:
-        """Publish the checkpoint that is being written in the background, once every rank has written its part."""
+    def announce(self, saving: Callable[[], Path | None]) -> None:
+        """Do a part of saving, and say which checkpoint is complete now or why it failed."""
         try:
-            if saved := self.checkpoints.finish() if wait else self.checkpoints.poll():
-                self.log.say(f"saved {saved}")
+            if folder := saving():
+                self.log.say(f"saved {folder}")
         except CheckpointError as error:
             self.saved_step = -1
             self.log.say(f"{error}; training goes on, earlier checkpoints are untouched")
 
-    def finish(self) -> None:
-        """Log and save the last step. Raises CheckpointError if that is not possible."""
-        self.guard.check()
-        self.log_step()
-        with self.meter.excluded():
-            if self.saved_step != self.step:
-                self.save()
-            self.publish(wait=True)
-        if self.saved_step != self.step:
-            raise CheckpointError(f"the run stops at step {self.step} without its last checkpoint; see above")
-
     @torch.no_grad()
     def bad_samples(self, step: int) -> str:
-        """The sequences of a step's batch whose loss is not finite."""
+        """The sequences of a step's batch whose loss is not finite, as text."""
 
         def loss_of(row: Tensor) -> Tensor:
             with self.autocast:
@@ -307,16 +277,18 @@ def train(t: Trainer) -> None:
             t.saved_step = -1
         while t.step < t.steps and not stop.agreed():
             batch = t.next_batch()
-            lr = t.set_rates()
+            t.set_rates()
             loss, norm = t.gradients(batch)
             t.update()
-            t.log_if_due(loss, norm, lr)
+            t.log_if_due(loss, norm)
             t.evaluate_if_due(stop)
             t.save_if_due()
-        t.finish()
+        t.clipper.check()
+        t.log_step()
+        t.save_if_due(last=True)
     except Exception as error:
-        if t.world.size == 1 or isinstance(error, NonFiniteError):  # all ranks are here: none waits for another
-            t.publish(wait=True)
+        if t.world.size == 1 or isinstance(error, NonFiniteError):  # every rank is here, so none waits for another
+            t.announce(t.checkpoints.finish)
         raise
     finally:
         t.batches.close()
@@ -330,22 +302,14 @@ def train_run(run: RunConfig, world: World, fresh: bool) -> None:
     t = Trainer(run, world, fresh)
     console.introduce(t)
     try:
-        with collector_paused():
+        with compute.collector_paused():
             train(t)
     except NonFiniteError as error:
         samples = f"; sequences: {t.bad_samples(error.step)}" if error.step >= 0 else ""
         raise NonFiniteError(f"{error}{samples}") from None
     finally:
         t.log.close()
-    if world.is_main:
-        try:
-            t.log.say(f"curves  {plot_run(t.folder)}")
-        except (ImportError, ValueError, OSError) as error:
-            t.log.say(f"no curves: {error}")
-        if t.step == t.steps and t.val_loss is not None:
-            bits = console.bits_per_byte(t.val_loss, t.bytes_per_token) if t.bytes_per_token else None
-            t.log.say(f"final   {console.loss_text(t.val_loss, bits)}")
-        t.log.say(f"run     {t.folder}")
+    console.conclude(t)
 
 
 def arguments() -> Parser:
@@ -378,7 +342,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         if not args.preflight and (args.verify or args.tokens_per_s):
             raise ConfigError(["--tokens_per_s=N and --verify: belong to --preflight; give that, too"])
-        with torch_settings(run.compute), start_world(run.device) as world:
+        with compute.torch_settings(run.compute), start_world(run.device) as world:
             if args.preflight:
                 preflight(run, world, args.verify, args.tokens_per_s)
                 return

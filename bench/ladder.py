@@ -113,7 +113,7 @@ def measure_trainer(
         words = run_arguments(Path(name), size, smoke, *settings, *sizes)
         with opened(words) as t:
             watch = Watch(t.world.device)
-            accumulate, clip, update = t.accumulate, t.guard.clip, t.update
+            accumulate, clip, update = t.accumulate, t.clipper.clip, t.update
 
             def timed_accumulate(*args: Any) -> torch.Tensor:
                 watch.at("step")
@@ -127,7 +127,7 @@ def measure_trainer(
                 update()
                 watch.at("end")
 
-            t.accumulate, t.guard.clip, t.update = timed_accumulate, timed_clip, timed_update
+            t.accumulate, t.clipper.clip, t.update = timed_accumulate, timed_clip, timed_update
             t.evaluate, t.save, t.saved_step = lambda stop: None, lambda: None, t.steps
             train(t)
             figures = watch.figures(t.run.model, t.run.sequences, warmup)

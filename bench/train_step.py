@@ -108,7 +108,7 @@ def bench_overhead(steps: int, report: Report) -> None:
             mock.patch.object(train_gpt.Trainer, "accumulate", sleep),
             mock.patch.object(train_gpt.Trainer, "update", take_no_step),
             mock.patch.object(train_gpt.Trainer, "evaluate", return_value=None),
-            mock.patch.object(train_gpt.Trainer, "save"),
+            mock.patch.object(train_gpt.Trainer, "save", return_value=None),
             collector_paused(),
         ):
             start = time.perf_counter()

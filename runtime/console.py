@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from config.load import short_count
 from optimizers.roles import folded, update_table
 from optimizers.state import state_bytes
+from runtime.plot import plot_run
 
 if TYPE_CHECKING:
     from train_gpt import Trainer
@@ -46,6 +47,20 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of an update table as lines. Each column is as wide as its longest entry."""
     name, shape, rule, lr, decay = (max(map(len, column)) for column in zip(*rows, strict=True))
     return [f"  {r[0]:{name}} {r[1]:>{shape}}  {r[2]:{rule}} {r[3]:>{lr}} {r[4]:>{decay}}" for r in rows]
+
+
+def conclude(t: "Trainer") -> None:
+    """Draw the curves of a finished run, and say where its results are."""
+    if not t.world.is_main:
+        return
+    try:
+        t.log.say(f"curves  {plot_run(t.folder)}")
+    except (ImportError, ValueError, OSError) as error:
+        t.log.say(f"no curves: {error}")
+    if t.step == t.steps and t.val_loss is not None:
+        bits = bits_per_byte(t.val_loss, t.bytes_per_token) if t.bytes_per_token else None
+        t.log.say(f"final   {loss_text(t.val_loss, bits)}")
+    t.log.say(f"run     {t.folder}")
 
 
 def step_line(numbers: dict, steps: int) -> str:

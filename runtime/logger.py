@@ -36,10 +36,13 @@ class LogConfig:
 
 
 class Meter:
-    """Measures the seconds of training, without evaluations and checkpoints, and the seconds of waiting for data."""
+    """Measures the seconds of training, without evaluations and checkpoints, and the seconds of waiting for data.
 
-    def __init__(self, trained: float = 0.0) -> None:
-        self.trained = trained  # seconds since the start of the run, over all restarts
+    trained: seconds of training before this start. flops: of a step. peak_flops: of all devices; 0 if unknown.
+    """
+
+    def __init__(self, trained: float = 0.0, tokens: int = 0, flops: float = 0.0, peak_flops: float = 0.0) -> None:
+        self.trained, self.tokens, self.flops, self.peak_flops = trained, tokens, flops, peak_flops
         self.waited = 0.0  # seconds of waiting for data since the last reading
         self._since = time.perf_counter()
         self._read_at = trained
@@ -58,12 +61,15 @@ class Meter:
         yield
         self.waited += time.perf_counter() - start
 
-    def read(self) -> tuple[float, float]:
-        """Seconds of training, and of waiting for data, since the last reading."""
+    def read(self, steps: int) -> dict[str, float]:
+        """Means over the steps since the last reading, and train_s, the seconds of training in all."""
         self._advance()
-        out = self.trained - self._read_at, self.waited
+        seconds = (self.trained - self._read_at) / steps
+        numbers = dict(tokens_per_s=self.tokens / seconds, step_ms=1e3 * seconds, data_ms=1e3 * self.waited / steps)
+        if self.peak_flops:
+            numbers["mfu"] = self.flops / seconds / self.peak_flops
         self._read_at, self.waited = self.trained, 0.0
-        return out
+        return numbers | dict(train_s=self.trained)
 
     def _advance(self) -> None:
         now = time.perf_counter()

@@ -111,9 +111,9 @@ def test_a_nan_gradient_stops_before_the_update(foreign, dataset, tmp_path, kind
     next(p for p in t.model.parameters() if p.grad is not None).grad[0] = float("nan")
     before = [p.detach().clone() for p in t.model.parameters()]
     with pytest.raises(NonFiniteError, match="step 0 .* is not finite; it was not applied"):
-        t.guard.clip(0)
+        t.clipper.clip(0)
         t.update()
-        t.guard.check()
+        t.clipper.check()
     assert all(torch.equal(p, b) for p, b in zip(t.model.parameters(), before, strict=True))
 
 

@@ -93,11 +93,20 @@ def test_the_meter_excludes_evaluations_and_counts_waiting():
         time.sleep(0.02)
     with meter.excluded():
         time.sleep(0.2)
-    seconds, waited = meter.read()
-    assert 0.04 <= seconds < 0.2
-    assert 0.02 <= waited < 0.15
-    assert meter.trained == pytest.approx(100 + seconds)
-    assert meter.read()[1] == 0
+    numbers = meter.read(steps=2)
+    assert 20 <= numbers["step_ms"] < 100
+    assert 10 <= numbers["data_ms"] < 75
+    assert numbers["train_s"] == pytest.approx(100 + 2 * numbers["step_ms"] / 1e3)
+    assert meter.read(steps=1)["data_ms"] == 0
+
+
+def test_the_meter_reports_speed_and_the_fraction_of_the_peak():
+    meter = Meter(tokens=1000, flops=6e6, peak_flops=6e9)
+    time.sleep(0.02)
+    numbers = meter.read(steps=1)
+    assert numbers["tokens_per_s"] == pytest.approx(1e6 / numbers["step_ms"])
+    assert numbers["mfu"] == pytest.approx(1 / numbers["step_ms"])
+    assert "mfu" not in Meter().read(steps=1)
 
 
 def test_curves_need_only_the_metrics(tmp_path):
