@@ -88,7 +88,7 @@ def test_a_cpu_makes_no_attempt():
     assert (choice.size, choice.accumulation, choice.needed) == (8, 60, 48)
 
 
-def test_a_pass_leaves_weights_gradients_and_generator_as_they_were():
+def test_a_pass_does_not_change_weights_gradients_and_generator():
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=60, dropout=0.5))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     tokens = torch.zeros(3, 8, dtype=torch.long)
