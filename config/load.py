@@ -21,7 +21,7 @@ from config.published import published
 from config.schema import ALTERNATIVES, SECTIONS, RunConfig, all_keys, changeable_keys, value_of
 from optimizers import OPTIMIZERS, Settings
 from optimizers.options import Option, description
-from runtime.command import parse_number
+from runtime.command import count, parse_number
 
 PATHS = ("data.path", "data.hellaswag", "log.folder")
 
@@ -147,12 +147,9 @@ def parse(text: str | None, kind: Any, declared: Option) -> Any:
 
 def _number(text: str, kind: type, expected: str) -> int | float:
     try:
-        value = parse_number(text.strip())
+        return count(text.strip()) if kind is int else float(parse_number(text.strip()))
     except ValueError:
         raise ValueError(expected) from None
-    if kind is int and not isinstance(value, int):
-        raise ValueError(expected)
-    return kind(value)
 
 
 def _text(value: object) -> str:
@@ -216,11 +213,15 @@ def _read_file(path: Path) -> tuple[RunConfig, dict[str, Settings]]:
     config, optimizers = module.get("config"), module.get("optimizers", {})
     if not isinstance(config, RunConfig) or not isinstance(optimizers, dict):
         raise ConfigError([f"{path}: must define `config`, a RunConfig, and may define `optimizers`, a dict"])
+    sections = {name: type(getattr(RunConfig(), name)) for name in SECTIONS if name != "optim"}
     wrong = [
         f"{path}: optimizers[{name!r}] must be the settings of an optimizer"
         for name, settings in optimizers.items()
         if not isinstance(settings, Settings)
     ]
+    for name, cls in sections.items():
+        if type(getattr(config, name)) is not cls:
+            wrong.append(f"{path}: {name} must be a {cls.__name__}")
     if wrong:
         raise ConfigError(wrong)
     return config, optimizers

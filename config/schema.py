@@ -38,14 +38,9 @@ class RunConfig:
     steps: int | None = option(None, "budget in steps", least=1)
     tokens: int | None = option(None, "budget in tokens, instead of steps; the last step is rounded up", least=1)
     micro_batch: int | None = option(
-        None,
-        "largest number of sequences per process and pass; the run uses a divisor. auto: as many as fit",
-        least=1,
-        on_resume="free",
+        None, "largest micro-batch, in sequences; the run uses a divisor. auto: all that fit", least=1, on_resume="free"
     )
-    grad_multiple: int = option(
-        1, "multiply mean gradients by this; 4 or 12 give the sum over micro-batches (as published)", least=1
-    )
+    grad_multiple: int = option(1, "factor on mean gradients; 4 or 12: sum over micro-batches (as published)", least=1)
     grad_clip: float = option(1.0, "largest global gradient norm; 0: no clipping", least=0)
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N", on_resume="free")
@@ -55,9 +50,7 @@ class RunConfig:
     compile: Literal["auto", "true", "false"] = option(
         "auto", "compile model and optimizer; auto: on a GPU", on_resume="free"
     )
-    eval_every: int = option(
-        1000, "steps between evaluations; the last step is always evaluated", least=1, on_resume="free"
-    )
+    eval_every: int = option(1000, "steps between evaluations; the last step has one", least=1, on_resume="free")
 
     def errors(self) -> list[str]:
         """Everything wrong with this run, one line each; sections first."""

@@ -44,9 +44,7 @@ class ComputeConfig:
     cast_weights: Literal["micro_batch", "step"] = option(
         "micro_batch", "cast matrices to bf16 in every pass, or once a step: 2 bytes more per weight", on_resume="free"
     )
-    bucket_mb: int = option(
-        0, "MB of gradients per all-reduce; 0: a tenth of the gradients, at least 25", least=0, on_resume="free"
-    )
+    bucket_mb: int = option(0, "MB per all-reduce of gradients; 0: a tenth, at least 25", least=0, on_resume="free")
     deterministic: bool = option(False, "bit-exact results on a GPU; slower, without cuDNN attention", on_resume="free")
 
     def errors(self) -> list[str]:

@@ -48,7 +48,7 @@ def test_divisors_come_largest_first():
 
 
 @pytest.mark.parametrize("gb", [2, 8, 24, 40, 80, 141, 1000])
-def test_the_estimate_is_the_largest_divisor_that_fits_and_leaves_the_margin(gb):
+def test_the_estimate_is_the_largest_divisor_that_fits_without_the_margin(gb):
     found = estimated_micro_batch(NEED, 480, GPU, (gb * GB, gb * GB))
     fitting = [m for m in range(1, 481) if 480 % m == 0 and 2 + m / 2 <= (1 - MARGIN) * gb]
     assert found == max(fitting, default=1)
