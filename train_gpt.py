@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from config.load import ConfigError, describe_keys, load_config, to_dict
-from config.schema import RunConfig, default_values, free_keys, largest_divisor
+from config.schema import RunConfig, changeable_keys, default_values, largest_divisor
 from data.hellaswag import HellaSwag
 from data.loader import TrainLoader, ValidationSet, prefetch, to_device
 from data.shards import open_dataset
@@ -46,7 +46,7 @@ class Trainer:
 
     def __init__(self, run: RunConfig, world: World, fresh: bool) -> None:
         self.run, self.world, self.steps = run, world, run.total_steps
-        per_process = run.share(world.size)  # raises ValueError for a batch that does not divide
+        per_process = run.per_process(world.size)  # raises ValueError for a batch that does not divide
         dataset = open_dataset(run.data.path, run.model.vocab_size)
         sizes = dict(block_size=run.model.block_size, vocab_size=run.model.vocab_size, seed=run.seed)
         ranks = dict(rank=world.rank, world_size=world.size)
@@ -70,7 +70,7 @@ class Trainer:
 
         self.folder = Path(run.log.folder) / run.name
         settings = to_dict(run) | {"dataset": dataset.fingerprint()}
-        comparison = Comparison(free_keys(), default_values(run))
+        comparison = Comparison(changeable_keys(), default_values(run))
         open_run_folder(self.folder, settings, comparison, environment(world.device, world.size), fresh, world)
         self.checkpoints = Checkpointer(self.folder / "checkpoints", run.checkpoint, world)
         # val_loss is None until the present step has been evaluated

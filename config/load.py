@@ -1,15 +1,15 @@
 """From a config file and `--key=value` overrides to a checked RunConfig.
 
-A config file is an ordinary Python module that defines `config`, a RunConfig, and may define `optimizers`, a dict from
-names to optimizer settings. A key is given in full (`--schedule.min_lr=1e-5`) or by its last part where that is unique
-(`--min_lr=1e-5`).
+A config file is an ordinary Python module that defines `config`, a RunConfig. It may also define `optimizers`, a dict
+from names to optimizer settings. An override gives the full key (`--schedule.min_lr=1e-5`), or its last part if only
+one key ends with it (`--min_lr=1e-5`).
 """
 
 import dataclasses
 import difflib
-import importlib.util
 import os
 import re
+import runpy
 import sys
 import types
 import typing
@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from config.schema import ALTERNATIVES, SECTIONS, RunConfig, all_keys, free_keys
+from config.published import published
+from config.schema import ALTERNATIVES, SECTIONS, RunConfig, all_keys, changeable_keys, value_of
 from optimizers import OPTIMIZERS, Settings
 from optimizers.options import Option, description
-from runtime.command import parse_number
+from runtime.command import count, parse_number
 
 PATHS = ("data.path", "data.hellaswag", "log.folder")
 
@@ -37,38 +38,29 @@ class ConfigError(ValueError):
 def load_config(path: str | Path, overrides: Sequence[str] = (), as_published: bool = False) -> RunConfig:
     """Read a config file, apply `--key=value` overrides, and check the result.
 
-    as_published: start from what the official MARS and MARS-M runs did (see config/published.py).
+    as_published: first apply the settings of the official MARS and MARS-M runs (config/published.py).
     Raises ConfigError with every error found.
     """
     path = Path(path).expanduser()
-    config, optimizers = _read_module(path)
-    config = dataclasses.replace(config, size=config.size or path.stem)
+    config, optimizers = _read_file(path)
     given, errors = _split(overrides)
 
-    name = given.pop("optimizer", config.optimizer) or ""
-    settings = OPTIMIZERS | optimizers
+    name, settings = given.pop("optimizer", config.optimizer) or "", OPTIMIZERS | optimizers
     if name not in settings:
         near = difflib.get_close_matches(name, settings, n=3, cutoff=0.4) or sorted(settings)
         errors.append(f'optimizer="{name}": unknown; nearest: {", ".join(near)}')
-        name = "adamw"  # to check the rest
-    config = dataclasses.replace(config, optimizer=name, optim=settings[name])
+        name = "adamw"  # any one, to check the other settings
+    config = dataclasses.replace(config, size=config.size or path.stem, optimizer=name, optim=settings[name])
     if as_published:
-        from config.published import published
-
         config = published(config)
 
-    keys = all_keys(config)
     changes: dict[str, Any] = {}
     for key, text in given.items():
-        found, error = _resolve(key, keys)
-        if error is None:
-            try:
-                changes[found] = parse(text, *keys[found])
-            except ValueError as problem:
-                error = f"--{key}: {problem}" if text is None else f"{key}={text}: {problem}"
-        if error is not None:
-            errors.append(error)
-    for pair in ALTERNATIVES:  # saying one of two alternatives withdraws the other
+        try:
+            changes |= _read(key, text, all_keys(config))
+        except ValueError as error:
+            errors.append(str(error))
+    for pair in ALTERNATIVES:  # an override of one of the two replaces the other one of the config file
         for key, other in (pair, pair[::-1]):
             if key in changes and other not in changes:
                 changes[other] = None
@@ -76,8 +68,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), as_published: b
     errors += config.errors()
     if errors:
         raise ConfigError(errors)
-    expanded = {key: os.path.expanduser(_get(config, key)) for key in PATHS}  # no shell expands --key=~/folder
-    config = apply(config, expanded)
+    config = apply(config, {key: os.path.expanduser(value_of(config, key)) for key in PATHS})
     return dataclasses.replace(config, name=config.name or run_name(config, changes, as_published))
 
 
@@ -91,20 +82,15 @@ def apply(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
     return config
 
 
-def _get(config: RunConfig, key: str) -> Any:
-    section, _, last = key.rpartition(".")
-    return getattr(getattr(config, section) if section else config, last)
-
-
 def run_name(config: RunConfig, changes: dict[str, Any], as_published: bool) -> str:
-    """size-optimizer-dataset-budget and every override that changes the result, so that runs do not collide."""
+    """size-optimizer-dataset-budget, and every override that changes the result, so that names differ."""
     dataset = Path(config.data.path).name
     parts = [config.size, config.optimizer, dataset, short_count(config.total_steps * config.tokens_per_step)]
     parts += ["published"] if as_published else []
-    already_named = {"steps", "tokens", "data.path", *free_keys()}
+    already_named = {"steps", "tokens", "data.path", *changeable_keys()}
     for key, value in changes.items():
         if key not in already_named and value is not None:
-            text = "x".join(f"{v:g}" for v in value) if isinstance(value, tuple) else _text(value)
+            text = "x".join(map(_text, value)) if isinstance(value, tuple) else _text(value)
             parts.append(f"{key.rpartition('.')[2]}{text}")
     return re.sub(r"[^A-Za-z0-9._+-]", "_", "-".join(parts))
 
@@ -126,23 +112,23 @@ def describe_keys(config: RunConfig) -> str:
     """Every key with its present value and its meaning, one a line."""
     keys = all_keys(config)
     top_first = sorted(keys, key=lambda key: "." in key)
-    return "\n".join(f"  --{key}={_text(_get(config, key))}  {keys[key][1].help}" for key in top_first)
+    return "\n".join(f"  --{key}={_text(value_of(config, key))}  {keys[key][1].help}" for key in top_first)
 
 
 def parse(text: str | None, kind: Any, declared: Option) -> Any:
-    """Read a command-line value as its declared type; ValueError says what was expected.
+    """Read a command-line value as its declared type. The ValueError says what was expected.
 
-    A switch needs no value. "none" and "auto" are None where that is allowed. Numbers may end in k, M or B.
+    A switch needs no value. "none" and "auto" are None where that is allowed. Numbers may end in k, M, B or T.
     """
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     expected = f"expected {description(kind, declared)}"
     if text is None:
         if kind is not bool:
             raise ValueError("expected --key=value")
         return True
-    if type(None) in options and text.lower() in ("none", "auto"):
-        return None
-    kind = next(k for k in options if k is not type(None))
+    if isinstance(kind, types.UnionType):  # a type or None
+        if text.lower() in ("none", "auto"):
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
     if kind is str:
         return text
     if kind is bool:
@@ -161,12 +147,9 @@ def parse(text: str | None, kind: Any, declared: Option) -> Any:
 
 def _number(text: str, kind: type, expected: str) -> int | float:
     try:
-        value = parse_number(text.strip())
+        return count(text.strip()) if kind is int else float(parse_number(text.strip()))
     except ValueError:
         raise ValueError(expected) from None
-    if kind is int and value != value // 1:
-        raise ValueError(expected)
-    return kind(value)
 
 
 def _text(value: object) -> str:
@@ -176,12 +159,11 @@ def _text(value: object) -> str:
 
 
 def _split(overrides: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
-    """`--key=value` and `--key` arguments as a dict, and what could not be read as one."""
+    """`--key=value` and `--key` arguments as a dict, and the errors of all other arguments."""
     given: dict[str, str | None] = {}
     errors = []
     for argument in overrides:
-        match = re.fullmatch(r"--([\w.-]+)(?:=(.*))?", argument, re.DOTALL)
-        if match:
+        if match := re.fullmatch(r"--([\w.-]+)(?:=(.*))?", argument, re.DOTALL):
             key = match.group(1).replace("-", "_")
             given.pop(key, None)  # the last one counts
             given[key] = match.group(2)
@@ -190,57 +172,56 @@ def _split(overrides: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
     return given, errors
 
 
-def _resolve(key: str, keys: dict[str, Any]) -> tuple[str, str | None]:
-    """The dotted key meant by `key`, or what is wrong with it."""
-    old_names = {old: f"{s}.{new}" for s, c in SECTIONS.items() for old, new in getattr(c, "old_names", {}).items()}
+def _read(key: str, text: str | None, keys: dict[str, Any]) -> dict[str, Any]:
+    """The full key and the value of an override. Raises ValueError if one of them is wrong."""
+    full = _full_key(key, keys)
+    try:
+        return {full: parse(text, *keys[full])}
+    except ValueError as error:
+        raise ValueError(f"--{key}: {error}" if text is None else f"{key}={text}: {error}") from None
+
+
+def _full_key(key: str, keys: dict[str, Any]) -> str:
+    """The dotted key that an override means. Raises ValueError, with the nearest keys, if there is none."""
+    sections = {name: getattr(RunConfig(), name) for name in SECTIONS}
+    old_names = {old: f"{s}.{new}" for s, c in sections.items() for old, new in getattr(c, "old_names", {}).items()}
     if renamed := old_names.get(key.rpartition(".")[2]):
         print(f'note: "{key}" is now called "{renamed}"', file=sys.stderr)
         key = renamed
     if key in keys:
-        return key, None
+        return key
     ends = [k for k in keys if k.rpartition(".")[2] == key]
     if len(ends) == 1:
-        return ends[0], None
+        return ends[0]
     if ends:
-        return "", f"{key}: could be {' or '.join(ends)}; give the full key"
+        raise ValueError(f"{key}: could be {' or '.join(ends)}; give the full key")
     short = {k.rpartition(".")[2]: k for k in keys}
     near = difflib.get_close_matches(key, [*keys, *short], n=3, cutoff=0.5)
     near = list(dict.fromkeys(short.get(k, k) for k in near))
-    return "", f"{key}: unknown key; nearest: {', '.join(near) or 'none (see --help)'}"
+    raise ValueError(f"{key}: unknown key; nearest: {', '.join(near) or 'none (see --help)'}")
 
 
-def _read_module(path: Path) -> tuple[RunConfig, dict[str, Settings]]:
-    """Import a config file under a private name and take its two definitions."""
+def _read_file(path: Path) -> tuple[RunConfig, dict[str, Settings]]:
+    """Run a config file and take its two definitions."""
     if not path.is_file() or path.suffix != ".py":
-        near = _configs_in(path if path.is_dir() else path.parent) or _configs_in(Path(__file__).parent)
-        reason = "a folder, not a config file" if path.is_dir() else "no such config file"
-        raise ConfigError([f"{path}: {reason}; there are: {', '.join(map(str, near))}"])
-    spec = importlib.util.spec_from_file_location(f"_config_file_{path.stem}", path)
-    assert spec is not None, path
-    assert spec.loader is not None, path
-    module = importlib.util.module_from_spec(spec)
+        shipped = sorted(p for p in Path(__file__).parent.glob("*.py") if b"\nconfig = " in p.read_bytes())
+        raise ConfigError([f"{path}: no such config file; there are: {', '.join(map(str, shipped))}"])
     try:
-        spec.loader.exec_module(module)
+        module = runpy.run_path(str(path))
     except (Exception, SystemExit) as error:
         raise ConfigError([f"{path}: {type(error).__name__}: {error}"]) from None
-    config, optimizers = getattr(module, "config", None), getattr(module, "optimizers", {})
+    config, optimizers = module.get("config"), module.get("optimizers", {})
     if not isinstance(config, RunConfig) or not isinstance(optimizers, dict):
         raise ConfigError([f"{path}: must define `config`, a RunConfig, and may define `optimizers`, a dict"])
+    sections = {name: type(getattr(RunConfig(), name)) for name in SECTIONS if name != "optim"}
     wrong = [
         f"{path}: optimizers[{name!r}] must be the settings of an optimizer"
         for name, settings in optimizers.items()
         if not isinstance(settings, Settings)
     ]
-    wrong += [
-        f"{path}: {section} must be a {cls.__name__}"
-        for section, cls in SECTIONS.items()
-        if cls is not None and type(getattr(config, section)) is not cls
-    ]
+    for name, cls in sections.items():
+        if type(getattr(config, name)) is not cls:
+            wrong.append(f"{path}: {name} must be a {cls.__name__}")
     if wrong:
         raise ConfigError(wrong)
     return config, optimizers
-
-
-def _configs_in(folder: Path) -> list[Path]:
-    """The config files of a folder, by name."""
-    return sorted(p for p in folder.glob("*.py") if b"\nconfig = " in p.read_bytes())

@@ -1,6 +1,6 @@
-"""The configuration of a run: sections declared by the rooms that read them, assembled and checked together here."""
+"""The configuration of a run: each room declares its section; this module assembles and checks them."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from data.loader import DataConfig
@@ -12,24 +12,23 @@ from runtime.compute import ComputeConfig
 from runtime.logger import LogConfig
 from runtime.schedule import ScheduleConfig, parse_moves
 
-ALTERNATIVES = (("batch_size", "batch_tokens"), ("steps", "tokens"))  # two ways to say one thing
-MOST_STEPS = 2**31  # of a run; sequences are counted in 64 bits
-MOST_TOKENS = 2**31  # of a step; a batch and its order are held in memory
+SECTIONS = ("model", "data", "optim", "schedule", "compute", "checkpoint", "log")
+ALTERNATIVES = (("batch_size", "batch_tokens"), ("steps", "tokens"))  # two ways to set the same thing
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run. Batch and budget are stated once, independent of the machine."""
+    """All settings of a run. Batch size and budget do not depend on the number of processes."""
 
     model: GPTConfig = field(default_factory=GPTConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    optim: Settings | None = None  # settings of the chosen optimizer, filled in by the loader
+    optim: Settings | None = None  # settings of the selected optimizer; load_config sets them
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
-    size: str = option("", "name of the model size; empty: the config file's name", on_resume="free")
+    size: str = option("", "name of the model size; empty: the name of the config file", on_resume="free")
     name: str = option("", "run folder; empty: size, optimizer, dataset, budget and overrides", on_resume="free")
     optimizer: str = option("mars_m", "which optimizer to use")
     seed: int = option(1, "random seed for initial weights, data order and dropout", least=0, most=2**62 - 1)
@@ -39,57 +38,45 @@ class RunConfig:
     steps: int | None = option(None, "budget in steps", least=1)
     tokens: int | None = option(None, "budget in tokens, instead of steps; the last step is rounded up", least=1)
     micro_batch: int | None = option(
-        None,
-        "sequences per process and pass, at most; the largest that divides is used. auto: as many as fit",
-        least=1,
-        on_resume="free",
+        None, "largest micro-batch, in sequences; the run uses a divisor. auto: all that fit", least=1, on_resume="free"
     )
-    grad_multiple: int = option(
-        1, "gradients are this many times the mean: 4 or 12 sum over micro-batches as published", least=1
-    )
+    grad_multiple: int = option(1, "factor on mean gradients; 4 or 12: sum over micro-batches (as published)", least=1)
     grad_clip: float = option(1.0, "largest global gradient norm; 0: no clipping", least=0)
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N", on_resume="free")
     dtype: Literal["auto", "bfloat16", "float32"] = option(
-        "auto", "bfloat16 uses autocast; auto: bfloat16 on a GPU that has it", on_resume="free"
+        "auto", "bfloat16 uses autocast; auto: bfloat16 on a GPU that supports it", on_resume="free"
     )
     compile: Literal["auto", "true", "false"] = option(
         "auto", "compile model and optimizer; auto: on a GPU", on_resume="free"
     )
-    eval_every: int = option(
-        1000, "steps between evaluations; the last step is always evaluated", least=1, on_resume="free"
-    )
+    eval_every: int = option(1000, "steps between evaluations; the last step has one", least=1, on_resume="free")
 
     def errors(self) -> list[str]:
         """Everything wrong with this run, one line each; sections first."""
-        parts = {name: getattr(self, name) for name in SECTIONS}
-        out = [f"{name}.{error}" for name, part in parts.items() if part is not None for error in part.errors()]
+        sections = {name: getattr(self, name) for name in SECTIONS}
+        out = [f"{name}.{error}" for name, section in sections.items() if section for error in section.errors()]
         out += errors_of(self)
         for pair in ALTERNATIVES:
             given = {key: getattr(self, key) for key in pair if getattr(self, key) is not None}
             if len(given) != 1:
-                said = " and ".join(f"{k}={v}" for k, v in given.items()) or "neither"
-                out.append(f"{pair[0]} or {pair[1]}: give exactly one ({said} given)")
+                found = " and ".join(f"{k}={v}" for k, v in given.items()) or "neither"
+                out.append(f"{pair[0]} or {pair[1]}: give exactly one ({found} given)")
         if "/" in self.name or self.name in (".", "..") or not self.name.isprintable():
-            out.append(f"name={self.name!a}: must be a plain folder name; the folder around it is log.folder")
+            out.append(f"name={self.name!a}: must be a plain folder name; log.folder is the folder around it")
         return out or self._combination_errors()
 
     def _combination_errors(self) -> list[str]:
-        """What is wrong between settings that are each allowed."""
+        """Errors between settings that are correct one by one."""
         out = []
         if self.batch_tokens and self.batch_tokens % self.model.block_size:
             out.append(f"batch_tokens={self.batch_tokens}: must be a multiple of block_size={self.model.block_size}")
-        if self.optim is not None and (self.schedule.min_lr or 0.0) > self.optim.lr:
-            out.append(f"schedule.min_lr={self.schedule.min_lr}: is above optim.lr={self.optim.lr}, the peak")
-        for key in parse_moves(self.schedule.moves):
-            if self.optim is not None and not isinstance(self.optim.as_group().get(key), float):
-                numbers = [k for k, v in self.optim.as_group().items() if isinstance(v, float)]
+        if self.optim is not None:
+            if (self.schedule.min_lr or 0.0) > self.optim.lr:
+                out.append(f"schedule.min_lr={self.schedule.min_lr}: is above optim.lr={self.optim.lr}, the peak")
+            numbers = [key for key, value in self.optim.as_group().items() if isinstance(value, float)]
+            for key in parse_moves(self.schedule.moves).keys() - numbers:
                 out.append(f'schedule.moves: {self.optimizer} has no number "{key}"; it has {", ".join(numbers)}')
-        if not out and self.total_steps > MOST_STEPS:
-            out.append(f"a run of {self.total_steps:,} steps: is above 2^31; lower steps or tokens")
-        if not out and self.tokens_per_step > MOST_TOKENS:
-            size = f"{self.sequences:,} sequences x {self.model.block_size:,}"
-            out.append(f"a step of {size} tokens: is above 2^31 tokens; lower batch_size, batch_tokens or block_size")
         if not out and self.schedule.warmup > self.total_steps:
             out.append(f"schedule.warmup={self.schedule.warmup}: is longer than the run of {self.total_steps} steps")
         return out
@@ -113,21 +100,17 @@ class RunConfig:
         moving = self.optim.moving() if self.optim is not None else {}
         return moving | parse_moves(self.schedule.moves)
 
-    def share(self, world_size: int) -> int:
-        """Sequences per step of one process. Raises ValueError, naming what divides, for a batch that does not."""
-        if self.sequences % world_size == 0:
-            return self.sequences // world_size
-        advice = [f"{w} processes" for w in _nearest_divisors(world_size, self.sequences)]
-        advice += [f"--batch_size={world_size * k}" for k in _neighbours(self.sequences // world_size)]
+    def per_process(self, world_size: int) -> int:
+        """Sequences per step of one process. Raises ValueError, with advice, if the batch does not divide."""
+        count, rest = divmod(self.sequences, world_size)
+        if not rest:
+            return count
+        advice = [f"{largest_divisor(self.sequences, world_size)} processes"]
+        advice += [f"--batch_size={world_size * k}" for k in (count, count + 1) if k]
         raise ValueError(
             f"a batch of {self.sequences} sequences does not divide into {world_size} processes; "
-            f"nearest that do: {', '.join(advice)}"
+            f"use {' or '.join(advice)}"
         )
-
-
-# sections and the classes that declare them; the section of the optimizer follows from its name
-SECTIONS: dict[str, type | None] = dict(model=GPTConfig, data=DataConfig, optim=None, schedule=ScheduleConfig)
-SECTIONS |= dict(compute=ComputeConfig, checkpoint=CheckpointConfig, log=LogConfig)
 
 
 def largest_divisor(total: int, most: int) -> int:
@@ -135,40 +118,27 @@ def largest_divisor(total: int, most: int) -> int:
     return next(d for d in range(min(total, most), 0, -1) if total % d == 0)
 
 
-def _nearest_divisors(value: int, total: int) -> list[int]:
-    """The closest divisors of total below a value and, within reach, above it."""
-    above = range(value + 1, min(total, value + 100_000) + 1)
-    return [largest_divisor(total, value), *[d for d in above if total % d == 0][:1]]
-
-
-def _neighbours(count: int) -> list[int]:
-    return [k for k in (count, count + 1) if k]
-
-
-def free_keys() -> set[str]:
-    """Dotted keys that may change when a run is continued."""
-    keys = {key for key, (_, o) in options_of(RunConfig).items() if o.free_on_resume}
-    for section, cls in SECTIONS.items():
-        if cls is not None:
-            keys |= {f"{section}.{key}" for key, (_, o) in options_of(cls).items() if o.free_on_resume}
-    return keys
-
-
 def all_keys(config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Every dotted key of a run, with its type and declaration."""
     keys: dict[str, tuple[Any, Any]] = {}
-    for section in SECTIONS:
-        if (part := getattr(config, section)) is not None:
-            keys |= {f"{section}.{key}": declared for key, declared in options_of(type(part)).items()}
+    for name in SECTIONS:
+        if section := getattr(config, name):
+            keys |= {f"{name}.{key}": declared for key, declared in options_of(type(section)).items()}
     return keys | options_of(RunConfig)
+
+
+def value_of(config: RunConfig, key: str) -> Any:
+    """The value of a dotted key."""
+    section, _, last = key.rpartition(".")
+    return getattr(getattr(config, section) if section else config, last)
+
+
+def changeable_keys() -> set[str]:
+    """Dotted keys that may change when a run is resumed."""
+    return {key for key, (_, declared) in all_keys(RunConfig()).items() if declared.free_on_resume}
 
 
 def default_values(config: RunConfig) -> dict[str, Any]:
     """The declared default of every dotted key of a run."""
-    out = {}
-    for section in ("", *SECTIONS):
-        part = getattr(config, section) if section else config
-        if part is not None:
-            declared = {f.name: f.default for f in fields(part) if "option" in f.metadata}
-            out |= {f"{section}.{key}" if section else key: value for key, value in declared.items()}
-    return out
+    defaults = RunConfig(optim=type(config.optim)() if config.optim else None)
+    return {key: value_of(defaults, key) for key in all_keys(config)}

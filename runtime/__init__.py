@@ -1,1 +1,1 @@
-"""What serves the training loop: processes, schedules, checkpoints, logs, hardware facts."""
+"""The parts around the training loop: processes, schedules, checkpoints, logs, hardware facts."""

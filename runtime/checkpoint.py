@@ -39,9 +39,7 @@ class CheckpointConfig:
     """When to save, and which checkpoints to keep."""
 
     every: int = option(1000, "steps between checkpoints; the last step is always saved", least=1, on_resume="free")
-    keep: int = option(
-        2, "number of recent checkpoints to keep, in addition to the best one", least=1, on_resume="free"
-    )
+    keep: int = option(2, "recent checkpoints to keep, in addition to the best one", least=1, on_resume="free")
     milestone_every: int = option(0, "keep every checkpoint at a multiple of this; 0: none", least=0, on_resume="free")
     background: bool = option(False, "write checkpoints on a thread, from a copy in host memory", on_resume="free")
 
@@ -216,8 +214,7 @@ class Checkpointer:
         """
         chosen, folders = None, self._folders() if self.world.is_main else []
         for folder in folders:
-            problem = damage(folder)
-            if problem is None:
+            if (problem := damage(folder)) is None:
                 chosen = folder
                 break
             print(f"checkpoint {folder} is damaged ({problem}); trying the one before it", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What all commands share: the spelling of options and numbers, and errors in one line."""
+"""The common parts of all commands: the spelling of options and numbers, and errors in one line."""
 
 import argparse
 import re

@@ -25,6 +25,7 @@ BACKENDS = {
     "efficient": [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
     "math": [SDPBackend.MATH],
 }
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # environment variable
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,7 @@ class ComputeConfig:
     cast_weights: Literal["micro_batch", "step"] = option(
         "micro_batch", "cast matrices to bf16 in every pass, or once a step: 2 bytes more per weight", on_resume="free"
     )
-    bucket_mb: int = option(
-        0, "MB of gradients per all-reduce; 0: a tenth of the gradients, at least 25", least=0, on_resume="free"
-    )
+    bucket_mb: int = option(0, "MB per all-reduce of gradients; 0: a tenth, at least 25", least=0, on_resume="free")
     deterministic: bool = option(False, "bit-exact results on a GPU; slower, without cuDNN attention", on_resume="free")
 
     def errors(self) -> list[str]:
@@ -103,30 +102,24 @@ def torch_settings(config: ComputeConfig) -> Iterator[None]:
             tag = f"{torch.compiler.config.cache_key_tag} attention={','.join(b.name for b in backends)}"
             stack.enter_context(torch.compiler.config.patch(cache_key_tag=tag))
         if config.deterministic:
-            stack.enter_context(_deterministic())
+            _allow_only_deterministic_kernels(stack)
         yield
 
 
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """Allow only kernels that add in a fixed order.
+def _allow_only_deterministic_kernels(stack: ExitStack) -> None:
+    """Allow only kernels that add in a fixed order, until the stack is closed.
 
     torch's switch applies to Inductor, too. Inductor then selects no kernel by timing, and sums the gradient of the
     token table in order instead of by atomic additions. cuBLAS needs a fixed workspace, set before it starts.
     """
-    workspace = "CUBLAS_WORKSPACE_CONFIG"
-    was_set, benchmark = workspace in os.environ, torch.backends.cudnn.benchmark
-    mode, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    os.environ.setdefault(workspace, ":4096:8")
-    torch.backends.cudnn.benchmark = False
+    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    stack.callback(torch.use_deterministic_algorithms, before, warn_only=warn)
     torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(mode, warn_only=warn)
-        torch.backends.cudnn.benchmark = benchmark
-        if not was_set:
-            del os.environ[workspace]
+    stack.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+    torch.backends.cudnn.benchmark = False
+    if CUBLAS_WORKSPACE not in os.environ:
+        stack.callback(os.environ.pop, CUBLAS_WORKSPACE)
+        os.environ[CUBLAS_WORKSPACE] = ":4096:8"
 
 
 @contextmanager

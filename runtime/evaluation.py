@@ -2,28 +2,18 @@
 
 import math
 from contextlib import AbstractContextManager
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from data.loader import ValidationSet
 from runtime.clipping import NonFiniteError
 from runtime.distributed import StopRequest, World
 
 
-class Validation(Protocol):
-    """The part of data.loader.ValidationSet that the evaluation uses: a list of batches."""
-
-    count: int  # windows in all batches
-
-    def __len__(self) -> int: ...
-
-    def inputs(self, number: int, step: int, device: torch.device) -> tuple[Tensor, Tensor, int]: ...
-
-
 @torch.no_grad()
 def validation_loss(
-    validation: Validation,
+    validation: ValidationSet,
     step: int,
     model: nn.Module,
     world: World,

@@ -6,7 +6,7 @@ import re
 import resource
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ PEAK_TFLOPS = {
     "RTX 4090": 165.2,
     "RTX 3090": 71.0,
 }
-PACKAGES = ("numpy", "safetensors", "transformers", "datasets", "tiktoken", "wandb", "lm_eval")
+PACKAGES = ("torch", "numpy", "safetensors", "transformers", "datasets", "tiktoken", "wandb", "lm_eval")
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -70,7 +70,7 @@ def environment(device: torch.device, world_size: int) -> dict:
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
-        "packages": {"torch": torch.__version__} | {p: v for p in PACKAGES if (v := _version(p))},
+        "packages": {d.name: d.version for d in distributions() if d.name in PACKAGES},
         "device": name,
         "processes": world_size,
         "threads": torch.get_num_threads(),
@@ -79,17 +79,10 @@ def environment(device: torch.device, world_size: int) -> dict:
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _git(*args: str) -> str | None:
     root = Path(__file__).resolve().parent.parent
     try:
-        done = subprocess.run(["git", "-C", root, *args], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(["git", "-C", root, *args], capture_output=True, text=True)
+    except OSError:  # git is not installed
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -12,7 +12,7 @@ from runtime.command import is_out_of_memory
 from runtime.distributed import World
 from runtime.hardware import available_memory
 
-MARGIN = 0.08  # fraction of a GPU's memory to keep free for fragments, communication and the optimizer's scratch memory
+MARGIN = 0.08  # fraction of a GPU's memory that stays unused, for fragments, communication and scratch memory
 CPU_MOST = 8  # sequences; a larger micro-batch does not make a CPU faster
 
 

@@ -121,7 +121,7 @@ def report(run: RunConfig, world: World, verify: bool, rate: float | None) -> tu
     Raises ValueError for a file or a batch that cannot be used, and if the ranks cannot communicate.
     """
     folder, steps, saving = Path(run.log.folder) / run.name, run.total_steps, run.checkpoint
-    tokens, per_process = steps * run.tokens_per_step, run.share(world.size)
+    tokens, per_process = steps * run.tokens_per_step, run.per_process(world.size)
     dataset = open_dataset(run.data.path, run.model.vocab_size)
     if run.data.hellaswag:
         HellaSwag.of_run(run.data, dataset)

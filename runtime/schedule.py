@@ -27,15 +27,11 @@ class ScheduleConfig:
 
     shape: str = option("cosine", f"one of {', '.join(SHAPES)}; wsd is constant, then decays linearly")
     warmup: int = option(2000, "steps of linear warm-up", least=0)
-    min_lr: float | None = option(
-        None, "learning rate at the end; none: min_lr_ratio times the peak; other groups keep their proportion", least=0
-    )
+    min_lr: float | None = option(None, "final learning rate; none: min_lr_ratio times the peak", least=0)
     min_lr_ratio: float = option(0.1, "final learning rate relative to the peak, if min_lr is none", least=0, most=1)
     wsd_decay: float = option(0.2, "wsd: fraction of the run, at its end, with linear decay", above=0, most=1)
     zero_first: bool = option(False, "start the warm-up at 0 instead of lr / warmup (as published)")
-    moves: str = option(
-        "", 'hyperparameters that change linearly over the run to a final value: "gamma:0.05,momentum:0.98"'
-    )
+    moves: str = option("", 'hyperparameters that change linearly to a final value: "gamma:0.05,momentum:0.98"')
 
     def errors(self) -> list[str]:
         """Everything wrong with this config, one line each."""

@@ -254,7 +254,7 @@ def test_rungs_are_settings_of_the_trainer():
                 sequences = ladder.sequences_of(name, size, smaller)
                 given = (*rung.settings, f"batch_size={sequences}", f"micro_batch={smaller}")
                 run = load_config(ROOT / f"config/{SIZES[size]}.py", [f"--{setting}" for setting in given])
-                assert run.share(1) == sequences <= 480
+                assert run.per_process(1) == sequences <= 480
                 assert sequences % smaller == 0
     graph, cudnn, residual, cast = (
         load_config(ROOT / "config/gpt2_small.py", [f"--{s}" for s in ladder.RUNGS[name].settings]).compute

@@ -1,4 +1,4 @@
-"""Checkpoints: what is kept, what is read, what is refused."""
+"""Checkpoints: which are kept, which are read, and errors."""
 
 import errno
 import json
@@ -49,7 +49,7 @@ def steps_in(folder):
     return sorted(int(p.name[5:]) for p in folder.iterdir())
 
 
-def test_latest_best_and_milestones_are_kept(tmp_path):
+def test_the_latest_the_best_and_milestones_are_kept(tmp_path):
     checkpointer = Checkpointer(tmp_path, CheckpointConfig(keep=2, milestone_every=30), ALONE)
     for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, None), (50, 2.5), (60, 2.4), (70, 2.2), (80, 2.6)):
         save(checkpointer, step, loss)
@@ -57,7 +57,7 @@ def test_latest_best_and_milestones_are_kept(tmp_path):
     assert checkpointer.latest().state["step"] == 80
 
 
-def test_state_comes_back_by_name(tmp_path):
+def test_state_is_restored_by_name(tmp_path):
     model = Small()
     optimizer = stepped(model)
     checkpointer = Checkpointer(tmp_path, CheckpointConfig(), ALONE)
@@ -74,7 +74,7 @@ def test_state_comes_back_by_name(tmp_path):
             assert torch.equal(value, continued.state[b][key])
 
 
-def test_state_of_other_shapes_or_parameters_is_refused(tmp_path):
+def test_state_of_other_shapes_or_parameters_is_an_error(tmp_path):
     model, wider = Small(), Small(width=5)
     saved = named_state(stepped(model), model)
     with pytest.raises(ValueError, match=r"matrix/exp_avg: shape \(3, 4\), not \(5, 4\)"):
@@ -85,7 +85,7 @@ def test_state_of_other_shapes_or_parameters_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "harm, reason",
+    "break_it, reason",
     [
         (lambda f: os.truncate(f / "model.safetensors", 50), "model.safetensors does not match its sha256"),
         (lambda f: (f / "optimizer-0.safetensors").unlink(), "optimizer-0.safetensors is missing"),
@@ -93,17 +93,17 @@ def test_state_of_other_shapes_or_parameters_is_refused(tmp_path):
         (lambda f: (f / "state.json").unlink(), "state.json is missing or unreadable"),
     ],
 )
-def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path, capsys, harm, reason):
+def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path, capsys, break_it, reason):
     checkpointer = Checkpointer(tmp_path, CheckpointConfig(), ALONE)
     save(checkpointer, 1)
     save(checkpointer, 2)
-    harm(tmp_path / "step_0000002")
+    break_it(tmp_path / "step_0000002")
     assert damage(tmp_path / "step_0000002") == reason
     assert checkpointer.latest().state["step"] == 1
     assert f"step_0000002 is damaged ({reason}); trying the one before it" in capsys.readouterr().err
 
 
-def test_a_new_checkpoint_survives_damaged_ones_of_later_steps(tmp_path):
+def test_damaged_checkpoints_of_later_steps_do_not_replace_a_new_one(tmp_path):
     checkpointer = Checkpointer(tmp_path, CheckpointConfig(keep=1), ALONE)
     save(checkpointer, 10)
     save(checkpointer, 20)
@@ -115,7 +115,7 @@ def test_a_new_checkpoint_survives_damaged_ones_of_later_steps(tmp_path):
     assert checkpointer.latest().state["step"] == 14
 
 
-def test_where_every_checkpoint_is_damaged_nothing_is_read_and_nothing_lost(tmp_path):
+def test_if_every_checkpoint_is_damaged_it_is_an_error(tmp_path):
     checkpointer = Checkpointer(tmp_path, CheckpointConfig(), ALONE)
     save(checkpointer, 1)
     os.truncate(tmp_path / "step_0000001" / "state.json", 10)
@@ -123,7 +123,7 @@ def test_where_every_checkpoint_is_damaged_nothing_is_read_and_nothing_lost(tmp_
         checkpointer.latest()
 
 
-def test_leftovers_of_a_killed_save_are_ignored_and_replaced(tmp_path):
+def test_the_folder_of_a_killed_save_is_ignored_and_replaced(tmp_path):
     checkpointer = Checkpointer(tmp_path, CheckpointConfig(), ALONE)
     (tmp_path / "tmp-step_0000002").mkdir()
     (tmp_path / "tmp-step_0000002" / "model.safetensors").write_bytes(b"half")
@@ -132,19 +132,19 @@ def test_leftovers_of_a_killed_save_are_ignored_and_replaced(tmp_path):
     assert steps_in(tmp_path) == [2]
 
 
-def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
+def test_a_folder_without_a_checkpoint_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="neither a checkpoint"):
         open_checkpoint(tmp_path)
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    (foreign / "state.json").write_text(json.dumps({"iter_num": 3}))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "state.json").write_text(json.dumps({"iter_num": 3}))
     with pytest.raises(CheckpointError, match="is damaged"):
-        open_checkpoint(foreign)
+        open_checkpoint(other)
 
 
-def test_a_write_that_fails_leaves_no_trace(tmp_path):
+def test_a_write_that_fails_is_an_error(tmp_path):
     checkpointer = Checkpointer(tmp_path / "file", CheckpointConfig(), ALONE)
-    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "file").write_text("a file where the folder should be")
     with pytest.raises(CheckpointError, match="checkpoint of step 5 could not be written"):
         save(checkpointer, 5)
 
@@ -158,14 +158,14 @@ def test_errors_are_named():
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Holds every write of a file back until it is set."""
+    """An event that every write of a file waits for."""
     opened, write = threading.Event(), checkpoint.write_tensors
 
-    def held(path, tensors):
+    def waiting_write(path, tensors):
         assert opened.wait(60)
         return write(path, tensors)
 
-    monkeypatch.setattr(checkpoint, "write_tensors", held)
+    monkeypatch.setattr(checkpoint, "write_tensors", waiting_write)
     yield opened
     opened.set()
 
@@ -174,8 +174,8 @@ def in_background(folder, **settings) -> Checkpointer:
     return Checkpointer(folder, CheckpointConfig(background=True, **settings), ALONE)
 
 
-def arrive(checkpointer) -> Path:
-    """Poll, as training does once a step, until the checkpoint is there."""
+def poll_until_saved(checkpointer) -> Path:
+    """Poll, as training does once a step, until the checkpoint is complete."""
     deadline = time.monotonic() + 60
     while (folder := checkpointer.poll()) is None:
         assert time.monotonic() < deadline
@@ -183,7 +183,7 @@ def arrive(checkpointer) -> Path:
     return folder
 
 
-def test_in_the_background_the_bytes_are_those_of_the_moment_of_the_save(tmp_path, gate):
+def test_a_background_save_writes_the_tensors_as_they_were_at_the_save(tmp_path, gate):
     model = Small()
     optimizer, state = stepped(model), dict(step=3, config={"a": 1}, val_loss=0.1)
     background = in_background(tmp_path / "b")
@@ -193,7 +193,7 @@ def test_in_the_background_the_bytes_are_those_of_the_moment_of_the_save(tmp_pat
     gate.set()
     assert expected.save(*tensors, state) == tmp_path / "a" / "step_0000003"
     gate.clear()
-    assert arrive(background) == tmp_path / "b" / "step_0000003"
+    assert poll_until_saved(background) == tmp_path / "b" / "step_0000003"
     background.save(*tensors, state | {"step": 4})
     assert background.poll() is None
     with torch.no_grad():  # training goes on
@@ -208,11 +208,11 @@ def test_in_the_background_the_bytes_are_those_of_the_moment_of_the_save(tmp_pat
         assert file.suffix == ".json" or written[1].read_bytes() == file.read_bytes()
 
 
-def test_a_second_save_waits_for_the_first_and_uses_its_memory(tmp_path, gate):
+def test_a_second_save_waits_for_the_first_and_reuses_its_memory(tmp_path, gate):
     background, model = in_background(tmp_path), Small()
     save(background, 1, model=model)
     first = model.matrix.detach().clone()
-    places = [t.data_ptr() for tensors in background.copies.values() for t in tensors.values()]
+    addresses = [t.data_ptr() for tensors in background.copies.values() for t in tensors.values()]
     second = threading.Thread(target=save, args=(background, 2), kwargs=dict(model=model))
     second.start()  # steps the model, then waits
     second.join(0.3)
@@ -224,10 +224,10 @@ def test_a_second_save_waits_for_the_first_and_uses_its_memory(tmp_path, gate):
     assert steps_in(tmp_path) == [1, 2]
     assert torch.equal(open_checkpoint(tmp_path / "step_0000001").model()["matrix"], first)
     assert torch.equal(open_checkpoint(tmp_path / "step_0000002").model()["matrix"], model.matrix)
-    assert places == [t.data_ptr() for tensors in background.copies.values() for t in tensors.values()]
+    assert addresses == [t.data_ptr() for tensors in background.copies.values() for t in tensors.values()]
 
 
-def test_a_write_that_fails_in_the_background_is_told_once_and_the_next_one_succeeds(tmp_path, monkeypatch):
+def test_a_background_write_that_fails_raises_once_and_the_next_one_succeeds(tmp_path, monkeypatch):
     background = in_background(tmp_path)
     save(background, 1)
     background.finish()
@@ -235,10 +235,10 @@ def test_a_write_that_fails_in_the_background_is_told_once_and_the_next_one_succ
         patched.setattr(checkpoint, "write_tensors", disk_full)
         save(background, 2)
         with pytest.raises(CheckpointError, match="checkpoint of step 2 could not be written: .*No space left"):
-            arrive(background)
+            poll_until_saved(background)
     assert background.finish() is None
     save(background, 3)
-    arrive(background)
+    poll_until_saved(background)
     assert steps_in(tmp_path) == [1, 3]
 
 
@@ -247,7 +247,7 @@ def disk_full(path, tensors):
 
 
 def main(folder: str) -> None:
-    """What each of two processes runs: rank 1's disk is full at step 1, and its write is slow at step 2."""
+    """The program of each of two processes: rank 1's disk is full at step 1, and its write is slow at step 2."""
     with start_world("cpu") as world:
         write = checkpoint.write_tensors
         background, parameter = Checkpointer(Path(folder), CheckpointConfig(background=True), world), torch.ones(2)
@@ -258,7 +258,7 @@ def main(folder: str) -> None:
             background.save({"p": parameter}, {f"p{world.rank}/m": parameter + step}, dict(step=step, config={}))
             polls, outcome = 0, None
             while outcome is None:
-                world.sum(torch.ones(1))  # training's own exchange
+                world.sum(torch.ones(1))  # communication of the training
                 time.sleep(0.01)
                 polls += 1
                 try:
@@ -269,14 +269,14 @@ def main(folder: str) -> None:
                 assert "checkpoint of step 1 could not be written" in outcome
                 assert "No space left" in outcome
                 assert not any(Path(folder).iterdir())
-            assert len(set(world.gather(polls))) == 1  # all at once
+            assert len(set(world.gather(polls))) == 1  # all ranks finish at the same poll
         assert outcome == Path(folder, "step_0000002")
         assert polls > 10
         found = background.latest()
         assert {k: v.tolist() for k, v in found.optimizer().items()} == {"p0/m": [3, 3], "p1/m": [3, 3]}
 
 
-def test_ranks_finish_together_and_a_failure_of_one_is_told_to_all(tmp_path):
+def test_ranks_finish_together_and_a_failure_of_one_is_raised_on_all(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
     done = subprocess.run([*command, tmp_path], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=99)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Settings of speed, memory and rounding: they change what they say and nothing else."""
+"""Settings of speed, memory and rounding: their effects, and nothing else changes."""
 
 import gc
 import os
@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train_gpt
 from config.load import ConfigError, describe_keys, load_config
-from config.schema import free_keys
+from config.schema import changeable_keys
 from model import GPT, GPTConfig
 from runtime.compute import (
     BACKENDS,
@@ -51,9 +51,9 @@ def tokens(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return both[:, :-1], both[:, 1:]
 
 
-def test_settings_are_reached_by_their_short_names_and_checked():
+def test_settings_have_short_names_and_are_checked():
     keys = {f"compute.{name}" for name in ComputeConfig.__dataclass_fields__}
-    assert keys <= free_keys()
+    assert keys <= changeable_keys()
     described = describe_keys(load_config(CONFIG))
     assert all(re.search(rf"--{key}=\S+  \S", described) for key in keys)
     assert load_config(CONFIG, ["--attention=cudnn"]).compute.attention == "cudnn"
@@ -79,7 +79,7 @@ def test_every_attention_backend_gives_the_same_loss_and_gradient():
             torch.testing.assert_close(ours, reference, atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_a_choice_enables_only_what_may_run_and_everything_is_put_back():
+def test_a_setting_enables_only_its_backends_and_the_previous_ones_are_restored():
     """torch moves cuDNN to the front on Hopper and Blackwell GPUs wherever it is enabled."""
     before = _cur_sdpa_kernel_backends(with_priority=True)
     with torch_settings(ComputeConfig(attention="cudnn")):
@@ -100,7 +100,7 @@ def test_a_choice_enables_only_what_may_run_and_everything_is_put_back():
 # ---- residual stream and activation checkpointing
 
 
-def test_a_bf16_residual_stream_is_bf16_between_all_blocks_and_near_the_float32_one():
+def test_a_bf16_residual_stream_is_bf16_between_all_blocks_and_close_to_float32():
     losses, gradients, seen = {}, {}, {}
     for residual in ("float32", "bfloat16"):
         model = model_with(residual=residual)
@@ -119,7 +119,7 @@ def test_a_bf16_residual_stream_is_bf16_between_all_blocks_and_near_the_float32_
     assert 0 < error < 0.02
 
 
-def test_a_float32_run_refuses_what_needs_bf16(arguments, tmp_path):
+def test_settings_that_need_bf16_are_errors_in_a_float32_run(arguments, tmp_path):
     with pytest.raises(SystemExit, match='compute.residual="bfloat16": this run computes in float32; set --dtype'):
         train_gpt.main([*arguments, "--residual=bfloat16"])
     with pytest.raises(SystemExit, match="this run computes in float32"):
@@ -147,7 +147,7 @@ def test_activation_checkpointing_gives_equal_gradients_with_dropout():
 
 
 def test_weights_cast_once_per_step_give_the_same_run_bit_for_bit(arguments, dataset, tmp_path):
-    """Accumulation, an optimizer of ours, evaluations, and a stop with a start from the checkpoint in between."""
+    """With gradient accumulation, mars_m, evaluations, and a resume from a checkpoint."""
     once = [*arguments[:2], f"--log.folder={tmp_path / 'once'}", "--name=run", "--cast_weights=step"]
     for words in (arguments, once):
         train_gpt.main([*words, "--optimizer=mars_m", "--dtype=bfloat16"])
@@ -165,7 +165,7 @@ def test_weights_cast_once_per_step_give_the_same_run_bit_for_bit(arguments, dat
     assert all(torch.equal(weights[0][name], again[name]) for name in again)
 
 
-def test_weights_cast_once_per_step_stay_in_one_graph_and_out_of_the_state():
+def test_weights_cast_once_per_step_need_one_graph_and_are_not_in_the_state():
     torch._dynamo.utils.counters.clear()
     results = []
     for when in ("micro_batch", "step"):
@@ -188,7 +188,9 @@ def test_weights_cast_once_per_step_stay_in_one_graph_and_out_of_the_state():
     assert one == two
     assert weights.keys() == others.keys()
     assert all(torch.equal(weights[name], others[name]) for name in weights)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one each: updates compile nothing anew
+    assert (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    )  # one for each model: updates need no recompilation
 
 
 # ---- DDP
@@ -214,8 +216,8 @@ def process_group_of_one(folder: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("settings", [{}, {"cast_weights": "step", "activation_checkpointing": True}])
-def test_a_compiled_model_in_ddp_is_cut_at_the_buckets_whatever_the_settings(tmp_path, settings):
-    """So gradients leave while backward goes on; a model in one graph would send them all at its end."""
+def test_a_compiled_model_in_ddp_is_split_at_the_buckets_with_all_settings(tmp_path, settings):
+    """So gradients are sent during backward. A model in one graph would send them all at its end."""
     graphs, results = [], []
 
     def backend(graph, inputs):
@@ -248,7 +250,7 @@ def test_a_compiled_model_in_ddp_is_cut_at_the_buckets_whatever_the_settings(tmp
 
 
 def process_settings() -> dict:
-    """What torch, cuBLAS and Python are set to."""
+    """The present settings of torch, cuBLAS and Python."""
     return dict(
         deterministic=torch.are_deterministic_algorithms_enabled(),
         inductor=torch._inductor.config.deterministic,
@@ -261,8 +263,8 @@ def process_settings() -> dict:
     )
 
 
-def test_a_deterministic_run_sets_what_it_says_and_puts_it_back(arguments, monkeypatch, tmp_path):
-    """The collector rests during the steps of any run."""
+def test_a_deterministic_run_changes_the_settings_and_restores_them(arguments, monkeypatch, tmp_path):
+    """The garbage collector is off during the steps of every run."""
     during, accumulate = [], train_gpt.Trainer.accumulate
     monkeypatch.setattr(
         train_gpt.Trainer, "accumulate", lambda self, *a: (during.append(process_settings()), accumulate(self, *a))[1]
@@ -283,7 +285,7 @@ def test_a_deterministic_run_sets_what_it_says_and_puts_it_back(arguments, monke
     assert process_settings() == before
 
 
-def test_settings_come_back_after_a_failure_and_a_given_workspace_stays(monkeypatch):
+def test_settings_are_restored_after_an_error_and_a_given_workspace_is_kept(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     before = process_settings()
     with pytest.raises(KeyError), torch_settings(ComputeConfig(deterministic=True)), collector_paused():
@@ -293,7 +295,7 @@ def test_settings_come_back_after_a_failure_and_a_given_workspace_stays(monkeypa
     assert process_settings() == before
 
 
-def test_cudnn_attention_is_refused_where_it_cannot_repeat_itself():
+def test_cudnn_attention_is_an_error_in_a_deterministic_run():
     with pytest.raises(
         ConfigError, match='compute.attention="cudnn": its gradients are not deterministic; use "flash"'
     ):

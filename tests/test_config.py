@@ -20,21 +20,21 @@ SHIPPED = sorted(p for p in (ROOT / "config").glob("*.py") if "config = RunConfi
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
-def test_every_shipped_config_loads_and_its_runs_have_names_of_their_own(path):
+def test_every_shipped_config_loads_and_names_its_runs(path):
     config = load_config(path)
     assert config.size == path.stem
     assert config.name.startswith(f"{path.stem}-{config.optimizer}-{Path(config.data.path).name}-")
-    assert config.share(1) == 480 or path.stem == "quickstart"
+    assert config.per_process(1) == 480 or path.stem == "quickstart"
 
 
 @pytest.mark.parametrize("size", ["small", "medium", "large", "xl"])
-def test_the_four_sizes_have_the_papers_settings(size):
+def test_the_four_sizes_have_the_settings_of_the_papers(size):
     path = ROOT / "config" / f"gpt2_{size}.py"
     for optimizer in ("adamw", "lion", "muon", "muon_original", "mars", "mars_lion", "mars_shampoo", "mars_m"):
         run = load_config(path, [f"--optimizer={optimizer}"])
         assert run.name == f"gpt2_{size}-{optimizer}-openwebtext-49.2B"
         assert run.tokens_per_step == 491_520
-        assert [run.share(w) % run.micro_batch for w in (1, 2, 4, 8, 16, 32)] == [0] * 6
+        assert [run.per_process(w) % run.micro_batch for w in (1, 2, 4, 8, 16, 32)] == [0] * 6
         with torch.device("meta"):
             model = GPT(run.model)
         steps = build_optimizer(model, run.optim)
@@ -94,22 +94,16 @@ def test_a_switch_needs_no_value():
 @pytest.mark.parametrize(
     "key, nearest", [("batchsize", "batch_size"), ("n_layers", "model.n_layer"), ("lr_min", "min_lr")]
 )
-def test_unknown_keys_answer_with_the_nearest(key, nearest):
+def test_the_error_for_an_unknown_key_lists_the_nearest_keys(key, nearest):
     with pytest.raises(ConfigError, match=f"{key}: unknown key; nearest: .*{nearest}"):
         load_config(CONFIG, [f"--{key}=3"])
 
 
-def test_unknown_optimizers_and_files_answer_with_those_there_are():
+def test_errors_for_unknown_optimizers_and_files_list_the_known_ones():
     with pytest.raises(ConfigError, match='optimizer="adam": unknown; nearest: adamw'):
         load_config(CONFIG, ["--optimizer=adam"])
-    for path, reason in (
-        ("config/gpt9.py", "no such config file"),
-        ("config", "a folder"),
-        ("nowhere/x.py", "no such"),
-    ):
-        with pytest.raises(
-            ConfigError, match=f"{path}: {reason}.*; there are: .*gpt2_xl.py, .*quickstart.py"
-        ) as caught:
+    for path in ("config/gpt9.py", "config", "nowhere/x.py"):
+        with pytest.raises(ConfigError, match=f"{path}: no such .*; there are: .*gpt2_xl.py, .*quickstart") as caught:
             load_config(ROOT / path)
         assert "schema.py" not in str(caught.value)
 
@@ -128,7 +122,7 @@ def test_a_config_file_that_fails_is_one_line(tmp_path):
         load_config(tmp_path / "empty.py")
 
 
-def test_config_files_leave_no_trace_in_anybodys_globals():
+def test_config_files_do_not_change_the_globals_of_the_loader():
     import config.load
 
     before = set(vars(config.load))
@@ -143,36 +137,29 @@ def test_batch_and_budget_in_tokens():
     with pytest.raises(ConfigError, match="batch_tokens=100: must be a multiple of block_size=16"):
         load_config(CONFIG, ["--batch_tokens=100"])
     with pytest.raises(
-        ConfigError, match="1,000,000,000 sequences x 16 tokens: is above 2.31 tokens; lower batch_size"
-    ):
-        load_config(CONFIG, ["--batch_size=1e9"])
-    for budget in ("--steps=1e15", "--tokens=1e30"):
-        with pytest.raises(ConfigError, match="a run of [0-9,]+ steps: is above 2.31; lower steps or tokens"):
-            load_config(CONFIG, [budget])
-    with pytest.raises(
         ConfigError, match=r"batch_size or batch_tokens: give exactly one \(batch_size=4 and batch_tokens"
     ):
         load_config(CONFIG, ["--batch_tokens=160", "--batch_size=4"])
 
 
-def test_the_largest_micro_batch_that_divides_is_taken():
+def test_the_largest_micro_batch_that_divides_is_used():
     config = load_config(CONFIG, ["--batch_size=480", "--micro_batch=15"])
-    shares = [config.share(w) for w in (1, 2, 4, 8, 16, 32, 48, 60)]
-    assert shares == [480, 240, 120, 60, 30, 15, 10, 8]
-    assert [largest_divisor(share, 15) for share in shares] == [15, 15, 15, 15, 15, 15, 10, 8]
+    counts = [config.per_process(w) for w in (1, 2, 4, 8, 16, 32, 48, 60)]
+    assert counts == [480, 240, 120, 60, 30, 15, 10, 8]
+    assert [largest_divisor(count, 15) for count in counts] == [15, 15, 15, 15, 15, 15, 10, 8]
     assert largest_divisor(7, 4) == 1
 
 
-def test_an_indivisible_batch_is_refused_with_the_nearest_that_divide():
+def test_a_batch_that_does_not_divide_is_an_error_with_advice():
     config = load_config(CONFIG, ["--batch_size=480"])
-    with pytest.raises(ValueError, match="480 sequences does not divide into 7 processes; nearest that do: ") as caught:
-        config.share(7)
-    assert "6 processes, 8 processes, --batch_size=476, --batch_size=483" in str(caught.value)
+    with pytest.raises(ValueError, match="480 sequences does not divide into 7 processes; ") as caught:
+        config.per_process(7)
+    assert str(caught.value).endswith("use 6 processes or --batch_size=476 or --batch_size=483")
     with pytest.raises(ValueError, match="as_published sums .*: the config file must give micro_batch"):
         published(dataclasses.replace(config, micro_batch=None))
 
 
-def test_run_names_tell_budget_and_overrides():
+def test_run_names_contain_budget_and_overrides():
     assert load_config(CONFIG).name == "tiny_config-adamw-missing-2.3k"
     assert load_config(CONFIG, ["--tokens=5e6"]).name == "tiny_config-adamw-missing-5M"
     changed = load_config(CONFIG, ["--lr=0.003", "--seed=2", "--device=cpu", "--log.every=5"])
@@ -205,7 +192,7 @@ def test_numbers_as_people_write_them(text, value):
             load_config(CONFIG, [f"--tokens={wrong}"])
 
 
-def test_old_names_of_settings_are_accepted_and_said(capsys):
+def test_old_names_of_settings_are_accepted_with_a_note(capsys):
     assert load_config(CONFIG, ["--data.choices=rows.jsonl", "--choices_items=7"]).data.hellaswag == "rows.jsonl"
     assert 'note: "data.choices" is now called "data.hellaswag"' in capsys.readouterr().err
     assert DataConfig(choices_items=3).hellaswag_items == 3
@@ -230,7 +217,7 @@ def test_help_lists_every_key_with_its_meaning(optimizer):
     config = load_config(CONFIG, [f"--optimizer={optimizer}"])
     lines = {line.split("=")[0].strip(): line for line in describe_keys(config).splitlines()}
     assert lines.keys() == {f"--{key}" for key in all_keys(config)}
-    assert {key.split(".")[0] for key in all_keys(config) if "." in key} == SECTIONS.keys()
+    assert {key.split(".")[0] for key in all_keys(config) if "." in key} == set(SECTIONS)
     assert all(re.fullmatch(r"  --[\w.]+=\S*  \S.*", line) for line in lines.values())
     assert "peak learning rate" in lines["--optim.lr"]
     assert "sequences per step" in lines["--batch_size"]
@@ -255,7 +242,7 @@ def test_an_unknown_optimizer_does_not_hide_other_errors():
     assert "seed=99999999999999999999: must be a whole number in [0, 4.61169e+18]" in text
 
 
-def test_a_longer_warm_up_than_the_run_is_refused():
+def test_a_warm_up_longer_than_the_run_is_an_error():
     with pytest.raises(ConfigError, match="warmup=50: is longer than the run of 12 steps"):
         load_config(CONFIG, ["--warmup=50"])
     assert RunConfig(steps=10).errors() == ["schedule.warmup=2000: is longer than the run of 10 steps"]

@@ -27,6 +27,7 @@ ALLOWED = {  # a name allows itself and everything in it
 }
 ON_TOP = {  # parts of a room that stand above the others
     "data/prepare/command.py": {"config"},
+    "runtime/evaluation.py": {"data.loader"},
     "runtime/preflight.py": {"config", "data", "model", "optimizers"},
     "runtime/console.py": {"config", "optimizers", "train_gpt"},
 }

@@ -48,7 +48,7 @@ def test_divisors_come_largest_first():
 
 
 @pytest.mark.parametrize("gb", [2, 8, 24, 40, 80, 141, 1000])
-def test_the_estimate_is_the_largest_divisor_that_fits_and_leaves_the_margin(gb):
+def test_the_estimate_is_the_largest_divisor_that_fits_without_the_margin(gb):
     found = estimated_micro_batch(NEED, 480, GPU, (gb * GB, gb * GB))
     fitting = [m for m in range(1, 481) if 480 % m == 0 and 2 + m / 2 <= (1 - MARGIN) * gb]
     assert found == max(fitting, default=1)
@@ -88,7 +88,7 @@ def test_a_cpu_makes_no_attempt():
     assert (choice.size, choice.accumulation, choice.needed) == (8, 60, 48)
 
 
-def test_a_pass_leaves_weights_gradients_and_generator_as_they_were():
+def test_a_pass_does_not_change_weights_gradients_and_generator():
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=60, dropout=0.5))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     tokens = torch.zeros(3, 8, dtype=torch.long)

@@ -114,7 +114,7 @@ def test_sizes_rates_and_times(tmp_path):
     assert all_reduce_seconds(ALONE) is None
 
 
-def test_the_report_trains_nothing_and_leaves_no_folder(arguments, capsys, tmp_path):
+def test_the_preflight_creates_no_folder(arguments, capsys, tmp_path):
     train_gpt.main([*arguments, "--preflight", "--verify", "--tokens_per_s=19.2"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "preflight of run on 1 x cpu"
@@ -128,7 +128,7 @@ def test_the_report_trains_nothing_and_leaves_no_folder(arguments, capsys, tmp_p
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_background_checkpoint_counts_its_copy(arguments, capsys):
+def test_the_copy_of_background_checkpoints_is_reported(arguments, capsys):
     train_gpt.main([*arguments, "--preflight", "--checkpoint.background=true"])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  host"))
     params = GPT(load_config(arguments[0], arguments[1:]).model).num_params()

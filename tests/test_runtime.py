@@ -10,6 +10,7 @@ import torch
 from optimizers import AdamWConfig, build_optimizer
 from runtime import distributed, hardware
 from runtime.clipping import GradientClipper, NonFiniteError
+from runtime.console import aligned
 from runtime.distributed import ALONE, resolve_device, start_world
 from runtime.folder import Comparison, RunFolderError, differences, open_run_folder
 
@@ -125,6 +126,13 @@ def test_the_first_bad_step_is_named_and_no_later_update_is_applied():
     with pytest.raises(NonFiniteError, match="step 3") as caught:
         clipper.check()
     assert caught.value.step == 3
+
+
+def test_columns_are_as_wide_as_their_longest_entry():
+    rows = [("tensor", "shape", "rule", "lr", "decay"), ("a" * 50, "1234567x1234567", "r" * 60, "0.0000001", "0.1")]
+    lines = aligned(rows)
+    assert len({len(line) for line in lines}) == 1
+    assert [lines[0].index(word) for word in ("tensor", "rule")] == [lines[1].index(word) for word in ("aaa", "rrr")]
 
 
 def test_a_new_folder_is_created_and_an_existing_one_is_compared(tmp_path):

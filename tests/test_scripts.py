@@ -60,7 +60,7 @@ def test_each_size_prints_a_command_whose_batch_divides(size):
         assert f"config/gpt2_{size}.py" in words
         config = load_config(ROOT / f"config/gpt2_{size}.py", [w for w in words if re.match("--(data|micro|opt)", w)])
         assert (config.optimizer, config.data.path) == ("mars_m", "data/tokens/openwebtext")
-        assert config.share(gpus) * gpus == 480
+        assert config.per_process(gpus) * gpus == 480
 
 
 def test_torchrun_leaves_a_stopping_run_time_to_save(tmp_path):
