@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,13 +60,14 @@ class Trainer:
         compute.apply_compute(self.model, run.compute, compute.wants_bf16(run.dtype, world.device))
         compiles = compute.wants_compile(run.compile, world.device)
         if compiles:
-            compute.start_compile_workers()
+            compute.start_compile_workers(world.local_size)
         self.optimizer = build_optimizer(self.model, run.optim, world.group, compiles)
         if problem := state_problem(self.optimizer, self.model):
             raise ValueError(f"optimizer={run.optimizer}: checkpoints cannot keep its state ({problem})")
         if run.compute.cast_weights == "step":
             compute.cast_per_step(self.model, self.optimizer)
-        self.lookahead = getattr(self.optimizer, "needs_lookahead", False)  # the exact form of MARS and MARS-M
+        exact = getattr(self.optimizer, "needs_lookahead", False)  # the exact form of MARS and MARS-M
+        self.lookahead: Any = self.optimizer if exact else None
         self.clipper = GradientClipper(self.model, self.optimizer, run.grad_clip)
 
         self.folder = Path(run.log.folder) / run.name
@@ -78,13 +80,13 @@ class Trainer:
         self.logged_step = self.saved_step = self.step
 
         self.autocast = compute.autocast(run.dtype, world.device)
-        self.compiled = torch.compile(self.model, fullgraph=True, dynamic=False) if compiles else self.model
-        self.forward = self.compiled
+        self.compiled: Any = torch.compile(self.model, fullgraph=True, dynamic=False) if compiles else self.model
+        self.forward: Any = self.compiled
         if world.size > 1:
             buckets = compute.bucket_size(self.model, run.compute)
             self.forward = DistributedDataParallel(self.compiled, bucket_cap_mb=buckets, gradient_as_bucket_view=True)
-        self.chosen = self.try_micro_batches(per_process) if run.micro_batch is None else None
-        self.micro_batch = self.chosen.size if self.chosen else largest_divisor(per_process, run.micro_batch)
+        self.chosen = None if run.micro_batch else self.try_micro_batches(per_process)
+        self.micro_batch = self.chosen.size if self.chosen else largest_divisor(per_process, run.micro_batch or 1)
         self.accumulation = per_process // self.micro_batch
         self.validation = ValidationSet(dataset, run.data, micro_batch=self.micro_batch, **sizes)
         add_facts(self.folder, dict(micro_batch=self.micro_batch, accumulation=self.accumulation), world)
@@ -143,7 +145,7 @@ class Trainer:
         if self.lookahead:  # the exact form first needs the next batch's gradient at the present weights
             self.accumulate(self.following_batch, self.step + 1)
             self.clipper.clip(self.step + 1)
-            self.optimizer.update_previous_grad()
+            self.lookahead.update_previous_grad()
             self.optimizer.zero_grad(set_to_none=True)
         return self.accumulate(batch, self.step), self.clipper.clip(self.step)
 
@@ -169,7 +171,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.lookahead:
-            self.optimizer.update_last_grad()
+            self.lookahead.update_last_grad()
         self.step, self.val_loss = self.step + 1, None
 
     # ---- between steps

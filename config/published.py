@@ -6,7 +6,7 @@ Source: AGI-Arena/MARS at 4831e28. Every line is an ordinary setting and can be 
 from dataclasses import replace
 
 from config.schema import RunConfig
-from optimizers import MARSConfig, MARSMConfig, MuonConfig
+from optimizers import MARSConfig, MARSMConfig, MuonConfig, Settings
 
 
 def published(config: RunConfig) -> RunConfig:
@@ -28,7 +28,7 @@ def published(config: RunConfig) -> RunConfig:
     )
 
 
-def published_optimizer(optim: object) -> object:
+def published_optimizer(optim: Settings) -> Settings:
     """The settings of an official optimizer beyond the hyperparameters in the config files."""
     if isinstance(optim, MARSConfig):  # weight decay on norms and biases
         return replace(optim, weight_decay_1d=0.1)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from data.loader import DataConfig
 from model import GPTConfig
-from optimizers import Settings
+from optimizers import MARSMConfig, Settings
 from optimizers.options import errors_of, option, options_of
 from runtime.checkpoint import CheckpointConfig
 from runtime.compute import ComputeConfig
@@ -22,7 +22,7 @@ class RunConfig:
 
     model: GPTConfig = field(default_factory=GPTConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    optim: Settings | None = None  # settings of the selected optimizer; load_config sets them
+    optim: Settings = field(default_factory=MARSMConfig)  # of the selected optimizer; load_config sets them
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -38,7 +38,10 @@ class RunConfig:
     steps: int | None = option(None, "budget in steps", least=1)
     tokens: int | None = option(None, "budget in tokens, instead of steps; the last step is rounded up", least=1)
     micro_batch: int | None = option(
-        None, "largest micro-batch, in sequences; the run uses a divisor. auto: all that fit", least=1, on_resume="free"
+        None,
+        "sequences per pass, at most; the largest divisor of a process's batch is used. auto: the largest that fits",
+        least=1,
+        on_resume="free",
     )
     grad_multiple: int = option(1, "factor on mean gradients; 4 or 12: sum over micro-batches (as published)", least=1)
     grad_clip: float = option(1.0, "largest global gradient norm; 0: no clipping", least=0)
@@ -55,7 +58,7 @@ class RunConfig:
     def errors(self) -> list[str]:
         """Everything wrong with this run, one line each; sections first."""
         sections = {name: getattr(self, name) for name in SECTIONS}
-        out = [f"{name}.{error}" for name, section in sections.items() if section for error in section.errors()]
+        out = [f"{name}.{error}" for name, section in sections.items() for error in section.errors()]
         out += errors_of(self)
         for pair in ALTERNATIVES:
             given = {key: getattr(self, key) for key in pair if getattr(self, key) is not None}
@@ -71,12 +74,11 @@ class RunConfig:
         out = []
         if self.batch_tokens and self.batch_tokens % self.model.block_size:
             out.append(f"batch_tokens={self.batch_tokens}: must be a multiple of block_size={self.model.block_size}")
-        if self.optim is not None:
-            if (self.schedule.min_lr or 0.0) > self.optim.lr:
-                out.append(f"schedule.min_lr={self.schedule.min_lr}: is above optim.lr={self.optim.lr}, the peak")
-            numbers = [key for key, value in self.optim.as_group().items() if isinstance(value, float)]
-            for key in parse_moves(self.schedule.moves).keys() - numbers:
-                out.append(f'schedule.moves: {self.optimizer} has no number "{key}"; it has {", ".join(numbers)}')
+        if (self.schedule.min_lr or 0.0) > self.optim.lr:
+            out.append(f"schedule.min_lr={self.schedule.min_lr}: is above optim.lr={self.optim.lr}, the peak")
+        numbers = [key for key, value in self.optim.as_group().items() if isinstance(value, float)]
+        for key in parse_moves(self.schedule.moves).keys() - numbers:
+            out.append(f'schedule.moves: {self.optimizer} has no number "{key}"; it has {", ".join(numbers)}')
         if not out and self.schedule.warmup > self.total_steps:
             out.append(f"schedule.warmup={self.schedule.warmup}: is longer than the run of {self.total_steps} steps")
         return out
@@ -97,8 +99,7 @@ class RunConfig:
     @property
     def moves(self) -> dict[str, float]:
         """Hyperparameters of the optimizer that move linearly over the run, with their final values."""
-        moving = self.optim.moving() if self.optim is not None else {}
-        return moving | parse_moves(self.schedule.moves)
+        return self.optim.moving() | parse_moves(self.schedule.moves)
 
     def per_process(self, world_size: int) -> int:
         """Sequences per step of one process. Raises ValueError, with advice, if the batch does not divide."""
@@ -122,8 +123,7 @@ def all_keys(config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Every dotted key of a run, with its type and declaration."""
     keys: dict[str, tuple[Any, Any]] = {}
     for name in SECTIONS:
-        if section := getattr(config, name):
-            keys |= {f"{name}.{key}": declared for key, declared in options_of(type(section)).items()}
+        keys |= {f"{name}.{key}": declared for key, declared in options_of(type(getattr(config, name))).items()}
     return keys | options_of(RunConfig)
 
 
@@ -140,5 +140,5 @@ def changeable_keys() -> set[str]:
 
 def default_values(config: RunConfig) -> dict[str, Any]:
     """The declared default of every dotted key of a run."""
-    defaults = RunConfig(optim=type(config.optim)() if config.optim else None)
+    defaults = RunConfig(optim=type(config.optim)())
     return {key: value_of(defaults, key) for key in all_keys(config)}

@@ -9,7 +9,7 @@ cannot disturb it.
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -235,7 +235,7 @@ def to_device(tokens: np.ndarray | Tensor, device: torch.device) -> tuple[Tensor
     return ids[:, :-1], ids[:, 1:]
 
 
-def prefetch(loader: TrainLoader, start: int, pin: bool, depth: int = 2) -> Iterator[Tensor]:
+def prefetch(loader: TrainLoader, start: int, pin: bool, depth: int = 2) -> Generator[Tensor, None, None]:
     """This rank's batches of steps start, start + 1, ... as uint16 tensors, read ahead on a thread.
 
     pin: in page-locked memory, for asynchronous copies to a GPU. Errors of the thread are raised here. Closing the

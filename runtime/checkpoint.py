@@ -105,7 +105,7 @@ class Checkpointer:
         self.finish()
         final = self.folder / f"step_{state['step']:07d}"
         temporary = self.folder / f"tmp-{final.name}"
-        files = {MODEL: model} if self.world.is_main else {}
+        files: dict[str, Mapping[str, Tensor]] = {MODEL: model} if self.world.is_main else {}
         if optimizer:
             files[f"optimizer-{self.world.rank}.safetensors"] = optimizer
         problem = None
@@ -162,9 +162,10 @@ class Checkpointer:
         if problem := self.world.from_main(problem):
             raise CheckpointError(f"checkpoint of step {state['step']} could not be written: {problem}")
 
-    def _copied(self, files: dict[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    def _copied(self, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Mapping[str, Tensor]]:
         """Copies of the present tensors in the memory that is kept for them."""
-        gpu, out = self.world.device.type == "cuda", {}
+        gpu = self.world.device.type == "cuda"
+        out: dict[str, Mapping[str, Tensor]] = {}
         for name, tensors in files.items():
             copies = self.copies.setdefault(name, {})
             for key, t in tensors.items():
@@ -191,8 +192,8 @@ class Checkpointer:
         newest: the step that was just written. Folders of later steps are damaged checkpoints that a resume skipped.
         They do not count and are not deleted.
         """
-        states = {path: _read_state(path) for path in self._folders()}
-        states = {path: s for path, s in states.items() if s and s["step"] <= newest}
+        found = {path: _read_state(path) for path in self._folders()}
+        states = {path: s for path, s in found.items() if s and s["step"] <= newest}
         losses = {path: s["val_loss"] for path, s in states.items() if s.get("val_loss") is not None}
         kept = set(list(states)[: self.config.keep])
         if losses:
@@ -212,7 +213,8 @@ class Checkpointer:
 
         None if there is none at all. Raises CheckpointError if there are some and all are damaged.
         """
-        chosen, folders = None, self._folders() if self.world.is_main else []
+        chosen: Path | None = None
+        folders = self._folders() if self.world.is_main else []
         for folder in folders:
             if (problem := damage(folder)) is None:
                 chosen = folder
@@ -223,7 +225,7 @@ class Checkpointer:
             raise CheckpointError(
                 f"every checkpoint in {self.folder} is damaged; repair one, or start over with --fresh"
             )
-        return Checkpoint(chosen, _read_state(chosen)) if chosen else None
+        return Checkpoint(chosen, _read_state(chosen) or {}) if chosen else None
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -232,7 +234,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if (path / STATE).exists():
         if problem := damage(path):
             raise CheckpointError(f"checkpoint {path} is damaged ({problem}); use another one of this run")
-        return Checkpoint(path, _read_state(path))
+        return Checkpoint(path, _read_state(path) or {})
     found = Checkpointer(path / "checkpoints", CheckpointConfig(), ALONE).latest()
     if found is None:
         raise CheckpointError(f"{path}: neither a checkpoint (no {STATE}) nor a run folder with one")

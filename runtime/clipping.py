@@ -1,5 +1,7 @@
 """Gradient clipping by global norm, and the stop at a gradient that is not finite."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
@@ -25,7 +27,8 @@ class GradientClipper:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, max_norm: float) -> None:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer, self.max_norm = optimizer, max_norm
+        self.optimizer: Any = optimizer
+        self.max_norm = max_norm
         self.optimizer_clips = getattr(optimizer, "_step_supports_amp_scaling", False)
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=self.parameters[0].device)
 

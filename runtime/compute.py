@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -74,10 +75,19 @@ def wants_compile(choice: str, device: torch.device) -> bool:
     return device.type == "cuda" if choice == "auto" else choice == "true"
 
 
-def start_compile_workers() -> None:
-    """Start Inductor's workers so that they ignore the signals that stop a run; see `signals_ignored`."""
+def start_compile_workers(local_size: int) -> None:
+    """Start Inductor's workers so that they ignore the signals that stop a run; see `signals_ignored`.
+
+    local_size: processes of the run on this machine. They divide its cores among their workers, of which Inductor
+    would otherwise start up to 32 each. Raises ValueError if there is no C compiler, which every backend needs.
+    """
+    import torch._inductor.config as inductor
     from torch._inductor.async_compile import AsyncCompile
 
+    if not any(map(shutil.which, (os.environ.get("CC", "gcc"), os.environ.get("CXX", "g++"), "cc", "clang"))):
+        raise ValueError("compilation needs a C compiler, and there is none: install gcc, or give --compile=false")
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        inductor.compile_threads = max(1, min(inductor.compile_threads, (os.cpu_count() or 1) // local_size))
     with signals_ignored():
         AsyncCompile.warm_pool()
 
@@ -100,7 +110,7 @@ def torch_settings(config: ComputeConfig) -> Iterator[None]:
         if backends := attention_backends(config):
             stack.enter_context(sdpa_kernel(backends, set_priority=True))
             tag = f"{torch.compiler.config.cache_key_tag} attention={','.join(b.name for b in backends)}"
-            stack.enter_context(torch.compiler.config.patch(cache_key_tag=tag))
+            stack.enter_context(torch.compiler.config.patch(cache_key_tag=tag))  # type: ignore[attr-defined]
         if config.deterministic:
             _allow_only_deterministic_kernels(stack)
         yield
@@ -137,7 +147,7 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def apply_compute(model: nn.Module, config: ComputeConfig, bf16: bool) -> None:
+def apply_compute(model: Any, config: ComputeConfig, bf16: bool) -> None:
     """Apply the settings that are attributes of a GPT. bf16: whether it computes under bf16 autocast.
 
     Raises ValueError for a setting that needs bf16 in a float32 run.
@@ -177,7 +187,7 @@ def cast_per_step(model: nn.Module, optimizer: Optimizer) -> None:
     The results equal those of autocast, which casts in every forward pass, bit for bit. The token table has no copy,
     because the embedding reads it in float32.
     """
-    layers = [m for m in model.modules() if type(m) is nn.Linear]
+    layers: list[Any] = [m for m in model.modules() if type(m) is nn.Linear]
     for layer in layers:
         layer.__class__, layer.cast = _CastLinear, layer.weight.detach().bfloat16()
 

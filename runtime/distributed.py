@@ -6,18 +6,22 @@ Only this module reads the environment variables of torchrun.
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)  # a collective that takes longer ends the run, so that it does not hang
+CONTROL_TIMEOUT = timedelta(hours=1)  # the same for messages, which wait for the slowest rank to write a checkpoint
 REPEATED = 1.0  # seconds after the first signal from which another one counts as a second request
 
 
@@ -29,6 +33,7 @@ class World:
     size: int
     device: torch.device
     control: dist.ProcessGroup | None = None  # gloo group for Python objects and flags in CPU memory
+    local_size: int = 1  # processes on this machine
 
     @property
     def is_main(self) -> bool:
@@ -45,15 +50,15 @@ class World:
             dist.all_reduce(x)
         return x
 
-    def gather(self, item: object) -> list:
+    def gather(self, item: T) -> list[T]:
         """The small Python objects of all ranks, in rank order. Every rank gets the list."""
         if self.size == 1:
             return [item]
-        out: list = [None] * self.size
+        out: list[Any] = [None] * self.size
         dist.all_gather_object(out, item, group=self.control)
         return out
 
-    def from_main(self, item: object) -> object:
+    def from_main(self, item: T) -> T:
         """The small Python object of rank 0. Every rank gets it."""
         return self.gather(item)[0]
 
@@ -79,8 +84,9 @@ def start_world(device: str) -> Iterator[World]:
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=torch_device if on_gpu else None)
     shut_down = True
     try:
-        control = dist.new_group(backend="gloo", timeout=TIMEOUT)
-        yield World(dist.get_rank(), dist.get_world_size(), torch_device, control)
+        control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        yield World(dist.get_rank(), dist.get_world_size(), torch_device, control, local_size)
     except (Exception, KeyboardInterrupt):
         # NCCL's shutdown waits for all pending collectives. If only this rank has failed, the others never join them,
         # and the shutdown would hang before the error is printed. Ending the process aborts the collectives.
@@ -92,12 +98,18 @@ def start_world(device: str) -> Iterator[World]:
 
 
 def resolve_device(device: str, local_rank: int | None = None) -> torch.device:
-    """The torch device of a device name. With a local rank, the rank selects the GPU.
+    """The torch device of a device name. With a local rank, the rank selects the GPU, unless it sees only one.
 
-    Raises ValueError if the device does not exist.
+    Raises ValueError if the device does not exist, and for "auto" if the machine has a GPU that torch cannot use.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu" and (gpus := _unusable_gpus()):
+            raise ValueError(
+                f'device="auto": nvidia-smi lists "{gpus[0]}", but torch {torch.__version__} cannot use it. Usually '
+                f"the driver is too old for CUDA {torch.version.cuda}: update it, or install an older build of torch; "
+                "--device=cpu trains without the GPU"
+            )
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ValueError(f'device="{device}": must be "auto", "cpu", "cuda" or "cuda:N"')
     resolved = torch.device(device)
@@ -105,12 +117,25 @@ def resolve_device(device: str, local_rank: int | None = None) -> torch.device:
         return resolved
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = local_rank if local_rank is not None else resolved.index or 0
+    if local_rank is not None and count == 1:  # some schedulers show each process a GPU of its own, as number 0
+        index = 0
     if index >= count:
         raise ValueError(
             f'device="{device}": GPU {index} was asked for, but torch {torch.__version__} sees {count}; '
             "use --device=cpu, or fewer processes per machine"
         )
     return torch.device("cuda", index)
+
+
+def _unusable_gpus() -> list[str]:
+    """The GPUs that the driver lists for a CUDA build of torch that sees none; empty if the user has hidden them."""
+    if torch.version.cuda is None or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles"):
+        return []
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
 
 
 class Exchange:

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 
 def sha256_of(path: Path) -> str:
     """The sha256 of a file, in hex."""
@@ -22,7 +20,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_durably(path: Path, *parts: bytes | np.ndarray) -> str:
+def write_durably(path: Path, *parts: Any) -> str:
     """Write a file under a temporary name, flush it to the disk and rename it. Returns its sha256.
 
     So the file is complete or absent. If writing fails, the temporary file is deleted.

@@ -108,7 +108,7 @@ def differences(before: dict, now: dict, comparison: Comparison) -> dict[str, tu
 
 def _flat(nested: dict, prefix: str = "") -> dict:
     """Nested dicts as one dict with dotted keys."""
-    out = {}
+    out: dict[str, Any] = {}
     for key, value in nested.items():
         out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return out

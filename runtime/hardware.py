@@ -11,9 +11,14 @@ from pathlib import Path
 
 import torch
 
-# Dense bf16 peak in TFLOP/s without sparsity, from the vendors' data sheets. The first key that occurs in the device's
-# name counts, so "H100 PCIe" comes before "H100".
+# Peak in TFLOP/s of bf16 products that are summed in float32, without sparsity. The first key that occurs in the
+# device's name counts, so "H100 PCIe" comes before "H100". Sources: NVIDIA's and AMD's data sheets of each product,
+# whose figures with sparsity are halved; for consumer cards NVIDIA's Ampere, Ada and Blackwell whitepapers.
 PEAK_TFLOPS = {
+    "GB300": 2500.0,
+    "GB200": 2500.0,
+    "B300": 2250.0,
+    "B200": 2250.0,
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
     "H100": 989.0,
@@ -21,23 +26,32 @@ PEAK_TFLOPS = {
     "H200": 989.0,
     "H800": 989.0,
     "GH200": 989.0,
-    "B200": 2250.0,
+    "H20": 148.0,
     "A100": 312.0,
     "A800": 312.0,
-    "L40S": 362.0,
-    "L4": 121.0,
+    "A30": 165.0,
+    "A40": 149.7,
     "A10G": 70.0,
+    "A10": 125.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "RTX 6000 Ada": 364.2,
+    "RTX A6000": 154.8,
+    "RTX 5090": 209.5,
     "RTX 4090": 165.2,
     "RTX 3090": 71.0,
+    "MI325X": 1307.4,
+    "MI300X": 1307.4,
 }
 PACKAGES = ("torch", "numpy", "safetensors", "transformers", "datasets", "tiktoken", "wandb", "lm_eval")
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of a device in FLOP/s; None if the table does not have it."""
-    if device.type != "cuda":
+    """Dense bf16 peak of a device in FLOP/s; None for a CPU, an unknown GPU, or a slice of a GPU (MIG)."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    if "MIG" in name:
         return None
-    name = torch.cuda.get_device_name(device)
     return next((1e12 * tflops for key, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name)), None)
 
 

@@ -103,12 +103,13 @@ class Wandb:
         path = folder / WANDB_ID
         if not path.exists():
             path.write_text(uuid.uuid4().hex[:12])
-        settings = dict(project=config.project, name=name, id=path.read_text(), resume="allow", config=run)
+        settings: dict[str, Any] = dict(project=config.project, name=name, id=path.read_text(), config=run)
+        settings |= dict(dir=str(folder), resume="allow")
         try:
-            self.run = wandb.init(mode=config.wandb, dir=str(folder), **settings)
+            self.run = wandb.init(**settings | dict(mode=config.wandb))
         except Exception as error:
             print(f"wandb ({config.wandb}) did not start: {error}")
-            self.run = wandb.init(mode="offline", dir=str(folder), **settings)
+            self.run = wandb.init(**settings | dict(mode="offline"))
 
     def record(self, numbers: dict) -> None:
         self.run.log(numbers, step=numbers["step"])

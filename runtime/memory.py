@@ -100,8 +100,8 @@ def measured_micro_batch(
             if not is_out_of_memory(error):
                 raise
             peak = None
-        peaks = world.gather(peak)
-        if None not in peaks:
+        peaks = [p for p in world.gather(peak) if p is not None]
+        if len(peaks) == world.size:
             torch.cuda.empty_cache()  # gives the margin back to communication and cuBLAS
             return MicroBatch(m, per_process // m, max(peaks), total, tuple(failed))
         failed.append(m)

@@ -10,6 +10,7 @@ import torch
 from optimizers import AdamWConfig, build_optimizer
 from runtime import distributed, hardware
 from runtime.clipping import GradientClipper, NonFiniteError
+from runtime.compute import start_compile_workers
 from runtime.console import aligned
 from runtime.distributed import ALONE, resolve_device, start_world
 from runtime.folder import Comparison, RunFolderError, differences, open_run_folder
@@ -24,8 +25,13 @@ from runtime.folder import Comparison, RunFolderError, differences, open_run_fol
         ("NVIDIA H100 PCIe", 756),
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA L4", 121),
-        ("NVIDIA L40", None),
-        ("NVIDIA GB200", None),
+        ("NVIDIA L40", 181),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA A10", 125),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2),
+        ("NVIDIA GeForce RTX 5090", 209.5),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
         ("Somebody's GPU", None),
     ],
 )
@@ -57,6 +63,36 @@ def test_devices_that_do_not_exist_are_errors(monkeypatch):
     for name in ("tpu", "mps", "gpu:0"):
         with pytest.raises(ValueError, match=f'device="{name}": must be "auto"'):
             resolve_device(name)
+
+
+def test_a_process_that_sees_one_gpu_uses_it_whatever_its_local_rank(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert resolve_device("cuda", local_rank=3) == torch.device("cuda", 0)
+
+
+def test_a_gpu_that_torch_cannot_use_is_an_error_and_not_a_run_on_the_cpu(monkeypatch, tmp_path):
+    script = tmp_path / "nvidia-smi"
+    script.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-1)'\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)  # a CPU build
+    assert resolve_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(ValueError, match="nvidia-smi lists .*A100.* the driver is too old for CUDA 13.0"):
+        resolve_device("auto")
+    assert resolve_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+    assert resolve_device("auto") == torch.device("cpu")
+
+
+def test_compilation_without_a_c_compiler_is_refused_in_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="needs a C compiler, and there is none: install gcc"):
+        start_compile_workers(1)
 
 
 def test_one_process_needs_no_process_group(monkeypatch):
