@@ -417,7 +417,7 @@ def test_one_large_file_gives_both_splits(tmp_path, content):
         (["--root", "/nowhere"], "--root /nowhere: no such folder"),
         (["--root", "{tmp}"], 'no file under .* matches "\\*\\*/\\*.txt"'),
         (["--root", "{tmp}", "--glob", "*.md"], "no document fell into the"),
-        (["--root", "{tmp}", "--val-fraction", "2"], "--val-fraction 2.0: must be between 0 and 1"),
+        (["--root", "{tmp}", "--val-fraction", "2"], "--val_fraction 2.0: must be between 0 and 1"),
     ],
 )
 def test_preparation_faults_are_one_line(tmp_path, arguments, message):

@@ -18,12 +18,11 @@ from fake_hub import COMMIT, FakeHub
 
 from data import shards
 from data.loader import DataConfig, TrainLoader
-from data.prepare import build, place
+from data.prepare import build, output
 from data.prepare import command as prepare
 from data.prepare.hub import answers, hub_problem
 from data.prepare.sources import LocalFolder
 from data.prepare.split import NanoGPT
-from data.prepare.workers import undisturbed
 from data.shards import HEADER_BYTES, open_dataset, shard_problems, write_shard
 from data.tokenizer import ByteTokenizer, pieces
 
@@ -264,7 +263,7 @@ def test_kills_change_nothing_and_leave_no_process(corpus, whole, tmp_path, caps
     for shard, signals in ((3, [signal.SIGKILL]), (9, twice)):
         process = subprocess.Popen([sys.executable, "-m", "data.prepare", *arguments], cwd=ROOT, env=environment())
         deadline = time.monotonic() + 60
-        while not (build.aside(out) / f"train_{shard:06d}.bin").exists() and process.poll() is None:
+        while not (output.temporary(out) / f"train_{shard:06d}.bin").exists() and process.poll() is None:
             assert time.monotonic() < deadline
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         workers = children.read_text().split() if children.exists() else []
@@ -276,16 +275,6 @@ def test_kills_change_nothing_and_leave_no_process(corpus, whole, tmp_path, caps
             time.sleep(0.05)
     prepare.main(arguments)
     assert contents(out) == contents(whole)
-
-
-def test_a_ctrl_c_is_heeded_behind_what_it_must_not_disturb():
-    done = []
-    with pytest.raises(KeyboardInterrupt), undisturbed():
-        os.kill(os.getpid(), signal.SIGINT)
-        done.append("all")
-    assert done
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_continued_preparation_does_not_read_from_the_start(corpus, whole, tmp_path, monkeypatch):
@@ -300,7 +289,7 @@ def test_a_continued_preparation_does_not_read_from_the_start(corpus, whole, tmp
 
     monkeypatch.setattr(build, "write_shard", dying)
     stops(command("openwebtext", corpus, out))
-    position = json.loads((build.aside(out) / "progress.json").read_text())["position"]
+    position = json.loads((output.temporary(out) / "progress.json").read_text())["position"]
     assert position > [0, 3]
     seen = []
     chunks = LocalFolder.chunks
@@ -315,12 +304,12 @@ def test_other_settings_do_not_continue_a_preparation(corpus, tmp_path, monkeypa
     stops(command("openwebtext", corpus, tmp_path / "owt"))
     monkeypatch.undo()
     message = stops(command("openwebtext", corpus, tmp_path / "owt", "--shard-tokens", "20000"))
-    assert "owt.tmp was begun with other settings (shard_tokens); repeat them or give --fresh" in message
+    assert "owt.tmp was started with other settings (shard_tokens); repeat them or give --fresh" in message
     prepare.main(command("openwebtext", corpus, tmp_path / "owt", "--shard-tokens", "20000", "--fresh"))
     assert "exists with other settings (shard_tokens)" in stops(command("openwebtext", corpus, tmp_path / "owt"))
 
 
-@pytest.mark.parametrize("moment", ["settle", "discard", "rename"])
+@pytest.mark.parametrize("moment", ["publish", "discard", "rename"])
 def test_a_crash_while_an_old_folder_is_replaced(corpus, whole, tmp_path, monkeypatch, moment, capsys):
     """With --fresh; without it the same command then continues, though an old folder may still be there."""
     out = tmp_path / "owt"
@@ -329,16 +318,16 @@ def test_a_crash_while_an_old_folder_is_replaced(corpus, whole, tmp_path, monkey
     def dying(*arguments):
         raise KeyboardInterrupt
 
-    where = {"settle": build, "discard": place, "rename": Path}[moment]
+    where = {"publish": output, "discard": output, "rename": Path}[moment]
     monkeypatch.setattr(where, moment, dying)
     if moment == "discard":
-        monkeypatch.setattr(place, "discard", lambda folder: (next(folder.glob("*.bin")).unlink(), dying()))
+        monkeypatch.setattr(output, "discard", lambda folder: (next(folder.glob("*.bin")).unlink(), dying()))
     message = stops(command("openwebtext", corpus, out, "--fresh"))
     assert message == "data.prepare: interrupted; the same command, without --fresh, continues"
     monkeypatch.undo()
     prepare.main(command("openwebtext", corpus, out))
     assert contents(out) == contents(whole)
-    assert not build.aside(out).exists()
+    assert not output.temporary(out).exists()
     capsys.readouterr()
     prepare.main(command("openwebtext", corpus, out))
     assert "already prepared" in capsys.readouterr().out
@@ -348,7 +337,7 @@ def test_a_crash_while_an_old_folder_is_replaced(corpus, whole, tmp_path, monkey
 
 
 def test_a_folder_that_is_not_a_preparations_is_never_replaced(corpus, tmp_path):
-    """The source itself, the user's own folders at either place, a dataset with notes in it, one indexed in place."""
+    """The source itself, the user's own folders at either place, a dataset with notes in it, one indexed in output."""
     shutil.copytree(corpus, tmp_path / "source")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
@@ -375,22 +364,21 @@ def test_places_that_cannot_be_a_dataset(corpus, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     message = stops(command("openwebtext", corpus, Path(name), "--fresh"))
     assert re.search("give the name of a folder to be made|not a file of a preparation", message), message
-    assert "give the name of a folder to be made" in stops(["pretokenized", "--repo", "a/", "--pattern", "*"])
 
 
 def test_a_fresh_start_does_not_take_a_running_preparations_folder(corpus, tmp_path):
-    folder = build.aside(tmp_path / "owt")
+    folder = output.temporary(tmp_path / "owt")
     folder.mkdir()
-    with place.locked(folder):
+    with output.locked(folder):
         message = stops(command("openwebtext", corpus, tmp_path / "owt", "--fresh"))
         assert "another preparation is writing there" in message
         assert folder.exists()
 
 
 def test_two_preparations_of_one_folder(corpus, tmp_path):
-    folder = build.aside(tmp_path / "owt")
+    folder = output.temporary(tmp_path / "owt")
     folder.mkdir()
-    with place.locked(folder):
+    with output.locked(folder):
         message = stops(command("openwebtext", corpus, tmp_path / "owt"))
     assert "another preparation is writing there" in message
 
@@ -540,7 +528,7 @@ def test_the_hub_gives_the_same_shards_and_the_commit_is_kept(hub, whole, tmp_pa
     original = build.write_shard
     monkeypatch.setattr(build, "write_shard", lambda *a: stop_at(original, 8, *a))
     stops(hub_command(out))
-    assert json.loads((build.aside(out) / "progress.json").read_text())["source"]["revision"] == COMMIT
+    assert json.loads((output.temporary(out) / "progress.json").read_text())["source"]["revision"] == COMMIT
     monkeypatch.setattr(build, "write_shard", original)
     prepare.main(hub_command(out))
     source = json.loads((out / "manifest.json").read_text())["source"]
@@ -554,13 +542,13 @@ def test_the_hub_is_streamed_past_the_disk(hub, tmp_path, monkeypatch):
     """Only shards and records lie in the folder, the libraries' cache stays empty."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    there, take = set(), build.Preparation.take
+    there, take = set(), build.Preparation.add
 
     def look(self, chunk, result):
         there.update(p.name for p in (tmp_path / "out.tmp").rglob("*"))
         take(self, chunk, result)
 
-    monkeypatch.setattr(build.Preparation, "take", look)
+    monkeypatch.setattr(build.Preparation, "add", look)
     cached = set(Path(HF_HUB_CACHE).rglob("*"))
     prepare.main(hub_command(tmp_path / "out"))
     assert set(Path(HF_HUB_CACHE).rglob("*")) == cached
@@ -593,11 +581,15 @@ def stop_at(write, number, path, *more):
 @pytest.mark.parametrize(
     "repo, more, message",
     [
-        ("moved/data", [], "moved/data: no such dataset .* give its new name with --repo"),
+        ("moved/data", [], "moved/data does not exist .* give its new name with --repo"),
         ("gated/data", [], "gated/data is gated: accept its terms there, then log in"),
-        ("some/data", ["--revision", "nope"], "some/data: no revision nope; give a commit or branch"),
+        ("some/data", ["--revision", "nope"], "some/data has no revision nope; give a commit or branch"),
         ("some/data", ["--pattern", "*.csv"], 'no file matches "\\*.csv"; name the files with --pattern'),
-        ("some/data", ["--column", "body"], 'some/data: data/.* no column "body"; it has url, text: name one'),
+        (
+            "some/data",
+            ["--column", "body"],
+            'some/data: data/.* needs one text column "body"; it has url .*; choose one',
+        ),
     ],
 )
 def test_what_the_hub_refuses_is_one_line(hub, tmp_path, repo, more, message):
@@ -631,7 +623,7 @@ def test_a_hub_that_does_not_answer_is_not_asked_again(hub, monkeypatch):
 def test_ready_made_shards_are_fetched_checked_and_indexed(hub, tmp_path, capsys):
     arguments = ["pretokenized", "--repo", "some/data", "--pattern", "fineweb_*.bin", "--out", str(tmp_path / "ready")]
     hub.wrong_sha = True
-    assert "came damaged (its sha256 is another)" in stops(arguments)
+    assert "is damaged (its sha256 is wrong)" in stops(arguments)
     hub.wrong_sha = False
     prepare.main([*arguments, "--shards", "1", "--fresh"])
     assert sorted(contents(tmp_path / "ready")) == [
@@ -655,7 +647,7 @@ def test_shards_that_are_there_are_indexed_in_place(tmp_path, capsys):
     assert "has a manifest.json; check it with" in stops(["pretokenized", "--source", str(tmp_path)])
     (tmp_path / "manifest.json").unlink()
     write_shard(tmp_path / "x_train_2.bin", np.array([60_000], dtype=np.uint16), None)
-    assert "holds token 60000; GPT-2 has 50257 ids" in stops(["pretokenized", "--source", str(tmp_path)])
+    assert "holds token 60000, which GPT-2 with 50257 ids lacks" in stops(["pretokenized", "--source", str(tmp_path)])
     assert "name one of fineweb_10B" in stops(["pretokenized", "nothing"])
     assert "--shards 0: must be from 1 to" in stops(["pretokenized", "fineweb_10B", "--shards", "0"])
     assert "--repo and --pattern go together" in stops(["pretokenized", "--repo", "some/data"])
@@ -668,13 +660,15 @@ def test_a_parquet_without_text(tmp_path):
     (tmp_path / "source").mkdir()
     pq.write_table(pa.table({"body": ["a"], "id": [1]}), tmp_path / "source" / "a.parquet")
     message = stops(command("openwebtext", tmp_path / "source", tmp_path / "out"))
-    assert 'a.parquet: no column "text"; it has body, id: name one with --column' in message
+    assert (
+        'needs one text column "text"; it has body (string), id (int64); choose one with --column' in message
+    )
     message = stops(command("openwebtext", tmp_path / "source", tmp_path / "out", "--column", "id"))
-    assert 'column "id" is int64, not text' in message
+    assert 'needs one text column "id"; it has body (string), id (int64)' in message
     twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     pq.write_table(twice, tmp_path / "source" / "a.parquet")
     message = stops(command("openwebtext", tmp_path / "source", tmp_path / "out"))
-    assert 'a.parquet: 2 columns "text"; it has text, text: name one with --column' in message
+    assert 'a.parquet: needs one text column "text"; it has text (string), text (string)' in message
     (tmp_path / "source" / "a.parquet").write_bytes(b"PAR1 nothing")
     assert "not a readable parquet file" in stops(command("openwebtext", tmp_path / "source", tmp_path / "out"))
 
@@ -701,7 +695,7 @@ def test_bytes_that_are_no_text_are_skipped_named_and_counted(tmp_path, capsys):
     "content, message",
     [
         (b'{"text": "a"}\n{"text"', "a.jsonl: line 2: not JSON"),
-        (b'{"body": "a"}', 'line 1: no string "text" in it (it has: body); name another with --column'),
+        (b'{"body": "a"}', 'line 1: no string "text" in it (it has: body); choose one with --column'),
         (b"\n", "the source holds no document that can be read"),
     ],
 )
@@ -715,7 +709,9 @@ def test_a_compressed_file_that_was_cut_off(tmp_path):
     write_jsonl(tmp_path / "source" / "a.jsonl.gz", texts())
     path = tmp_path / "source" / "a.jsonl.gz"
     os.truncate(path, path.stat().st_size // 2)
-    assert "a.jsonl.gz: damaged or cut off" in stops(command("openwebtext", tmp_path / "source", tmp_path / "out"))
+    assert "a.jsonl.gz: cannot be read (Truncated" in stops(
+        command("openwebtext", tmp_path / "source", tmp_path / "out")
+    )
 
 
 def test_sources_that_are_not_there(tmp_path):
@@ -724,8 +720,8 @@ def test_sources_that_are_not_there(tmp_path):
     assert "--workers 0: must be from 1 to 4096" in stops(command("openwebtext", tmp_path, tmp_path, "--workers", "0"))
     (tmp_path / "a.txt").write_text("short")
     message = stops(command("fineweb_edu", tmp_path, tmp_path / "out"))
-    assert "no document fell into the train split; give more text or a smaller --shard-tokens" in message
-    assert not build.aside(tmp_path / "out").exists()
+    assert "no document fell into the train split; give more text or a smaller --shard_tokens" in message
+    assert not output.temporary(tmp_path / "out").exists()
 
 
 def test_a_foreign_file_and_a_damaged_shard_in_an_unfinished_folder(corpus, tmp_path, monkeypatch):
@@ -733,10 +729,10 @@ def test_a_foreign_file_and_a_damaged_shard_in_an_unfinished_folder(corpus, tmp_
     monkeypatch.setattr(build.Preparation, "finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     stops(command("openwebtext", corpus, out))
     for name in ("other.bin", "notes.tmp"):
-        (build.aside(out) / name).write_bytes(b"1")
+        (output.temporary(out) / name).write_bytes(b"1")
         assert f"{name}: not a file of a preparation; move it away" in stops(command("openwebtext", corpus, out))
-        (build.aside(out) / name).unlink()
-    os.truncate(build.aside(out) / "train_000001.bin", 3000)
+        (output.temporary(out) / name).unlink()
+    os.truncate(output.temporary(out) / "train_000001.bin", 3000)
     message = stops(command("openwebtext", corpus, out))
     assert "train_000001.bin: 3000 bytes where its header promises 21024" in message
 

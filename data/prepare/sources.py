@@ -1,29 +1,21 @@
-"""Where documents come from: parquet, JSON lines and text files, cut into chunks that a worker decodes.
+"""Where documents come from. A source cuts its documents into chunks, which workers decode and tokenize.
 
-A chunk knows the position behind it, so that a preparation can continue there, and yields its documents
-in the order of the source.
+Each chunk knows the position at which the next one starts, so that a preparation can continue there.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tqdm.contrib.concurrent import thread_map
 
-from data.prepare.formats import (
-    first_line,
-    grouped,
-    line_blocks,
-    opened,
-    parquet_rows,
-    parquet_values,
-)
+from data.prepare.formats import grouped, line_groups, open_parquet, opened, parquet_values, readable
 from data.shards import DataError
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst")
@@ -31,37 +23,41 @@ SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", 
 
 @dataclass(frozen=True)
 class Undecodable:
-    """A document that cannot be read as text, and where it stands."""
+    """A document that cannot be read as text, and its place in the source."""
 
     where: str
 
 
+Documents = Iterator[str | Undecodable]
+
+
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive documents: texts, or what a subclass needs to read them."""
+    """Consecutive documents: the items as they are, or what `decode` makes of them in a worker."""
 
-    after: tuple[int, ...]  # position behind this chunk
-    fraction: float | None  # of the source that lies before that position, if known
-    names: tuple[str, ...] | None = None  # of its documents, where the split depends on them
-    items: tuple = ()
+    after: tuple[int, ...]  # position at which the next chunk starts
+    fraction: float  # of the source that lies before that position
+    items: Sequence[Any]
+    decode: Callable[[Sequence[Any]], Documents] = iter
+    names: tuple[str, ...] | None = None  # of the documents, where the split depends on them
 
     @property
-    def held(self) -> int:
-        """About the bytes of the documents that are in the chunk itself."""
+    def size(self) -> int:
+        """About the bytes that the chunk holds."""
         return sum(len(item) for item in self.items if isinstance(item, str | bytes))
 
-    def texts(self) -> Iterator[str | Undecodable]:
-        yield from self.items
+    def texts(self) -> Documents:
+        return self.decode(self.items)
 
 
 class Source(Protocol):
-    """What the pipeline asks of a source."""
+    """What the pipeline needs of a source."""
 
     def chunks(self, position: tuple[int, ...]) -> Iterator[Chunk]: ...
 
 
 class Named:
-    """Documents (name, text, share read so far) from a generator that gives the same ones in the same order."""
+    """Documents (name, text, fraction read so far) from a generator that always gives the same ones."""
 
     def __init__(self, documents: Iterable[tuple[str, str | Undecodable, float]]) -> None:
         self.documents = documents
@@ -71,8 +67,8 @@ class Named:
         count = position[0] if position else 0
         for group in grouped(islice(self.documents, count, None), lambda d: len(d[1]) if isinstance(d[1], str) else 0):
             count += len(group)
-            names, texts, done = zip(*group, strict=True)
-            yield Chunk((count,), done[-1], names, texts)
+            names, texts, fractions = zip(*group, strict=True)
+            yield Chunk((count,), fractions[-1], texts, names=names)
 
 
 @dataclass(frozen=True)
@@ -81,28 +77,21 @@ class SourceFile:
 
     name: str
     size: int  # bytes
-    sha256: str | None = None  # where the hub states it
+    sha256: str | None = None  # if the hub states it
 
 
 class Folder(Protocol):
-    """Files in an order, here or on the hub."""
+    """Files in a fixed order, on this machine or on the hub."""
 
     files: list[SourceFile]
 
     def documents(self, file: SourceFile, column: str) -> int: ...
 
-    def chunks(self, file: SourceFile, column: str, start: int) -> "Iterator[Chunk]": ...
-
-
-def parquet_chunks(name: str, rows: int, values: Iterator[bytes | None], start: int) -> Iterator[Chunk]:
-    """Chunks of the texts of a parquet file's rows from number `start` on."""
-    for group in grouped(values, lambda value: len(value or b"")):
-        first, start = start, start + len(group)
-        yield TextChunk((start,), start / rows, None, (name, first, *group))
+    def chunks(self, file: SourceFile, column: str, start: int) -> Iterator[Chunk]: ...
 
 
 class LocalFolder:
-    """Files the user has, in the order of their names."""
+    """The corpus files in a folder, in the order of their names."""
 
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
@@ -114,45 +103,43 @@ class LocalFolder:
             raise DataError(f"--source {root}: holds no {', '.join(SUFFIXES)} file")
 
     def documents(self, file: SourceFile, column: str) -> int:
-        """Documents in a file: from a parquet footer, or by counting lines."""
+        """Number of documents in a file: rows of parquet, lines of JSON, or one for a text file."""
         path = self.root / file.name
         if path.suffix == ".parquet":
-            return parquet_rows(path, column)
-        if ".jsonl" in path.suffixes:
-            return sum(len(lines) for _, _, lines in line_blocks(path, 0))
-        return 1
+            return open_parquet(path, column, str(path)).metadata.num_rows
+        return sum(len(lines) for lines, _ in line_groups(path, 0)) if ".jsonl" in path.suffixes else 1
 
     def chunks(self, file: SourceFile, column: str, start: int) -> Iterator[Chunk]:
-        """Chunks of a file from row or line `start` on; DataError if it cannot be read."""
+        """Chunks of a file from row or line `start` on. Raises DataError if it cannot be read."""
         path = self.root / file.name
         if path.suffix == ".parquet":
-            rows = parquet_rows(path, column)
-            try:
-                yield from parquet_chunks(str(path), rows, parquet_values(path, column, start), start)
-            except (OSError, ValueError) as error:
-                raise DataError(f"{path}: cannot be read ({first_line(error)}); fetch it again") from None
+            parquet = open_parquet(path, column, str(path))
+            with readable(path):
+                yield from parquet_chunks(parquet, column, str(path), start)
         elif ".jsonl" in path.suffixes:
-            for end, done, lines in line_blocks(path, start):
-                yield JsonChunk((end,), done, None, (str(path), column, end - len(lines), *lines))
+            for lines, fraction in line_groups(path, start):
+                decode = partial(decode_lines, path, column, start)
+                start += len(lines)
+                yield Chunk((start,), fraction, lines, decode)
         elif start == 0:
-            yield TextFileChunk((1,), 1.0, None, (str(path),))
+            yield Chunk((1,), 1.0, [path], decode_files)
 
     def digest(self) -> str:
-        """A name for this state of the folder: sha256 over names and sizes."""
+        """A hash of the names and sizes of the files."""
         return hashlib.sha256(repr([(f.name, f.size) for f in self.files]).encode()).hexdigest()[:16]
 
 
 class Files:
-    """The documents of a folder of files, one file after the other; a text file is one document."""
+    """The documents of a folder, one file after the other. A text file is one document."""
 
     def __init__(self, folder: Folder, column: str = "text") -> None:
         self.folder, self.column = folder, column
 
     def documents(self) -> int:
-        """Documents in all files."""
+        """Number of documents in all files."""
         count = partial(self.folder.documents, column=self.column)
-        look = dict(desc="counting documents", unit=" files", disable=None)
-        return sum(thread_map(count, self.folder.files, max_workers=8, **look))
+        bar = dict(desc="counting documents", unit=" files", disable=None)
+        return sum(thread_map(count, self.folder.files, max_workers=8, **bar))
 
     def chunks(self, position: tuple[int, ...]) -> Iterator[Chunk]:
         """Chunks from position (file, row or line) on. Raises DataError for a file that cannot be read."""
@@ -162,51 +149,53 @@ class Files:
         for number, file in enumerate(files[first:], first):
             with closing(self.folder.chunks(file, self.column, start)) as chunks:
                 for chunk in chunks:
-                    done = (before + chunk.fraction * file.size) / total
-                    yield replace(chunk, after=(number, *chunk.after), fraction=done)
+                    fraction = (before + chunk.fraction * file.size) / total
+                    yield replace(chunk, after=(number, *chunk.after), fraction=fraction)
             start, before = 0, before + file.size
 
 
-class TextChunk(Chunk):
-    """Rows of a text column, whose numbers in the file count from 0."""
+def parquet_chunks(file: Any, column: str, name: str, start: int) -> Iterator[Chunk]:
+    """Chunks of the rows of a pyarrow ParquetFile from number `start` on."""
+    for values in grouped(parquet_values(file, column, start), lambda value: len(value or b"")):
+        decode = partial(decode_rows, name, start)
+        start += len(values)
+        yield Chunk((start,), start / file.metadata.num_rows, values, decode)
 
-    def texts(self) -> Iterator[str | Undecodable]:
-        name, first, *values = self.items
-        for row, value in enumerate(values, first):
+
+def decode_rows(name: str, first: int, values: Sequence[bytes | None]) -> Documents:
+    """The documents of parquet rows. Row numbers start at 0."""
+    for row, value in enumerate(values, first):
+        where = f"{name}: row {row}"
+        yield Undecodable(f"{where}: no text") if value is None else decode_utf8(value, where)
+
+
+def decode_lines(path: Path, column: str, first: int, lines: Sequence[bytes]) -> Documents:
+    """The documents of JSON lines. Line numbers start at 1 and leave out blank lines."""
+    for number, line in enumerate(lines, first + 1):
+        where = f"{path}: line {number}"
+        text = decode_utf8(line, where)
+        if isinstance(text, str):
             try:
-                yield Undecodable(f"{name}: row {row}: no text") if value is None else value.decode("utf-8")
-            except UnicodeDecodeError as error:
-                yield Undecodable(f"{name}: row {row}: not UTF-8 (byte {error.start})")
-
-
-class JsonChunk(Chunk):
-    """Lines of a JSON lines file; line numbers count lines that are not blank, from 1."""
-
-    def texts(self) -> Iterator[str | Undecodable]:
-        path, column, first, *lines = self.items
-        for number, line in enumerate(lines, first + 1):
-            where = f"{path}: line {number}"
-            try:
-                record = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                yield Undecodable(f"{where}: not UTF-8 (byte {error.start})")
-                continue
+                record = json.loads(text)
             except ValueError as error:
                 raise DataError(f"{where}: not JSON ({error})") from None
-            if not isinstance(record, dict) or not isinstance(record.get(column), str):
-                there = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                raise DataError(f'{where}: no string "{column}" in it (it has: {there}); name another with --column')
-            yield record[column]
+            record = record if isinstance(record, dict) else {}
+            text = record.get(column)
+            if not isinstance(text, str):
+                keys = ", ".join(record)
+                raise DataError(f'{where}: no string "{column}" in it (it has: {keys}); choose one with --column')
+        yield text
 
 
-class TextFileChunk(Chunk):
-    """A text file as one document."""
+def decode_files(paths: Sequence[Path]) -> Documents:
+    """Text files, each as one document."""
+    for path in paths:
+        with opened(path) as (content, _):
+            yield decode_utf8(content.read(), str(path))
 
-    def texts(self) -> Iterator[str | Undecodable]:
-        path = Path(self.items[0])
-        with opened(path) as (f, _):
-            content = f.read()
-        try:
-            yield content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            yield Undecodable(f"{path}: not UTF-8 (byte {error.start})")
+
+def decode_utf8(content: bytes, where: str) -> str | Undecodable:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return Undecodable(f"{where}: not UTF-8 (byte {error.start})")
