@@ -70,10 +70,12 @@ class Preparation:
 
     @property
     def shards(self) -> int:
+        """Number of finished shards."""
         return sum(len(w.entries) for w in self.writers)
 
     @property
     def tokens(self) -> int:
+        """Number of tokens so far, in shards and in buffers."""
         return sum(w.count + sum(e.tokens for e in w.entries) for w in self.writers)
 
     def add(self, chunk: Chunk, result: Encoded) -> None:

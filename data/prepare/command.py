@@ -17,10 +17,12 @@ import errno
 import os
 from pathlib import Path
 
-from data.prepare.corpora import CORPORA, JOBS, PRETOKENIZED
+from data.prepare import pretokenized
+from data.prepare.build import build
+from data.prepare.corpora import CORPORA, JOBS, PRETOKENIZED, pretokenized_settings
 from data.prepare.output import unfinished
-from data.prepare.pretokenized import index_in_place
 from data.prepare.verify import describe, info, verify
+from data.prepare.workers import Recipe
 from data.shards import DataError, open_dataset
 from runtime.command import Parser, count, join_values, one_line, parse_number
 
@@ -89,6 +91,9 @@ def main(argv: list[str] | None = None) -> None:
             print(info(args.folder, args.budget))
             if args.config:
                 print(coverage(args.folder, args.config, rest))
+        elif args.command == "pretokenized" and args.source:
+            pretokenized.index_in_place(args.source)
+            print(f"indexed {describe(args.source)}")
         else:
             try:
                 prepare(args)
@@ -101,19 +106,25 @@ def main(argv: list[str] | None = None) -> None:
 def prepare(args: argparse.Namespace) -> None:
     """Make or continue a dataset, unless it is complete already."""
     check(args)
-    if args.command == "pretokenized" and args.source:
-        index_in_place(args.source)
-        print(f"indexed {describe(args.source)}")
-        return
-    job = JOBS[args.command](args)
-    out = args.out or Path("data/tokens") / job.name
+    if args.command == "pretokenized":
+        name, settings = pretokenized_settings(args)
+    else:
+        job = JOBS[args.command](args)
+        name, settings = job.name, job.settings | {"tokenizer": args.tokenizer, "shard_tokens": args.shard_tokens}
+    out = args.out or Path("data/tokens", name)
     out = out.resolve() if out.name in ("", "..") or out.is_symlink() else out
     if not out.name or out.is_mount():
         raise DataError(f"--out {out}: give the name of a folder to be made")
-    pinned = unfinished(out, job.settings, args.fresh)
-    if pinned is not None:
-        job.make(out, pinned)
-        print(f"prepared {describe(out)}")
+    pinned = unfinished(out, settings, args.fresh)
+    if pinned is None:
+        return
+    if args.command == "pretokenized":
+        pretokenized.fetch(out, settings, pinned)
+    else:
+        source, split, facts = job.open(pinned)
+        recipe = Recipe(args.tokenizer, args.ranks, settings["eot"], split, args.shard_tokens, args.workers)
+        build(out, source, settings | facts, recipe)
+    print(f"prepared {describe(out)}")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -143,7 +154,3 @@ def coverage(folder: Path, config: str, overrides: list[str]) -> str:
         f"  {'epochs':15} {train.epochs(run.total_steps):.2f} with {run.size}: {budget}\n"
         f"  {'validation':15} {val.count:,} of {len(val.windows):,} windows of {run.model.block_size:,} tokens"
     )
-
-
-if __name__ == "__main__":
-    main()

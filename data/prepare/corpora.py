@@ -1,21 +1,18 @@
 """What each command prepares: the source, which documents are for validation, and where end-of-text goes.
 
-The settings of a job follow from the command line. The source adds what only it knows: its commit and its number of
-documents. An interrupted preparation gets these back as `pinned`, so that it continues with the same source.
+The settings of a job follow from the command line. Its source adds facts: its commit and its number of documents. A
+continued preparation gets the recorded ones back as `pinned`, so that it reads the same source.
 """
 
 import argparse
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from data.prepare import pretokenized, pydocs, text
-from data.prepare.build import build
+from data.prepare import pydocs, text
 from data.prepare.hub import HubFolder
 from data.prepare.sources import Files, Folder, LocalFolder, Named, Source
 from data.prepare.split import ByName, FirstShard, NanoGPT, Split
-from data.prepare.workers import Recipe
 from data.shards import DataError
 
 
@@ -33,18 +30,18 @@ class Corpus:
 
 CORPORA = {
     "openwebtext": Corpus(  # 8,013,769 documents
-        "Skylion007/openwebtext",
-        "79d93d786212f7344586290adb811d4ae6a1762c",
-        "*train-*.parquet",
-        NanoGPT,
-        "after",
+        repo="Skylion007/openwebtext",
+        commit="79d93d786212f7344586290adb811d4ae6a1762c",
+        pattern="*train-*.parquet",
+        split=NanoGPT,
+        eot="after",
     ),
-    "fineweb_edu": Corpus(  # 10BT: 9,672,101 documents
-        "HuggingFaceFW/fineweb-edu",
-        "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
-        "sample/{sample}/*.parquet",
-        FirstShard,
-        "before",
+    "fineweb_edu": Corpus(  # 9,672,101 documents in 10BT
+        repo="HuggingFaceFW/fineweb-edu",
+        commit="87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
+        pattern="sample/{sample}/*.parquet",
+        split=FirstShard,
+        eot="before",
         samples=("10BT", "100BT"),
     ),
 }
@@ -60,31 +57,17 @@ PRETOKENIZED = {
 
 @dataclass(frozen=True)
 class Job:
-    """A preparation: the name of its folder, its settings, and make(out, pinned), which does it or continues it."""
+    """A preparation: the name of its folder, its settings, and open(pinned), which gives source, split and facts."""
 
     name: str
     settings: dict
-    make: Callable[[Path, dict], None]
-
-
-def _build_job(
-    args: argparse.Namespace, name: str, settings: dict, open_source: Callable[[dict], tuple[Source, Split, dict]]
-) -> Job:
-    """open_source(pinned): the source, the split, and facts that are added to the settings."""
-    settings = settings | {"tokenizer": args.tokenizer, "shard_tokens": args.shard_tokens}
-
-    def make(out: Path, pinned: dict) -> None:
-        source, split, facts = open_source(pinned)
-        recipe = Recipe(args.tokenizer, args.ranks, settings["eot"], split, args.shard_tokens, args.workers)
-        build(out, source, settings | facts, recipe)
-
-    return Job(name, settings, make)
+    open: Callable[[dict], tuple[Source, Split, dict]]
 
 
 def pydocs_job(args: argparse.Namespace) -> Job:
     """Prose of the installed packages."""
     settings = pydocs.source() | {"val_fraction": args.val_fraction, "eot": "after"}
-    return _build_job(args, "pydocs", settings, lambda _: (Named(pydocs.documents()), ByName(args.val_fraction), {}))
+    return Job("pydocs", settings, lambda pinned: (Named(pydocs.documents()), ByName(args.val_fraction), {}))
 
 
 def text_job(args: argparse.Namespace) -> Job:
@@ -96,7 +79,7 @@ def text_job(args: argparse.Namespace) -> Job:
     settings = {"name": "text", "root": str(root), "glob": args.glob, "val_fraction": args.val_fraction}
     settings |= {"files": len(files), "files_sha256": digest, "eot": "after"}
     documents = text.documents(args.root, files)
-    return _build_job(args, root.name, settings, lambda _: (Named(documents), ByName(args.val_fraction), {}))
+    return Job(root.name, settings, lambda pinned: (Named(documents), ByName(args.val_fraction), {}))
 
 
 def corpus_job(args: argparse.Namespace) -> Job:
@@ -111,20 +94,24 @@ def corpus_job(args: argparse.Namespace) -> Job:
     else:
         settings |= {"repo": args.repo, "pattern": pattern, "asked_revision": revision}
 
-    def open_source(pinned: dict) -> tuple[Source, Split, dict]:
+    def start(pinned: dict) -> tuple[Source, Split, dict]:
         folder: Folder = local or HubFolder(args.repo, pattern, pinned.get("revision", revision))
         files = Files(folder, args.column)
         facts = {"revision": folder.revision} if isinstance(folder, HubFolder) else {}
-        if corpus.split is NanoGPT:
-            facts["documents"] = pinned.get("documents") or files.documents()
-        return files, corpus.split(facts.get("documents", 0)), facts
+        if corpus.split is FirstShard:
+            return files, FirstShard(), facts
+        facts["documents"] = pinned.get("documents") or files.documents()
+        return files, NanoGPT(facts["documents"]), facts
 
     name = f"{args.command}_{args.sample[:-1]}" if args.sample else args.command
-    return _build_job(args, name, settings, open_source)
+    return Job(name, settings, start)
 
 
-def pretokenized_job(args: argparse.Namespace) -> Job:
-    """Token shards from the hub."""
+JOBS = {"pydocs": pydocs_job, "text": text_job, **dict.fromkeys(CORPORA, corpus_job)}
+
+
+def pretokenized_settings(args: argparse.Namespace) -> tuple[str, dict]:
+    """Name and settings of token shards from the hub."""
     if bool(args.repo) != bool(args.pattern):
         raise DataError("--repo and --pattern go together, for example --pattern 'fineweb_*.bin'")
     if not args.repo and args.which not in PRETOKENIZED:
@@ -132,8 +119,4 @@ def pretokenized_job(args: argparse.Namespace) -> Job:
     name = args.repo.rpartition("/")[2] if args.repo else args.which
     repo, pattern = (args.repo, args.pattern) if args.repo else PRETOKENIZED[args.which]
     settings = {"name": "pretokenized", "repo": repo, "pattern": pattern}
-    settings |= {"asked_revision": args.revision or "main", "shards": args.shards}
-    return Job(name, settings, lambda out, pinned: pretokenized.fetch(out, settings, pinned))
-
-
-JOBS = {"pydocs": pydocs_job, "text": text_job, "pretokenized": pretokenized_job, **dict.fromkeys(CORPORA, corpus_job)}
+    return name, settings | {"asked_revision": args.revision or "main", "shards": args.shards}

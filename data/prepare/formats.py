@@ -3,9 +3,10 @@
 import importlib
 import io
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, BinaryIO, TypeVar
 
 from data.shards import DataError
@@ -14,9 +15,19 @@ CHUNK_BYTES = 1 << 20  # a chunk takes about 0.1 s to tokenize, far longer than 
 CHUNK_DOCUMENTS = 512
 BATCH_ROWS = 256  # parquet rows decoded at a time
 BUFFER_BYTES = 1 << 20
-COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a corpus, on this machine or on the hub."""
+
+    name: str  # within its folder
+    size: int  # bytes
+    title: str  # names it in messages
+    open: Callable[[], AbstractContextManager[BinaryIO]]
+    sha256: str | None = None  # if the hub states it
 
 
 def first_line(error: Exception) -> str:
@@ -33,23 +44,17 @@ def library(module: str) -> Any:
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turn errors in reading a file into DataError."""
+def opened(file: SourceFile) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """The content of a file, decompressed according to its suffix, and the file itself; DataError if it is damaged."""
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(PurePath(file.name).suffix)
     try:
-        yield
+        with file.open() as raw:
+            stream = library("pyarrow").CompressedInputStream(raw, compression) if compression else None
+            yield io.BufferedReader(stream, BUFFER_BYTES) if stream else raw, raw
+    except DataError:
+        raise
     except (OSError, ValueError) as error:  # pyarrow raises either for a damaged file
-        raise DataError(f"{path}: cannot be read ({first_line(error)}); fetch it again") from None
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The content of a file, decompressed according to its suffix, and the file itself."""
-    with open(path, "rb") as file, readable(path):
-        content: BinaryIO = file
-        if path.suffix in COMPRESSION:
-            stream = library("pyarrow").CompressedInputStream(file, COMPRESSION[path.suffix])
-            content = io.BufferedReader(stream, BUFFER_BYTES)
-        yield content, file
+        raise DataError(f"{file.title}: cannot be read ({first_line(error)}); fetch it again") from None
 
 
 def grouped(documents: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
@@ -65,34 +70,31 @@ def grouped(documents: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T
         yield group
 
 
-def line_groups(path: Path, start: int) -> Iterator[tuple[list[bytes], float]]:
+def line_groups(file: SourceFile, start: int) -> Iterator[tuple[list[bytes], float]]:
     """Groups of the lines that are not blank, from number `start` on, each with the fraction of the file read."""
-    size = max(1, path.stat().st_size)
-    with opened(path) as (content, file):
+    with opened(file) as (content, raw):
         for group in grouped(islice((line for line in content if line.strip()), start, None), len):
-            yield group, min(1.0, file.tell() / size)
+            yield group, min(1.0, raw.tell() / file.size)
 
 
-def open_parquet(source: Path | BinaryIO, column: str, name: str) -> Any:
-    """A parquet file as a pyarrow ParquetFile; DataError, with the name, if it lacks such a text column."""
-    parquet = library("pyarrow.parquet")
-    try:
-        file = parquet.ParquetFile(source, buffer_size=BUFFER_BYTES)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{name}: not a readable parquet file ({first_line(error)}); fetch it again") from None
-    types = [str(field.type) for field in file.schema_arrow if field.name == column]
-    if len(types) != 1 or types[0] not in ("string", "large_string", "string_view"):
-        found = ", ".join(f"{field.name} ({field.type})" for field in file.schema_arrow)
-        raise DataError(f'{name}: needs one text column "{column}"; it has {found}; choose one with --column')
-    return file
+@contextmanager
+def opened_parquet(file: SourceFile, column: str) -> Iterator[Any]:
+    """A pyarrow ParquetFile; DataError if it is damaged or has no such text column."""
+    with opened(file) as (content, _):
+        parquet = library("pyarrow.parquet").ParquetFile(content, buffer_size=BUFFER_BYTES)
+        types = [str(field.type) for field in parquet.schema_arrow if field.name == column]
+        if len(types) != 1 or types[0] not in ("string", "large_string", "string_view"):
+            found = ", ".join(f"{field.name} ({field.type})" for field in parquet.schema_arrow)
+            raise DataError(f'{file.title}: needs one text column "{column}"; it has {found}; choose one with --column')
+        yield parquet
 
 
-def parquet_values(file: Any, column: str, start: int) -> Iterator[bytes | None]:
+def parquet_values(parquet: Any, column: str, start: int) -> Iterator[bytes | None]:
     """The texts of a column from row `start` on, not yet decoded. Memory stays small for any size of row group."""
-    groups = list(range(file.num_row_groups))
-    while groups and start >= file.metadata.row_group(groups[0]).num_rows:
-        start -= file.metadata.row_group(groups.pop(0)).num_rows
-    for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=[column], use_threads=False):
+    groups = list(range(parquet.num_row_groups))
+    while groups and start >= parquet.metadata.row_group(groups[0]).num_rows:
+        start -= parquet.metadata.row_group(groups.pop(0)).num_rows
+    for batch in parquet.iter_batches(BATCH_ROWS, row_groups=groups, columns=[column], use_threads=False):
         skipped = min(start, len(batch))
         start -= skipped
         yield from batch.column(0).cast("large_binary").to_pylist()[skipped:]

@@ -1,7 +1,7 @@
 """Files of a Hugging Face dataset repository at one commit.
 
-Only names and bytes are read: nothing from the repository is ever executed. Of a parquet file, the row groups are
-fetched as they are needed, so that only token shards are written to the disk.
+Only names and bytes are read: nothing from the repository is ever executed. Files of text are fetched block by block
+as they are read, so that only token shards are written to the disk.
 """
 
 import errno
@@ -10,11 +10,11 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from data.prepare.formats import first_line, library, open_parquet
-from data.prepare.sources import Chunk, SourceFile, parquet_chunks
+from data.prepare.formats import SourceFile, first_line, library
 from data.shards import DataError
 
 BLOCK_BYTES = 1 << 25  # fetched at a time
@@ -26,7 +26,7 @@ REFUSALS = {  # by the class of huggingface_hub's error
 
 
 def hub_library() -> Any:
-    """huggingface_hub, without its two log lines for each of many attempts."""
+    """huggingface_hub, without its log lines about each of many attempts."""
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     library("huggingface_hub.errors")
     return library("huggingface_hub")
@@ -79,7 +79,7 @@ def answers(repo: str, revision: str, file: str = "") -> Iterator[None]:
 
 
 def _is_network_error(error: Exception) -> bool:
-    """Whether an exception comes from the hub's client or from the HTTP libraries that it uses."""
+    """Whether an exception comes from the hub's client or its HTTP libraries."""
     if isinstance(error, OSError):
         return error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EACCES)
     return type(error).__module__.startswith(("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "fsspec"))
@@ -91,12 +91,15 @@ class HubFolder:
     def __init__(self, repo: str, pattern: str, revision: str) -> None:
         """revision: branch, tag or commit; `self.revision` is the commit that it means now."""
         api = hub_library().HfApi(endpoint=endpoint())
-        self.repo = repo
         with answers(repo, revision):
             self.revision = api.dataset_info(repo, revision=revision).sha
             tree = list(api.list_repo_tree(repo, repo_type="dataset", revision=self.revision, recursive=True))
         found = {e.path: e for e in tree if hasattr(e, "size") and fnmatch.fnmatch(e.path, pattern)}
-        self.files = [SourceFile(n, e.size, e.lfs.sha256 if e.lfs else None) for n, e in sorted(found.items())]
+        self.repo, self.files = repo, []
+        for name, entry in sorted(found.items()):
+            opener = partial(streamed, repo, self.revision, name)
+            sha256 = entry.lfs.sha256 if entry.lfs else None
+            self.files.append(SourceFile(name, entry.size, f"{repo}: {name}", opener, sha256))
         if not self.files:
             raise DataError(f'{repo} at {self.revision}: no file matches "{pattern}"; name the files with --pattern')
 
@@ -106,20 +109,10 @@ class HubFolder:
         with answers(self.repo, self.revision, file.name):
             return Path(hub_library().hf_hub_download(self.repo, file.name, **where))
 
-    @contextmanager
-    def _parquet(self, file: SourceFile, column: str) -> Iterator[Any]:
-        """A pyarrow ParquetFile that reads from the hub."""
-        address = f"datasets/{self.repo}@{self.revision}/{file.name}"
-        files = hub_library().HfFileSystem(endpoint=endpoint(), block_size=BLOCK_BYTES)
-        with answers(self.repo, self.revision, file.name), files.open(address) as f:
-            yield open_parquet(f, column, f"{self.repo}: {file.name}")
 
-    def documents(self, file: SourceFile, column: str) -> int:
-        """Rows of a parquet file."""
-        with self._parquet(file, column) as parquet:
-            return parquet.metadata.num_rows
-
-    def chunks(self, file: SourceFile, column: str, start: int) -> Iterator[Chunk]:
-        """Chunks of a parquet file from row `start` on. Raises DataError if the hub stops answering."""
-        with self._parquet(file, column) as parquet:
-            yield from parquet_chunks(parquet, column, f"{self.repo}: {file.name}", start)
+@contextmanager
+def streamed(repo: str, revision: str, name: str) -> Iterator[BinaryIO]:
+    """A file of a repository, read from the hub in blocks. Raises DataError if the hub does not answer."""
+    files = hub_library().HfFileSystem(endpoint=endpoint(), block_size=BLOCK_BYTES)
+    with answers(repo, revision, name), files.open(f"datasets/{repo}@{revision}/{name}") as f:
+        yield f

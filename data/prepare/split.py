@@ -17,9 +17,8 @@ class Split(Protocol):
     streams: tuple[tuple[str, str], ...]
     hint: str  # what to change if a split stays empty
 
-    def streams_of(self, first: int, names: tuple[str, ...] | None, count: int) -> np.ndarray:
-        """Stream numbers (count,) of the documents from number `first` on, which may have names."""
-        ...
+    # stream numbers (count,) of the documents from number `first` on
+    def streams_of(self, first: int, names: tuple[str, ...] | None, count: int) -> np.ndarray: ...
 
 
 class ByName:
@@ -66,9 +65,6 @@ class FirstShard:
     streams = (("val", "train"),)
     hint = "give more text or a smaller --shard_tokens"
     settings: ClassVar[dict] = {"split": "first shard"}
-
-    def __init__(self, documents: int = 0) -> None:
-        """documents: not needed; the argument makes the rules for corpora alike."""
 
     def streams_of(self, first: int, names: tuple[str, ...] | None, count: int) -> np.ndarray:
         return np.zeros(count, dtype=np.int64)

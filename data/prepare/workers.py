@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import lru_cache
 from multiprocessing import connection, get_context, parent_process
 
 import numpy as np
@@ -15,9 +16,7 @@ import numpy as np
 from data.prepare.sources import Chunk, Undecodable
 from data.prepare.split import Split
 from data.shards import DataError
-from data.tokenizer import Encoder, get_tokenizer, pieces
-
-AHEAD = 1 << 28  # bytes of documents that may wait for the workers
+from data.tokenizer import get_tokenizer, pieces
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,12 @@ class Encoded:
     unreadable: list[str]
 
 
-def encode(chunk: Chunk, tokenizer: Encoder, eot: str) -> Encoded:
+load_tokenizer = lru_cache(get_tokenizer)
+
+
+def encode(chunk: Chunk, name: str, ranks: str | None, eot: str) -> Encoded:
     """Tokenize a chunk. A document that cannot be read gets no token, and its place is returned."""
+    tokenizer = load_tokenizer(name, ranks)
     end = np.array([tokenizer.eot], dtype=np.uint16)
     parts, lengths, sizes, unreadable = [np.empty(0, dtype=np.uint16)], [], [], []
     for text in chunk.texts():
@@ -63,15 +66,10 @@ def encode(chunk: Chunk, tokenizer: Encoder, eot: str) -> Encoded:
     return Encoded(np.concatenate(parts), np.array(lengths), np.array(sizes), unreadable)
 
 
-_worker_state: tuple[Encoder, str]
-
-
-def _start_worker(tokenizer: str, ranks: str | None, eot: str) -> None:
-    """Load the tokenizer once, leave Ctrl-C to the parent, and end when the parent ends."""
-    global _worker_state
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    _worker_state = get_tokenizer(tokenizer, ranks), eot
 
 
 def _die_with_parent() -> None:
@@ -79,32 +77,25 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_in_worker(chunk: Chunk) -> Encoded:
-    return encode(chunk, *_worker_state)
-
-
 def encoded(chunks: Iterator[Chunk], recipe: Recipe) -> Iterator[tuple[Chunk, Encoded]]:
-    """Every chunk with its tokens, in order. At most two chunks per worker, and AHEAD bytes, are read ahead."""
-    arguments = (recipe.tokenizer, recipe.ranks, recipe.eot)
+    """Every chunk with its tokens, in order. At most two chunks per worker are read ahead."""
+    how = (recipe.tokenizer, recipe.ranks, recipe.eot)
     if recipe.workers == 1:
-        tokenizer = get_tokenizer(recipe.tokenizer, recipe.ranks)
-        yield from ((chunk, encode(chunk, tokenizer, recipe.eot)) for chunk in chunks)
+        yield from ((chunk, encode(chunk, *how)) for chunk in chunks)
         return
-    pool = ProcessPoolExecutor(recipe.workers, get_context("spawn"), _start_worker, arguments)
+    pool = ProcessPoolExecutor(recipe.workers, get_context("spawn"), _start_worker)
     waiting: deque[tuple[Chunk, Future]] = deque()
     try:
         for chunk in chunks:
-            waiting.append((chunk, pool.submit(_encode_in_worker, chunk)))
-            while len(waiting) > 2 * recipe.workers or sum(c.size for c, _ in waiting) > AHEAD:
+            waiting.append((chunk, pool.submit(encode, chunk, *how)))
+            if len(waiting) > 2 * recipe.workers:
                 first, result = waiting.popleft()
                 yield first, result.result()
         for first, result in waiting:
             yield first, result.result()
     except BrokenProcessPool:
-        raise DataError(
-            f"one of {recipe.workers} workers died, probably because memory is short; the same command "
-            "continues, and may be given fewer --workers"
-        ) from None
+        problem = f"one of {recipe.workers} workers died, probably because memory is short"
+        raise DataError(f"{problem}; the same command continues, and may be given fewer --workers") from None
     finally:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C here would leave workers behind
         pool.shutdown(wait=True, cancel_futures=True)
