@@ -19,7 +19,7 @@ from runtime.logger import read_metrics
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A dataset, and HellaSwag rows where --data of eval.run finds them."""
-    root = tmp_path_factory.mktemp("choices")
+    root = tmp_path_factory.mktemp("hellaswag")
     byte_dataset(root / "tokens")
     (root / "hellaswag").mkdir()
     (root / "hellaswag" / "validation.jsonl").write_text("".join(json.dumps(r) + "\n" for r in hellaswag(30)))
@@ -38,8 +38,8 @@ def scored(folder):
 
 def test_training_logs_what_the_harness_gives_for_its_checkpoint(place, tmp_path, capsys):
     pytest.importorskip("lm_eval")
-    choices = [f"--data.hellaswag={place / 'hellaswag' / 'validation.jsonl'}", "--data.hellaswag_every=4"]
-    train_gpt.main(arguments(place, tmp_path, *choices))
+    options = [f"--data.hellaswag={place / 'hellaswag' / 'validation.jsonl'}", "--data.hellaswag_every=4"]
+    train_gpt.main(arguments(place, tmp_path, *options))
     assert "30 HellaSwag items" in capsys.readouterr().out
     found = scored(tmp_path)
     assert list(found) == [4, 6]  # every fourth evaluation and the last
@@ -52,8 +52,8 @@ def test_training_logs_what_the_harness_gives_for_its_checkpoint(place, tmp_path
 
 def test_it_is_off_by_default_and_changes_nothing_else(place, tmp_path):
     train_gpt.main(arguments(place, tmp_path / "off"))
-    choices = [f"--data.hellaswag={place / 'hellaswag' / 'validation.jsonl'}", "--data.hellaswag_every=1"]
-    train_gpt.main(arguments(place, tmp_path / "on", *choices))
+    options = [f"--data.hellaswag={place / 'hellaswag' / 'validation.jsonl'}", "--data.hellaswag_every=1"]
+    train_gpt.main(arguments(place, tmp_path / "on", *options))
     assert scored(tmp_path / "off") == {}
     assert len(scored(tmp_path / "on")) == 6
     losses = [
@@ -64,10 +64,10 @@ def test_it_is_off_by_default_and_changes_nothing_else(place, tmp_path):
 
 
 def test_two_processes_score_what_one_scores(place, tmp_path):
-    choices = [f"--data.hellaswag={place / 'hellaswag' / 'validation.jsonl'}", "--data.hellaswag_items=7", "--steps=1"]
-    choices += ["--schedule.warmup=0", "--dropout=0"]
-    train_gpt.main(arguments(place, tmp_path / "one", *choices))
-    finish(launch(arguments(place, tmp_path / "two", *choices), processes=2))
+    options = [f"--data.hellaswag={place / 'hellaswag' / 'validation.jsonl'}", "--data.hellaswag_items=7", "--steps=1"]
+    options += ["--schedule.warmup=0", "--dropout=0"]
+    train_gpt.main(arguments(place, tmp_path / "one", *options))
+    finish(launch(arguments(place, tmp_path / "two", *options), processes=2))
     assert scored(tmp_path / "one") == scored(tmp_path / "two") != {}
 
 
@@ -87,7 +87,7 @@ def test_the_ending_likeliest_per_character_counts(place):
     assert 0 < right < 30
 
 
-def test_marks_in_brackets_are_taken_out():
+def test_marks_in_brackets_are_removed():
     assert plain(" Bake [title] Mix [substeps] it. [step] Stir.") == "Bake. Mix it. Stir."
 
 
@@ -101,7 +101,7 @@ def test_the_same_items_are_drawn_in_the_same_mixed_order(place):
     assert [bytes(i.context).decode().split(":")[0] for i in every] != in_file
 
 
-def test_no_item_is_begun_after_the_time_is_over(place, monkeypatch):
+def test_no_item_is_started_after_the_time_limit(place, monkeypatch):
     items = read_items(str(place / "hellaswag" / "validation.jsonl"), 30, ByteTokenizer())
     clock = iter(range(100))
     monkeypatch.setattr(hellaswag_module.time, "monotonic", lambda: next(clock))
@@ -114,9 +114,9 @@ def test_no_item_is_begun_after_the_time_is_over(place, monkeypatch):
     [
         (None, "cannot be read"),
         ("", "holds no rows"),
-        ('{"query": "x"}\n', "line 1 is no HellaSwag row .KeyError"),
-        (json.dumps(hellaswag(1)[0] | {"label": "7"}) + "\n", "line 1 is no HellaSwag row .IndexError"),
-        ("not json\n", "line 1 is no HellaSwag row .JSONDecodeError"),
+        ('{"query": "x"}\n', "line 1 is not a HellaSwag row .KeyError"),
+        (json.dumps(hellaswag(1)[0] | {"label": "7"}) + "\n", "line 1 is not a HellaSwag row .IndexError"),
+        ("not json\n", "line 1 is not a HellaSwag row .JSONDecodeError"),
     ],
 )
 def test_a_file_of_something_else_is_one_clear_line(tmp_path, content, message):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data.prepare.verify import describe
-from data.shards import MANIFEST, SPLITS, DataError, manifest_entries, read_manifest
+from data.shards import MANIFEST, SPLITS, DataError, entries, read_manifest
 from runtime.files import locked as file_locked
 
 PROGRESS, LOCK, FETCHED = "progress.json", "lock", "fetched"
@@ -49,10 +49,11 @@ def refuse_foreign_files(folder: Path) -> None:
     state = progress(folder)
     known = {FETCHED, *state.get("files", [])} if state else set()
     if (folder / MANIFEST).exists():
-        source = recorded_source(folder) or {}
+        manifest = read_manifest(folder / MANIFEST)
+        source = manifest.get("source", {})
         if source.get("name") == "pretokenized" and "root" in source:
             raise DataError(f"{folder} holds shards that were indexed in place, not made here; give another --out")
-        known |= {e["file"] for e in manifest_entries(folder)}
+        known |= {e["file"] for e in entries(manifest)}
     for path in sorted(folder.iterdir()):
         if path.name in known or RECORDS.fullmatch(path.name) or (state and SHARDS.fullmatch(path.name)):
             continue

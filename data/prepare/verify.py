@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from data.shards import MANIFEST, SPLITS, DataError, manifest_entries, open_dataset, read_manifest, shard_problems
+from data.shards import SPLITS, DataError, entries, open_dataset, required_manifest, shard_problems
 
 
 def verify(folder: Path) -> str:
@@ -11,14 +11,14 @@ def verify(folder: Path) -> str:
     problems = shard_problems(folder)
     if problems:
         raise DataError("\n".join([f"{folder}: {len(problems)} problem{'s' * (len(problems) > 1)}", *problems]))
-    entries = manifest_entries(folder)
-    tokens = sum(e["tokens"] for e in entries)
-    return f"{folder}: {len(entries)} shards, {tokens:,} tokens: headers, counts, sha256 agree"
+    listed = entries(required_manifest(folder))
+    tokens = sum(e["tokens"] for e in listed)
+    return f"{folder}: {len(listed)} shards, {tokens:,} tokens: headers, counts, sha256 agree"
 
 
 def describe(folder: Path) -> str:
     """One line about a prepared folder."""
-    tokenizer = read_manifest(folder / MANIFEST)["tokenizer"]
+    tokenizer = required_manifest(folder)["tokenizer"]
     dataset = open_dataset(folder, tokenizer["vocab_size"])
     counts = ", ".join(f"{split} {dataset.tokens(split):,} tokens" for split in SPLITS)
     return f"{folder}: {counts}, tokenizer {tokenizer['name']} ({tokenizer['vocab_size']} ids)"
@@ -26,17 +26,16 @@ def describe(folder: Path) -> str:
 
 def info(folder: Path, budget: float | None) -> str:
     """What a folder holds, one fact per line; budget: training tokens, to state the epochs that they make."""
-    manifest_entries(folder)  # refuses a folder without a manifest
-    manifest = read_manifest(folder / MANIFEST)
+    manifest = required_manifest(folder)
     dataset = open_dataset(folder, manifest["tokenizer"]["vocab_size"])
     lines = [describe(folder)]
     lines += [f"  {key:15} {value}" for key, value in manifest.get("source", {}).items()]
     for split in SPLITS:
-        entries = manifest["splits"][split]
-        counts = [e.get("documents") for e in entries]
+        listed = entries(manifest, split)
+        counts = [e.get("documents") for e in listed]
         documents = "unknown" if None in counts else f"{sum(counts):,}"
         density = dataset.bytes_per_token(split)
-        line = f"  {split:15} {dataset.tokens(split):,} tokens, {documents} documents, {len(entries)} shards"
+        line = f"  {split:15} {dataset.tokens(split):,} tokens, {documents} documents, {len(listed)} shards"
         lines.append(line + (f", {density:.3f} bytes/token" if density else ""))
     if budget is not None:
         if not 0 < budget < math.inf:
