@@ -1,4 +1,7 @@
-"""The output folder. A dataset is made in FOLDER.tmp and renamed when it is complete; only own files are deleted."""
+"""The output folder. A dataset is made in FOLDER.tmp, which is renamed when it is complete.
+
+Only files that a preparation made are ever deleted.
+"""
 
 import json
 import re
@@ -25,14 +28,7 @@ def temporary(out: Path) -> Path:
 def progress(folder: Path) -> dict | None:
     """What an unfinished preparation recorded: "source", and "files" if it fetches shards; None without a record."""
     path = folder / PROGRESS
-    if not path.exists():
-        return None
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        state["source"]
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{path} is damaged; delete {folder}") from None
-    return state
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def recorded_source(folder: Path) -> dict | None:
@@ -82,7 +78,7 @@ def unfinished(out: Path, settings: dict, fresh: bool) -> dict | None:
             print(f"continuing {folder}")
             return before
         with published(out):
-            pass  # complete except for its name
+            pass  # it is complete and needs only its name
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return {}
     before = recorded_source(out)
@@ -105,7 +101,7 @@ def discard(folder: Path) -> None:
     refuse_foreign_files(folder)
     if folder.exists():
         shutil.rmtree(folder / FETCHED, ignore_errors=True)
-        # the records go last: they tell that the other files are ours, should this be interrupted
+        # The records go last. If this is interrupted, they still show that the other files are ours.
         for path in sorted(folder.iterdir(), key=lambda p: p.name in (MANIFEST, PROGRESS)):
             path.unlink()
         folder.rmdir()
