@@ -1,6 +1,6 @@
 """A small fixed set of HellaSwag items, scored during training by the rules of lm-eval.
 
-A model's answer to an item is the ending with the highest log-likelihood per character (acc_norm).
+The model answers an item with the ending that has the highest log-likelihood per character (acc_norm).
 """
 
 import json
@@ -24,7 +24,7 @@ from runtime.distributed import World
 
 @dataclass(frozen=True)
 class Item:
-    """A context and its endings as token ids, the endings' lengths in characters, and the right one's number."""
+    """A context and its endings as token ids, the lengths of the endings in characters, and the right ending."""
 
     context: list[int]
     endings: list[list[int]]
@@ -33,16 +33,16 @@ class Item:
 
 
 def plain(text: str) -> str:
-    """HellaSwag's text without the bracketed marks of its WikiHow part."""
+    """HellaSwag's text without the marks in brackets that its WikiHow part has."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
 def read_items(path: str, count: int, tokenizer: Tokenizer) -> list[Item]:
-    """At most `count` items of a file of HellaSwag rows, one JSON object a line.
+    """At most `count` items of a file of HellaSwag rows, one JSON object per line.
 
-    The items are drawn in random order, which is always the same, so the first few represent the whole file.
-    Raises DataError, naming the file and the line, for a line that is not such a row.
+    The items come in a fixed random order, so that the first few represent the whole file.
+    Raises DataError, which names the file and the line, for a line that is not such a row.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -57,9 +57,9 @@ def read_items(path: str, count: int, tokenizer: Tokenizer) -> list[Item]:
             endings[right]
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise DataError(f"data.hellaswag={path}: line {number + 1} is no HellaSwag row ({reason})") from None
+            raise DataError(f"data.hellaswag={path}: line {number + 1} is not a HellaSwag row ({reason})") from None
         context = tokenizer.encode(query)
-        whole = [tokenizer.encode(f"{query} {e}") for e in endings]  # tokens may join across the border: cut after
+        whole = [tokenizer.encode(f"{query} {e}") for e in endings]  # first encode, then cut: lm-eval does it so
         items.append(Item(context, [w[len(context) :] for w in whole], [len(e) for e in endings], right))
     if not items:
         raise DataError(f"data.hellaswag={path}: holds no rows")
@@ -67,19 +67,19 @@ def read_items(path: str, count: int, tokenizer: Tokenizer) -> list[Item]:
 
 
 class HellaSwag:
-    """Items that every rank holds and that all ranks score together."""
+    """Items that all ranks score together. Every rank holds all of them."""
 
     def __init__(self, items: list[Item], seconds: float = math.inf) -> None:
         self.items, self.seconds = items, seconds
 
     @classmethod
     def of_run(cls, config: DataConfig, dataset: Dataset) -> "HellaSwag":
-        """The items a run scores, in its dataset's tokens. Raises DataError for a file without such rows."""
+        """The items that a run scores, in the tokens of its dataset. Raises DataError for a file of other content."""
         tokenizer = get_tokenizer(dataset.manifest.get("tokenizer", {}).get("name", "gpt2"))
         return cls(read_items(config.hellaswag, config.hellaswag_items, tokenizer), config.hellaswag_seconds)
 
     def score(self, model: nn.Module, world: World, autocast: AbstractContextManager) -> dict[str, float | int]:
-        """Metrics of a model, each item scored on one rank. Called by every rank."""
+        """Metrics of a model. Every rank calls this; each item is scored on one rank."""
         model.eval()
         with autocast:
             sums = count_right(model, self.items[world.rank :: world.size], world.device, self.seconds)
@@ -90,24 +90,21 @@ class HellaSwag:
 
 @torch.no_grad()
 def count_right(model: nn.Module, items: Iterable[Item], device: torch.device, seconds: float = math.inf) -> Tensor:
-    """Right answers and scored items, (2,) float64; no item is started after `seconds`.
+    """Number of right answers and of scored items, (2,) float64. No item is started after `seconds`.
 
-    The model has hidden, logits and config.block_size, as GPT has.
+    The model needs hidden, logits and config.block_size, as GPT has.
     """
-    right, scored, longest, until = 0, 0, model.config.block_size + 1, time.monotonic() + seconds
+    right, scored, longest, end = 0, 0, model.config.block_size + 1, time.monotonic() + seconds
     for item in items:
-        if time.monotonic() > until:
+        if time.monotonic() > end:
             break
-        rows = [(item.context + ending)[-longest:] for ending in item.endings]
-        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-        for row, tokens in zip(ids, rows, strict=True):
-            row[: len(tokens)] = torch.tensor(tokens)
-        ids = ids.to(device)
+        rows = [torch.tensor((item.context + ending)[-longest:]) for ending in item.endings]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
         logp = model.logits(model.hidden(ids[:, :-1])).float().log_softmax(-1)
         logp = logp.gather(-1, ids[:, 1:, None])[..., 0].cpu()
         scores = []
-        for tokens, ending, characters, values in zip(rows, item.endings, item.characters, logp, strict=True):
-            last = len(tokens) - 1
+        for row, ending, characters, values in zip(rows, item.endings, item.characters, logp, strict=True):
+            last = len(row) - 1
             scores.append(values[last - min(len(ending), last) : last].sum().item() / max(1, characters))
         right, scored = right + (scores.index(max(scores)) == item.right), scored + 1
     return torch.tensor([right, scored], dtype=torch.float64, device=device)

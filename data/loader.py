@@ -1,15 +1,16 @@
 """Batches as a pure function of (seed, step).
 
-A split is cut into windows of block_size tokens (plus the target of the last one). Sequence number
-s = step * batch_size + j of a run lies in epoch s // N of N windows and is window
-permutation(seed, epoch)[s % N]. The permutation is computed pointwise and never stored, so a run can
-continue at any step, on any number of processes, with nothing but the step number, and evaluation
-cannot disturb it.
+A split is cut into windows of block_size tokens, plus the target of the last one. Sequence number
+s = step * batch_size + j of a run lies in epoch s // N, if there are N windows, and is window
+permutation(seed, epoch)[s % N]. The permutation is computed one index at a time and never stored. So a run can continue
+at any step, on any number of processes, from the step number alone, and evaluation does not change the order.
 """
 
-import queue
-import threading
+import itertools
+import math
+from collections import deque
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,7 +32,7 @@ from optimizers.options import accepts_old_names, errors_of, option
 class DataConfig:
     """Which tokens are read, in which order, and which HellaSwag items are scored during training."""
 
-    # free to change, since a run knows its data by content
+    # may change on resume, because a run identifies its data by content
     path: str = option("data/tokens/pydocs", "dataset folder, from data.prepare or nanoGPT's", on_resume="free")
     sampling: Literal["permutation", "replacement"] = option(
         "permutation", "permutation reads every window once per epoch; replacement draws at random (as published)"
@@ -48,12 +49,12 @@ class DataConfig:
     )
 
     def errors(self) -> list[str]:
-        """Everything wrong with this config, one line each."""
+        """Every error of this config, one line each."""
         return errors_of(self)
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
-    """A bijection of uint64 that scatters neighbouring numbers: the finalizer of splitmix64 (Steele et al. 2014)."""
+    """Mix the bits of uint64 numbers, one to one: the finalizer of splitmix64 (Steele et al. 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -68,10 +69,10 @@ def hashed(*numbers: int | np.ndarray) -> np.ndarray:
 
 
 def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Where a pseudo-random permutation of range(n), named by (seed, epoch), sends each index.
+    """Map each index by a pseudo-random permutation of range(n), which seed and epoch determine.
 
-    A Feistel network of six rounds on the next even bit width, walked until it lands below n
-    (Black and Rogaway 2002).
+    A Feistel network of six rounds permutes the numbers of the next even bit width. It is applied again to results
+    of n or more, until they are below n (Black and Rogaway 2002).
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -89,7 +90,7 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class Windows:
-    """The windows of a split: number w of stride `stride` to (shard, offset), and their tokens."""
+    """The windows of a split. They start `stride` tokens apart and never cross the end of a shard."""
 
     def __init__(self, shards: list[Shard], block_size: int, stride: int) -> None:
         self.shards, self.block_size, self.stride = shards, block_size, stride
@@ -100,7 +101,7 @@ class Windows:
         return int(self.ends[-1])
 
     def locate(self, window: int) -> tuple[Shard, int]:
-        """The shard and the token offset in it at which a window starts."""
+        """The shard of a window, and the token offset in it at which the window starts."""
         i = int(np.searchsorted(self.ends, window, side="right"))
         first = int(self.ends[i - 1]) if i else 0
         return self.shards[i], (int(window) - first) * self.stride
@@ -114,17 +115,15 @@ class Windows:
         if out.size and out.max() >= vocab_size:
             row, column = np.argwhere(out >= vocab_size)[0]
             shard, offset = self.locate(windows[row])
-            raise DataError(
-                f"{shard.path}: token {out[row, column]} at offset {offset + column} "
-                f"does not fit vocab_size={vocab_size}"
-            )
+            problem = f"{shard.path}: token {out[row, column]} at offset {offset + column}"
+            raise DataError(f"{problem} does not fit vocab_size={vocab_size}")
         return out
 
 
 class TrainLoader:
     """The training batches of one rank.
 
-    Raises DataError if the split is shorter than one window or one token does not fit vocab_size.
+    Raises DataError if the split is shorter than one window or holds a token that does not fit vocab_size.
     """
 
     def __init__(
@@ -144,11 +143,11 @@ class TrainLoader:
         self.replacement = config.sampling == "replacement"
         self.windows = Windows(dataset.splits["train"], block_size, 1 if self.replacement else block_size)
         _require_windows(self.windows, dataset, "train")
-        share = batch_size // world_size
-        self.rows = slice(rank * share, (rank + 1) * share)  # of the global batch
+        rows = batch_size // world_size
+        self.rows = slice(rank * rows, (rank + 1) * rows)  # of the global batch
 
     def window_ids(self, step: int) -> np.ndarray:
-        """The windows (batch_size,) of a step's global batch, the same on every rank."""
+        """Window numbers (batch_size,) of a step's global batch, the same on every rank."""
         sequence = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
         n = len(self.windows)
         if self.replacement:
@@ -158,7 +157,7 @@ class TrainLoader:
         return np.concatenate(parts)
 
     def epochs(self, steps: int) -> float:
-        """Passes over the split that so many steps read, by the number of tokens where windows overlap."""
+        """Passes over the split in so many steps, counted in tokens if windows overlap."""
         return steps * self.batch_size * self.windows.block_size / (len(self.windows) * self.windows.stride)
 
     def batch(self, step: int) -> np.ndarray:
@@ -166,9 +165,9 @@ class TrainLoader:
         return self.windows.read(self.window_ids(step)[self.rows], self.vocab_size)
 
     def bad_samples(self, step: int, loss_of: Callable[[Tensor], Tensor]) -> list[str]:
-        """This rank's sequences of a step whose loss is not finite, as "shard@token offset".
+        """This rank's sequences of a step with a loss that is not finite, as "shard@token offset".
 
-        loss_of: the loss of one row of tokens (block_size + 1) uint16.
+        loss_of: computes the loss of one row of tokens (block_size + 1) uint16.
         """
         bad = []
         for row, window in zip(self.batch(step), self.window_ids(step)[self.rows], strict=True):
@@ -179,10 +178,10 @@ class TrainLoader:
 
 
 class ValidationSet:
-    """A fixed set of windows, spread evenly over the split, in batches that do not depend on the rank count.
+    """A fixed set of windows, spread evenly over the split, in batches that do not depend on the number of ranks.
 
-    Batch b belongs to rank b % world_size. With val_sampling="random" the windows are drawn anew for
-    every evaluation from (seed, step), as the official code of the MARS papers does.
+    Batch b belongs to rank b % world_size. With val_sampling="random", (seed, step) determine other windows for every
+    evaluation, as in the official code of the MARS papers.
     """
 
     def __init__(
@@ -195,80 +194,62 @@ class ValidationSet:
         self.micro_batch, self.vocab_size, self.seed = micro_batch, vocab_size, seed
 
     def __len__(self) -> int:
-        return -(-self.count // self.micro_batch)
+        return math.ceil(self.count / self.micro_batch)
 
     def batch(self, number: int, step: int) -> np.ndarray:
         """Tokens (at most micro_batch, block_size + 1) uint16 of one batch of the evaluation after `step`."""
-        place = np.arange(number * self.micro_batch, min(self.count, (number + 1) * self.micro_batch), dtype=np.int64)
+        index = np.arange(number * self.micro_batch, min(self.count, (number + 1) * self.micro_batch), dtype=np.int64)
         if self.random:
-            ids = (hashed(self.seed, 1, step, place) % np.uint64(len(self.windows))).astype(np.int64)
+            ids = (hashed(self.seed, 1, step, index) % np.uint64(len(self.windows))).astype(np.int64)
         else:
-            ids = place * len(self.windows) // self.count
+            ids = index * len(self.windows) // self.count
         return self.windows.read(ids, self.vocab_size)
 
     def inputs(self, number: int, step: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
-        """Inputs and targets (micro_batch, block_size) of one batch on a device, and how many windows are real.
+        """Inputs and targets (micro_batch, block_size) of one batch on a device, and its number of windows.
 
-        Rows that fill up the last batch have targets of -1, which do not count: a compiled model sees one shape.
+        The last batch is filled up, so that a compiled model sees one shape. The loss ignores the targets -1 of these
+        extra rows.
         """
         tokens = torch.from_numpy(self.batch(number, step))
         full = torch.zeros(self.micro_batch, tokens.size(1), dtype=tokens.dtype)
         full[: tokens.size(0)] = tokens
         idx, targets = to_device(full, device)
-        targets = targets.clone()  # shares its memory with idx
+        targets = targets.clone()  # idx uses the same memory
         targets[tokens.size(0) :] = -1
         return idx, targets, tokens.size(0)
 
 
 def _require_windows(windows: Windows, dataset: Dataset, split: str) -> None:
     if len(windows) == 0:
-        raise DataError(
-            f"dataset {dataset.folder}: no shard of its {split} split holds a window of "
-            f"block_size={windows.block_size} + 1 tokens; use a smaller --block_size or more text"
-        )
+        problem = f"no shard of its {split} split holds a window of block_size={windows.block_size} + 1 tokens"
+        raise DataError(f"dataset {dataset.folder}: {problem}; use a smaller --block_size or more text")
 
 
 def to_device(tokens: np.ndarray | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens (B, T + 1) uint16 to inputs and targets (B, T) int64 on a device, two bytes a token on the way."""
+    """Inputs and targets (B, T) int64 on a device, from tokens (B, T + 1) uint16. Two bytes per token are copied."""
     tokens = torch.as_tensor(tokens).to(device, non_blocking=True)
     ids = tokens.view(torch.int16).long() & 0xFFFF
     return ids[:, :-1], ids[:, 1:]
 
 
-def prefetch(loader: TrainLoader, start: int, pin: bool, depth: int = 2) -> Generator[Tensor, None, None]:
+def prefetch(loader: TrainLoader, start: int, pin: bool, depth: int = 3) -> Generator[Tensor, None, None]:
     """This rank's batches of steps start, start + 1, ... as uint16 tensors, read ahead on a thread.
 
-    pin: in page-locked memory, for asynchronous copies to a GPU. Errors of the thread are raised here. Closing the
+    pin: use page-locked memory, for asynchronous copies to a GPU. Errors in the thread are raised here. Closing the
     iterator ends the thread: torch aborts a process that exits while another thread is inside torch.
     """
-    ready: queue.Queue = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
 
-    def put(item: object) -> None:
-        while not stopped.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+    def load(step: int) -> Tensor:
+        batch = torch.from_numpy(loader.batch(step))
+        return batch.pin_memory() if pin else batch
 
-    def work() -> None:
-        step = start
-        try:
-            while not stopped.is_set():
-                batch = torch.from_numpy(loader.batch(step))
-                put(batch.pin_memory() if pin else batch)
-                step += 1
-        except Exception as error:  # handed over to the consumer
-            put(error)
-
-    thread = threading.Thread(target=work, daemon=True, name="prefetch")
-    thread.start()
+    pool = ThreadPoolExecutor(1, "prefetch")
     try:
-        while True:
-            item = ready.get()
-            if isinstance(item, Exception):
-                raise item
-            yield item
+        pending = deque(pool.submit(load, step) for step in range(start, start + depth))
+        for step in itertools.count(start + depth):
+            batch = pending.popleft().result()
+            pending.append(pool.submit(load, step))
+            yield batch
     finally:
-        stopped.set()
-        thread.join(timeout=10)  # not for ever: a read from a dead network disk may never return
+        pool.shutdown(cancel_futures=True)

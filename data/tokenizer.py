@@ -1,6 +1,6 @@
 """Tokenizers: bytes, which need no file, and GPT-2's byte-pair encoding through tiktoken.
 
-Training reads token ids only; a tokenizer is needed to prepare text and to print it.
+Training reads token ids only. A tokenizer is needed to prepare text and to print it.
 """
 
 import base64
@@ -20,21 +20,17 @@ RANKS_VARIABLE = "GPT2_TIKTOKEN"  # environment variable: path of a local GPT-2 
 
 
 class Tokenizer(Protocol):
-    """What the rest of the code asks of a tokenizer."""
+    """What the rest of the code needs of a tokenizer."""
 
     name: str
-    vocab_size: int  # number of ids, end-of-text included
+    vocab_size: int  # number of ids, including end-of-text
     eot: int  # id that separates documents
 
     def encode(self, text: str) -> list[int]: ...
 
-    def decode(self, ids: list[int]) -> str: ...
-
-
-class Encoder(Tokenizer, Protocol):
-    """A tokenizer that corpora are prepared with."""
-
     def encode_array(self, text: str) -> np.ndarray: ...  # `encode` as (n,) uint16, without a Python object per token
+
+    def decode(self, ids: list[int]) -> str: ...
 
 
 class ByteTokenizer:
@@ -53,7 +49,7 @@ class ByteTokenizer:
 
 
 class GPT2Tokenizer:
-    """GPT-2's 50,256 byte pairs and end-of-text 50256; special tokens in text are read as plain text."""
+    """GPT-2's 50,256 byte pairs and end-of-text 50256. Special tokens in text are read as plain text."""
 
     name, vocab_size, eot = "gpt2", 50257, 50256
 
@@ -72,20 +68,20 @@ class GPT2Tokenizer:
                 special_tokens={"<|endoftext|>": self.eot},
             )
             return
-        for name in ("gpt2", "r50k_base"):  # the same vocabulary under two addresses; either may be in tiktoken's cache
+        for name in ("gpt2", "r50k_base"):  # one vocabulary at two addresses; tiktoken may have cached either
             try:
                 self.encoding = tiktoken.get_encoding(name)
                 return
-            except Exception as error:  # tiktoken lets its HTTP library's many exceptions through
+            except Exception as error:  # tiktoken passes on the many exceptions of its HTTP library
                 reason = type(error).__name__
         raise ValueError(
-            f"the GPT-2 vocabulary could not be downloaded ({reason}). Where there is a network, run: curl -o "
+            f"the GPT-2 vocabulary could not be downloaded ({reason}). On a machine with a network, run: curl -o "
             f"gpt2.tiktoken {RANKS_URL} (0.8 MB); then give --ranks gpt2.tiktoken or set {RANKS_VARIABLE}=gpt2.tiktoken"
         )
 
     @property
     def ranks(self) -> dict[bytes, int]:
-        """The byte pairs and their ids, end-of-text left out."""
+        """The byte pairs and their ids, without end-of-text."""
         return self.encoding._mergeable_ranks
 
     def encode(self, text: str) -> list[int]:
@@ -98,28 +94,23 @@ class GPT2Tokenizer:
         return self.encoding.decode([i for i in ids if i < self.vocab_size])
 
 
-def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
-    """A text in parts of about `size` characters whose tokens, put together, are those of the whole.
+# Places that no match of GPT-2's pattern crosses: between a character that is not white space and a space or line end;
+# between a letter and an ASCII character that is none; between a digit and an ASCII character that is none. The pattern
+# has no look-behind, and its look-ahead concerns only white space.
+_SAFE_CUT = re.compile(r"\S(?=[ \n])|[A-Za-z](?=[!-@\[-`{-~])|[0-9](?=[!-/:-~])")
 
-    A cut is exact where no match of GPT-2's pattern can cross it: behind anything that is no white space, before
-    a space or line end; behind a letter, before anything that is none; behind a digit likewise. The pattern has no
-    look-behind, and its look-ahead concerns white space only. ASCII alone is cut, so Unicode's versions do not matter.
-    """
+
+def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
+    """Cut a text into parts of about `size` characters. Their tokens, joined, are the tokens of the whole text."""
     start = 0
-    while len(text) - start > size:
-        cut = _SAFE.search(text, start + size)
-        if cut is None:
-            break
+    while len(text) - start > size and (cut := _SAFE_CUT.search(text, start + size)):
         yield text[start : cut.end()]
         start = cut.end()
     yield text[start:]
 
 
-_SAFE = re.compile(r"\S(?=[ \n])|[A-Za-z](?=[!-@\[-`{-~])|[0-9](?=[!-/:-~])")
-
-
 def _read_ranks(path: Path) -> dict[bytes, int]:
-    """The byte pairs of a tiktoken ranks file and their ranks; ValueError unless it is GPT-2's own."""
+    """The byte pairs in a tiktoken ranks file and their ranks; ValueError unless it is GPT-2's own."""
     if not path.is_file():
         raise ValueError(f"GPT-2 ranks file {path}: no such file")
     content = path.read_bytes()
@@ -130,7 +121,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     return {base64.b64decode(token): int(rank) for token, rank in pairs}
 
 
-def get_tokenizer(name: str, ranks_file: str | None = None) -> Encoder:
+def get_tokenizer(name: str, ranks_file: str | None = None) -> Tokenizer:
     """The tokenizer called "byte" or "gpt2"; ValueError for any other name."""
     if name == "byte":
         return ByteTokenizer()

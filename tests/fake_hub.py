@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub on this machine: the few addresses that the hub's client asks for."""
+"""A local server that answers like the Hugging Face hub, at the few addresses that the hub's client uses."""
 
 import hashlib
 import json

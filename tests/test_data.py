@@ -31,7 +31,7 @@ def loader(dataset, **changes):
 # ---- shards and manifest
 
 
-def test_a_shard_has_the_fields_shared_header_and_comes_back(tmp_path):
+def test_a_shard_has_the_common_header_and_can_be_read_back(tmp_path):
     tokens = make_tokens(1000)
     entry = write_shard(tmp_path / "train_000000.bin", tokens, 990)
     content = (tmp_path / "train_000000.bin").read_bytes()
@@ -53,7 +53,7 @@ def test_headerless_nanogpt_files_open(tmp_path):
     assert np.array_equal(windows.read(np.array([2]), VOCAB)[0], make_tokens(500)[32:49])
 
 
-def damage_nothing(folder):
+def remove_shard(folder):
     (folder / "train_000000.bin").rename(folder / "elsewhere")
 
 
@@ -101,7 +101,7 @@ def remove_validation(folder):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (damage_nothing, "train_000000.bin: no such shard"),
+        (remove_shard, "train_000000.bin: no such shard"),
         (damage_length, "train_000001.bin: 1124 bytes where its header promises 21024"),
         (damage_magic, r"val_000000.bin: not a token shard \(magic 16843009, expected 20240520\)"),
         (damage_version, "val_000000.bin: shard version 7, this program reads version 1"),
@@ -125,7 +125,7 @@ def test_a_damaged_dataset_is_named(tmp_path, damage, message):
         open_dataset(folder, VOCAB)
 
 
-def test_without_a_manifest_splits_go_by_whole_words(tmp_path):
+def test_without_a_manifest_whole_words_in_names_decide_the_split(tmp_path):
     for name in ("retrieval_train_0.bin", "pretrain.bin", "x_val_0.bin"):
         write_shard(tmp_path / name, make_tokens(100), 100)
     dataset = open_dataset(tmp_path, VOCAB)
@@ -136,7 +136,7 @@ def test_without_a_manifest_splits_go_by_whole_words(tmp_path):
         open_dataset(tmp_path, VOCAB)
 
 
-def test_a_fingerprint_names_the_tokens_and_not_their_place(tmp_path):
+def test_a_fingerprint_depends_on_the_tokens_and_not_on_the_folder(tmp_path):
     one, two = (open_dataset(make_dataset(tmp_path / n), VOCAB) for n in "ab")
     assert one.fingerprint() == two.fingerprint()
     other = open_dataset(make_dataset(tmp_path / "c", tokens=20_016), VOCAB)
@@ -157,9 +157,9 @@ def test_tokens_beyond_the_vocabulary_are_found_when_opening(tmp_path):
         open_dataset(tmp_path, 50)
 
 
-def test_a_single_wild_token_is_found_when_it_is_read(tmp_path):
+def test_a_token_beyond_the_vocabulary_is_found_when_it_is_read(tmp_path):
     tokens = make_tokens(500_000)
-    tokens[123_456] = 9999  # between the places that are probed
+    tokens[123_456] = 9999  # between the places that are checked when opening
     tokens.tofile(tmp_path / "train.bin")
     make_tokens(100).tofile(tmp_path / "val.bin")
     windows = Windows(open_dataset(tmp_path, VOCAB).splits["train"], 16, 16)
@@ -240,9 +240,9 @@ def test_closing_prefetch_ends_its_thread(dataset):
     """torch aborts a process that exits while another thread is inside torch."""
     batches = prefetch(loader(dataset), 0, pin=False)
     next(batches)
-    assert "prefetch" in [thread.name for thread in threading.enumerate()]
+    assert any(thread.name.startswith("prefetch") for thread in threading.enumerate())
     batches.close()
-    assert "prefetch" not in [thread.name for thread in threading.enumerate()]
+    assert not any(thread.name.startswith("prefetch") for thread in threading.enumerate())
 
 
 def test_prefetch_hands_errors_to_the_consumer(dataset):
@@ -337,7 +337,7 @@ def test_either_name_of_the_vocabulary_may_be_in_tiktokens_cache(monkeypatch):
 
 
 def test_gpt2_tokenizer_merges_by_rank_and_reads_special_tokens_as_text(tmp_path, monkeypatch):
-    """A vocabulary of all bytes and three merges stands in for GPT-2's, which needs a download."""
+    """A vocabulary of all bytes and three merges takes the place of GPT-2's, which needs a download."""
     pytest.importorskip("tiktoken")
     vocabulary = [bytes([i]) for i in range(256)] + [b"he", b"ll", b"hell"]
     content = b"\n".join(base64.b64encode(t) + b" %d" % i for i, t in enumerate(vocabulary))
@@ -383,7 +383,7 @@ def test_text_becomes_a_dataset_that_decodes_to_the_text(tmp_path, capsys):
     assert open_dataset(tmp_path / "out", 257).splits["train"][0].tokens == 6000
 
 
-def test_a_text_is_read_in_pieces_that_make_it_up_again(tmp_path, monkeypatch):
+def test_joined_pieces_of_a_text_are_the_text(tmp_path, monkeypatch):
     monkeypatch.setattr("data.prepare.text.READ", 1000)
     lines = "".join(f"line {i} é\n" for i in range(3000))
     texts = {"a.txt": lines, "b.txt": lines.replace("\n", " "), "c.txt": "", "d.txt": "x" * 20_000, "e.txt": "short"}
@@ -391,14 +391,14 @@ def test_a_text_is_read_in_pieces_that_make_it_up_again(tmp_path, monkeypatch):
         (tmp_path / name).write_text(content)
     found = list(documents(tmp_path, text_files(tmp_path, "*.txt")))
     for name, content in texts.items():
-        mine = [(int(n.partition("#")[2]), t) for n, t, _ in found if n.startswith(name)]
-        assert "".join(t for _, t in mine) == content
-        assert [start for start, _ in mine] == [sum(len(t) for _, t in mine[:i]) for i in range(len(mine))]
+        pieces = [(int(n.partition("#")[2]), t) for n, t, _ in found if n.startswith(name)]
+        assert "".join(t for _, t in pieces) == content
+        assert [start for start, _ in pieces] == [sum(len(t) for _, t in pieces[:i]) for i in range(len(pieces))]
     assert all(t.endswith("\n") for n, t, _ in found if n.startswith("a.txt"))
     assert len([n for n, _, _ in found if n.startswith("b.txt")]) > 20
-    shares = [share for *_, share in found]
-    assert shares == sorted(shares)
-    assert shares[-1] == 1.0
+    fractions = [fraction for *_, fraction in found]
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1.0
     (tmp_path / "e.txt").write_bytes(b"ab" * 1700 + "é".encode()[:1])
     assert next(documents(tmp_path, [tmp_path / "e.txt"]))[1].where.endswith("e.txt: not UTF-8 (byte 3400)")
 
@@ -417,10 +417,10 @@ def test_one_large_file_gives_both_splits(tmp_path, content):
         (["--root", "/nowhere"], "--root /nowhere: no such folder"),
         (["--root", "{tmp}"], 'no file under .* matches "\\*\\*/\\*.txt"'),
         (["--root", "{tmp}", "--glob", "*.md"], "no document fell into the"),
-        (["--root", "{tmp}", "--val-fraction", "2"], "--val-fraction 2.0: must be between 0 and 1"),
+        (["--root", "{tmp}", "--val-fraction", "2"], "--val_fraction 2.0: must be between 0 and 1"),
     ],
 )
-def test_preparation_faults_are_one_line(tmp_path, arguments, message):
+def test_preparation_errors_are_one_line(tmp_path, arguments, message):
     (tmp_path / "one.md").write_text("word")
     arguments = [a.format(tmp=tmp_path) for a in arguments]
     with pytest.raises(SystemExit, match=message):
@@ -431,7 +431,7 @@ def test_preparation_faults_are_one_line(tmp_path, arguments, message):
 def test_pydocs_is_prose_in_a_reproducible_order():
     found = list(pydocs.documents())
     assert found[:60] == list(islice(pydocs.documents(), 60))
-    assert [share for *_, share in found] == sorted({share for *_, share in found})
+    assert [fraction for *_, fraction in found] == sorted({fraction for *_, fraction in found})
     assert 0 < found[0][2] < 0.01 < 0.99 < found[-1][2] <= 1
     prose = [(name, text) for name, text, _ in found]
     names = [name for name, _ in prose]

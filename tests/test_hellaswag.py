@@ -17,17 +17,17 @@ from runtime.logger import read_metrics
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def root(tmp_path_factory):
     """A dataset, and HellaSwag rows where --data of eval.run finds them."""
-    root = tmp_path_factory.mktemp("choices")
-    byte_dataset(root / "tokens")
-    (root / "hellaswag").mkdir()
-    (root / "hellaswag" / "validation.jsonl").write_text("".join(json.dumps(r) + "\n" for r in hellaswag(30)))
-    return root
+    folder = tmp_path_factory.mktemp("hellaswag")
+    byte_dataset(folder / "tokens")
+    (folder / "hellaswag").mkdir()
+    (folder / "hellaswag" / "validation.jsonl").write_text("".join(json.dumps(r) + "\n" for r in hellaswag(30)))
+    return folder
 
 
-def arguments(place, folder, *more):
-    out = [str(CONFIG), f"--data.path={place / 'tokens'}", f"--log.folder={folder}", "--name=run", "--vocab_size=257"]
+def arguments(root, folder, *more):
+    out = [str(CONFIG), f"--data.path={root / 'tokens'}", f"--log.folder={folder}", "--name=run", "--vocab_size=257"]
     return [*out, "--steps=6", "--eval_every=1", "--block_size=256", *more]
 
 
@@ -36,24 +36,24 @@ def scored(folder):
     return {r["step"]: r["hellaswag_acc_norm"] for r in records if "hellaswag_acc_norm" in r}
 
 
-def test_training_logs_what_the_harness_gives_for_its_checkpoint(place, tmp_path, capsys):
+def test_training_logs_what_the_harness_gives_for_its_checkpoint(root, tmp_path, capsys):
     pytest.importorskip("lm_eval")
-    choices = [f"--data.hellaswag={place / 'hellaswag' / 'validation.jsonl'}", "--data.hellaswag_every=4"]
-    train_gpt.main(arguments(place, tmp_path, *choices))
+    options = [f"--data.hellaswag={root / 'hellaswag' / 'validation.jsonl'}", "--data.hellaswag_every=4"]
+    train_gpt.main(arguments(root, tmp_path, *options))
     assert "30 HellaSwag items" in capsys.readouterr().out
     found = scored(tmp_path)
     assert list(found) == [4, 6]  # every fourth evaluation and the last
-    command = [str(tmp_path / "run"), "--tasks", "hellaswag", "--data", str(place), "--out", str(tmp_path / "scores")]
+    command = [str(tmp_path / "run"), "--tasks", "hellaswag", "--data", str(root), "--out", str(tmp_path / "scores")]
     eval_run.main([*command, "--device", "cpu"])
     score = json.loads((tmp_path / "scores" / "results.json").read_text())["scores"][0]
     assert (score["metric"], score["documents"]) == ("acc_norm", 30)
     assert found[6] == pytest.approx(score["score"])
 
 
-def test_it_is_off_by_default_and_changes_nothing_else(place, tmp_path):
-    train_gpt.main(arguments(place, tmp_path / "off"))
-    choices = [f"--data.hellaswag={place / 'hellaswag' / 'validation.jsonl'}", "--data.hellaswag_every=1"]
-    train_gpt.main(arguments(place, tmp_path / "on", *choices))
+def test_it_is_off_by_default_and_changes_nothing_else(root, tmp_path):
+    train_gpt.main(arguments(root, tmp_path / "off"))
+    options = [f"--data.hellaswag={root / 'hellaswag' / 'validation.jsonl'}", "--data.hellaswag_every=1"]
+    train_gpt.main(arguments(root, tmp_path / "on", *options))
     assert scored(tmp_path / "off") == {}
     assert len(scored(tmp_path / "on")) == 6
     losses = [
@@ -63,16 +63,16 @@ def test_it_is_off_by_default_and_changes_nothing_else(place, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_two_processes_score_what_one_scores(place, tmp_path):
-    choices = [f"--data.hellaswag={place / 'hellaswag' / 'validation.jsonl'}", "--data.hellaswag_items=7", "--steps=1"]
-    choices += ["--schedule.warmup=0", "--dropout=0"]
-    train_gpt.main(arguments(place, tmp_path / "one", *choices))
-    finish(launch(arguments(place, tmp_path / "two", *choices), processes=2))
+def test_two_processes_score_what_one_scores(root, tmp_path):
+    options = [f"--data.hellaswag={root / 'hellaswag' / 'validation.jsonl'}", "--data.hellaswag_items=7", "--steps=1"]
+    options += ["--schedule.warmup=0", "--dropout=0"]
+    train_gpt.main(arguments(root, tmp_path / "one", *options))
+    finish(launch(arguments(root, tmp_path / "two", *options), processes=2))
     assert scored(tmp_path / "one") == scored(tmp_path / "two") != {}
 
 
-def test_the_ending_likeliest_per_character_counts(place):
-    items = read_items(str(place / "hellaswag" / "validation.jsonl"), 100, ByteTokenizer())
+def test_the_ending_likeliest_per_character_counts(root):
+    items = read_items(str(root / "hellaswag" / "validation.jsonl"), 100, ByteTokenizer())
     model, right = small_model(), 0
     for item in items:
         scores = []
@@ -87,22 +87,22 @@ def test_the_ending_likeliest_per_character_counts(place):
     assert 0 < right < 30
 
 
-def test_marks_in_brackets_are_taken_out():
+def test_marks_in_brackets_are_removed():
     assert plain(" Bake [title] Mix [substeps] it. [step] Stir.") == "Bake. Mix it. Stir."
 
 
-def test_the_same_items_are_drawn_in_the_same_mixed_order(place):
-    path = str(place / "hellaswag" / "validation.jsonl")
+def test_the_same_items_are_drawn_in_the_same_mixed_order(root):
+    path = str(root / "hellaswag" / "validation.jsonl")
     every, some = read_items(path, 300, ByteTokenizer()), read_items(path, 10, ByteTokenizer())
     assert some == read_items(path, 10, ByteTokenizer())
     assert (len(every), len(some)) == (30, 10)
     assert all(item in every for item in some)
-    in_file = [json.loads(line)["activity_label"] for line in (place / "hellaswag" / "validation.jsonl").open()]
+    in_file = [json.loads(line)["activity_label"] for line in (root / "hellaswag" / "validation.jsonl").open()]
     assert [bytes(i.context).decode().split(":")[0] for i in every] != in_file
 
 
-def test_no_item_is_begun_after_the_time_is_over(place, monkeypatch):
-    items = read_items(str(place / "hellaswag" / "validation.jsonl"), 30, ByteTokenizer())
+def test_no_item_is_started_after_the_time_limit(root, monkeypatch):
+    items = read_items(str(root / "hellaswag" / "validation.jsonl"), 30, ByteTokenizer())
     clock = iter(range(100))
     monkeypatch.setattr(hellaswag_module.time, "monotonic", lambda: next(clock))
     model, device = small_model(), torch.device("cpu")
@@ -114,9 +114,9 @@ def test_no_item_is_begun_after_the_time_is_over(place, monkeypatch):
     [
         (None, "cannot be read"),
         ("", "holds no rows"),
-        ('{"query": "x"}\n', "line 1 is no HellaSwag row .KeyError"),
-        (json.dumps(hellaswag(1)[0] | {"label": "7"}) + "\n", "line 1 is no HellaSwag row .IndexError"),
-        ("not json\n", "line 1 is no HellaSwag row .JSONDecodeError"),
+        ('{"query": "x"}\n', "line 1 is not a HellaSwag row .KeyError"),
+        (json.dumps(hellaswag(1)[0] | {"label": "7"}) + "\n", "line 1 is not a HellaSwag row .IndexError"),
+        ("not json\n", "line 1 is not a HellaSwag row .JSONDecodeError"),
     ],
 )
 def test_a_file_of_something_else_is_one_clear_line(tmp_path, content, message):

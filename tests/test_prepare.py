@@ -1,4 +1,4 @@
-"""Preparing corpora: what the shards hold, interruption, workers, checks, and every refusal in one line."""
+"""Preparing corpora: content of the shards, interruptions, workers, checks, and error messages of one line."""
 
 import gzip
 import json
@@ -18,24 +18,22 @@ from fake_hub import COMMIT, FakeHub
 
 from data import shards
 from data.loader import DataConfig, TrainLoader
-from data.prepare import build, place
+from data.prepare import build, output, sources
 from data.prepare import command as prepare
 from data.prepare.hub import answers, hub_problem
-from data.prepare.sources import LocalFolder
 from data.prepare.split import NanoGPT
-from data.prepare.workers import undisturbed
 from data.shards import HEADER_BYTES, open_dataset, shard_problems, write_shard
 from data.tokenizer import ByteTokenizer, pieces
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 EOT = 256
-ODD = ["", "naïve 東京 🙂\n\0", "<|endoftext|>", " ", "x" * 3]
+UNUSUAL = ["", "naïve 東京 🙂\n\0", "<|endoftext|>", " ", "x" * 3]
 
 
 def texts(n=600):
-    """Documents of uneven length, odd ones among them."""
-    return [ODD[i % 5] if i % 7 == 0 else f"document {i} " * (1 + i * 37 % 50) for i in range(n)]
+    """Documents of different lengths, some of them unusual."""
+    return [UNUSUAL[i % 5] if i % 7 == 0 else f"document {i} " * (1 + i * 37 % 50) for i in range(n)]
 
 
 def write_parquet(folder: Path, documents: list[str], files=3, group=40) -> Path:
@@ -53,7 +51,7 @@ def command(corpus: str, source: Path, out: Path, *more) -> list[str]:
 
 
 def stops(arguments: list[str]) -> str:
-    """The one line, or lines, that a refused command ends with."""
+    """The message with which a command ends that cannot go on."""
     with pytest.raises(SystemExit) as caught:
         prepare.main(arguments)
     assert isinstance(caught.value.code, str)
@@ -91,10 +89,10 @@ def whole(corpus, tmp_path_factory) -> Path:
     return out
 
 
-# ---- what the shards hold
+# ---- content of the shards
 
 
-def test_openwebtext_has_end_of_text_behind_and_nanogpts_validation_documents(whole):
+def test_openwebtext_has_end_of_text_after_documents_and_nanogpts_validation_documents(whole):
     held_out = set(np.random.default_rng(2357).permutation(600)[:1].tolist())  # ceil(0.0005 * 600)
     expected = {
         "train": [t for i, t in enumerate(texts()) if i not in held_out],
@@ -118,7 +116,7 @@ def test_the_split_is_that_of_the_datasets_library():
         assert sorted(theirs) == NanoGPT(n).val.tolist()
 
 
-def test_fineweb_edu_has_end_of_text_before_and_its_first_shard_for_validation(corpus, tmp_path):
+def test_fineweb_edu_has_end_of_text_before_documents_and_its_first_shard_for_validation(corpus, tmp_path):
     prepare.main(command("fineweb_edu", corpus, tmp_path / "edu"))
     val, train = stream(tmp_path / "edu", "val"), stream(tmp_path / "edu", "train")
     assert (len(val), val[0]) == (10_000, EOT)
@@ -223,16 +221,15 @@ def test_prepared_shards_reach_the_loader(whole):
 # ---- interruption and workers
 
 
-@pytest.mark.parametrize("workers, ahead", [(2, 1 << 28), (3, 1 << 28), (2, 0)])
-def test_neither_workers_nor_how_far_they_are_ahead_change_a_byte(corpus, whole, tmp_path, monkeypatch, workers, ahead):
-    monkeypatch.setattr("data.prepare.workers.AHEAD", ahead)
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_number_of_workers_does_not_change_a_byte(corpus, whole, tmp_path, workers):
     prepare.main(command("openwebtext", corpus, tmp_path / "owt", "--workers", str(workers)))
     assert contents(tmp_path / "owt") == contents(whole)
 
 
 @pytest.mark.parametrize("done", [False, True])
 def test_a_crash_at_any_write_changes_nothing(corpus, whole, tmp_path, monkeypatch, done):
-    """Start 1 dies at its first write, start 2 at its second, ..., before it took place or after."""
+    """The first start dies at its first write, the second at its second, and so on, before the write or after it."""
     original, starts, writes = shards.write_durably, 0, [0]
 
     def dying(path, *parts):
@@ -260,11 +257,11 @@ def test_a_crash_at_any_write_changes_nothing(corpus, whole, tmp_path, monkeypat
 def test_kills_change_nothing_and_leave_no_process(corpus, whole, tmp_path, capsys):
     out = tmp_path / "owt"
     arguments = command("openwebtext", corpus, out, "--workers", "2")
-    twice = [signal.SIGINT, signal.SIGINT]  # a Ctrl-C that is not patient
+    twice = [signal.SIGINT, signal.SIGINT]  # an impatient user
     for shard, signals in ((3, [signal.SIGKILL]), (9, twice)):
         process = subprocess.Popen([sys.executable, "-m", "data.prepare", *arguments], cwd=ROOT, env=environment())
         deadline = time.monotonic() + 60
-        while not (build.aside(out) / f"train_{shard:06d}.bin").exists() and process.poll() is None:
+        while not (output.temporary(out) / f"train_{shard:06d}.bin").exists() and process.poll() is None:
             assert time.monotonic() < deadline
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         workers = children.read_text().split() if children.exists() else []
@@ -276,16 +273,6 @@ def test_kills_change_nothing_and_leave_no_process(corpus, whole, tmp_path, caps
             time.sleep(0.05)
     prepare.main(arguments)
     assert contents(out) == contents(whole)
-
-
-def test_a_ctrl_c_is_heeded_behind_what_it_must_not_disturb():
-    done = []
-    with pytest.raises(KeyboardInterrupt), undisturbed():
-        os.kill(os.getpid(), signal.SIGINT)
-        done.append("all")
-    assert done
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_continued_preparation_does_not_read_from_the_start(corpus, whole, tmp_path, monkeypatch):
@@ -300,11 +287,11 @@ def test_a_continued_preparation_does_not_read_from_the_start(corpus, whole, tmp
 
     monkeypatch.setattr(build, "write_shard", dying)
     stops(command("openwebtext", corpus, out))
-    position = json.loads((build.aside(out) / "progress.json").read_text())["position"]
+    position = json.loads((output.temporary(out) / "progress.json").read_text())["position"]
     assert position > [0, 3]
     seen = []
-    chunks = LocalFolder.chunks
-    monkeypatch.setattr(LocalFolder, "chunks", lambda *a: (seen.append(a[1].name), chunks(*a))[1])
+    chunks_of = sources.chunks_of
+    monkeypatch.setattr(sources, "chunks_of", lambda *a: (seen.append(a[0].name), chunks_of(*a))[1])
     prepare.main(command("openwebtext", corpus, out))
     assert len(seen) == 3 - position[0]
     assert contents(out) == contents(whole)
@@ -315,54 +302,54 @@ def test_other_settings_do_not_continue_a_preparation(corpus, tmp_path, monkeypa
     stops(command("openwebtext", corpus, tmp_path / "owt"))
     monkeypatch.undo()
     message = stops(command("openwebtext", corpus, tmp_path / "owt", "--shard-tokens", "20000"))
-    assert "owt.tmp was begun with other settings (shard_tokens); repeat them or give --fresh" in message
+    assert "owt.tmp was started with other settings (shard_tokens); repeat them or give --fresh" in message
     prepare.main(command("openwebtext", corpus, tmp_path / "owt", "--shard-tokens", "20000", "--fresh"))
     assert "exists with other settings (shard_tokens)" in stops(command("openwebtext", corpus, tmp_path / "owt"))
 
 
-@pytest.mark.parametrize("moment", ["settle", "discard", "rename"])
+@pytest.mark.parametrize("moment", ["publish", "discard", "rename"])
 def test_a_crash_while_an_old_folder_is_replaced(corpus, whole, tmp_path, monkeypatch, moment, capsys):
-    """With --fresh; without it the same command then continues, though an old folder may still be there."""
+    """The command has --fresh. Without it, the same command continues, even if the old folder still exists."""
     out = tmp_path / "owt"
     prepare.main(command("openwebtext", corpus, out, "--shard-tokens", "20000"))
 
     def dying(*arguments):
         raise KeyboardInterrupt
 
-    where = {"settle": build, "discard": place, "rename": Path}[moment]
+    where = {"publish": output, "discard": output, "rename": Path}[moment]
     monkeypatch.setattr(where, moment, dying)
     if moment == "discard":
-        monkeypatch.setattr(place, "discard", lambda folder: (next(folder.glob("*.bin")).unlink(), dying()))
+        monkeypatch.setattr(output, "discard", lambda folder: (next(folder.glob("*.bin")).unlink(), dying()))
     message = stops(command("openwebtext", corpus, out, "--fresh"))
     assert message == "data.prepare: interrupted; the same command, without --fresh, continues"
     monkeypatch.undo()
     prepare.main(command("openwebtext", corpus, out))
     assert contents(out) == contents(whole)
-    assert not build.aside(out).exists()
+    assert not output.temporary(out).exists()
     capsys.readouterr()
     prepare.main(command("openwebtext", corpus, out))
     assert "already prepared" in capsys.readouterr().out
 
 
-# ---- nothing of the user's is ever deleted
+# ---- no file of the user is ever deleted
 
 
-def test_a_folder_that_is_not_a_preparations_is_never_replaced(corpus, tmp_path):
-    """The source itself, the user's own folders at either place, a dataset with notes in it, one indexed in place."""
+def test_a_folder_with_files_of_the_user_is_never_replaced(corpus, tmp_path):
+    """The source, two folders of the user, a dataset with notes in it, and a dataset that was indexed in place."""
     shutil.copytree(corpus, tmp_path / "source")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "thesis.tex").write_text("precious")
     (tmp_path / "also.tmp").mkdir()
     (tmp_path / "also.tmp" / "train_000000.bin").write_text("precious")
     prepare.main(command("openwebtext", corpus, tmp_path / "made"))
     (tmp_path / "made" / "notes.txt").write_text("precious")
     for name in ("x_val_0.bin", "x_train_1.bin"):
-        (tmp_path / "own").mkdir(exist_ok=True)
-        write_shard(tmp_path / "own" / name, np.array([50256, 1], dtype=np.uint16), None)
-    prepare.main(["pretokenized", "--source", str(tmp_path / "own")])
-    (tmp_path / "link").symlink_to(tmp_path / "mine")
+        (tmp_path / "indexed").mkdir(exist_ok=True)
+        write_shard(tmp_path / "indexed" / name, np.array([50256, 1], dtype=np.uint16), None)
+    prepare.main(["pretokenized", "--source", str(tmp_path / "indexed")])
+    (tmp_path / "link").symlink_to(tmp_path / "private")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    for out in ("source", "mine", "mine/..", "also", "made", "own", "link", "source/../mine"):
+    for out in ("source", "private", "private/..", "also", "made", "indexed", "link", "source/../private"):
         for fresh in ((), ("--fresh",)):
             message = stops(command("fineweb_edu", tmp_path / "source", tmp_path / out, *fresh))
             assert "give another --out" in message or "not a file of a preparation; move it away" in message
@@ -371,26 +358,25 @@ def test_a_folder_that_is_not_a_preparations_is_never_replaced(corpus, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["/", ".."])
-def test_places_that_cannot_be_a_dataset(corpus, name, tmp_path, monkeypatch):
+def test_paths_that_cannot_be_a_dataset(corpus, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     message = stops(command("openwebtext", corpus, Path(name), "--fresh"))
     assert re.search("give the name of a folder to be made|not a file of a preparation", message), message
-    assert "give the name of a folder to be made" in stops(["pretokenized", "--repo", "a/", "--pattern", "*"])
 
 
-def test_a_fresh_start_does_not_take_a_running_preparations_folder(corpus, tmp_path):
-    folder = build.aside(tmp_path / "owt")
+def test_a_fresh_start_does_not_delete_the_folder_of_a_running_preparation(corpus, tmp_path):
+    folder = output.temporary(tmp_path / "owt")
     folder.mkdir()
-    with place.locked(folder):
+    with output.locked(folder):
         message = stops(command("openwebtext", corpus, tmp_path / "owt", "--fresh"))
         assert "another preparation is writing there" in message
         assert folder.exists()
 
 
 def test_two_preparations_of_one_folder(corpus, tmp_path):
-    folder = build.aside(tmp_path / "owt")
+    folder = output.temporary(tmp_path / "owt")
     folder.mkdir()
-    with place.locked(folder):
+    with output.locked(folder):
         message = stops(command("openwebtext", corpus, tmp_path / "owt"))
     assert "another preparation is writing there" in message
 
@@ -457,7 +443,7 @@ def test_verify_names_what_is_wrong(corpus, tmp_path, capsys, damage, message):
     assert message in stops(["verify", str(out)])
 
 
-def test_ranks_that_share_the_work_find_every_fault_once(corpus, tmp_path):
+def test_ranks_that_divide_the_work_find_every_problem_once(corpus, tmp_path):
     out = tmp_path / "owt"
     prepare.main(command("openwebtext", corpus, out))
     for number in (2, 3, 7):
@@ -465,9 +451,9 @@ def test_ranks_that_share_the_work_find_every_fault_once(corpus, tmp_path):
             f.seek(HEADER_BYTES)
             f.write(b"\1\0")
     (out / "train_000099.bin").write_bytes(b"")
-    shared = [fault for rank in range(3) for fault in shard_problems(out, rank=rank, ranks=3)]
-    assert sorted(shared) == sorted(shard_problems(out))
-    assert len(shared) == 4
+    found = [problem for rank in range(3) for problem in shard_problems(out, rank=rank, ranks=3)]
+    assert sorted(found) == sorted(shard_problems(out))
+    assert len(found) == 4
 
 
 def test_verify_without_a_manifest_says_how_to_get_one(tmp_path):
@@ -504,12 +490,12 @@ def test_info_states_the_epochs_of_a_config(whole, capsys):
         prepare.main(["verify", str(whole), "--stepz=1"])
 
 
-# ---- the hub, through its own client against a local stand-in
+# ---- the hub, through its own client and a local server
 
 
 @pytest.fixture
 def online(monkeypatch):
-    """The hub's client as it is without HF_HUB_OFFLINE, which the other tests set."""
+    """The hub's client without HF_HUB_OFFLINE, which the other tests set."""
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -535,50 +521,60 @@ def hub_command(out: Path, *more, repo="some/data") -> list[str]:
 
 
 def test_the_hub_gives_the_same_shards_and_the_commit_is_kept(hub, whole, tmp_path, monkeypatch):
-    """Interrupted on the way, too; no fetched file is left behind."""
+    """This holds after an interruption, too, and no fetched file is left behind."""
     out = tmp_path / "out"
     original = build.write_shard
     monkeypatch.setattr(build, "write_shard", lambda *a: stop_at(original, 8, *a))
     stops(hub_command(out))
-    assert json.loads((build.aside(out) / "progress.json").read_text())["source"]["revision"] == COMMIT
+    assert json.loads((output.temporary(out) / "progress.json").read_text())["source"]["revision"] == COMMIT
     monkeypatch.setattr(build, "write_shard", original)
     prepare.main(hub_command(out))
     source = json.loads((out / "manifest.json").read_text())["source"]
     assert (source["revision"], source["documents"], source["repo"]) == (COMMIT, 600, "some/data")
-    theirs, ours = contents(whole), contents(out)
-    assert ours.keys() == theirs.keys()
-    assert all(ours[n] == theirs[n] for n in ours if n.endswith(".bin"))
+    local, fetched = contents(whole), contents(out)
+    assert fetched.keys() == local.keys()
+    assert all(fetched[n] == local[n] for n in fetched if n.endswith(".bin"))
 
 
-def test_the_hub_is_streamed_past_the_disk(hub, tmp_path, monkeypatch):
-    """Only shards and records lie in the folder, the libraries' cache stays empty."""
+def test_files_of_the_hub_are_not_written_to_the_disk(hub, tmp_path, monkeypatch):
+    """The folder holds only shards and records, and the cache of the libraries does not grow."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    there, take = set(), build.Preparation.take
+    names, add = set(), build.Preparation.add
 
     def look(self, chunk, result):
-        there.update(p.name for p in (tmp_path / "out.tmp").rglob("*"))
-        take(self, chunk, result)
+        names.update(p.name for p in (tmp_path / "out.tmp").rglob("*"))
+        add(self, chunk, result)
 
-    monkeypatch.setattr(build.Preparation, "take", look)
+    monkeypatch.setattr(build.Preparation, "add", look)
     cached = set(Path(HF_HUB_CACHE).rglob("*"))
     prepare.main(hub_command(tmp_path / "out"))
     assert set(Path(HF_HUB_CACHE).rglob("*")) == cached
-    assert all(re.fullmatch(r"(train|val)_\d+\.bin|progress\.json|lock|held-\d+", name) for name in there), there
+    assert all(re.fullmatch(r"(train|val)_\d+\.bin|progress\.json|lock|held-\d+", name) for name in names), names
 
 
-def test_a_damaged_parquet_file_is_named_here_as_on_the_hub(hub, tmp_path):
+def test_json_lines_of_the_hub_make_the_same_shards(hub, whole, tmp_path):
+    write_jsonl(hub.root / "lines" / "a.jsonl.gz", texts())
+    prepare.main(hub_command(tmp_path / "out", "--pattern", "lines/*"))
+    local, fetched = contents(whole), contents(tmp_path / "out")
+    assert all(fetched[n] == local[n] for n in local if n.endswith(".bin"))
+    assert "some/data: fineweb_val_000000.bin: not a .parquet" in stops(
+        hub_command(tmp_path / "other", "--pattern", "*val*")
+    )
+
+
+def test_a_damaged_parquet_file_is_named_on_this_machine_and_on_the_hub(hub, tmp_path):
     path = hub.root / "data" / "train-00001-of-00003.parquet"
     with open(path, "r+b") as f:
         f.write(b"PAR1" + bytes(path.stat().st_size // 2))
-    message = stops(command("openwebtext", path.parent, tmp_path / "here"))
+    message = stops(command("openwebtext", path.parent, tmp_path / "local"))
     assert re.search("train-00001-of-00003.parquet: cannot be read .*; fetch it again$", message)
-    message = stops(hub_command(tmp_path / "there"))
+    message = stops(hub_command(tmp_path / "hub_out"))
     assert re.search("/some/data: data/train-00001-of-00003.parquet cannot be read .*; the same command", message)
     assert "network" not in message
 
 
-def test_a_fault_of_ours_is_not_taken_for_the_networks():
+def test_an_error_in_our_code_is_not_reported_as_a_network_error():
     pytest.importorskip("huggingface_hub")
     with pytest.raises(KeyError), answers("some/data", "main"):
         {}["x"]
@@ -593,11 +589,15 @@ def stop_at(write, number, path, *more):
 @pytest.mark.parametrize(
     "repo, more, message",
     [
-        ("moved/data", [], "moved/data: no such dataset .* give its new name with --repo"),
+        ("moved/data", [], "moved/data does not exist .* give its new name with --repo"),
         ("gated/data", [], "gated/data is gated: accept its terms there, then log in"),
-        ("some/data", ["--revision", "nope"], "some/data: no revision nope; give a commit or branch"),
+        ("some/data", ["--revision", "nope"], "some/data has no revision nope; give a commit or branch"),
         ("some/data", ["--pattern", "*.csv"], 'no file matches "\\*.csv"; name the files with --pattern'),
-        ("some/data", ["--column", "body"], 'some/data: data/.* no column "body"; it has url, text: name one'),
+        (
+            "some/data",
+            ["--column", "body"],
+            'some/data: data/.* needs one text column "body"; it has url .*; choose one',
+        ),
     ],
 )
 def test_what_the_hub_refuses_is_one_line(hub, tmp_path, repo, more, message):
@@ -606,7 +606,7 @@ def test_what_the_hub_refuses_is_one_line(hub, tmp_path, repo, more, message):
     assert "\n" not in found
 
 
-def test_no_network_is_one_line_that_names_the_other_way(online, tmp_path, monkeypatch):
+def test_no_network_is_one_line_that_names_the_alternative(online, tmp_path, monkeypatch):
     pytest.importorskip("huggingface_hub")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     message = stops(hub_command(tmp_path / "out"))
@@ -615,7 +615,7 @@ def test_no_network_is_one_line_that_names_the_other_way(online, tmp_path, monke
 
 
 def test_a_hub_that_does_not_answer_is_not_asked_again(hub, monkeypatch):
-    """Its libraries try for half a minute otherwise, for each data set of each task."""
+    """Otherwise its libraries try for half a minute, for each dataset of each task."""
     import datasets.config
     from huggingface_hub import constants
 
@@ -631,7 +631,7 @@ def test_a_hub_that_does_not_answer_is_not_asked_again(hub, monkeypatch):
 def test_ready_made_shards_are_fetched_checked_and_indexed(hub, tmp_path, capsys):
     arguments = ["pretokenized", "--repo", "some/data", "--pattern", "fineweb_*.bin", "--out", str(tmp_path / "ready")]
     hub.wrong_sha = True
-    assert "came damaged (its sha256 is another)" in stops(arguments)
+    assert "is damaged (its sha256 is wrong)" in stops(arguments)
     hub.wrong_sha = False
     prepare.main([*arguments, "--shards", "1", "--fresh"])
     assert sorted(contents(tmp_path / "ready")) == [
@@ -647,7 +647,7 @@ def test_ready_made_shards_are_fetched_checked_and_indexed(hub, tmp_path, capsys
     assert dataset.manifest["splits"]["val"][0]["documents"] == 1
 
 
-def test_shards_that_are_there_are_indexed_in_place(tmp_path, capsys):
+def test_local_shards_are_indexed_in_place(tmp_path, capsys):
     for name in ("x_val_0.bin", "x_train_1.bin"):
         write_shard(tmp_path / name, np.array([50256, 1], dtype=np.uint16), None)
     prepare.main(["pretokenized", "--source", str(tmp_path)])
@@ -655,7 +655,7 @@ def test_shards_that_are_there_are_indexed_in_place(tmp_path, capsys):
     assert "has a manifest.json; check it with" in stops(["pretokenized", "--source", str(tmp_path)])
     (tmp_path / "manifest.json").unlink()
     write_shard(tmp_path / "x_train_2.bin", np.array([60_000], dtype=np.uint16), None)
-    assert "holds token 60000; GPT-2 has 50257 ids" in stops(["pretokenized", "--source", str(tmp_path)])
+    assert "holds token 60000, which GPT-2 with 50257 ids lacks" in stops(["pretokenized", "--source", str(tmp_path)])
     assert "name one of fineweb_10B" in stops(["pretokenized", "nothing"])
     assert "--shards 0: must be from 1 to" in stops(["pretokenized", "fineweb_10B", "--shards", "0"])
     assert "--repo and --pattern go together" in stops(["pretokenized", "--repo", "some/data"])
@@ -668,18 +668,18 @@ def test_a_parquet_without_text(tmp_path):
     (tmp_path / "source").mkdir()
     pq.write_table(pa.table({"body": ["a"], "id": [1]}), tmp_path / "source" / "a.parquet")
     message = stops(command("openwebtext", tmp_path / "source", tmp_path / "out"))
-    assert 'a.parquet: no column "text"; it has body, id: name one with --column' in message
+    assert 'needs one text column "text"; it has body (string), id (int64); choose one with --column' in message
     message = stops(command("openwebtext", tmp_path / "source", tmp_path / "out", "--column", "id"))
-    assert 'column "id" is int64, not text' in message
+    assert 'needs one text column "id"; it has body (string), id (int64)' in message
     twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     pq.write_table(twice, tmp_path / "source" / "a.parquet")
     message = stops(command("openwebtext", tmp_path / "source", tmp_path / "out"))
-    assert 'a.parquet: 2 columns "text"; it has text, text: name one with --column' in message
+    assert 'a.parquet: needs one text column "text"; it has text (string), text (string)' in message
     (tmp_path / "source" / "a.parquet").write_bytes(b"PAR1 nothing")
-    assert "not a readable parquet file" in stops(command("openwebtext", tmp_path / "source", tmp_path / "out"))
+    assert "a.parquet: cannot be read" in stops(command("openwebtext", tmp_path / "source", tmp_path / "out"))
 
 
-def test_bytes_that_are_no_text_are_skipped_named_and_counted(tmp_path, capsys):
+def test_documents_that_are_not_text_are_skipped_named_and_counted(tmp_path, capsys):
     source = tmp_path / "source"
     source.mkdir()
     broken = pa.Array.from_buffers(
@@ -701,7 +701,7 @@ def test_bytes_that_are_no_text_are_skipped_named_and_counted(tmp_path, capsys):
     "content, message",
     [
         (b'{"text": "a"}\n{"text"', "a.jsonl: line 2: not JSON"),
-        (b'{"body": "a"}', 'line 1: no string "text" in it (it has: body); name another with --column'),
+        (b'{"body": "a"}', 'line 1: no string "text" in it (it has: body); choose one with --column'),
         (b"\n", "the source holds no document that can be read"),
     ],
 )
@@ -715,17 +715,19 @@ def test_a_compressed_file_that_was_cut_off(tmp_path):
     write_jsonl(tmp_path / "source" / "a.jsonl.gz", texts())
     path = tmp_path / "source" / "a.jsonl.gz"
     os.truncate(path, path.stat().st_size // 2)
-    assert "a.jsonl.gz: damaged or cut off" in stops(command("openwebtext", tmp_path / "source", tmp_path / "out"))
+    assert "a.jsonl.gz: cannot be read (Truncated" in stops(
+        command("openwebtext", tmp_path / "source", tmp_path / "out")
+    )
 
 
-def test_sources_that_are_not_there(tmp_path):
+def test_sources_that_cannot_be_used(tmp_path):
     assert "--source /nowhere: no such folder" in stops(command("openwebtext", Path("/nowhere"), tmp_path / "out"))
     assert f"--source {tmp_path}: holds no .parquet" in stops(command("openwebtext", tmp_path, tmp_path / "out"))
     assert "--workers 0: must be from 1 to 4096" in stops(command("openwebtext", tmp_path, tmp_path, "--workers", "0"))
     (tmp_path / "a.txt").write_text("short")
     message = stops(command("fineweb_edu", tmp_path, tmp_path / "out"))
-    assert "no document fell into the train split; give more text or a smaller --shard-tokens" in message
-    assert not build.aside(tmp_path / "out").exists()
+    assert "no document fell into the train split; give more text or a smaller --shard_tokens" in message
+    assert not output.temporary(tmp_path / "out").exists()
 
 
 def test_a_foreign_file_and_a_damaged_shard_in_an_unfinished_folder(corpus, tmp_path, monkeypatch):
@@ -733,16 +735,16 @@ def test_a_foreign_file_and_a_damaged_shard_in_an_unfinished_folder(corpus, tmp_
     monkeypatch.setattr(build.Preparation, "finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     stops(command("openwebtext", corpus, out))
     for name in ("other.bin", "notes.tmp"):
-        (build.aside(out) / name).write_bytes(b"1")
+        (output.temporary(out) / name).write_bytes(b"1")
         assert f"{name}: not a file of a preparation; move it away" in stops(command("openwebtext", corpus, out))
-        (build.aside(out) / name).unlink()
-    os.truncate(build.aside(out) / "train_000001.bin", 3000)
+        (output.temporary(out) / name).unlink()
+    os.truncate(output.temporary(out) / "train_000001.bin", 3000)
     message = stops(command("openwebtext", corpus, out))
     assert "train_000001.bin: 3000 bytes where its header promises 21024" in message
 
 
 def test_a_full_disk_keeps_what_was_written(corpus, whole, tmp_path):
-    """A limit on file size stands in for the full disk: it is smaller than a shard."""
+    """A limit on file size, smaller than a shard, takes the place of a full disk."""
     out = tmp_path / "owt"
     limited = f"ulimit -f 12; exec {sys.executable} -m data.prepare " + " ".join(command("openwebtext", corpus, out))
     done = subprocess.run(["bash", "-c", limited], cwd=ROOT, env=environment(), capture_output=True, text=True)

@@ -1,9 +1,8 @@
-"""The pipeline: chunks of documents -> tokens, on all cores -> shards, in the order of the source.
+"""The pipeline: chunks of documents become tokens, on all cores, and tokens become shards, in the order of the source.
 
-Everything is written to FOLDER.tmp, which becomes FOLDER when it is complete. Whenever a shard is
-finished, progress.json is replaced: how far the source was read, the shards so far, and the name of a
-file with the tokens read but not yet in a shard. Killed anywhere, a preparation continues from there and
-ends with the same bytes. The number of workers does not change them either, as results are taken in order.
+Whenever a shard is finished, progress.json is replaced. It holds the position in the source, the shards so far, and
+the name of a file with the tokens that are not yet in a shard. A preparation that was killed continues from there and
+ends with the same bytes. The number of workers does not change them either.
 """
 
 import json
@@ -11,115 +10,103 @@ import shutil
 import sys
 from contextlib import closing
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from data.prepare.place import LOCK, PROGRESS, aside, locked, progress, settle
+from data.prepare.output import PROGRESS, progress, published
 from data.prepare.sources import Chunk, Source
 from data.prepare.workers import Encoded, Recipe, encoded
-from data.shards import (
-    SPLITS,
-    DataError,
-    ShardEntry,
-    listed_shard,
-    write_manifest,
-    write_shard,
-)
+from data.shards import SPLITS, DataError, ShardEntry, listed_shard, write_manifest, write_shard
 from data.tokenizer import Tokenizer, get_tokenizer
 from runtime.files import sha256_of, write_durably
 
-NOTICES = 20  # documents that cannot be read are named up to this many, and all are counted
+NOTICES = 20  # unreadable documents that are named; all are counted
 
 
 class ShardWriter:
-    """Fills the shards of one stream of documents; the first shard may belong to another split than the rest."""
+    """Writes the shards of one stream. The first shard may belong to another split than the rest."""
 
-    def __init__(self, folder: Path, first: str, rest: str, shard_tokens: int, eot: int) -> None:
-        self.folder, self.first, self.rest, self.eot = folder, first, rest, eot
+    def __init__(self, folder: Path, splits: tuple[str, str], shard_tokens: int, eot: int) -> None:
+        self.folder, self.splits, self.eot = folder, splits, eot
         self.buffer = np.empty(shard_tokens, dtype="<u2")
-        self.held = self.held_bytes = 0
+        self.count = self.bytes = 0  # tokens in the buffer, and bytes of their text
         self.entries: list[ShardEntry] = []
 
     def split_of(self, number: int) -> str:
-        return self.rest if number else self.first
+        return self.splits[min(number, 1)]
 
     def add(self, tokens: np.ndarray, text_bytes: int) -> None:
         """Append tokens (n,) uint16, which stand for text_bytes of UTF-8."""
         while len(tokens):
-            n = min(len(tokens), len(self.buffer) - self.held)
-            share = round(text_bytes * n / len(tokens))
-            self.buffer[self.held : self.held + n] = tokens[:n]
-            self.held, self.held_bytes = self.held + n, self.held_bytes + share
-            tokens, text_bytes = tokens[n:], text_bytes - share
-            if self.held == len(self.buffer):
+            n = min(len(tokens), len(self.buffer) - self.count)
+            part_bytes = round(text_bytes * n / len(tokens))
+            self.buffer[self.count : self.count + n] = tokens[:n]
+            self.count, self.bytes = self.count + n, self.bytes + part_bytes
+            tokens, text_bytes = tokens[n:], text_bytes - part_bytes
+            if self.count == len(self.buffer):
                 self.flush()
 
     def flush(self) -> None:
-        """Write what is held as a shard."""
-        if self.held:
-            path = self.folder / f"{self.split_of(len(self.entries))}_{len(self.entries):06d}.bin"
-            self.entries.append(write_shard(path, self.buffer[: self.held], self.held_bytes, self.eot))
-            self.held = self.held_bytes = 0
+        """Write the buffer as a shard."""
+        if self.count:
+            number = len(self.entries)
+            path = self.folder / f"{self.split_of(number)}_{number:06d}.bin"
+            self.entries.append(write_shard(path, self.buffer[: self.count], self.bytes, self.eot))
+            self.count = self.bytes = 0
 
 
 class Preparation:
-    """What a preparation has reached: position in the source, documents read, and one writer a stream."""
+    """The state of a preparation: position in the source, documents read, and a writer for each stream."""
 
     def __init__(self, folder: Path, source: dict, recipe: Recipe, eot: int) -> None:
         self.folder, self.source, self.split = folder, source, recipe.split
         self.position: tuple[int, ...] = ()
         self.documents = self.unreadable = 0
-        self.writers = [ShardWriter(folder, *names, recipe.shard_tokens, eot) for names in recipe.split.streams]
+        self.writers = [ShardWriter(folder, splits, recipe.shard_tokens, eot) for splits in recipe.split.streams]
         if state := progress(folder):
             self._restore(state)
 
     @property
     def shards(self) -> int:
+        """Number of finished shards."""
         return sum(len(w.entries) for w in self.writers)
 
     @property
     def tokens(self) -> int:
-        return sum(w.held + sum(e.tokens for e in w.entries) for w in self.writers)
+        """Number of tokens so far, in shards and in buffers."""
+        return sum(w.count + sum(e.tokens for e in w.entries) for w in self.writers)
 
-    def will_write(self, name: str) -> bool:
-        """Whether a shard of this name is still to come."""
-        split, _, number = name.removesuffix(".bin").rpartition("_")
-        return number.isdigit() and any(
-            int(number) >= len(w.entries) and w.split_of(int(number)) == split for w in self.writers
-        )
-
-    def take(self, chunk: Chunk, result: Encoded) -> None:
-        """Append a chunk's documents to their streams, and write down where we are if that finished a shard."""
+    def add(self, chunk: Chunk, result: Encoded) -> None:
+        """Append the documents of a chunk to their streams, and record progress if that finished a shard."""
         before = self.shards
-        stream = self.split.streams_of(self.documents, chunk.names, len(result.lengths))
-        ends = np.cumsum(result.lengths)
-        cuts = [0, *(np.flatnonzero(np.diff(stream)) + 1).tolist(), len(stream)] if len(stream) else [0]
-        for a, b in pairwise(cuts):  # runs of documents of one stream
-            start = int(ends[a - 1]) if a else 0
-            self.writers[stream[a]].add(result.tokens[start : ends[b - 1]], int(result.sizes[a:b].sum()))
+        streams = self.split.streams_of(self.documents, chunk.names, len(result.lengths))
+        cuts = np.flatnonzero(np.diff(streams)) + 1  # between documents of different streams
+        token_cuts = np.cumsum(result.lengths)[cuts - 1]
+        runs = np.split(streams, cuts), np.split(result.tokens, token_cuts), np.split(result.sizes, cuts)
+        for stream, tokens, sizes in zip(*runs, strict=True):
+            self.writers[stream[0]].add(tokens, int(sizes.sum()))
         self.documents += len(result.lengths)
         for where in result.unreadable[: max(0, NOTICES - self.unreadable)]:
-            tqdm.write(f"skipped {where}", file=sys.stderr)  # on a line of its own
+            tqdm.write(f"skipped {where}", file=sys.stderr)  # does not disturb the progress bar
         self.unreadable += len(result.unreadable)
         self.position = chunk.after
         if self.shards > before:
             self.save()
 
     def save(self) -> None:
-        """Replace progress.json; the tokens it speaks of are on the disk before it is."""
-        held = self.folder / f"held-{self.shards:06d}"
-        digest = write_durably(held, *(w.buffer[: w.held] for w in self.writers))
+        """Replace progress.json, after the tokens in the buffers are on the disk."""
+        path = self.folder / f"held-{self.shards:06d}"
+        digest = write_durably(path, *(w.buffer[: w.count] for w in self.writers))
         state = dict(source=self.source, position=self.position, documents=self.documents, unreadable=self.unreadable)
-        state["held"] = dict(file=held.name, sha256=digest)
+        state["held"] = dict(file=path.name, sha256=digest)
         state["streams"] = [
-            dict(held=w.held, held_bytes=w.held_bytes, shards=[asdict(e) for e in w.entries]) for w in self.writers
+            dict(held=w.count, held_bytes=w.bytes, shards=[asdict(e) for e in w.entries]) for w in self.writers
         ]
         write_durably(self.folder / PROGRESS, (json.dumps(state) + "\n").encode())
         for old in self.folder.glob("held-*"):
-            if old != held:
+            if old != path:
                 old.unlink()
 
     def _restore(self, state: dict) -> None:
@@ -128,26 +115,27 @@ class Preparation:
         path = self.folder / state["held"]["file"]
         if not path.exists() or sha256_of(path) != state["held"]["sha256"]:
             raise DataError(f"{path} is missing or damaged; start over with --fresh")
-        held = np.fromfile(path, dtype="<u2")
-        for writer, told in zip(self.writers, state["streams"], strict=True):
-            writer.held, writer.held_bytes = told["held"], told["held_bytes"]
-            writer.buffer[: writer.held], held = held[: writer.held], held[writer.held :]
-            writer.entries = [ShardEntry(**e) for e in told["shards"]]
+        tokens = np.fromfile(path, dtype="<u2")
+        for writer, saved in zip(self.writers, state["streams"], strict=True):
+            writer.count, writer.bytes = saved["held"], saved["held_bytes"]
+            writer.buffer[: writer.count], tokens = tokens[: writer.count], tokens[writer.count :]
+            writer.entries = [ShardEntry(**e) for e in saved["shards"]]
+            for entry in saved["shards"]:
+                listed_shard(self.folder, entry)
 
     def finish(self, tokenizer: Tokenizer) -> None:
-        """Write the last shards and the manifest."""
-        for writer in self.writers:
-            writer.flush()
+        """Write the last shards and the manifest. Raises DataError, and deletes the folder, if a split is empty."""
         splits: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
         for writer in self.writers:
+            writer.flush()
             for number, entry in enumerate(writer.entries):
                 splits[writer.split_of(number)].append(entry)
-        problem = "" if self.documents > self.unreadable else "the source holds no document that can be read"
-        for split, entries in splits.items():
-            if not entries and not problem:
-                problem = f"no document fell into the {split} split; {self.split.remedy}"
-        if problem:
+        empty = [split for split, entries in splits.items() if not entries]
+        if empty:
             shutil.rmtree(self.folder)
+            problem = f"no document fell into the {empty[0]} split; {self.split.hint}"
+            if self.documents == self.unreadable:
+                problem = "the source holds no document that can be read"
             raise DataError(f"{self.folder.name.removesuffix('.tmp')}: {problem}")
         facts = {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot}
         counts = dict(documents=self.documents, unreadable=self.unreadable)
@@ -161,37 +149,17 @@ def build(out: Path, source: Source, settings: dict, recipe: Recipe) -> None:
     Raises DataError for a source, a folder or a tokenizer that cannot be used, OSError for a full disk.
     """
     tokenizer = get_tokenizer(recipe.tokenizer, recipe.ranks)
-    folder = aside(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with published(out) as folder:
         preparation = Preparation(folder, settings, recipe, tokenizer.eot)
-        sweep(folder, preparation)
         if not preparation.position:
-            preparation.save()  # what the source said of itself holds from here on
-        start = preparation.tokens
-        seldom = 0.1 if sys.stderr.isatty() else 60  # seconds between reports; in a log, one a minute
-        look = dict(desc=f"preparing {out.name}", unit=" tokens", unit_scale=True, mininterval=seldom)
+            preparation.save()  # records what the source is before it is read
+        look = dict(desc=f"preparing {out.name}", unit=" tokens", unit_scale=True, initial=preparation.tokens)
+        interval = 0.1 if sys.stderr.isatty() else 60  # seconds between updates of the bar; a log gets one per minute
         chunks = source.chunks(preparation.position)
-        with closing(chunks), tqdm(**look, initial=start) as bar, closing(encoded(chunks, recipe)) as results:
+        with closing(chunks), tqdm(**look, mininterval=interval) as bar, closing(encoded(chunks, recipe)) as results:
             for chunk, result in results:
-                preparation.take(chunk, result)
+                preparation.add(chunk, result)
                 if chunk.fraction:
                     bar.total = round(preparation.tokens / chunk.fraction)
                 bar.update(len(result.tokens))
         preparation.finish(tokenizer)
-        settle(folder, out)
-
-
-def sweep(folder: Path, preparation: Preparation) -> None:
-    """Check the shards so far and drop half-written files; DataError for a file that is not of this preparation."""
-    expected = set()
-    for writer in preparation.writers:
-        for entry in writer.entries:
-            listed_shard(folder, asdict(entry))
-            expected.add(entry.file)
-    for path in folder.iterdir():
-        ours = path.name in expected | {PROGRESS, LOCK} or path.name.startswith("held-")
-        if path.name.endswith(".tmp") or (path.suffix == ".bin" and preparation.will_write(path.name)):
-            path.unlink()  # left by a kill
-        elif not ours:
-            raise DataError(f"{path}: not a shard of this preparation; move it away")

@@ -1,8 +1,7 @@
-"""What each source is: where it lies, which documents are for validation, where end-of-text goes.
+"""What each command prepares: the source, which documents are for validation, and where end-of-text goes.
 
-A job's `settings` are what the command line decides; `open` adds what only the source knows (its commit,
-its number of documents) and gives them back from an interrupted preparation, so that it continues with
-the very same source.
+The settings of a job follow from the command line. Its source adds facts: its commit and its number of documents. A
+continued preparation gets the recorded ones back as `pinned`, so that it reads the same source.
 """
 
 import argparse
@@ -18,23 +17,47 @@ from data.shards import DataError
 
 
 @dataclass(frozen=True)
-class Hub:
-    """A corpus on the hub: its repository, and the commit that is read unless --revision names another."""
+class Corpus:
+    """A corpus on the hub, as parquet files with a column of text."""
 
     repo: str
-    commit: str
+    commit: str  # read unless --revision names another
+    pattern: str  # of its files
+    split: type[NanoGPT | FirstShard]
+    eot: str  # end-of-text "before" or "after" each document
+    samples: tuple[str, ...] = ("",)  # choices of --sample, which may appear in the pattern
 
 
-HUB = {
-    "openwebtext": Hub("Skylion007/openwebtext", "79d93d786212f7344586290adb811d4ae6a1762c"),  # 8,013,769 documents
-    "fineweb_edu": Hub("HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"),  # 10BT: 9,672,101
+CORPORA = {
+    "openwebtext": Corpus(  # 8,013,769 documents
+        repo="Skylion007/openwebtext",
+        commit="79d93d786212f7344586290adb811d4ae6a1762c",
+        pattern="*train-*.parquet",
+        split=NanoGPT,
+        eot="after",
+    ),
+    "fineweb_edu": Corpus(  # 9,672,101 documents in 10BT
+        repo="HuggingFaceFW/fineweb-edu",
+        commit="87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
+        pattern="sample/{sample}/*.parquet",
+        split=FirstShard,
+        eot="before",
+        samples=("10BT", "100BT"),
+    ),
 }
-PINNED = ("revision", "documents", "read")  # what the source says of itself, and what was read of it
+
+# GPT-2 token shards by others: repository and files. A file with "val" in its name is for validation.
+PRETOKENIZED = {
+    "fineweb_10B": ("kjj0/fineweb10B-gpt2", "fineweb_*.bin"),
+    "fineweb_100B": ("kjj0/fineweb100B-gpt2", "fineweb_*.bin"),
+    "fineweb_edu_10B": ("kjj0/finewebedu10B-gpt2", "finewebedu_*.bin"),
+    "fineweb_edu_100B": ("karpathy/fineweb-edu-100B-gpt2-token-shards", "edu_fineweb_*.bin"),
+}
 
 
 @dataclass(frozen=True)
 class Job:
-    """A named preparation; open(pinned settings) makes its source and split."""
+    """A preparation: the name of its folder, its settings, and open(pinned), which gives source, split and facts."""
 
     name: str
     settings: dict
@@ -50,84 +73,50 @@ def pydocs_job(args: argparse.Namespace) -> Job:
 def text_job(args: argparse.Namespace) -> Job:
     """The user's text files."""
     files = text.text_files(args.root, args.glob)
-    root = args.root.resolve()
     sizes = [(p.relative_to(args.root).as_posix(), p.stat().st_size) for p in files]
+    digest = hashlib.sha256(repr(sizes).encode()).hexdigest()
+    root = args.root.resolve()
     settings = {"name": "text", "root": str(root), "glob": args.glob, "val_fraction": args.val_fraction}
-    settings |= {"files": len(files), "files_sha256": hashlib.sha256(repr(sizes).encode()).hexdigest(), "eot": "after"}
+    settings |= {"files": len(files), "files_sha256": digest, "eot": "after"}
     documents = text.documents(args.root, files)
     return Job(root.name, settings, lambda pinned: (Named(documents), ByName(args.val_fraction), {}))
 
 
-def openwebtext_job(args: argparse.Namespace) -> Job:
-    """OpenWebText with nanoGPT's validation documents, end-of-text behind each document."""
-    split = {"split": "nanogpt", "val_fraction": NanoGPT.fraction, "val_seed": NanoGPT.seed, "eot": "after"}
-    return _corpus(args, "openwebtext", "openwebtext", "*train-*.parquet", split)
-
-
-def fineweb_edu_job(args: argparse.Namespace) -> Job:
-    """A sample of FineWeb-Edu, its first shard for validation, end-of-text before each document."""
-    split = {"split": "first shard", "eot": "before"}
-    return _corpus(args, "fineweb_edu", f"fineweb_edu_{args.sample[:-1]}", f"sample/{args.sample}/*.parquet", split)
-
-
-def _corpus(args: argparse.Namespace, name: str, folder_name: str, pattern: str, split: dict) -> Job:
+def corpus_job(args: argparse.Namespace) -> Job:
     """A corpus from the hub, or from files like it that the user has."""
-    settings = {"name": name, "column": args.column, **split}
+    corpus = CORPORA[args.command]
+    settings = {"name": args.command, "column": args.column, **corpus.split.settings, "eot": corpus.eot}
     local = LocalFolder(args.source) if args.source else None
-    revision = args.revision or (HUB[name].commit if args.repo == HUB[name].repo else "main")
+    revision = args.revision or (corpus.commit if args.repo == corpus.repo else "main")
+    pattern = args.pattern or corpus.pattern.format(sample=args.sample)
     if local:
         settings |= {"root": str(args.source.resolve()), "files": len(local.files), "files_sha256": local.digest()}
     else:
-        settings |= {"repo": args.repo, "pattern": args.pattern or pattern, "asked_revision": revision}
+        settings |= {"repo": args.repo, "pattern": pattern, "asked_revision": revision}
 
     def start(pinned: dict) -> tuple[Source, Split, dict]:
-        facts: dict = {}
-        folder: Folder
-        if local:
-            folder = local
-        else:
-            folder = HubFolder(args.repo, settings["pattern"], pinned.get("revision", revision))
-            facts["revision"] = folder.revision
+        folder: Folder = local or HubFolder(args.repo, pattern, pinned.get("revision", revision))
         files = Files(folder, args.column)
-        if split["split"] != "nanogpt":
+        facts = {"revision": folder.revision} if isinstance(folder, HubFolder) else {}
+        if corpus.split is FirstShard:
             return files, FirstShard(), facts
         facts["documents"] = pinned.get("documents") or files.documents()
         return files, NanoGPT(facts["documents"]), facts
 
-    return Job(folder_name, settings, start)
+    name = f"{args.command}_{args.sample[:-1]}" if args.sample else args.command
+    return Job(name, settings, start)
 
 
-JOBS = {"pydocs": pydocs_job, "text": text_job, "openwebtext": openwebtext_job, "fineweb_edu": fineweb_edu_job}
+JOBS = {"pydocs": pydocs_job, "text": text_job, **dict.fromkeys(CORPORA, corpus_job)}
 
 
-def changed(there: dict, now: dict) -> list[str]:
-    """Settings that differ, without those that only the source knows."""
-    return sorted(k for k in there | now if k not in PINNED and there.get(k) != now.get(k))
-
-
-@dataclass(frozen=True)
-class Ready:
-    """Token shards of others that share our header."""
-
-    repo: str
-    pattern: str
-
-
-# By their repositories' names; GPT-2 tokens, end-of-text before each document, "val" in a file's name: validation.
-READY = {
-    "fineweb_10B": Ready("kjj0/fineweb10B-gpt2", "fineweb_*.bin"),
-    "fineweb_100B": Ready("kjj0/fineweb100B-gpt2", "fineweb_*.bin"),
-    "fineweb_edu_10B": Ready("kjj0/finewebedu10B-gpt2", "finewebedu_*.bin"),
-    "fineweb_edu_100B": Ready("karpathy/fineweb-edu-100B-gpt2-token-shards", "edu_fineweb_*.bin"),
-}
-
-
-def ready_shards(args: argparse.Namespace) -> tuple[str, Ready]:
-    """Name and place of the ready-made shards that the command line means."""
-    if args.repo or args.pattern:
-        if not (args.repo and args.pattern):
-            raise DataError("--repo and --pattern go together, for example --pattern 'fineweb_*.bin'")
-        return args.repo.rpartition("/")[2], Ready(args.repo, args.pattern)
-    if args.which not in READY:
-        raise DataError(f"name one of {', '.join(READY)}, or give --repo and --pattern, or --source DIR")
-    return args.which, READY[args.which]
+def pretokenized_settings(args: argparse.Namespace) -> tuple[str, dict]:
+    """Name and settings of token shards from the hub."""
+    if bool(args.repo) != bool(args.pattern):
+        raise DataError("--repo and --pattern go together, for example --pattern 'fineweb_*.bin'")
+    if not args.repo and args.which not in PRETOKENIZED:
+        raise DataError(f"name one of {', '.join(PRETOKENIZED)}, or give --repo and --pattern, or --source DIR")
+    name = args.repo.rpartition("/")[2] if args.repo else args.which
+    repo, pattern = (args.repo, args.pattern) if args.repo else PRETOKENIZED[args.which]
+    settings = {"name": "pretokenized", "repo": repo, "pattern": pattern}
+    return name, settings | {"asked_revision": args.revision or "main", "shards": args.shards}

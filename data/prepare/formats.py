@@ -1,115 +1,100 @@
-"""Reading corpus files: lines, compressed or not, and parquet. Every fault names the file."""
+"""Reading corpus files: lines, compressed or not, and one column of a parquet file. Every error names the file."""
 
-import gzip
+import importlib
 import io
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import BinaryIO, TypeVar
+from pathlib import PurePath
+from typing import Any, BinaryIO, TypeVar
 
 from data.shards import DataError
 
-CHUNK_BYTES = 1 << 20  # a tenth of a second of tokenization: enough to hide the hand-over, little enough to spread
+CHUNK_BYTES = 1 << 20  # a chunk takes about 0.1 s to tokenize, far longer than it takes to send to a worker
 CHUNK_DOCUMENTS = 512
-BATCH_ROWS = 256  # of a parquet file decoded at a time
+BATCH_ROWS = 256  # parquet rows decoded at a time
+BUFFER_BYTES = 1 << 20
 
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a corpus, on this machine or on the hub."""
+
+    name: str  # within its folder
+    size: int  # bytes
+    title: str  # names it in messages
+    open: Callable[[], AbstractContextManager[BinaryIO]]
+    sha256: str | None = None  # if the hub states it
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its class name."""
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+
+
+def library(module: str) -> Any:
+    """Import a module of pyarrow or huggingface_hub; ImportError says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ImportError(f"{module} is missing: pip install datasets") from None
+
+
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """A file opened for reading, decompressed by its suffix, and the file below it; DataError if it is damaged."""
-    with open(path, "rb") as raw:
-        stream: BinaryIO = raw
-        if path.suffix == ".gz":
-            stream = gzip.GzipFile(fileobj=raw)
-        elif path.suffix == ".zst":
-            try:
-                import zstandard
-            except ImportError:
-                raise ImportError(f"{path}: reading .zst files needs: pip install zstandard") from None
-            stream = io.BufferedReader(
-                zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), 1 << 20
-            )
-        try:
-            yield stream, raw
-        except (EOFError, gzip.BadGzipFile) as error:
-            raise DataError(f"{path}: damaged or cut off ({first_line(error)})") from None
-        except Exception as error:
-            if type(error).__module__.startswith("zstandard"):
-                raise DataError(f"{path}: damaged or cut off ({first_line(error)})") from None
-            raise
+def opened(file: SourceFile) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """The content of a file, decompressed according to its suffix, and the file itself; DataError if it is damaged."""
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(PurePath(file.name).suffix)
+    try:
+        with file.open() as raw:
+            stream = library("pyarrow").CompressedInputStream(raw, compression) if compression else None
+            yield io.BufferedReader(stream, BUFFER_BYTES) if stream else raw, raw
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:  # pyarrow raises either for a damaged file
+        raise DataError(f"{file.title}: cannot be read ({first_line(error)}); fetch it again") from None
 
 
 def grouped(documents: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
-    """The documents in lists, each as large as a chunk may be; size: bytes or characters of one."""
-    group, held = [], 0
+    """Put documents into lists as large as a chunk may be; size: bytes or characters of one document."""
+    group, total = [], 0
     for document in documents:
         group.append(document)
-        held += size(document)
-        if held >= CHUNK_BYTES or len(group) == CHUNK_DOCUMENTS:
+        total += size(document)
+        if total >= CHUNK_BYTES or len(group) == CHUNK_DOCUMENTS:
             yield group
-            group, held = [], 0
+            group, total = [], 0
     if group:
         yield group
 
 
-def line_blocks(path: Path, start: int) -> Iterator[tuple[int, float, list[bytes]]]:
-    """(number behind the block, done share of the file, its lines) of the lines that are not blank."""
-    size = max(1, path.stat().st_size)
-    with opened(path) as (stream, raw):
-        for lines in grouped(islice((line for line in stream if line.strip()), start, None), len):
-            start += len(lines)
-            yield start, min(1.0, raw.tell() / size), lines
+def line_groups(file: SourceFile, start: int) -> Iterator[tuple[list[bytes], float]]:
+    """Groups of the lines that are not blank, from number `start` on, each with the fraction of the file read."""
+    with opened(file) as (content, raw):
+        for group in grouped(islice((line for line in content if line.strip()), start, None), len):
+            yield group, min(1.0, raw.tell() / file.size)
 
 
-def parquet_library() -> object:
-    """pyarrow.parquet; ImportError names the package."""
-    try:
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise ImportError("reading parquet needs: pip install pyarrow") from None
-    return pq
+@contextmanager
+def opened_parquet(file: SourceFile, column: str) -> Iterator[Any]:
+    """A pyarrow ParquetFile; DataError if it is damaged or has no such text column."""
+    with opened(file) as (content, _):
+        parquet = library("pyarrow.parquet").ParquetFile(content, buffer_size=BUFFER_BYTES)
+        types = [str(field.type) for field in parquet.schema_arrow if field.name == column]
+        if len(types) != 1 or types[0] not in ("string", "large_string", "string_view"):
+            found = ", ".join(f"{field.name} ({field.type})" for field in parquet.schema_arrow)
+            raise DataError(f'{file.title}: needs one text column "{column}"; it has {found}; choose one with --column')
+        yield parquet
 
 
-def parquet_rows(path: Path | BinaryIO, column: str, name: str = "") -> int:
-    """Rows of a parquet file, from its footer; DataError if it has no such text column."""
-    pq = parquet_library()
-    name = name or str(path)
-    try:
-        file = pq.ParquetFile(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{name}: not a readable parquet file ({first_line(error)}); fetch it again") from None
-    schema = file.schema_arrow
-    there = ", ".join(schema.names)
-    count = schema.names.count(column)
-    if count != 1:
-        columns = "columns" if count else "column"
-        raise DataError(f'{name}: {count or "no"} {columns} "{column}"; it has {there}: name one with --column')
-    if str(schema.field(column).type) not in ("string", "large_string", "string_view"):
-        raise DataError(f'{name}: column "{column}" is {schema.field(column).type}, not text; it has {there}')
-    return file.metadata.num_rows
-
-
-def parquet_values(path: Path, column: str, start: int) -> Iterator[bytes | None]:
-    """The texts of a column from row `start` on, not yet decoded, a few at a time however large a row group is."""
-    file = parquet_library().ParquetFile(path, buffer_size=1 << 20)
-    groups = list(range(file.num_row_groups))
-    while groups and start >= file.metadata.row_group(groups[0]).num_rows:
-        start -= file.metadata.row_group(groups.pop(0)).num_rows
-    batches = file.iter_batches(BATCH_ROWS, row_groups=groups, columns=[column], use_threads=False)
-    yield from batched_values(batches, start)
-
-
-def batched_values(batches: Iterable, start: int) -> Iterator[bytes | None]:
-    """The values of Arrow batches or tables of one text column, from number `start` on, as bytes."""
-    for batch in batches:
+def parquet_values(parquet: Any, column: str, start: int) -> Iterator[bytes | None]:
+    """The texts of a column from row `start` on, not yet decoded. Memory stays small for any size of row group."""
+    groups = list(range(parquet.num_row_groups))
+    while groups and start >= parquet.metadata.row_group(groups[0]).num_rows:
+        start -= parquet.metadata.row_group(groups.pop(0)).num_rows
+    for batch in parquet.iter_batches(BATCH_ROWS, row_groups=groups, columns=[column], use_threads=False):
         skipped = min(start, len(batch))
         start -= skipped
         yield from batch.column(0).cast("large_binary").to_pylist()[skipped:]
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its name."""
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Token shards that somebody else made: fetch them, check every one, and write the manifest they lack."""
+"""Token shards that others made: fetch them, check every one, and write the manifest that they lack."""
 
 import json
 import os
@@ -7,31 +7,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.prepare.hub import HubFolder
-from data.prepare.place import FETCHED, PROGRESS, aside, locked, settle
-from data.shards import (
-    MANIFEST,
-    SPLITS,
-    DataError,
-    ShardEntry,
-    examine,
-    names_split,
-    read_shard_header,
-    write_manifest,
-)
+from data.prepare.output import FETCHED, PROGRESS, published
+from data.shards import MANIFEST, SPLITS, DataError, examine, names_split, read_shard_header, write_manifest
 from data.tokenizer import GPT2Tokenizer
 from runtime.files import sha256_of, write_durably
 
 GPT2 = {"name": "gpt2", "vocab_size": GPT2Tokenizer.vocab_size, "eot": GPT2Tokenizer.eot}
-
-
-def entry(path: Path) -> ShardEntry:
-    """Read a shard whole; DataError for a wrong header, a wrong length or a token that GPT-2 does not have."""
-    found = examine(read_shard_header(path), GPT2["eot"])
-    if found.max_token >= GPT2["vocab_size"]:
-        raise DataError(
-            f"{path}: holds token {found.max_token}; GPT-2 has {GPT2['vocab_size']} ids: made with another tokenizer"
-        )
-    return found
 
 
 def split_of(name: str) -> str:
@@ -40,10 +21,13 @@ def split_of(name: str) -> str:
 
 
 def index(folder: Path, paths: list[Path], source: dict) -> None:
-    """Write the manifest of a folder of shards, which stay as they are. Raises DataError as `entry` does."""
-    splits: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
+    """Check a folder of shards and write its manifest. Raises DataError for a damaged shard or another tokenizer."""
+    splits: dict = {split: [] for split in SPLITS}
     for path in tqdm(paths, desc=f"checking {folder.name}", unit=" shards", disable=None):
-        splits[split_of(path.name)].append(entry(path))
+        entry = examine(read_shard_header(path), GPT2["eot"])
+        if entry.max_token >= GPT2["vocab_size"]:
+            raise DataError(f"{path}: holds token {entry.max_token}, which GPT-2 with {GPT2['vocab_size']} ids lacks")
+        splits[split_of(path.name)].append(entry)
     for split, entries in splits.items():
         if not entries:
             raise DataError(f"{folder}: no *{split}*.bin shards in it")
@@ -51,7 +35,7 @@ def index(folder: Path, paths: list[Path], source: dict) -> None:
 
 
 def index_in_place(folder: Path) -> None:
-    """Index a folder that the user has; DataError if it has a manifest already."""
+    """Index a folder of the user's own shards, which stay where they are."""
     if not folder.is_dir():
         raise DataError(f"--source {folder}: no such folder")
     if (folder / MANIFEST).exists():
@@ -59,31 +43,30 @@ def index_in_place(folder: Path) -> None:
     index(folder, sorted(folder.glob("*.bin")), {"name": "pretokenized", "root": str(folder.resolve())})
 
 
-def fetch(out: Path, wanted: dict, before: dict) -> None:
-    """Fetch shards from the hub into `out`: the validation shards, and the first wanted["shards"] of the others.
+def fetch(out: Path, settings: dict, pinned: dict) -> None:
+    """Fetch the validation shards and the first settings["shards"] training shards from the hub into `out`.
 
-    wanted: also repo, pattern and asked_revision; before: what an interrupted call wrote down, whose files are kept.
-    Raises DataError for what the hub refuses and for bad shards.
+    settings: also repo, pattern and asked_revision; pinned: what an interrupted call recorded of its source.
+    Raises DataError for errors of the hub and for damaged shards.
     """
-    folder, repo = aside(out), wanted["repo"]
-    hub = HubFolder(repo, wanted["pattern"], before.get("revision", wanted["asked_revision"]))
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        train = [f for f in hub.files if split_of(f.name) == "train"][: wanted["shards"]]
-        hub.files = [f for f in hub.files if f in train or split_of(f.name) == "val"]
-        paths = [folder / Path(f.name).name for f in hub.files]
-        if len(set(paths)) < len(paths):
-            raise DataError(f'{repo}: "{wanted["pattern"]}" matches files of one name in several folders; narrow it')
-        state = {"source": wanted | {"revision": hub.revision}, "files": [p.name for p in paths]}
+    repo, pattern = settings["repo"], settings["pattern"]
+    hub = HubFolder(repo, pattern, pinned.get("revision", settings["asked_revision"]))
+    train = [f for f in hub.files if split_of(f.name) == "train"][: settings["shards"]]
+    files = [f for f in hub.files if f in train or split_of(f.name) == "val"]
+    names = [Path(f.name).name for f in files]
+    if len(set(names)) < len(names):
+        raise DataError(f'{repo}: "{pattern}" matches files of one name in several folders; narrow it')
+    with published(out) as folder:
+        state = {"source": settings | {"revision": hub.revision}, "files": names}
         write_durably(folder / PROGRESS, (json.dumps(state) + "\n").encode())
-        bar = tqdm(paths, desc=f"fetching {out.name}", unit=" shards", disable=None)
-        for path, file in zip(bar, hub.files, strict=True):
+        bar = tqdm(names, desc=f"fetching {out.name}", unit=" shards", disable=None)
+        for name, file in zip(bar, files, strict=True):
+            path = folder / name
             if path.exists() and path.stat().st_size == file.size:
                 continue
             fetched = hub.download(file, folder / FETCHED)
             if file.sha256 and sha256_of(fetched) != file.sha256:
                 fetched.unlink()
-                raise DataError(f"{repo}: {file.name} came damaged (its sha256 is another); the same command continues")
+                raise DataError(f"{repo}: {file.name} is damaged (its sha256 is wrong); the same command continues")
             os.replace(fetched, path)
-        index(folder, paths, state["source"])
-        settle(folder, out)
+        index(folder, [folder / name for name in names], state["source"])

@@ -1,12 +1,11 @@
-"""Where documents come from: parquet, JSON lines and text files, cut into chunks that a worker decodes.
+"""Where documents come from. A source cuts its documents into chunks, which workers decode and tokenize.
 
-A chunk knows the position behind it, so that a preparation can continue there, and yields its documents
-in the order of the source.
+Each chunk knows the position at which the next one starts, so that a preparation can continue there.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,52 +15,42 @@ from typing import Protocol
 
 from tqdm.contrib.concurrent import thread_map
 
-from data.prepare.formats import (
-    first_line,
-    grouped,
-    line_blocks,
-    opened,
-    parquet_rows,
-    parquet_values,
-)
+from data.prepare.formats import SourceFile, grouped, line_groups, opened, opened_parquet, parquet_values
 from data.shards import DataError
 
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst")
+LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+TEXT = (".txt", ".txt.gz", ".txt.zst")
+SUFFIXES = (".parquet", *LINES, *TEXT)
 
 
 @dataclass(frozen=True)
 class Undecodable:
-    """A document that cannot be read as text, and where it stands."""
+    """A document that cannot be read as text, and its place in the source."""
 
     where: str
 
 
+Documents = Iterator[str | Undecodable]
+
+
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive documents: texts, or what a subclass needs to read them."""
+    """Consecutive documents. `texts` decodes them; it holds all that is needed, so that a worker can call it."""
 
-    after: tuple[int, ...]  # position behind this chunk
-    fraction: float | None  # of the source that lies before that position, if known
-    names: tuple[str, ...] | None = None  # of its documents, where the split depends on them
-    items: tuple = ()
-
-    @property
-    def held(self) -> int:
-        """About the bytes of the documents that are in the chunk itself."""
-        return sum(len(item) for item in self.items if isinstance(item, str | bytes))
-
-    def texts(self) -> Iterator[str | Undecodable]:
-        yield from self.items
+    after: tuple[int, ...]  # position at which the next chunk starts
+    fraction: float  # of the source that lies before that position
+    texts: Callable[[], Documents]
+    names: tuple[str, ...] | None = None  # of the documents, where the split depends on them
 
 
 class Source(Protocol):
-    """What the pipeline asks of a source."""
+    """What the pipeline needs of a source."""
 
     def chunks(self, position: tuple[int, ...]) -> Iterator[Chunk]: ...
 
 
 class Named:
-    """Documents (name, text, share read so far) from a generator that gives the same ones in the same order."""
+    """Documents (name, text, fraction read so far) from a generator that always gives the same ones."""
 
     def __init__(self, documents: Iterable[tuple[str, str | Undecodable, float]]) -> None:
         self.documents = documents
@@ -71,142 +60,117 @@ class Named:
         count = position[0] if position else 0
         for group in grouped(islice(self.documents, count, None), lambda d: len(d[1]) if isinstance(d[1], str) else 0):
             count += len(group)
-            names, texts, done = zip(*group, strict=True)
-            yield Chunk((count,), done[-1], names, texts)
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One file of a corpus."""
-
-    name: str
-    size: int  # bytes
-    sha256: str | None = None  # where the hub states it
-
-
-class Folder(Protocol):
-    """Files in an order, here or on the hub."""
-
-    files: list[SourceFile]
-
-    def documents(self, file: SourceFile, column: str) -> int: ...
-
-    def chunks(self, file: SourceFile, column: str, start: int) -> "Iterator[Chunk]": ...
-
-
-def parquet_chunks(name: str, rows: int, values: Iterator[bytes | None], start: int) -> Iterator[Chunk]:
-    """Chunks of the texts of a parquet file's rows from number `start` on."""
-    for group in grouped(values, lambda value: len(value or b"")):
-        first, start = start, start + len(group)
-        yield TextChunk((start,), start / rows, None, (name, first, *group))
+            names, texts, fractions = zip(*group, strict=True)
+            yield Chunk((count,), fractions[-1], partial(iter, texts), names)
 
 
 class LocalFolder:
-    """Files the user has, in the order of their names."""
+    """The corpus files in a folder, in the order of their names."""
 
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
             raise DataError(f"--source {root}: no such folder")
         found = {p.relative_to(root).as_posix(): p for p in root.rglob("*") if p.is_file()}
-        self.root = root
-        self.files = [SourceFile(n, p.stat().st_size) for n, p in sorted(found.items()) if n.endswith(SUFFIXES)]
-        if not self.files:
+        found = {name: path for name, path in sorted(found.items()) if name.endswith(SUFFIXES)}
+        if not found:
             raise DataError(f"--source {root}: holds no {', '.join(SUFFIXES)} file")
-
-    def documents(self, file: SourceFile, column: str) -> int:
-        """Documents in a file: from a parquet footer, or by counting lines."""
-        path = self.root / file.name
-        if path.suffix == ".parquet":
-            return parquet_rows(path, column)
-        if ".jsonl" in path.suffixes:
-            return sum(len(lines) for _, _, lines in line_blocks(path, 0))
-        return 1
-
-    def chunks(self, file: SourceFile, column: str, start: int) -> Iterator[Chunk]:
-        """Chunks of a file from row or line `start` on; DataError if it cannot be read."""
-        path = self.root / file.name
-        if path.suffix == ".parquet":
-            rows = parquet_rows(path, column)
-            try:
-                yield from parquet_chunks(str(path), rows, parquet_values(path, column, start), start)
-            except (OSError, ValueError) as error:
-                raise DataError(f"{path}: cannot be read ({first_line(error)}); fetch it again") from None
-        elif ".jsonl" in path.suffixes:
-            for end, done, lines in line_blocks(path, start):
-                yield JsonChunk((end,), done, None, (str(path), column, end - len(lines), *lines))
-        elif start == 0:
-            yield TextFileChunk((1,), 1.0, None, (str(path),))
+        self.files = [SourceFile(n, p.stat().st_size, str(p), partial(open, p, "rb")) for n, p in found.items()]
 
     def digest(self) -> str:
-        """A name for this state of the folder: sha256 over names and sizes."""
+        """A hash of the names and sizes of the files."""
         return hashlib.sha256(repr([(f.name, f.size) for f in self.files]).encode()).hexdigest()[:16]
 
 
+class Folder(Protocol):
+    """Files in a fixed order, on this machine or on the hub."""
+
+    files: list[SourceFile]
+
+
 class Files:
-    """The documents of a folder of files, one file after the other; a text file is one document."""
+    """The documents of a folder, one file after the other."""
 
     def __init__(self, folder: Folder, column: str = "text") -> None:
-        self.folder, self.column = folder, column
+        self.files, self.column = folder.files, column
 
     def documents(self) -> int:
-        """Documents in all files."""
-        count = partial(self.folder.documents, column=self.column)
-        look = dict(desc="counting documents", unit=" files", disable=None)
-        return sum(thread_map(count, self.folder.files, max_workers=8, **look))
+        """Number of documents in all files."""
+        count = partial(documents_in, column=self.column)
+        bar = dict(desc="counting documents", unit=" files", disable=None)
+        return sum(thread_map(count, self.files, max_workers=8, **bar))
 
     def chunks(self, position: tuple[int, ...]) -> Iterator[Chunk]:
         """Chunks from position (file, row or line) on. Raises DataError for a file that cannot be read."""
-        files = self.folder.files
         first, start = position or (0, 0)
-        total, before = sum(f.size for f in files) or 1, sum(f.size for f in files[:first])
-        for number, file in enumerate(files[first:], first):
-            with closing(self.folder.chunks(file, self.column, start)) as chunks:
+        total, before = sum(f.size for f in self.files) or 1, sum(f.size for f in self.files[:first])
+        for number, file in enumerate(self.files[first:], first):
+            with closing(chunks_of(file, self.column, start)) as chunks:
                 for chunk in chunks:
-                    done = (before + chunk.fraction * file.size) / total
-                    yield replace(chunk, after=(number, *chunk.after), fraction=done)
+                    fraction = (before + chunk.fraction * file.size) / total
+                    yield replace(chunk, after=(number, *chunk.after), fraction=fraction)
             start, before = 0, before + file.size
 
 
-class TextChunk(Chunk):
-    """Rows of a text column, whose numbers in the file count from 0."""
+def documents_in(file: SourceFile, column: str) -> int:
+    """Number of documents in a file: rows of parquet, lines of JSON, or one for a text file."""
+    if file.name.endswith(".parquet"):
+        with opened_parquet(file, column) as parquet:
+            return parquet.metadata.num_rows
+    return sum(len(lines) for lines, _ in line_groups(file, 0)) if file.name.endswith(LINES) else 1
 
-    def texts(self) -> Iterator[str | Undecodable]:
-        name, first, *values = self.items
-        for row, value in enumerate(values, first):
+
+def chunks_of(file: SourceFile, column: str, start: int) -> Iterator[Chunk]:
+    """Chunks of a file from row or line `start` on. Raises DataError if it cannot be read."""
+    if file.name.endswith(".parquet"):
+        with opened_parquet(file, column) as parquet:
+            for values in grouped(parquet_values(parquet, column, start), lambda value: len(value or b"")):
+                texts = partial(decode_rows, file.title, start, values)
+                start += len(values)
+                yield Chunk((start,), start / parquet.metadata.num_rows, texts)
+    elif file.name.endswith(LINES):
+        for lines, fraction in line_groups(file, start):
+            texts = partial(decode_lines, file.title, column, start, lines)
+            start += len(lines)
+            yield Chunk((start,), fraction, texts)
+    elif file.name.endswith(TEXT) and start == 0:
+        yield Chunk((1,), 1.0, partial(decode_file, file))
+    elif start == 0:
+        raise DataError(f"{file.title}: not a {', '.join(SUFFIXES)} file")
+
+
+def decode_rows(title: str, first: int, values: Sequence[bytes | None]) -> Documents:
+    """The documents of parquet rows. Row numbers start at 0."""
+    for row, value in enumerate(values, first):
+        where = f"{title}: row {row}"
+        yield Undecodable(f"{where}: no text") if value is None else decode_utf8(value, where)
+
+
+def decode_lines(title: str, column: str, first: int, lines: Sequence[bytes]) -> Documents:
+    """The documents of JSON lines. Line numbers start at 1 and leave out blank lines."""
+    for number, line in enumerate(lines, first + 1):
+        where = f"{title}: line {number}"
+        text = decode_utf8(line, where)
+        if isinstance(text, str):
             try:
-                yield Undecodable(f"{name}: row {row}: no text") if value is None else value.decode("utf-8")
-            except UnicodeDecodeError as error:
-                yield Undecodable(f"{name}: row {row}: not UTF-8 (byte {error.start})")
-
-
-class JsonChunk(Chunk):
-    """Lines of a JSON lines file; line numbers count lines that are not blank, from 1."""
-
-    def texts(self) -> Iterator[str | Undecodable]:
-        path, column, first, *lines = self.items
-        for number, line in enumerate(lines, first + 1):
-            where = f"{path}: line {number}"
-            try:
-                record = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                yield Undecodable(f"{where}: not UTF-8 (byte {error.start})")
-                continue
+                record = json.loads(text)
             except ValueError as error:
                 raise DataError(f"{where}: not JSON ({error})") from None
-            if not isinstance(record, dict) or not isinstance(record.get(column), str):
-                there = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                raise DataError(f'{where}: no string "{column}" in it (it has: {there}); name another with --column')
-            yield record[column]
+            record = record if isinstance(record, dict) else {}
+            text = record.get(column)
+            if not isinstance(text, str):
+                keys = ", ".join(record)
+                raise DataError(f'{where}: no string "{column}" in it (it has: {keys}); choose one with --column')
+        yield text
 
 
-class TextFileChunk(Chunk):
+def decode_file(file: SourceFile) -> Documents:
     """A text file as one document."""
+    with opened(file) as (content, _):
+        yield decode_utf8(content.read(), file.title)
 
-    def texts(self) -> Iterator[str | Undecodable]:
-        path = Path(self.items[0])
-        with opened(path) as (f, _):
-            content = f.read()
-        try:
-            yield content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            yield Undecodable(f"{path}: not UTF-8 (byte {error.start})")
+
+def decode_utf8(content: bytes, where: str) -> str | Undecodable:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return Undecodable(f"{where}: not UTF-8 (byte {error.start})")

@@ -1,6 +1,5 @@
 """The user's own text files as documents."""
 
-import codecs
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -8,8 +7,8 @@ from typing import TextIO
 from data.prepare.sources import Undecodable
 from data.shards import DataError
 
-PIECE_BYTES = 1 << 16  # larger files are cut into pieces of this size, so that validation sees some of each
-MIN_PIECES = 200  # smaller corpora are cut finer, so that there is a validation set at all
+PIECE_BYTES = 1 << 16  # larger files are cut into pieces of this size, so that the validation set has a part of each
+MIN_PIECES = 200  # a small corpus is cut into at least this many pieces, so that it gets a validation set
 READ = 1 << 20
 
 
@@ -24,7 +23,7 @@ def text_files(root: Path, pattern: str) -> list[Path]:
 
 
 def documents(root: Path, files: list[Path]) -> Iterator[tuple[str, str | Undecodable, float]]:
-    """Yield (name, text, share of the bytes read), large files in pieces; a file that is not UTF-8 as Undecodable."""
+    """Yield (name, text, fraction of the bytes read). Large files come in pieces, one that is not UTF-8 not at all."""
     sizes = [p.stat().st_size for p in files]
     total, before = max(1, sum(sizes)), 0
     piece = min(PIECE_BYTES, max(512, total // MIN_PIECES))
@@ -34,34 +33,30 @@ def documents(root: Path, files: list[Path]) -> Iterator[tuple[str, str | Undeco
             yield name, Undecodable(f"{path}: not UTF-8 (byte {bad})"), (before + size) / total
         else:
             with open(path, encoding="utf-8") as f:
-                for start, text in _pieces(f, piece):
+                for start, text in text_pieces(f, piece):
                     yield f"{name}#{start}", text, (before + min(size, f.buffer.tell())) / total
         before += size
 
 
 def undecodable_byte(path: Path) -> int | None:
-    """Where a file ceases to be UTF-8; None if it does not."""
-    decoder, before = codecs.getincrementaldecoder("utf-8")(), 0
-    with open(path, "rb") as f:
-        while True:
-            block, pending = f.read(READ), len(decoder.getstate()[0])
-            try:
-                decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                return before - pending + error.start
-            if not block:
-                return None
-            before += len(block)
+    """Position of the first byte that is not UTF-8; None if there is none."""
+    with open(path, encoding="utf-8") as f:
+        try:
+            while f.read(READ):
+                pass
+        except UnicodeDecodeError as error:  # error.object: the bytes read last
+            return f.buffer.tell() - len(error.object) + error.start
+    return None
 
 
-def _pieces(f: TextIO, size: int) -> Iterator[tuple[int, str]]:
+def text_pieces(f: TextIO, size: int) -> Iterator[tuple[int, str]]:
     """(start, text): a file cut into pieces of about `size` characters, at line ends, in long lines at spaces."""
-    text, start, ended = "", 0, False
-    while text or not ended:
+    text, start, at_end = "", 0, False
+    while text or not at_end:
         end = text.find("\n", size, 2 * size) + 1 or text.find(" ", 2 * size) + 1
-        if not ended and (not end or len(text) - end < size):
+        if not at_end and (not end or len(text) - end < size):
             block = f.read(READ)
-            text, ended = text + block, not block
+            text, at_end = text + block, not block
             continue
         if not end or len(text) - end < size // 2:
             end = len(text)

@@ -1,42 +1,42 @@
-"""Prove that a prepared folder is what its manifest says, and say what is in it."""
+"""Check that a prepared folder is what its manifest says, and describe it."""
 
 import math
 from pathlib import Path
 
-from data.shards import MANIFEST, SPLITS, DataError, manifest_entries, open_dataset, read_manifest, shard_problems
+from data.shards import SPLITS, DataError, entries, open_dataset, required_manifest, shard_problems
 
 
 def verify(folder: Path) -> str:
-    """One line if all is well; DataError with a line for everything that is not."""
-    found = shard_problems(folder)
-    if found:
-        raise DataError("\n".join([f"{folder}: {len(found)} problem{'s' * (len(found) > 1)}", *found]))
-    listed = manifest_entries(folder)
-    return f"{folder}: {len(listed)} shards, {sum(e['tokens'] for e in listed):,} tokens: headers, counts, sha256 agree"
+    """One line if all is well; DataError with a line for each problem."""
+    problems = shard_problems(folder)
+    if problems:
+        raise DataError("\n".join([f"{folder}: {len(problems)} problem{'s' * (len(problems) > 1)}", *problems]))
+    listed = entries(required_manifest(folder))
+    tokens = sum(e["tokens"] for e in listed)
+    return f"{folder}: {len(listed)} shards, {tokens:,} tokens: headers, counts, sha256 agree"
 
 
 def describe(folder: Path) -> str:
-    """One line on a prepared folder."""
-    tokenizer = read_manifest(folder / MANIFEST)["tokenizer"]
+    """One line about a prepared folder."""
+    tokenizer = required_manifest(folder)["tokenizer"]
     dataset = open_dataset(folder, tokenizer["vocab_size"])
     counts = ", ".join(f"{split} {dataset.tokens(split):,} tokens" for split in SPLITS)
     return f"{folder}: {counts}, tokenizer {tokenizer['name']} ({tokenizer['vocab_size']} ids)"
 
 
 def info(folder: Path, budget: float | None) -> str:
-    """What a folder holds, a line a fact; budget: training tokens, to state the epochs they make."""
-    manifest_entries(folder)
-    manifest = read_manifest(folder / MANIFEST)
+    """What a folder holds, one fact per line; budget: training tokens, to state the epochs that they make."""
+    manifest = required_manifest(folder)
     dataset = open_dataset(folder, manifest["tokenizer"]["vocab_size"])
     lines = [describe(folder)]
     lines += [f"  {key:15} {value}" for key, value in manifest.get("source", {}).items()]
     for split in SPLITS:
-        part = manifest["splits"][split]
-        counts = [e.get("documents") for e in part]
+        listed = entries(manifest, split)
+        counts = [e.get("documents") for e in listed]
         documents = "unknown" if None in counts else f"{sum(counts):,}"
         density = dataset.bytes_per_token(split)
-        text = f"  {split:15} {dataset.tokens(split):,} tokens, {documents} documents, {len(part)} shards"
-        lines.append(text + (f", {density:.3f} bytes/token" if density else ""))
+        line = f"  {split:15} {dataset.tokens(split):,} tokens, {documents} documents, {len(listed)} shards"
+        lines.append(line + (f", {density:.3f} bytes/token" if density else ""))
     if budget is not None:
         if not 0 < budget < math.inf:
             raise DataError(f"--budget {budget}: must be a number of tokens above 0")
