@@ -133,7 +133,8 @@ def write_jsonl(path: Path, documents: list[str]) -> bytes:
     if path.suffix == ".gz":
         path.write_bytes(gzip.compress(content))
     elif path.suffix == ".zst":
-        path.write_bytes(pytest.importorskip("zstandard").compress(content))
+        with pa.CompressedOutputStream(str(path), "zstd") as f:
+            f.write(content)
     else:
         path.write_bytes(content)
     return content
