@@ -33,10 +33,12 @@ class RunConfig:
     optimizer: str = option("mars_m", "which optimizer to use")
     seed: int = option(1, "random seed for initial weights, data order and dropout", least=0, most=2**62 - 1)
 
-    batch_size: int | None = option(480, "sequences per step, over all processes", least=1)
-    batch_tokens: int | None = option(None, "tokens per step, instead of batch_size", least=1)
-    steps: int | None = option(None, "budget in steps", least=1)
-    tokens: int | None = option(None, "budget in tokens, instead of steps; the last step is rounded up", least=1)
+    batch_size: int | None = option(480, "sequences per step, over all processes", least=1, most=2**24)
+    batch_tokens: int | None = option(None, "tokens per step, instead of batch_size", least=1, most=2**31)
+    steps: int | None = option(None, "budget in steps", least=1, most=2**31)
+    tokens: int | None = option(
+        None, "budget in tokens, instead of steps; the last step is rounded up", least=1, most=2**46
+    )
     micro_batch: int | None = option(
         None,
         "sequences per pass, at most; the largest divisor of a process's batch is used. auto: the largest that fits",
