@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +90,7 @@ class HellaSwag:
 
 
 @torch.no_grad()
-def count_right(model: nn.Module, items: Iterable[Item], device: torch.device, seconds: float = math.inf) -> Tensor:
+def count_right(model: Any, items: Iterable[Item], device: torch.device, seconds: float = math.inf) -> Tensor:
     """Number of right answers and of scored items, (2,) float64. No item is started after `seconds`.
 
     The model needs hidden, logits and config.block_size, as GPT has.

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -218,7 +218,7 @@ def examine(shard: Shard, eot: int | None) -> ShardEntry:
     return ShardEntry(shard.path.name, shard.tokens, None, largest, digest.hexdigest(), known)
 
 
-def write_manifest(folder: Path, tokenizer: dict, source: dict, splits: dict[str, Iterable[ShardEntry]]) -> None:
+def write_manifest(folder: Path, tokenizer: dict, source: dict, splits: Mapping[str, Iterable[ShardEntry]]) -> None:
     """Write manifest.json. A dataset with a manifest is complete."""
     listed = {split: [asdict(e) for e in shards] for split, shards in splits.items()}
     write_json(folder / MANIFEST, {"format": 1, "tokenizer": tokenizer, "source": source, "splits": listed})

@@ -87,7 +87,8 @@ def start_compile_workers(local_size: int) -> None:
     if not any(map(shutil.which, (os.environ.get("CC", "gcc"), os.environ.get("CXX", "g++"), "cc", "clang"))):
         raise ValueError("compilation needs a C compiler, and there is none: install gcc, or give --compile=false")
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
-        inductor.compile_threads = max(1, min(inductor.compile_threads, (os.cpu_count() or 1) // local_size))
+        cores = os.cpu_count() or 1
+        inductor.compile_threads = max(1, min(inductor.compile_threads or cores, cores // local_size))
     with signals_ignored():
         AsyncCompile.warm_pool()
 

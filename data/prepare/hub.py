@@ -69,7 +69,7 @@ def answers(repo: str, revision: str, file: str = "") -> Iterator[None]:
             reason = f"{where} {REFUSALS[kind.__name__].format(revision=revision)}"
         elif isinstance(error, errors.HfHubHTTPError | errors.OfflineModeIsEnabled):
             reason = f"{where}: {first_line(error)}; the same command continues"
-        elif (kind is OSError and not error.errno) or kind.__module__.startswith("pyarrow"):
+        elif (kind is OSError and not getattr(error, "errno", None)) or kind.__module__.startswith("pyarrow"):
             reason = f"{where}: {file} cannot be read ({first_line(error)}); the same command continues"
         elif _is_network_error(error):
             reason = f"{endpoint()} does not answer ({kind.__name__}): no network? The same command continues"

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -12,7 +13,7 @@ from data.shards import MANIFEST, SPLITS, DataError, examine, names_split, read_
 from data.tokenizer import GPT2Tokenizer
 from runtime.files import sha256_of, write_durably
 
-GPT2 = {"name": "gpt2", "vocab_size": GPT2Tokenizer.vocab_size, "eot": GPT2Tokenizer.eot}
+GPT2: dict[str, Any] = {"name": "gpt2", "vocab_size": GPT2Tokenizer.vocab_size, "eot": GPT2Tokenizer.eot}
 
 
 def split_of(name: str) -> str:
@@ -57,7 +58,8 @@ def fetch(out: Path, settings: dict, pinned: dict) -> None:
     if len(set(names)) < len(names):
         raise DataError(f'{repo}: "{pattern}" matches files of one name in several folders; narrow it')
     with published(out) as folder:
-        state = {"source": settings | {"revision": hub.revision}, "files": names}
+        source = settings | {"revision": hub.revision}
+        state = {"source": source, "files": names}
         write_durably(folder / PROGRESS, (json.dumps(state) + "\n").encode())
         bar = tqdm(names, desc=f"fetching {out.name}", unit=" shards", disable=None)
         for name, file in zip(bar, files, strict=True):
@@ -69,4 +71,4 @@ def fetch(out: Path, settings: dict, pinned: dict) -> None:
                 fetched.unlink()
                 raise DataError(f"{repo}: {file.name} is damaged (its sha256 is wrong); the same command continues")
             os.replace(fetched, path)
-        index(folder, [folder / name for name in names], state["source"])
+        index(folder, [folder / name for name in names], source)

@@ -32,7 +32,10 @@ def source() -> dict:
 
 def documents() -> Iterator[tuple[str, str, float]]:
     """Yield (name, text, fraction of the files read): one document per file with prose, in the order of names."""
-    roots = {"python": sysconfig.get_paths()["stdlib"]} | {p: os.path.dirname(find_spec(p).origin) for p in PACKAGES}
+    roots = {"python": sysconfig.get_paths()["stdlib"]}
+    for package in PACKAGES:
+        if (spec := find_spec(package)) and spec.origin:
+            roots[package] = os.path.dirname(spec.origin)
     files = {f"{label}/{p.relative_to(root).as_posix()}": p for label, root in roots.items() for p in code_files(root)}
     seen: set[bytes] = set()
     for number, (name, path) in enumerate(sorted(files.items()), 1):

@@ -5,13 +5,13 @@ Each chunk knows the position at which the next one starts, so that a preparatio
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tqdm.contrib.concurrent import thread_map
 
@@ -43,10 +43,13 @@ class Chunk:
     names: tuple[str, ...] | None = None  # of the documents, where the split depends on them
 
 
+Chunks = Generator[Chunk, None, None]
+
+
 class Source(Protocol):
     """What the pipeline needs of a source."""
 
-    def chunks(self, position: tuple[int, ...]) -> Iterator[Chunk]: ...
+    def chunks(self, position: tuple[int, ...]) -> Chunks: ...
 
 
 class Named:
@@ -55,7 +58,7 @@ class Named:
     def __init__(self, documents: Iterable[tuple[str, str | Undecodable, float]]) -> None:
         self.documents = documents
 
-    def chunks(self, position: tuple[int, ...]) -> Iterator[Chunk]:
+    def chunks(self, position: tuple[int, ...]) -> Chunks:
         """Chunks of the documents from number position[0] on."""
         count = position[0] if position else 0
         for group in grouped(islice(self.documents, count, None), lambda d: len(d[1]) if isinstance(d[1], str) else 0):
@@ -74,7 +77,10 @@ class LocalFolder:
         found = {name: path for name, path in sorted(found.items()) if name.endswith(SUFFIXES)}
         if not found:
             raise DataError(f"--source {root}: holds no {', '.join(SUFFIXES)} file")
-        self.files = [SourceFile(n, p.stat().st_size, str(p), partial(open, p, "rb")) for n, p in found.items()]
+        self.files = []
+        for name, path in found.items():
+            opener: Callable[..., Any] = partial(path.open, "rb")
+            self.files.append(SourceFile(name, path.stat().st_size, str(path), opener))
 
     def digest(self) -> str:
         """A hash of the names and sizes of the files."""
@@ -99,7 +105,7 @@ class Files:
         bar = dict(desc="counting documents", unit=" files", disable=None)
         return sum(thread_map(count, self.files, max_workers=8, **bar))
 
-    def chunks(self, position: tuple[int, ...]) -> Iterator[Chunk]:
+    def chunks(self, position: tuple[int, ...]) -> Chunks:
         """Chunks from position (file, row or line) on. Raises DataError for a file that cannot be read."""
         first, start = position or (0, 0)
         total, before = sum(f.size for f in self.files) or 1, sum(f.size for f in self.files[:first])
@@ -119,7 +125,7 @@ def documents_in(file: SourceFile, column: str) -> int:
     return sum(len(lines) for lines, _ in line_groups(file, 0)) if file.name.endswith(LINES) else 1
 
 
-def chunks_of(file: SourceFile, column: str, start: int) -> Iterator[Chunk]:
+def chunks_of(file: SourceFile, column: str, start: int) -> Chunks:
     """Chunks of a file from row or line `start` on. Raises DataError if it cannot be read."""
     if file.name.endswith(".parquet"):
         with opened_parquet(file, column) as parquet:
@@ -149,18 +155,19 @@ def decode_lines(title: str, column: str, first: int, lines: Sequence[bytes]) ->
     """The documents of JSON lines. Line numbers start at 1 and leave out blank lines."""
     for number, line in enumerate(lines, first + 1):
         where = f"{title}: line {number}"
-        text = decode_utf8(line, where)
-        if isinstance(text, str):
+        decoded = decode_utf8(line, where)
+        if isinstance(decoded, str):
             try:
-                record = json.loads(text)
+                record = json.loads(decoded)
             except ValueError as error:
                 raise DataError(f"{where}: not JSON ({error})") from None
             record = record if isinstance(record, dict) else {}
-            text = record.get(column)
-            if not isinstance(text, str):
+            value = record.get(column)
+            if not isinstance(value, str):
                 keys = ", ".join(record)
                 raise DataError(f'{where}: no string "{column}" in it (it has: {keys}); choose one with --column')
-        yield text
+            decoded = value
+        yield decoded
 
 
 def decode_file(file: SourceFile) -> Documents:

@@ -14,7 +14,9 @@ import numpy as np
 class Split(Protocol):
     """What the pipeline needs of a rule."""
 
-    streams: tuple[tuple[str, str], ...]
+    @property
+    def streams(self) -> tuple[tuple[str, str], ...]: ...
+
     hint: str  # what to change if a split stays empty
 
     # stream numbers (count,) of the documents from number `first` on

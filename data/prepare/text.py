@@ -34,7 +34,7 @@ def documents(root: Path, files: list[Path]) -> Iterator[tuple[str, str | Undeco
         else:
             with open(path, encoding="utf-8") as f:
                 for start, text in text_pieces(f, piece):
-                    yield f"{name}#{start}", text, (before + min(size, f.buffer.tell())) / total
+                    yield f"{name}#{start}", text, (before + min(size, f.buffer.tell())) / total  # type: ignore[attr-defined]
         before += size
 
 
@@ -45,7 +45,7 @@ def undecodable_byte(path: Path) -> int | None:
             while f.read(READ):
                 pass
         except UnicodeDecodeError as error:  # error.object: the bytes read last
-            return f.buffer.tell() - len(error.object) + error.start
+            return f.buffer.tell() - len(error.object) + error.start  # type: ignore[attr-defined]
     return None
 
 

@@ -32,8 +32,8 @@ def info(folder: Path, budget: float | None) -> str:
     lines += [f"  {key:15} {value}" for key, value in manifest.get("source", {}).items()]
     for split in SPLITS:
         listed = entries(manifest, split)
-        counts = [e.get("documents") for e in listed]
-        documents = "unknown" if None in counts else f"{sum(counts):,}"
+        counts = [e["documents"] for e in listed if e.get("documents") is not None]
+        documents = f"{sum(counts):,}" if len(counts) == len(listed) else "unknown"
         density = dataset.bytes_per_token(split)
         line = f"  {split:15} {dataset.tokens(split):,} tokens, {documents} documents, {len(listed)} shards"
         lines.append(line + (f", {density:.3f} bytes/token" if density else ""))

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -73,11 +73,12 @@ def _start_worker() -> None:
 
 
 def _die_with_parent() -> None:
-    connection.wait([parent_process().sentinel])
+    if parent := parent_process():
+        connection.wait([parent.sentinel])
     os._exit(1)
 
 
-def encoded(chunks: Iterator[Chunk], recipe: Recipe) -> Iterator[tuple[Chunk, Encoded]]:
+def encoded(chunks: Iterator[Chunk], recipe: Recipe) -> Generator[tuple[Chunk, Encoded], None, None]:
     """Every chunk with its tokens, in order. At most two chunks per worker are read ahead."""
     how = (recipe.tokenizer, recipe.ranks, recipe.eot)
     if recipe.workers == 1:
