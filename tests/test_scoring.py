@@ -128,13 +128,13 @@ def test_ranks_share_the_work_and_all_get_all_scores(model):
         world = World(rank, 2, torch.device("cpu"))
         world.gather = lambda item: shares.append(item) or [item]
         Scorer(model, world=world).loglikelihoods(pairs)
-    numbers = [[number for number, _ in share] for share, _ in shares]
+    numbers = [list(share) for share, _ in shares]
     assert sorted(numbers[0] + numbers[1]) == list(range(len(pairs)))
     assert abs(len(numbers[0]) - len(numbers[1])) <= 3
     world.gather = lambda item: shares
     together, alone = Scorer(model, world=world).loglikelihoods(pairs), Scorer(model).loglikelihoods(pairs)
     for a, b in zip(together, alone, strict=True):
         assert a == (pytest.approx(b[0], abs=2e-3), b[1])
-    world.gather = lambda item: [item, ([], "out of memory with one sequence of 9 tokens")]
+    world.gather = lambda item: [item, ({}, "out of memory with one sequence of 9 tokens")]
     with pytest.raises(ValueError, match="one sequence of 9 tokens"):
         Scorer(model, world=world).loglikelihoods(pairs)
