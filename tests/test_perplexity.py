@@ -126,9 +126,9 @@ def test_two_processes_give_the_numbers_of_one(runs, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--stride", "65"], "--stride 65: must lie between 1 and the context, 64"),
-        (["--stride", "0"], "--stride 0: must lie between 1 and the context, 64"),
-        (["--batch_tokens", "0"], "--batch_tokens must be at least 1"),
+        (["--stride", "65"], "--stride 65: must be at most the context, 64"),
+        (["--stride", "0"], "argument --stride: 0: must be at least 1"),
+        (["--batch_tokens", "0"], "argument --batch_tokens: 0: must be at least 1"),
         (["--data", "nowhere"], "dataset folder nowhere: not found"),
         (["--text", "missing.txt"], "missing.txt"),
     ],
