@@ -61,14 +61,20 @@ def markdown(scores: list[dict], sizes: Sequence[str]) -> str:
     tasks, rows = score_rows(scores, sizes)
     metrics = {s["task"]: s["metric"] for s in scores}
     header = ["model", "shots", *(f"{PAPER[t][0] if t in PAPER else t} {metrics[t]}" for t in tasks), "mean of 9"]
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    lines = []
     for row in rows:
         texts = [row["name"], str(row["shots"])]
         for score, error in [*(row["cells"].get(t, (None, None)) for t in tasks), (row["mean"], None)]:
             text = "" if score is None else f"{score:.2f}"
             texts.append(text if error is None else f"{text} +- {error:.2f}")
-        lines.append("| " + " | ".join(texts) + " |")
-    return "\n".join([*lines, *notes(scores, sizes)]) + "\n"
+        lines.append(texts)
+    return markdown_table(header, lines) + "".join(f"{line}\n" for line in notes(scores, sizes))
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in markdown. The first column is left-aligned, the others are right-aligned."""
+    lines = ["| " + " | ".join(cells) + " |\n" for cells in [header, *rows]]
+    return "".join([lines[0], "|---|" + "---:|" * (len(header) - 1) + "\n", *lines[1:]])
 
 
 def notes(scores: list[dict], sizes: Sequence[str]) -> list[str]:

@@ -229,7 +229,10 @@ def test_a_broken_hugging_face_folder_is_one_clear_line(exported, tmp_path, how,
     [
         (dict(model_args=None), "not a checkpoint of nanoGPT or MARS"),
         (dict(model_args={"dim": 512}), "another architecture than GPT-2"),
-        (dict(model_args=SIZES | dict(n_head=5)), "ckpt.pt: its settings are not those of a GPT-2 .*multiple of n_head=5"),
+        (
+            dict(model_args=SIZES | dict(n_head=5)),
+            "ckpt.pt: its settings are not those of a GPT-2 .*multiple of n_head=5",
+        ),
         (dict(model_args=SIZES | dict(n_layer="two")), "ckpt.pt: its settings are not those of a GPT-2"),
         (dict(model={"tok_embeddings.weight": torch.ones(2, 2)}), "not the GPT-2 its settings describe"),
         (
