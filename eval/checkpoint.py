@@ -74,13 +74,12 @@ def open_trained(
     tokenizer: "byte" or "gpt2" replaces the source's own. The model's vocabulary is cut to the tokenizer's ids.
     Raises ValueError, in one line, for a damaged file, another architecture or a tokenizer that does not fit.
     """
-    released, path = RELEASED.fullmatch(str(path)), Path(path)
-    if released and not path.exists():
-        source = replace(_read_hugging_face(from_hub(released[2])), name=released[2])
-    elif path.is_file():
+    released = None if Path(path).exists() else RELEASED.fullmatch(str(path))
+    path = from_hub(released[2]) if released else Path(path)
+    if path.is_file():
         source = _read_pt(path)
-    elif _is_hugging_face(path):
-        source = _read_hugging_face(path)
+    elif settings := _hugging_face_settings(path):
+        source = _read_hugging_face(path, settings)
     else:
         source = _read_checkpoint(path)
     named = tokenizer or source.tokenizer or name_by_size(source.config.vocab_size)
@@ -89,7 +88,8 @@ def open_trained(
     if not size <= padded_size < size + PADDING:
         raise ValueError(f"{path}: tokenizer {chosen.name}, {size} ids, does not fit vocab_size={padded_size}")
     model = build(replace(source.config, vocab_size=size), source.tensors, str(path), device)
-    return Trained(source.name, source.path, source.kind, model, chosen, source.sha256, source.state)
+    name = released[2] if released else source.name
+    return Trained(name, source.path, source.kind, model, chosen, source.sha256, source.state)
 
 
 def name_by_size(vocab_size: int) -> str:
@@ -193,20 +193,21 @@ def _load(path: Path) -> Any:
         raise ValueError(f"{path}: damaged or of another format ({reason})") from None
 
 
-def _is_hugging_face(path: Path) -> bool:
-    """Whether a folder has a config.json that names a model type; the one of a run folder does not."""
+def _hugging_face_settings(path: Path) -> dict | None:
+    """The config.json of a Hugging Face folder; None for other paths. That of a run folder has no model type."""
     file = path / "config.json"
     if not file.is_file() or (path / "checkpoints").is_dir():
-        return False
+        return None
     try:
-        return "model_type" in json.loads(file.read_text(encoding="utf-8"))
+        settings = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         raise ValueError(f"{file}: not readable as JSON; export or copy it again") from None
+    return settings if "model_type" in settings else None
 
 
-def _read_hugging_face(path: Path) -> Source:
+def _read_hugging_face(path: Path, settings: dict) -> Source:
     """A Hugging Face GPT-2 folder, from safetensors or pytorch_model.bin."""
-    config = _hugging_face_config(path)
+    config = _hugging_face_config(path, settings)
     files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
     if not files:
         raise ValueError(f"{path}: no model.safetensors or pytorch_model.bin in it")
@@ -220,9 +221,8 @@ def _read_hugging_face(path: Path) -> Source:
     return Source(path.name, path, "huggingface", config, tensors, tokenizer, sha256_of(files[0]), {})
 
 
-def _hugging_face_config(path: Path) -> GPTConfig:
-    """The shape that a config.json describes; ValueError if it is not a GPT-2's."""
-    c = json.loads((path / "config.json").read_text(encoding="utf-8"))
+def _hugging_face_config(path: Path, c: dict) -> GPTConfig:
+    """The shape that the settings of a config.json describe; ValueError if it is not a GPT-2's."""
     gelus = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
     activation = c.get("activation_function", "gelu_new")
     if c["model_type"] != "gpt2" or activation not in gelus:

@@ -157,26 +157,26 @@ def test_a_job_with_a_stop_signal_saves_requeues_and_resumes(dataset, tmp_path):
     pipes = dict(env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
 
-    process = subprocess.Popen([*command, "--steps=200"], **pipes)
-    deadline = time.monotonic() + 60
+    process = subprocess.Popen([*command, "--steps=100"], **pipes)
+    deadline = time.monotonic() + 200
     while not (metrics.exists() and any(r.get("step", 0) >= 3 for r in read_metrics(metrics))):
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
     process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     assert "back into the queue" in output
     assert (tmp_path / "requests").read_text().splitlines()[-1] == "requeue 77"
 
     (checkpoint,) = (tmp_path / "runs" / "run" / "checkpoints").iterdir()
     step = int(checkpoint.name[5:])
-    assert step < 200
-    again = subprocess.run([*command, "--steps=200"], timeout=120, **pipes)
+    assert step < 100
+    again = subprocess.run([*command, "--steps=100"], timeout=300, **pipes)
     assert again.returncode == 0, again.stdout
     assert f"continuing at step {step}" in again.stdout
     assert "back into the queue" not in again.stdout
-    assert [r["step"] for r in read_metrics(metrics) if "loss" in r] == list(range(1, 201))
+    assert [r["step"] for r in read_metrics(metrics) if "loss" in r] == list(range(1, 101))
     if find_spec("wandb"):
         starts = [p.name.rpartition("-")[2] for p in (tmp_path / "runs" / "run" / "wandb").glob("offline-run-*")]
         assert starts == [(tmp_path / "runs" / "run" / "wandb_id").read_text()] * 2
