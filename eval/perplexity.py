@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--text", nargs="+", help="text files to score instead of a dataset")
     parser.add_argument("--stride", type=at_least(1), help="tokens between window starts; default: the whole context")
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
-    parser.add_argument("--batch_tokens", type=at_least(1), help="tokens per forward pass; default: as many as fit")
+    parser.add_argument("--batch_tokens", type=at_least(1), help="tokens per forward pass; halved if memory is short")
     args = parser.parse_args(argv)
     with one_line("eval.perplexity"), start_world(args.device) as world:
         torch.set_float32_matmul_precision("highest")

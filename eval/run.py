@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/scores"), help="folder of results.json and the tables")
     parser.add_argument("--limit", type=at_least(1), help="score only the first documents of a task, for a quick try")
     parser.add_argument("--published", choices=("auto", "none", *SIZES), default="auto", help="published rows to show")
-    parser.add_argument("--batch_tokens", type=at_least(1), help="tokens per forward pass; default: as many as fit")
+    parser.add_argument("--batch_tokens", type=at_least(1), help="tokens per forward pass; halved if memory is short")
     parser.add_argument("--wandb", choices=("auto", "on", "off"), default="auto", help="write to the run's wandb page")
     args = parser.parse_args(argv)
     left = f"interrupted; the same command continues with the remaining tasks ({args.out}/{RESULTS})"

@@ -30,8 +30,13 @@ from runtime.logger import METRICS, read_metrics
 AXES = {"tokens": "tokens", "train_s": "training time, seconds", "gradients": "gradient evaluations"}
 PUBLISHED_BUDGET = 100_000 * 480 * 1024  # tokens of the published runs
 TOLERANCE = 0.02  # token counts that differ by less than this fraction count as equal
-METHODS = {"adamw": "AdamW", "lion": "Lion", "mars-adamw": "MARS-AdamW", "mars-lion": "MARS-Lion"}
-METHODS |= {"mars-shampoo": "MARS-Shampoo"}  # optimizer or mars_type of a config: its name in publications
+METHODS = {  # optimizer or mars_type of a config: its name in publications
+    "adamw": "AdamW",
+    "lion": "Lion",
+    "mars-adamw": "MARS-AdamW",
+    "mars-lion": "MARS-Lion",
+    "mars-shampoo": "MARS-Shampoo",
+}
 
 
 @dataclass
@@ -149,20 +154,20 @@ def loss_tables(runs: list[Run]) -> str:
         mfu = f"{100 * r.mfu:.1f}%" if r.mfu else ""
         rows.append([r.name, r.method, f"{r.parameters:,}", r.data, f"{r.tokens:,}", *losses, hours, mfu])
     header = ["run", "method", "parameters", "data", "tokens", "last loss", "best loss", "hours", "MFU"]
-    counts, best = token_counts(runs), []
+    counts, losses_at_counts = token_counts(runs), []
     for r in runs:
         cells = []
         for count in counts:
             ours = f"{r.best(count):.4f}" if r.points[0]["tokens"] <= count <= r.tokens else ""
             theirs = published_loss(r, count)
             cells.append(ours if theirs is None else f"{ours} ({theirs:.3f})".strip())
-        best.append([r.name, *cells])
+        losses_at_counts.append([r.name, *cells])
     return f"""{markdown_table(header, rows)}
 ## Best validation loss up to a token count
 
 Nats per token. Brackets: the published loss for the same method, size and data.
 
-{markdown_table(["run", *(short_count(round(c)) for c in counts)], best)}"""
+{markdown_table(["run", *(short_count(round(c)) for c in counts)], losses_at_counts)}"""
 
 
 def draw(runs: list[Run], path: Path) -> None:

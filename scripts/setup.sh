@@ -7,7 +7,7 @@ stamp=.venv/requirements.installed
 cmp -s requirements.txt "$stamp" && .venv/bin/python -c '' && exit 0
 
 python=${PYTHON:-python3}
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
     echo "setup: $python is missing or older than Python 3.10; name another one: PYTHON=python3.11 $0" >&2
     exit 1
 fi
