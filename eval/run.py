@@ -29,30 +29,13 @@ from runtime.logger import WANDB_ID
 RESULTS = "results.json"
 
 
-class Results:
-    """The records of a results.json: one for each model, task and number of shots. Rank 0 writes them."""
-
-    def __init__(self, folder: Path, world: World) -> None:
-        self.path, self.is_main = folder / RESULTS, world.is_main
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            content = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {"scores": []}
-            found = [dict(score) for score in content["scores"]]
-        except OSError as error:
-            raise ValueError(f"{self.path}: {error.strerror}; choose another --out") from None
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{self.path}: not a results file; repair it or choose another --out") from None
-        self.scores = world.from_main(found)  # the same on all ranks, so that they score the same tasks
-
-    def find(self, wanted: dict) -> dict | None:
-        """The record that agrees with every entry of `wanted`."""
-        return next((s for s in self.scores if all(s.get(k) == v for k, v in wanted.items())), None)
-
-    def add(self, score: dict) -> None:
-        """Add a record and write the file."""
-        self.scores.append(score)
-        if self.is_main:
-            write_json(self.path, {"format": 1, "scores": self.scores})
+def read_records(path: Path) -> list[dict]:
+    """The records of a results.json, one for each model, task and number of shots; none if there is no file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"scores": []}
+        return [dict(score) for score in content["scores"]]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: not a results file; repair it or choose another --out") from None
 
 
 def score_task(trained: Trained, scorer: Scorer, tasks: Tasks, name: str, shots: int, limit: int | None) -> dict:
@@ -109,9 +92,11 @@ def to_wandb(trained: Trained, scores: list[dict], mode: str) -> str | None:
 
 
 def score_model(
-    args: argparse.Namespace, trained: Trained, tasks: Tasks, results: Results, world: World
+    args: argparse.Namespace, trained: Trained, tasks: Tasks, records: list[dict], world: World
 ) -> tuple[list[dict], int]:
-    """Score one model on every task that results.json does not have yet; returns all its records.
+    """Score one model on every task that the records do not have yet; returns all records of the model.
+
+    New records are appended, and rank 0 writes them to results.json at once.
 
     A task whose data cannot be read is named and left out; the second value is the number of those.
     """
@@ -121,7 +106,7 @@ def score_model(
     for shots, name in itertools.product(args.shots, tasks.names):
         key = {"sha256": trained.sha256, "task": name, "shots": shots, "limit": args.limit}
         key |= {"harness": tasks.version, "tokenizer": trained.tokenizer.name, "data": args.task_data}
-        score = results.find(key)
+        score = next((s for s in records if all(s.get(k) == v for k, v in key.items())), None)
         if score is None:
             try:
                 score = facts | key | score_task(trained, scorer, tasks, name, shots, args.limit)
@@ -130,7 +115,9 @@ def score_model(
                 if world.is_main:
                     print(f"eval.run: {error}", file=sys.stderr)
                 continue
-            results.add(score)
+            records.append(score)
+            if world.is_main:
+                write_json(args.out / RESULTS, {"format": 1, "scores": records})
         scores.append(score | {"checkpoint": trained.name})
         if world.is_main:
             print(describe(scores[-1]), flush=True)
@@ -142,13 +129,15 @@ def score_model(
 def score_all(args: argparse.Namespace, world: World) -> int:
     """Score every model on every task and write the tables; returns the number of scores that are missing."""
     tasks = Tasks(args.tasks, args.include_path, args.task_data)
-    results, scores, failed, sizes = Results(args.out, world), [], 0, set()
+    args.out.mkdir(parents=True, exist_ok=True)
+    records = world.from_main(read_records(args.out / RESULTS))  # the same on all ranks: they score the same tasks
+    scores, failed, sizes = [], 0, set()
     for path in args.models:
         trained = open_trained(path, world.device, args.tokenizer, args.ranks)
         if any(s["checkpoint"] == trained.name for s in scores):
             trained.name = path
         sizes.add(size_of(trained.model.num_params()))
-        found, missing = score_model(args, trained, tasks, results, world)
+        found, missing = score_model(args, trained, tasks, records, world)
         scores, failed = scores + found, failed + missing
     if scores and world.is_main:
         shown = [s for s in SIZES if args.published == s or (args.published == "auto" and s in sizes)]
