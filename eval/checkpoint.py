@@ -1,4 +1,4 @@
-"""Trained models from wherever they are: our runs, Hugging Face folders, nanoGPT's and the MARS code's .pt files."""
+"""Opens trained models: our checkpoints, Hugging Face folders, and the .pt files of nanoGPT and the MARS code."""
 
 import json
 import pickle
@@ -6,44 +6,94 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data.shards import MANIFEST
-from data.tokenizer import ByteTokenizer, Tokenizer, get_tokenizer
+from data.prepare.formats import first_line
+from data.shards import MANIFEST, read_manifest
+from data.tokenizer import Tokenizer, get_tokenizer
 from model import GPT, GPTConfig
-from runtime.checkpoint import MODEL, STATE, Checkpoint, open_checkpoint
+from runtime.checkpoint import MODEL, STATE, open_checkpoint
 from runtime.files import sha256_of
 
-WRAPPERS = ("_orig_mod.", "module.")  # prefixes that torch.compile and DDP leave in parameter names
 RELEASED = re.compile(r"(openai-community/)?(gpt2(-medium|-large|-xl)?)")  # OpenAI's models on the hub
-PADDING = 128  # rows by which a vocabulary may be larger than its tokenizer's
+PADDING = 128  # a vocabulary may have fewer than this many rows beyond the ids of its tokenizer
+EMBEDDING = "transformer.wte.weight"
+WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)+")  # torch.compile and DDP add these to parameter names
+CAUSAL_MASK = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
+HUGGING_FACE_KEYS = {  # settings of GPTConfig: their names in a config.json
+    "block_size": "n_positions",
+    **{k: k for k in ("n_layer", "n_head", "n_embd", "vocab_size", "scale_attn_by_inverse_layer_idx")},
+}
+HUGGING_FACE_LINEAR = re.compile(r"transformer\.h\.\d+\.(attn|mlp)\.c_\w+\.weight")
 HUB_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
 
 
 @dataclass
 class Trained:
-    """A model in evaluation mode with what is known of its training."""
+    """A model in evaluation mode, and where it comes from."""
 
     name: str  # short name for tables
     path: Path  # the checkpoint folder, Hugging Face folder or .pt file
     kind: str  # "checkpoint", "huggingface" or "pt"
     model: GPT
     tokenizer: Tokenizer
-    sha256: str  # of the file that holds the weights
-    state: dict  # of our checkpoints state.json; of a .pt file its step and loss; else empty
+    sha256: str  # of the file with the weights
+    state: dict  # state.json of our checkpoints; step and loss of a .pt file; empty for Hugging Face folders
 
     @property
     def run_folder(self) -> Path | None:
-        """The run folder a checkpoint of ours lies in."""
+        """The run folder of one of our checkpoints."""
         return self.path.parent.parent if self.kind == "checkpoint" else None
 
 
+@dataclass
+class Source:
+    """The content of a checkpoint of any kind, from which a model is built."""
+
+    name: str
+    path: Path
+    kind: str
+    config: GPTConfig
+    tensors: Mapping[str, Tensor]  # by parameter name; linear weights are (out, in)
+    tokenizer: str | Path | None  # its name, or the folder that holds its files
+    sha256: str
+    state: dict
+
+
+def open_trained(
+    path: str | Path, device: torch.device, tokenizer: str | None = None, ranks: str | None = None
+) -> Trained:
+    """Open a run folder, a checkpoint folder, a Hugging Face GPT-2 folder, a .pt file or one of OpenAI's models.
+
+    OpenAI's models have the names gpt2, gpt2-medium, gpt2-large and gpt2-xl. They come from the hub or its cache.
+    tokenizer: "byte" or "gpt2" replaces the source's own. The model's vocabulary is cut to the tokenizer's ids.
+    Raises ValueError, in one line, for a damaged file, another architecture or a tokenizer that does not fit.
+    """
+    released = None if Path(path).exists() else RELEASED.fullmatch(str(path))
+    path = from_hub(released[2]) if released else Path(path)
+    if path.is_file():
+        source = _read_pt(path)
+    elif settings := _hugging_face_settings(path):
+        source = _read_hugging_face(path, settings)
+    else:
+        source = _read_checkpoint(path)
+    named = tokenizer or source.tokenizer or name_by_size(source.config.vocab_size)
+    chosen = FolderTokenizer(named) if isinstance(named, Path) else get_tokenizer(named, ranks)
+    size, padded_size = chosen.vocab_size, source.config.vocab_size
+    if not size <= padded_size < size + PADDING:
+        raise ValueError(f"{path}: tokenizer {chosen.name}, {size} ids, does not fit vocab_size={padded_size}")
+    model = build(replace(source.config, vocab_size=size), source.tensors, str(path), device)
+    name = released[2] if released else source.name
+    return Trained(name, source.path, source.kind, model, chosen, source.sha256, source.state)
+
+
 def name_by_size(vocab_size: int) -> str:
-    """The tokenizer a vocabulary size, perhaps padded to a multiple of 64, points at. ValueError if none."""
+    """The tokenizer of a vocabulary size, which may be padded to a multiple of 64. ValueError for other sizes."""
     sizes = {257: "byte", 320: "byte", 50257: "gpt2", 50304: "gpt2"}
     if vocab_size not in sizes:
         raise ValueError(f'vocab_size={vocab_size} fits no known tokenizer; name one with --tokenizer "byte" or "gpt2"')
@@ -51,127 +101,68 @@ def name_by_size(vocab_size: int) -> str:
 
 
 def build(config: GPTConfig, tensors: Mapping[str, Tensor], source: str, device: torch.device) -> GPT:
-    """A GPT with the given weights (linear ones (out, in)), in evaluation mode.
+    """A GPT in evaluation mode with the given weights; linear weights are (out, in).
 
-    Wrapper prefixes, the tied output layer and causal masks of other code are understood; rows of the
-    embedding beyond the vocabulary are cut. Raises ValueError, naming `source`, if the rest is not exactly a GPT-2.
+    Wrapper prefixes in names, a tied output layer and causal masks are accepted. Rows of the embedding beyond the
+    vocabulary are dropped. Raises ValueError, naming `source`, if the rest is not exactly a GPT-2.
     """
     try:
-        model, found = GPT(config), {}
+        model = GPT(config)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{source}: its settings are not a GPT-2's ({error})") from None
-    for name, tensor in tensors.items():
-        while prefix := next((w for w in WRAPPERS if name.startswith(w)), None):
-            name = name.removeprefix(prefix)
-        if not re.fullmatch(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)", name):
-            found[name] = tensor
-    output, embedding = found.pop("lm_head.weight", None), found.get("transformer.wte.weight")
+        raise ValueError(f"{source}: its settings are not those of a GPT-2 ({error})") from None
+    found = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    found = {name: tensor for name, tensor in found.items() if not CAUSAL_MASK.fullmatch(name)}
+    output, embedding = found.pop("lm_head.weight", None), found.get(EMBEDDING)
     if output is not None and embedding is not None and not torch.equal(output, embedding):
-        raise ValueError(f"{source}: its output layer is not the token embedding, as GPT-2's is")
-    wanted = dict(model.named_parameters())
-    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    if missing or extra:
-        what = f"{missing[0]} is missing" if missing else f"{extra[0]} is none of its parameters"
-        raise ValueError(
-            f"{source}: not the GPT-2 its settings describe ({what}; {len(missing) + len(extra)} such names)"
-        )
+        raise ValueError(f"{source}: its output layer is not the token embedding, as in GPT-2")
+    parameters = dict(model.named_parameters())
+    if different := sorted(parameters.keys() ^ found.keys()):
+        problem = "is missing" if different[0] in parameters else "is not one of its parameters"
+        count = f"{len(different)} such names"
+        raise ValueError(f"{source}: not the GPT-2 its settings describe ({different[0]} {problem}; {count})")
     with torch.no_grad():
-        for name, p in wanted.items():
+        for name, p in parameters.items():
             tensor = found[name]
-            padded = name == "transformer.wte.weight"  # may have more rows than the vocabulary
-            rows = config.vocab_size if padded else p.size(0)
-            fits = tensor.dim() == p.dim() and tensor.shape[1:] == p.shape[1:]
-            if not fits or tensor.size(0) < rows or (tensor.size(0) > rows and not padded):
+            if name == EMBEDDING:  # both tables may have more rows than the vocabulary
+                tensor, p = tensor[: config.vocab_size], p.zero_()[: config.vocab_size]
+            if tensor.shape != p.shape:
                 raise ValueError(f"{source}: {name} has shape {tuple(tensor.shape)}, its settings say {tuple(p.shape)}")
-            p.zero_()[:rows].copy_(tensor[:rows])
+            p.copy_(tensor)
     return model.to(device).eval()
 
 
-def open_trained(
-    path: str | Path, device: torch.device, tokenizer: str | None = None, ranks: str | None = None
-) -> Trained:
-    """A model from a run folder, a checkpoint folder, a Hugging Face GPT-2 folder, a .pt file or OpenAI's by its name.
-
-    "gpt2", "gpt2-medium", "gpt2-large" and "gpt2-xl" come from the hub or its cache unless they are paths here.
-    tokenizer: "byte" or "gpt2" to override what the source says. The vocabulary is cut to the tokenizer's.
-    Raises ValueError, in one line, for a damaged file, another architecture or a tokenizer that does not fit.
-    """
-    released, path = RELEASED.fullmatch(str(path)), Path(path)
-    if released and not path.exists():
-        found = replace(_open_hugging_face(from_hub(released[2]), device, tokenizer, ranks), name=released[2])
-    elif path.is_file():
-        found = _open_pt(path, device, tokenizer, ranks)
-    elif _is_hugging_face(path):
-        found = _open_hugging_face(path, device, tokenizer, ranks)
-    else:
-        found = _open_checkpoint(open_checkpoint(path), (path / STATE).exists(), device, tokenizer, ranks)
-    return _fit(found)
-
-
 def from_hub(name: str) -> Path:
-    """The folder of one of OpenAI's models in the hub's cache, fetched if need be. ValueError if it cannot be had."""
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ImportError("models of the hub need: pip install huggingface_hub transformers") from None
+    """Folder of one of OpenAI's models in the hub's cache, downloaded if necessary. ValueError if that fails."""
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(f"openai-community/{name}", allow_patterns=HUB_FILES))
-    except Exception as error:  # the hub's and its HTTP library's own
+    except Exception as error:  # the hub's client and its HTTP library raise many types
         raise ValueError(
             f"{name}: neither in the hub's cache nor reachable ({type(error).__name__}). Copy "
             f"{', '.join(HUB_FILES[:3])} of https://huggingface.co/openai-community/{name} into a folder and name that"
         ) from None
 
 
-def _fit(found: Trained) -> Trained:
-    """Cut the vocabulary to the tokenizer's ids."""
-    size, config = found.tokenizer.vocab_size, found.model.config
-    if not size <= config.vocab_size < size + PADDING:
-        raise ValueError(
-            f"{found.path}: tokenizer {found.tokenizer.name}, {size} ids, does not fit vocab_size={config.vocab_size}"
-        )
-    if size < config.vocab_size:
-        config = replace(config, vocab_size=size)
-        device = next(found.model.parameters()).device
-        found.model = build(config, dict(found.model.named_parameters()), str(found.path), device)
-    return found
-
-
-def _open_checkpoint(
-    checkpoint: Checkpoint, named: bool, device: torch.device, tokenizer: str | None, ranks: str | None
-) -> Trained:
-    """named: the checkpoint itself was asked for; a run's name stands for its newest one."""
+def _read_checkpoint(path: Path) -> Source:
+    """One of our checkpoint folders, or the newest checkpoint of a run folder."""
+    checkpoint = open_checkpoint(path)
     folder, state = checkpoint.folder.resolve(), checkpoint.state
     try:
-        config, data = GPTConfig(**state["config"]["model"]), state["config"]["data"]["path"]
+        config, data = GPTConfig(**state["config"]["model"]), Path(state["config"]["data"]["path"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder}: its config is not that of this program's GPT ({error})") from None
-    if tokenizer is None:  # the dataset's, or by the number of ids if the dataset is gone
-        manifest = Path(data, MANIFEST)
-        found = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
-        tokenizer = found.get("tokenizer", {}).get("name") or name_by_size(config.vocab_size)
-    return Trained(
-        name=folder.parent.parent.name + (f"/{folder.name}" if named else ""),
-        path=folder,
-        kind="checkpoint",
-        model=build(config, checkpoint.model(), str(folder), device),
-        tokenizer=get_tokenizer(tokenizer, ranks),
-        sha256=state["sha256"][MODEL],
-        state=state,
-    )
+    name = folder.parent.parent.name
+    if (path / STATE).exists():  # the user named this step, not the run
+        name += f"/{folder.name}"
+    manifest = data / MANIFEST  # the dataset may be on another machine
+    tokenizer = read_manifest(manifest)["tokenizer"]["name"] if manifest.exists() else None
+    return Source(name, folder, "checkpoint", config, checkpoint.model(), tokenizer, state["sha256"][MODEL], state)
 
 
-def _open_pt(path: Path, device: torch.device, tokenizer: str | None, ranks: str | None) -> Trained:
-    """A checkpoint of nanoGPT or of the official MARS code; plain tensors and numbers only."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if (reason := next((line for line in str(error).splitlines() if "GLOBAL" in line), None)) is None:
-            raise ValueError(f"{path}: not readable as a torch file (no pickle of one)") from None
-        raise ValueError(f"{path}: holds more than tensors and numbers, which is not loaded: {reason[:200]}") from None
-    except (OSError, RuntimeError, EOFError, KeyError) as error:
-        reason = (str(error).splitlines() or ["it ends early"])[0]
-        raise ValueError(f"{path}: not readable as a torch file ({reason})") from None
+def _read_pt(path: Path) -> Source:
+    """A checkpoint file of nanoGPT or of the official MARS code."""
+    content = _load(path)
     args = content.get("model_args") if isinstance(content, dict) else None
     if not isinstance(args, dict) or not isinstance(content.get("model"), dict):
         raise ValueError(f"{path}: not a checkpoint of nanoGPT or MARS (no model and model_args in it)")
@@ -179,79 +170,69 @@ def _open_pt(path: Path, device: torch.device, tokenizer: str | None, ranks: str
         shape = {k: args[k] for k in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")}
     except KeyError as error:
         raise ValueError(f"{path}: another architecture than GPT-2 (model_args has no {error})") from None
-    # nanoGPT's GELU is the exact one and it has no such key; the MARS code has it and uses the tanh form
+    # Only the MARS code has this key. It uses the tanh form of the GELU, nanoGPT uses the exact one.
     official = "scale_attn_by_inverse_layer_idx" in args
     scaled = bool(args.get("scale_attn_by_inverse_layer_idx"))
     config = GPTConfig(**shape, gelu="tanh" if official else "exact", scale_attn_by_inverse_layer_idx=scaled)
-    model = build(config, content["model"], str(path), device)
     state = {"step": content.get("iter_num"), "code": "MARS" if official else "nanoGPT"}
     if content.get("best_val_loss") is not None:
         state["best_val_loss"] = float(content["best_val_loss"])
-    chosen = get_tokenizer(tokenizer or name_by_size(config.vocab_size), ranks)
-    return Trained(path.stem, path.resolve(), "pt", model, chosen, sha256_of(path), state)
+    return Source(path.stem, path.resolve(), "pt", config, content["model"], None, sha256_of(path), state)
 
 
-def _is_hugging_face(path: Path) -> bool:
-    """Whether a folder has a config.json that names a model type; a run folder's config.json does not."""
+def _load(path: Path) -> Any:
+    """The content of a .safetensors file, or of a torch file if it holds only tensors and plain values."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError, KeyError) as error:
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(f"{path}: holds more than tensors and numbers ({found[1]}); it is not loaded") from None
+        reason = "no torch file" if isinstance(error, pickle.UnpicklingError) else first_line(error)
+        raise ValueError(f"{path}: damaged or of another format ({reason})") from None
+
+
+def _hugging_face_settings(path: Path) -> dict | None:
+    """The config.json of a Hugging Face folder; None for other paths. That of a run folder has no model type."""
     file = path / "config.json"
     if not file.is_file() or (path / "checkpoints").is_dir():
-        return False
+        return None
     try:
-        return "model_type" in json.loads(file.read_text(encoding="utf-8"))
+        settings = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         raise ValueError(f"{file}: not readable as JSON; export or copy it again") from None
+    return settings if "model_type" in settings else None
 
 
-def _open_hugging_face(path: Path, device: torch.device, tokenizer: str | None, ranks: str | None) -> Trained:
+def _read_hugging_face(path: Path, settings: dict) -> Source:
     """A Hugging Face GPT-2 folder, from safetensors or pytorch_model.bin."""
-    config, files = _hugging_face_config(path), sorted(path.glob("*.safetensors"))
-    files = files or sorted(path.glob("pytorch_model*.bin"))
+    config = _hugging_face_config(path, settings)
+    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
     if not files:
         raise ValueError(f"{path}: no model.safetensors or pytorch_model.bin in it")
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            tensors |= load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
-        except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = (str(error).splitlines() or ["it ends early"])[0]
-            raise ValueError(f"{file}: damaged ({reason}); export or copy it again") from None
-    named = {}
-    for name, tensor in tensors.items():
+    tensors = {}
+    for name, tensor in (item for file in files for item in _load(file).items()):
         name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        # Hugging Face stores linear layers as (in, out)
-        linear = re.fullmatch(r"transformer\.h\.\d+\.(attn|mlp)\.c_\w+\.weight", name)
-        named[name] = tensor.float().t() if linear else tensor.float()
-    model = build(config, named, str(path), device)
-    if tokenizer:
-        chosen = get_tokenizer(tokenizer, ranks)
-    elif (path / "tokenizer.json").exists() or (path / "merges.txt").exists():
-        chosen = FolderTokenizer(path)
-    else:
-        chosen = get_tokenizer(name_by_size(model.config.vocab_size), ranks)
-    return Trained(path.resolve().name, path.resolve(), "huggingface", model, chosen, sha256_of(files[0]), {})
+        tensors[name] = tensor.t() if HUGGING_FACE_LINEAR.fullmatch(name) else tensor  # stored as (in, out)
+    has_tokenizer = (path / "tokenizer.json").exists() or (path / "merges.txt").exists()
+    path = path.resolve()
+    tokenizer = path if has_tokenizer else None
+    return Source(path.name, path, "huggingface", config, tensors, tokenizer, sha256_of(files[0]), {})
 
 
-def _hugging_face_config(path: Path) -> GPTConfig:
-    """The shape that a config.json describes; ValueError if it is not a GPT-2's."""
-    c = json.loads((path / "config.json").read_text(encoding="utf-8"))
+def _hugging_face_config(path: Path, c: dict) -> GPTConfig:
+    """The shape that the settings of a config.json describe; ValueError if it is not a GPT-2's."""
     gelus = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
-    activation, width = c.get("activation_function", "gelu_new"), c.get("n_embd", 768)
+    activation = c.get("activation_function", "gelu_new")
     if c["model_type"] != "gpt2" or activation not in gelus:
         raise ValueError(f"{path}: {c['model_type']} with {activation} is not a GPT-2")
-    if c.get("n_inner") not in (None, 4 * width):
-        raise ValueError(f"{path}: n_inner={c['n_inner']} is not 4 n_embd, as GPT-2's is")
+    if c.get("n_inner") not in (None, 4 * c.get("n_embd", 768)):
+        raise ValueError(f"{path}: n_inner={c['n_inner']} is not 4 n_embd, as in GPT-2")
     if c.get("layer_norm_epsilon", 1e-5) != 1e-5 or not c.get("scale_attn_weights", True):
         raise ValueError(f"{path}: another layer norm or attention scale than GPT-2's")
-    return GPTConfig(
-        n_layer=c.get("n_layer", 12),
-        n_head=c.get("n_head", 12),
-        n_embd=width,
-        block_size=c.get("n_positions", 1024),
-        vocab_size=c.get("vocab_size", 50257),
-        bias=True,
-        gelu=gelus[activation],
-        scale_attn_by_inverse_layer_idx=c.get("scale_attn_by_inverse_layer_idx", False),
-    )
+    shape = {ours: c[theirs] for ours, theirs in HUGGING_FACE_KEYS.items() if theirs in c}
+    return GPTConfig(**shape, bias=True, gelu=gelus[activation])  # both formats have the defaults of GPT-2 small
 
 
 class FolderTokenizer:
@@ -262,16 +243,13 @@ class FolderTokenizer:
 
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except Exception as error:  # the library's own, and those of JSON and of Rust
-            reason = (str(error).splitlines() or [""])[0][:120]
+        except Exception as error:  # transformers and its Rust library raise many types
+            reason = first_line(error)
             raise ValueError(f"{folder}: its tokenizer files cannot be read ({reason}); use --tokenizer") from None
         if self._tokenizer.eos_token_id is None:
             raise ValueError(f"{folder}: its tokenizer has no end-of-text token; use --tokenizer")
-        self.name, self.vocab_size, self.eot = "folder", len(self._tokenizer), self._tokenizer.eos_token_id
-        if self.vocab_size == ByteTokenizer.vocab_size:
-            self.name = "byte"
-        elif self.vocab_size == 50257:
-            self.name = "gpt2"
+        self.vocab_size, self.eot = len(self._tokenizer), self._tokenizer.eos_token_id
+        self.name = {257: "byte", 50257: "gpt2"}.get(self.vocab_size, "folder")
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)

@@ -1,12 +1,26 @@
-"""Options that every command of eval/ shares."""
+"""Options that the commands of eval/ share."""
 
-from runtime.command import Parser
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+
+from runtime.command import Parser, count
 
 
 def model_parser(program: str, description: str) -> Parser:
-    """A parser with the options that `open_trained` takes, and the device."""
+    """A parser with the options of `open_trained`, and the device."""
     parser = Parser(prog=program, description=description)
     parser.add_argument("--tokenizer", choices=("byte", "gpt2"), help="default: the model's own")
     parser.add_argument("--ranks", help="local GPT-2 ranks file, for machines without a network")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number that is not below `least`."""
+
+    def whole_number(text: str) -> int:
+        if (number := count(text)) < least:
+            raise ArgumentTypeError(f"{number}: must be at least {least}")
+        return number
+
+    return whole_number

@@ -1,10 +1,9 @@
-"""Data of benchmark tasks into a folder, for machines without a network: python -m eval.fetch DIR --tasks paper
+"""Downloads the data of benchmark tasks, for machines without a network: python -m eval.fetch DIR --tasks paper
 
-Writes DIR/TASK/SPLIT.jsonl, the splits that each task reads; `python -m eval.run ... --task_data DIR` scores from them.
-Files that are there are left alone, so the same command continues an interrupted one.
+Writes DIR/TASK/SPLIT.jsonl for the splits that each task reads. `python -m eval.run ... --task_data DIR` reads them.
+Existing files are kept, so the same command continues an interrupted one.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -16,25 +15,26 @@ AGAIN = "the same command continues"
 
 
 def fetch(tasks: Tasks, name: str, folder: Path) -> list[Path]:
-    """Write what a task, or each task of a group, reads; returns the files written. ValueError if it cannot be had."""
+    """Write the data of a task, or of each task of a group; returns the files written. ValueError if that fails."""
     import datasets
 
     written = []
     for part in tasks.parts(name):
         task = tasks.settings(part)
         source, options = task["dataset_path"], task.get("dataset_kwargs") or {}
-        missing = [split for split in splits_of(task) if not (folder / part / f"{split}.jsonl").exists()]
+        paths = {split: folder / part / f"{split}.jsonl" for split in splits_of(task)}
+        missing = {split: path for split, path in paths.items() if not path.exists()}
         if not missing:
             continue
         try:
             found = datasets.load_dataset(source, task.get("dataset_name"), **options)
-        except Exception as error:  # datasets, hub and HTTP library each raise their own
+        except Exception as error:  # datasets, the hub's client and its HTTP library raise many types
             raise ValueError(f"task {part}: dataset {source}: {first_line(error)}; {AGAIN}") from None
         (folder / part).mkdir(parents=True, exist_ok=True)
-        for split in missing:
-            path = folder / part / f"{split}.jsonl"
-            found[split].to_json(path.with_suffix(".tmp"))
-            os.replace(path.with_suffix(".tmp"), path)
+        for split, path in missing.items():
+            temporary = path.with_suffix(".tmp")
+            found[split].to_json(temporary)
+            temporary.replace(path)
             written.append(path)
     return written
 
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line("eval.fetch", f"interrupted; {AGAIN}"):
         tasks = Tasks(args.tasks)
         if tasks.hub_problem:
-            print(f"eval.fetch: {tasks.hub_problem}; only what is cached can be written", file=sys.stderr)
+            print(f"eval.fetch: {tasks.hub_problem}; only cached data can be written", file=sys.stderr)
         for name in tasks.names:
             written = fetch(tasks, name, args.folder)
             print(f"{name}: {len(written)} files written", flush=True)

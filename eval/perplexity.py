@@ -1,12 +1,14 @@
 """Loss over a whole validation split or any text: python -m eval.perplexity runs/A runs/B
 
-Several models are compared pairwise on the same windows with a confidence interval: differences between optimizers
-are far smaller than the differences between windows, which cancel. Runs on all ranks under torchrun.
+Several models are compared on the same windows, with a confidence interval of the paired difference. Losses vary
+much more between windows than between optimizers, and this variation cancels in the difference. Under torchrun all
+ranks share the work.
 """
 
 import argparse
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,35 +18,34 @@ from tqdm import tqdm
 
 from data.shards import open_dataset
 from eval.checkpoint import Trained, open_trained
-from eval.command import model_parser
+from eval.command import at_least, model_parser
 from eval.scoring import Scorer
 from runtime.command import one_line
 from runtime.distributed import World, start_world
 from runtime.files import write_json
 
-CHUNK = 256  # windows handed to the scorer at a time
+CHUNK = 256  # windows per rank that the scorer gets at a time
 Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
 
-def spans(tokens: int, context: int, stride: int) -> list[tuple[int, int, int]]:
-    """Windows (begin, end, scored) over a stream: inputs [begin, end), of whose targets the last `scored` count.
+def spans(tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Windows (begin, end, scored) over a stream: the inputs are [begin, end), the last `scored` targets count.
 
-    Every token but the first is a target that counts once. With stride < context, all but the first window
-    give their targets at least context - stride tokens to look back on.
+    Every token but the first is a target that counts once. With stride < context, every target after the first
+    window has at least context - stride earlier tokens in its window.
     """
-    out, done = [], 0
-    for begin in range(0, max(0, tokens - 1), stride):
+    done = 0
+    for begin in range(0, tokens - 1, stride):
         end = min(begin + context, tokens - 1)
-        out.append((begin, end, end - done))
+        yield begin, end, end - done
         done = end
         if end == tokens - 1:
-            break
-    return out
+            return
 
 
 @dataclass
 class Stream:
-    """Token streams (uint16 arrays, each read on its own) and the UTF-8 bytes a token stands for, if known."""
+    """Token arrays that are read one after another, and the UTF-8 bytes per token if known."""
 
     name: str
     parts: list[np.ndarray]
@@ -55,14 +56,11 @@ def read_split(folder: str, split: str, vocab_size: int) -> Stream:
     """A split of a dataset, memory-mapped. Raises ValueError if it cannot be used."""
     dataset = open_dataset(folder, vocab_size)
     parts = [np.memmap(s.path, dtype="<u2", mode="r", offset=s.start, shape=(s.tokens,)) for s in dataset.splits[split]]
-    for shard, part in zip(dataset.splits[split], parts, strict=True):
-        if len(part) and part.max() >= vocab_size:
-            raise ValueError(f"{shard.path}: token {part.max()} does not fit vocab_size={vocab_size}")
     return Stream(f"{folder}, {split} split", parts, dataset.bytes_per_token(split))
 
 
 def read_text(files: list[str], trained: Trained) -> Stream:
-    """Text files as token streams, each after an end-of-text token. Raises ValueError for one that is not UTF-8."""
+    """Text files as token arrays that start with an end-of-text token. Raises ValueError for one that is not UTF-8."""
     parts, size = [], 0
     for file in files:
         try:
@@ -71,35 +69,31 @@ def read_text(files: list[str], trained: Trained) -> Stream:
             raise ValueError(f"{file}: not UTF-8 text (byte {error.start})") from None
         size += len(text.encode())
         parts.append(np.array([trained.tokenizer.eot, *trained.tokenizer.encode(text)], dtype=np.uint16))
-    targets = sum(len(p) - 1 for p in parts)
-    return Stream(", ".join(files), parts, size / targets if targets else None)
+    return Stream(", ".join(files), parts, size / max(1, sum(len(p) - 1 for p in parts)))
 
 
-def window_losses(scorer: Scorer, stream: Stream, context: int, stride: int, world: World) -> np.ndarray:
-    """Loss sum (nats) and number of targets of every window, (windows, 2) float64, the same on every rank."""
-    windows = [(i, span) for i, part in enumerate(stream.parts) for span in spans(len(part), context, stride)]
+def window_losses(scorer: Scorer, stream: Stream, context: int, stride: int) -> np.ndarray:
+    """Loss sum (nats) and number of targets of every window, (windows, 2), the same on every rank."""
+    windows = [(part, span) for part in stream.parts for span in spans(len(part), context, stride)]
     if not windows:
         raise ValueError(f"{stream.name}: nothing to score")
-    sums = torch.zeros(len(windows), 2, dtype=torch.float64, device=world.device)
-    mine = range(world.rank, len(windows), world.size)
-    with tqdm(total=len(mine), unit="window", disable=not (world.is_main and sys.stderr.isatty())) as bar:
-        for start in range(0, len(mine), CHUNK):
-            numbers = mine[start : start + CHUNK]
+    sums, chunk = [], CHUNK * scorer.world.size
+    with tqdm(total=len(windows), unit="window", disable=not (scorer.world.is_main and sys.stderr.isatty())) as bar:
+        for first in range(0, len(windows), chunk):
             pairs = []
-            for number in numbers:
-                part, (begin, end, scored) = windows[number]
-                ids = stream.parts[part][begin : end + 1].tolist()
-                pairs.append((ids[: len(ids) - scored], ids[len(ids) - scored :]))
-            for number, (logp, _), (_, targets) in zip(numbers, scorer.loglikelihoods(pairs), pairs, strict=True):
-                sums[number] = torch.tensor([-logp, len(targets)], dtype=torch.float64)
-            bar.update(len(numbers))
-    return world.sum(sums).cpu().numpy()
+            for part, (begin, end, scored) in windows[first : first + chunk]:
+                ids = part[begin : end + 1].tolist()
+                pairs.append((ids[:-scored], ids[-scored:]))
+            for (logp, _), (_, targets) in zip(scorer.loglikelihoods(pairs), pairs, strict=True):
+                sums.append((-logp, len(targets)))
+            bar.update(len(pairs))
+    return np.array(sums, dtype=np.float64)
 
 
 def mean_and_error(values: np.ndarray, counts: np.ndarray) -> tuple[float, float | None]:
-    """sum(values) / sum(counts) and its standard error, windows taken as independent; None for fewer than two.
+    """sum(values) / sum(counts) and its standard error for independent windows; no error for fewer than two.
 
-    The error of a ratio of sums to first order: residuals values - mean * counts.
+    The error is that of a ratio of sums to first order, from the residuals values - mean * counts.
     """
     n, total = len(values), counts.sum()
     mean = values.sum() / total
@@ -117,34 +111,47 @@ def paired(a: np.ndarray, b: np.ndarray) -> dict:
     return {"difference": difference, "stderr": error, "interval95": interval}
 
 
-def compare(args: argparse.Namespace, world: World) -> dict:
-    """Loss of every model and the paired difference of each to the first."""
-    cpu = torch.device("cpu")  # one model at a time on the device
-    models = [open_trained(path, cpu, args.tokenizer, args.ranks) for path in args.models]
-    for number, trained in enumerate(models):
-        if any(m.name == trained.name and m.path != trained.path for m in models[:number]):
-            trained.name = args.models[number]
-    first = models[0]
-    for other in models[1:]:
-        if (other.tokenizer.name, other.tokenizer.vocab_size) != (first.tokenizer.name, first.tokenizer.vocab_size):
+def open_models(args: argparse.Namespace) -> list[Trained]:
+    """The models, on the CPU, each with its own name. ValueError if their tokenizers differ."""
+    models: list[Trained] = []
+    for path in args.models:
+        trained = open_trained(path, torch.device("cpu"), args.tokenizer, args.ranks)
+        if any(m.name == trained.name and m.path != trained.path for m in models):
+            trained.name = path
+        models.append(trained)
+        a, b = models[0].tokenizer, trained.tokenizer
+        if (a.name, a.vocab_size) != (b.name, b.vocab_size):
             raise ValueError(
-                f"{first.name} reads {first.tokenizer.name} tokens, {other.name} {other.tokenizer.name} tokens: "
+                f"{models[0].name} reads {a.name} tokens, {trained.name} {b.name} tokens: "
                 "their losses per token cannot be compared"
             )
+    return models
+
+
+def read_stream(args: argparse.Namespace, first: Trained) -> Stream:
+    """The text or dataset to score; by default the dataset of the first model."""
+    if args.text:
+        return read_text(args.text, first)
     folder = args.data or (first.state["config"]["data"]["path"] if first.kind == "checkpoint" else None)
-    if folder is None and not args.text:
+    if folder is None:
         raise ValueError(f"{first.path} does not say what it was trained on; name --data FOLDER or --text FILE")
-    stream = read_text(args.text, first) if args.text else read_split(folder, args.split, first.tokenizer.vocab_size)
+    return read_split(folder, args.split, first.tokenizer.vocab_size)
+
+
+def compare(args: argparse.Namespace, world: World) -> dict:
+    """Loss of every model, and the paired difference of each to the first."""
+    models = open_models(args)
+    stream = read_stream(args, models[0])
     context = min(m.model.config.block_size for m in models)
-    stride = context if args.stride is None else args.stride
-    if not 1 <= stride <= context:
-        raise ValueError(f"--stride {stride}: must lie between 1 and the context, {context}")
+    stride = args.stride or context
+    if stride > context:
+        raise ValueError(f"--stride {stride}: must be at most the context, {context}")
     report = {"format": 1, "text": stream.name, "context": context, "stride": stride, "models": [], "paired": []}
     sums = []
-    for trained in models:
-        scorer = Scorer(trained.model.to(world.device), args.batch_tokens)
-        sums.append(window_losses(scorer, stream, context, stride, world))
-        trained.model.to(cpu)
+    for trained in models:  # one model at a time on the device
+        scorer = Scorer(trained.model.to(world.device), args.batch_tokens, world)
+        sums.append(window_losses(scorer, stream, context, stride))
+        trained.model.to("cpu")
         loss, error = mean_and_error(sums[-1][:, 0], sums[-1][:, 1])
         row = {"name": trained.name, "path": str(trained.path), "sha256": trained.sha256}
         row |= {"step": trained.state.get("step"), "tokens": trained.state.get("tokens"), "loss": loss}
@@ -155,7 +162,7 @@ def compare(args: argparse.Namespace, world: World) -> dict:
         if world.is_main:
             print(describe(row), flush=True)
     for trained, other in zip(models[1:], sums[1:], strict=True):
-        row = {"a": first.name, "b": trained.name, **paired(sums[0], other)}
+        row = {"a": models[0].name, "b": trained.name, **paired(sums[0], other)}
         report["paired"].append(row)
         if world.is_main:
             print(describe_pair(row), flush=True)
@@ -166,9 +173,8 @@ def describe(row: dict) -> str:
     """A model's loss in one line."""
     error = "" if row["stderr"] is None else f" +- {row['stderr']:.4f}"
     bits = f", {row['bits_per_byte']:.4f} bits/byte" if "bits_per_byte" in row else ""
-    perplexity = math.exp(min(row["loss"], 700))
     return (
-        f"{row['name']}  loss {row['loss']:.4f}{error} nats/token, perplexity {perplexity:.2f}{bits}  "
+        f"{row['name']}  loss {row['loss']:.4f}{error} nats/token, perplexity {math.exp(row['loss']):.2f}{bits}  "
         f"({row['targets']:,} tokens in {row['windows']:,} windows)"
     )
 
@@ -186,21 +192,18 @@ def describe_pair(row: dict) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = model_parser("eval.perplexity", "Loss over a split or a text.")
     parser.add_argument("models", nargs="+", help="runs, checkpoints, Hugging Face folders, .pt files, gpt2")
-    parser.add_argument("--data", help="dataset folder; default: the first model's own")
+    parser.add_argument("--data", help="dataset folder; default: that of the first model")
     parser.add_argument("--split", choices=("train", "val"), default="val")
     parser.add_argument("--text", nargs="+", help="text files to score instead of a dataset")
-    parser.add_argument("--stride", type=int, help="tokens from one window to the next; default: the whole context")
+    parser.add_argument("--stride", type=at_least(1), help="tokens between window starts; default: the whole context")
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
-    parser.add_argument("--batch_tokens", type=int, help="tokens a forward pass; default: as many as fit")
+    parser.add_argument("--batch_tokens", type=at_least(1), help="tokens per forward pass; halved if memory is short")
     args = parser.parse_args(argv)
-    with one_line("eval.perplexity"):
-        if args.batch_tokens is not None and args.batch_tokens < 1:
-            raise ValueError("--batch_tokens must be at least 1")
-        with start_world(args.device) as world:
-            torch.set_float32_matmul_precision("highest")
-            report = compare(args, world)
-            if args.out and world.is_main:
-                write_json(args.out, report)
+    with one_line("eval.perplexity"), start_world(args.device) as world:
+        torch.set_float32_matmul_precision("highest")
+        report = compare(args, world)
+        if args.out and world.is_main:
+            write_json(args.out, report)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Text from a checkpoint: python -m eval.sample runs/NAME --prompt "Return the"
+"""Generates text from a checkpoint: python -m eval.sample runs/NAME --prompt "Return the"
 
-Reads a run folder (its newest good checkpoint), a checkpoint folder, a Hugging Face GPT-2 folder, a .pt file, or one
+Reads a run folder (its newest undamaged checkpoint), a checkpoint folder, a Hugging Face folder, a .pt file, or one
 of OpenAI's models by its name (gpt2, gpt2-medium, gpt2-large, gpt2-xl).
 """
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eval.checkpoint import open_trained
-from eval.command import model_parser
+from eval.command import at_least, model_parser
 from model import GPT, KVCache
 from runtime.command import one_line
 from runtime.distributed import resolve_device
@@ -27,7 +27,7 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     if top_p < 1:
         ordered, ids = logits.sort(descending=True)
         p = ordered.softmax(-1)
-        beyond = p.cumsum(-1) - p >= top_p  # the ids before this one already hold top_p
+        beyond = p.cumsum(-1) - p >= top_p  # the more likely ids alone have the probability top_p
         logits = logits.masked_fill(beyond.scatter(-1, ids, beyond), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
@@ -44,57 +44,49 @@ def generate(
     seed: int = 0,
     eot: int | None = None,
 ) -> Iterator[int]:
-    """Yield up to max_tokens new ids, all of the vocabulary, after a non-empty prompt, until end-of-text.
+    """Yield up to max_tokens new ids after a non-empty prompt; stop at the id `eot`.
 
-    Keys and values are cached. When the context is full, its newer half is read anew and generation
-    goes on from there: learned positions cannot shift.
+    Keys and values are cached. When the context is full, the cache is rebuilt from the newer half of the context:
+    the position embeddings are absolute, so cached positions cannot shift.
     """
-    device = next(model.parameters()).device
+    device, block_size = next(model.parameters()).device, model.config.block_size
     generator = torch.Generator(device).manual_seed(seed)
-    ids, cache = prompt[-model.config.block_size :], KVCache()
-    fresh = ids
+    ids, cache = prompt[-block_size:], KVCache()
+    unread = ids
     for _ in range(max_tokens):
-        if len(cache) + len(fresh) > model.config.block_size:
-            fresh, cache = ids[-max(1, model.config.block_size // 2) :], KVCache()
-        hidden = model.hidden(torch.tensor([fresh], device=device), cache)
+        if len(cache) + len(unread) > block_size:
+            unread, cache = ids[-max(1, block_size // 2) :], KVCache()
+        hidden = model.hidden(torch.tensor([unread], device=device), cache)
         chosen = choose(model.logits(hidden[:, -1]), temperature, top_k, top_p, generator).item()
         if chosen == eot:
             return
         yield chosen
-        fresh = [chosen]
-        ids = (ids + fresh)[-model.config.block_size :]
+        unread = [chosen]
+        ids = (ids + unread)[-block_size:]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = model_parser("eval.sample", "Generate text from a checkpoint.")
     parser.add_argument("checkpoint", help="run folder, checkpoint folder, Hugging Face folder, .pt file, or gpt2")
     parser.add_argument("--prompt", default="", help="text to continue; empty: start of a document")
-    parser.add_argument("--samples", type=int, default=1)
-    parser.add_argument("--max_tokens", type=int, default=500)
+    parser.add_argument("--samples", type=at_least(0), default=1)
+    parser.add_argument("--max_tokens", type=at_least(0), default=500)
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token")
-    parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: all")
-    parser.add_argument("--top_p", type=float, default=0.95, help="draw from the likeliest tokens that hold this mass")
+    parser.add_argument("--top_k", type=at_least(0), default=0, help="draw from the k most likely tokens; 0: all")
+    parser.add_argument("--top_p", type=float, default=0.95, help="draw from the most likely tokens up to this sum")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     with one_line("eval.sample"):
         if not (args.temperature == 0 or 1e-3 <= args.temperature < 1e3):
             raise ValueError(f"--temperature {args.temperature}: must be 0 or between 0.001 and 1000")
-        if not 0 < args.top_p <= 1 or min(args.top_k, args.samples, args.max_tokens) < 0:
-            raise ValueError("--top_p must be in (0, 1], and --top_k, --samples and --max_tokens at least 0")
+        if not 0 < args.top_p <= 1:
+            raise ValueError(f"--top_p {args.top_p}: must be above 0 and at most 1")
         trained = open_trained(args.checkpoint, resolve_device(args.device), args.tokenizer, args.ranks)
-        tokenizer = trained.tokenizer  # its ids are all that the model can emit
+        tokenizer = trained.tokenizer
         prompt = [tokenizer.eot, *tokenizer.encode(args.prompt)]
+        settings = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, eot=tokenizer.eot)
         for i in range(args.samples):
-            ids = generate(
-                trained.model,
-                prompt,
-                args.max_tokens,
-                temperature=args.temperature,
-                top_k=args.top_k,
-                top_p=args.top_p,
-                seed=args.seed + i,
-                eot=tokenizer.eot,
-            )
+            ids = generate(trained.model, prompt, args.max_tokens, seed=args.seed + i, **settings)
             print(args.prompt + tokenizer.decode(list(ids)))
             print("-" * 40)
 

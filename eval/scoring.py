@@ -1,7 +1,8 @@
-"""Log-likelihoods of continuations under our GPT, and the lm-eval model made of them."""
+"""Log-likelihoods of continuations under our GPT, and the model of lm-eval that is built on them."""
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,111 +14,106 @@ from model import GPT
 from runtime.command import is_out_of_memory
 from runtime.distributed import ALONE, World
 
-POSITIONS = 4096  # positions whose logits are held at a time: 0.8 GB in float32 at GPT-2's vocabulary
+POSITIONS = 4096  # logits are computed for this many positions at a time: 0.8 GB in float32 at GPT-2's vocabulary
+
+Score = tuple[float, bool]  # log-likelihood in nats; whether every token is the most likely one
+Group = tuple[tuple[int, ...], list[tuple[int, list[int]]]]  # input ids; number and target ids of each request
 
 
 class Scorer:
-    """Scores (context, continuation) pairs of token ids, longest first, equal inputs once.
+    """Scores (context, continuation) pairs of token ids, the longest first. Equal inputs are computed once.
 
-    batch_tokens: tokens of a forward pass, padding included; None starts high on a GPU and moderate on a CPU.
-    When a batch does not fit in memory, the number is halved for good and the batch is done again.
-    world: ranks that are given the same pairs and share the work; each gets all scores.
+    batch_tokens: tokens of a forward pass, padding included; by default 131,072 on a GPU and 8,192 on a CPU.
+    If a batch does not fit in memory, the number is halved from then on and the batch is repeated.
+    world: the ranks that share the work. Each is given the same pairs and gets all scores.
     """
 
     def __init__(self, model: GPT, batch_tokens: int | None = None, world: World = ALONE) -> None:
         self.model, self.block_size, self.world = model.eval(), model.config.block_size, world
         self.device = next(model.parameters()).device
         self.batch_tokens = batch_tokens or (131_072 if self.device.type == "cuda" else 8192)
-        self.truncated = 0  # requests that lost tokens on the left, as they were longer than the context
-        self.scored = 0  # requests in all
+        self.scored = 0  # requests
+        self.truncated = 0  # requests that were longer than the context and lost tokens on the left
 
-    @torch.inference_mode()
-    def loglikelihoods(
-        self, pairs: Sequence[tuple[list[int], list[int]]], progress: bool = False
-    ) -> list[tuple[float, bool]]:
-        """For each pair log p(continuation | context) in nats and whether every token of it is the likeliest.
+    def loglikelihoods(self, pairs: Sequence[tuple[list[int], list[int]]], progress: bool = False) -> list[Score]:
+        """log p(continuation | context) of each pair, and whether every token of it is the most likely one.
 
-        What is longer than the context plus one target loses tokens on the left, as in the harness.
-        A pair needs at least one token of context; an empty continuation has probability 1.
+        A pair may have as many tokens as the context plus one; a longer one loses tokens on the left, as in lm-eval.
+        A pair needs at least one token of context. An empty continuation has probability 1.
+        Raises ValueError on every rank if a single sequence does not fit in the memory of one rank.
         """
-        inputs: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
+        groups: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
         for number, (context, continuation) in enumerate(pairs):
             if not continuation:
                 continue
             assert context, "no context: give the end-of-text token"
-            whole = context + continuation
-            self.truncated += len(whole) > self.block_size + 1
-            whole = whole[-(self.block_size + 1) :]
-            target = whole[-min(len(continuation), len(whole) - 1) :]
-            inputs.setdefault(tuple(whole[:-1]), []).append((number, target))
+            ids = context + continuation
+            self.truncated += len(ids) > self.block_size + 1
+            ids = ids[-(self.block_size + 1) :]
+            target = ids[-min(len(continuation), len(ids) - 1) :]
+            groups.setdefault(tuple(ids[:-1]), []).append((number, target))
         self.scored += len(pairs)
-        todo = sorted(inputs.items(), key=lambda item: -len(item[0]))  # what does not fit in memory shows at once
-        scores, problem = [], None
+        todo = sorted(groups.items(), key=lambda group: -len(group[0]))  # the largest batch comes first
+        scores, problem = {}, None
         try:
-            scores = self._work_off(todo[self.world.rank :: self.world.size], progress)
-        except MemoryError as error:  # all ranks must hear of it
+            scores = self._score_all(todo[self.world.rank :: self.world.size], progress)
+        except MemoryError as error:
             problem = str(error)
-        shares = self.world.gather((scores, problem))
-        if problem := next((p for _, p in shares if p), None):
+        gathered = self.world.gather((scores, problem))
+        if problem := next((p for _, p in gathered if p), None):
             raise ValueError(problem)
-        out: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-        for share, _ in shares:
-            for number, score in share:
-                out[number] = score
-        return out
+        found = {number: score for part, _ in gathered for number, score in part.items()}
+        return [found.get(number, (0.0, True)) for number in range(len(pairs))]
 
-    def _work_off(self, todo: list, progress: bool) -> list[tuple[int, tuple[float, bool]]]:
-        """The scores of inputs, longest first, in batches. MemoryError if not even one of them fits."""
-        out = []
-        total = sum(len(wanted) for _, wanted in todo)
+    def _score_all(self, todo: list[Group], progress: bool) -> dict[int, Score]:
+        """The scores of all groups by request number. MemoryError if a batch of one group does not fit."""
+        out, total = {}, sum(len(requests) for _, requests in todo)
         with tqdm(total=total, unit="request", disable=not (progress and sys.stderr.isatty())) as bar:
             while todo:
-                batch = todo[: max(1, self.batch_tokens // max(1, len(todo[0][0])))]
-                scores = self._try(batch)
-                if scores is None:
+                length = len(todo[0][0])
+                batch, scores = todo[: max(1, self.batch_tokens // length)], None
+                try:
+                    scores = self._score(batch)
+                except (MemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                if scores is None:  # not in the `except` block, where the error keeps the batch's memory in use
+                    self._use_smaller_batches(len(batch), length)
                     continue
                 todo = todo[len(batch) :]
-                out += scores
+                out |= scores
                 bar.update(len(scores))
         return out
 
-    def _try(self, batch: list) -> list[tuple[int, tuple[float, bool]]] | None:
-        """The scores of a batch; None, with half the batch from now on, if it did not fit in memory."""
-        try:
-            return self._score(batch)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(batch) == 1:
-                hint = "" if self.device.type == "cpu" else "; use --device cpu"
-                raise MemoryError(f"out of memory with one sequence of {len(batch[0][0])} tokens{hint}") from None
+    def _use_smaller_batches(self, sequences: int, length: int) -> None:
+        if sequences == 1:
+            hint = "" if self.device.type == "cpu" else "; use --device cpu"
+            raise MemoryError(f"out of memory with one sequence of {length} tokens{hint}")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.batch_tokens = max(1, len(batch) // 2) * len(batch[0][0])
+        self.batch_tokens = sequences // 2 * length
         print(f"out of memory: going on with {self.batch_tokens} tokens a batch", file=sys.stderr)
-        return None
 
-    def _score(self, batch: list) -> list[tuple[int, tuple[float, bool]]]:
+    @torch.inference_mode()
+    def _score(self, batch: list[Group]) -> dict[int, Score]:
+        """The scores of one batch, whose first input is the longest, by request number."""
         ids = torch.zeros(len(batch), len(batch[0][0]), dtype=torch.long)
-        rows, columns, targets, owners = [], [], [], []
-        for row, (tokens, wanted) in enumerate(batch):
-            ids[row, : len(tokens)] = torch.tensor(tokens)  # padding on the right is never looked at: causal
-            for number, target in wanted:
+        rows, columns, targets, lengths = [], [], [], {}
+        for row, (tokens, requests) in enumerate(batch):
+            ids[row, : len(tokens)] = torch.tensor(tokens)  # padding on the right: causal attention never reads it
+            for number, target in requests:
                 rows += [row] * len(target)
                 columns += range(len(tokens) - len(target), len(tokens))
                 targets += target
-                owners.append((number, len(target)))
+                lengths[number] = len(target)
         hidden = self.model.hidden(ids.to(self.device))
-        picked = hidden[torch.tensor(rows, device=self.device), torch.tensor(columns, device=self.device)]
-        logp, likeliest = self._token_scores(picked, torch.tensor(targets, device=self.device))
-        out, at = [], 0
-        for number, length in owners:
-            out.append((number, (logp[at : at + length].sum().item(), bool(likeliest[at : at + length].all()))))
-            at += length
-        return out
+        hidden = hidden[torch.tensor(rows, device=self.device), torch.tensor(columns, device=self.device)]
+        logp, likeliest = self._token_scores(hidden, torch.tensor(targets, device=self.device))
+        parts = zip(logp.split(list(lengths.values())), likeliest.split(list(lengths.values())), strict=True)
+        return {number: (p.sum().item(), bool(ok.all())) for number, (p, ok) in zip(lengths, parts, strict=True)}
 
     def _token_scores(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states (N, C), targets (N,) to log p (N,) float64 and whether the target is the argmax (N,)."""
+        """For hidden states (N, C) and targets (N,): log p (N,) float64, and whether the target is the argmax (N,)."""
         logp, likeliest = [], []
         for h, target in zip(hidden.split(POSITIONS), targets.split(POSITIONS), strict=True):
             logits = self.model.logits(h).float()
@@ -126,16 +122,13 @@ class Scorer:
         return torch.cat(logp), torch.cat(likeliest)
 
 
-def harness_model(scorer: Scorer, tokenizer: Tokenizer) -> object:
-    """The scorer as a model of lm-eval. Raises ImportError, with the remedy, without lm-eval."""
-    try:
-        from lm_eval.api.model import TemplateLM
-        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-    except ImportError:
-        raise ImportError("benchmark scores need: pip install lm_eval") from None
+def harness_model(scorer: Scorer, tokenizer: Tokenizer) -> Any:
+    """The scorer as a model of lm-eval."""
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     class HarnessModel(TemplateLM):
-        eot_token_id = tokenizer.eot  # also what stands before a text that has no context
+        eot_token_id = tokenizer.eot  # lm-eval also puts it before a text that has no context
         max_length = scorer.block_size
         tokenizer_name = tokenizer.name
 
@@ -146,14 +139,13 @@ def harness_model(scorer: Scorer, tokenizer: Tokenizer) -> object:
             return scorer.loglikelihoods([(c, k) for _, c, k in requests], progress=not disable_tqdm)
 
         def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-            """Log-likelihoods of whole texts, in windows that do not overlap and a token of context each."""
+            """Log-likelihoods of whole texts, in windows that do not overlap; each has one token of context."""
             pairs, owners = [], []
             for number, request in enumerate(requests):
                 ids = tokenizer.encode(request.args[0])
                 windows = get_rolling_token_windows(ids, self.eot_token_id, self.max_length, 1)
-                for context, continuation in map(make_disjoint_window, windows):
-                    pairs.append((context, continuation))
-                    owners.append(number)
+                pairs += map(make_disjoint_window, windows)
+                owners += [number] * (len(pairs) - len(owners))
             out = [0.0] * len(requests)
             for number, (logp, _) in zip(owners, scorer.loglikelihoods(pairs, not disable_tqdm), strict=True):
                 out[number] += logp

@@ -1,18 +1,20 @@
-"""Tables of benchmark scores: checkpoints, and published rows beside them."""
+"""Tables of benchmark scores: our checkpoints below published rows."""
 
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
+from statistics import fmean
 
 from eval.tasks import PAPER
 
 SIZES = {"small": 124e6, "medium": 354e6, "large": 774e6, "xl": 1558e6}  # parameters of the published models
 
 
-@lru_cache(maxsize=1)
+@cache
 def published() -> dict:
     """Published losses and scores with their sources: eval/published.json."""
     return json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
@@ -24,77 +26,74 @@ def size_of(parameters: int) -> str | None:
 
 
 def score_rows(scores: list[dict], sizes: Sequence[str]) -> tuple[list[str], list[dict]]:
-    """Column names and rows (name, shots, mean, cells: task to (percent, standard error or None)) of records.
+    """The tasks, and the rows of a table: name, shots, mean, and cells (task to percent and standard error or None).
 
-    Published rows of the sizes come first, where they have the shots of some record.
+    scores: records of results.json. Published rows of the sizes come first, if a record has the same shots.
     """
-    tasks = [t for t in PAPER if any(s["task"] == t for s in scores)]
-    whole = len(tasks) == len(PAPER)
-    tasks += list(dict.fromkeys(s["task"] for s in scores if s["task"] not in PAPER))
-    shots = {s["shots"] for s in scores}
+    names = {s["task"] for s in scores}
+    tasks = [t for t in PAPER if t in names] + list(dict.fromkeys(s["task"] for s in scores if s["task"] not in PAPER))
+    complete, shots = names >= PAPER.keys(), {s["shots"] for s in scores}
     rows = []
-    for p in published()["downstream"]:
-        if p["size"] in sizes and p["shots"] in shots and (whole or any(t in p["scores"] for t in tasks)):
+    for p in published()["downstream"]:  # a row without single scores has only a mean
+        if p["size"] in sizes and p["shots"] in shots and (complete or names & p["scores"].keys()):
             cells = {t: (score, None) for t, score in p["scores"].items()}
             name = f"published: {p['method']} {p['size']}, {p['data']}"
             rows.append({"name": name, "shots": p["shots"], "cells": cells, "mean": p.get("mean")})
     ours = {}
     for s in scores:
         name = s["checkpoint"] + (f", first {s['limit']} documents" if s.get("limit") else "")
-        one = (name, s.get("sha256"), s["shots"])  # a run's name outlives its weights
-        row = ours.setdefault(one, {"name": name, "shots": s["shots"], "cells": {}, "step": s.get("step")})
+        key = (name, s.get("sha256"), s["shots"])  # a run has one name and other weights at every step
+        row = ours.setdefault(key, {"name": name, "shots": s["shots"], "cells": {}, "step": s.get("step")})
         row["cells"][s["task"]] = (100 * s["score"], None if s["stderr"] is None else 100 * s["stderr"])
-    for name, _, shots in ours:
-        same = [row for (n, _, k), row in ours.items() if (n, k) == (name, shots)]
-        for row in same if len(same) > 1 else []:
-            row["name"] = f"{name}, step {row['step']}"
+    uses = Counter((row["name"], row["shots"]) for row in ours.values())
+    for row in ours.values():
+        if uses[row["name"], row["shots"]] > 1:
+            row["name"] += f", step {row['step']}"
     rows += ours.values()
     for row in rows:
-        row["mean"] = row.get("mean") or mean_of(row["cells"])
+        if row.get("mean") is None:
+            row["mean"] = fmean(row["cells"][t][0] for t in PAPER) if row["cells"].keys() >= PAPER.keys() else None
     return tasks, sorted(rows, key=lambda r: r["shots"])
 
 
-def mean_of(cells: dict) -> float | None:
-    """The plain mean over the papers' nine tasks; None unless all are there."""
-    if not all(t in cells for t in PAPER):
-        return None
-    return sum(cells[t][0] for t in PAPER) / len(PAPER)
-
-
 def markdown(scores: list[dict], sizes: Sequence[str]) -> str:
-    """Scores in percent, with a standard error where there is one, as a markdown table, and what is not in it."""
+    """A markdown table of scores in percent with their standard errors, and notes on the published rows."""
     tasks, rows = score_rows(scores, sizes)
     metrics = {s["task"]: s["metric"] for s in scores}
     header = ["model", "shots", *(f"{PAPER[t][0] if t in PAPER else t} {metrics[t]}" for t in tasks), "mean of 9"]
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    lines = []
     for row in rows:
         texts = [row["name"], str(row["shots"])]
-        for task in tasks:
-            score, error = row["cells"].get(task, (None, None))
+        for score, error in [*(row["cells"].get(t, (None, None)) for t in tasks), (row["mean"], None)]:
             text = "" if score is None else f"{score:.2f}"
-            texts.append(text + (f" +- {error:.2f}" if error is not None else ""))
-        mean = row["mean"]
-        lines.append("| " + " | ".join([*texts, "" if mean is None else f"{mean:.2f}"]) + " |")
-    return "\n".join([*lines, *notes(scores, sizes)]) + "\n"
+            texts.append(text if error is None else f"{text} +- {error:.2f}")
+        lines.append(texts)
+    return markdown_table(header, lines) + "".join(f"{line}\n" for line in notes(scores, sizes))
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in markdown. The first column is left-aligned, the others are right-aligned."""
+    lines = ["| " + " | ".join(cells) + " |\n" for cells in [header, *rows]]
+    return "".join([lines[0], "|---|" + "---:|" * (len(header) - 1) + "\n", *lines[1:]])
 
 
 def notes(scores: list[dict], sizes: Sequence[str]) -> list[str]:
-    """Where the published rows come from, and which are not known here."""
-    known = {(p["size"], p["shots"]): [] for p in published()["downstream"]}
-    for p in published()["downstream"]:
-        known[p["size"], p["shots"]].append(p)
-    wanted = [(size, shots) for shots in sorted({s["shots"] for s in scores}) for size in sizes]
-    out = [f"Published: {published()['sources']['downstream']}."] if any(w in known for w in wanted) else []
-    for size, shots in wanted:
-        if (size, shots) not in known:
-            out.append(f"No published {shots}-shot scores of size {size} are known here.")
-        elif partial := [p["method"] for p in known[size, shots] if not p["scores"]]:
-            out.append(f"Of {', '.join(partial)} ({size}, {shots}-shot) only the mean is known here.")
-    return ["", *out] if out else []
+    """Lines below a table: the source of the published rows, and the scores that were not published."""
+    if not sizes:
+        return []
+    out = ["", f"Published: {published()['sources']['downstream']}."]
+    for shots in sorted({s["shots"] for s in scores}):
+        for size in sizes:
+            rows = [p for p in published()["downstream"] if (p["size"], p["shots"]) == (size, shots)]
+            if not rows:
+                out.append(f"No published {shots}-shot scores of size {size} are known here.")
+            elif only_mean := [p["method"] for p in rows if not p["scores"]]:
+                out.append(f"Of {', '.join(only_mean)} ({size}, {shots}-shot) only the mean is known here.")
+    return out
 
 
 def comma_separated(scores: list[dict], sizes: Sequence[str]) -> str:
-    """The same table as CSV, a column for each score and each standard error."""
+    """The same table as CSV, with a column for each score and each standard error."""
     tasks, rows = score_rows(scores, sizes)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""The papers' nine tasks with their metrics, and any other task of lm-eval, from the hub or from local files."""
+"""Tasks of lm-eval: the nine of the papers with their metrics, and any other. Their data: the hub or local files."""
 
 import difflib
 import logging
@@ -9,8 +9,8 @@ from pathlib import Path
 from data.prepare.formats import first_line
 from data.prepare.hub import hub_problem
 
-# task: column in the papers' tables, metric. The metrics follow from the papers' rows of OpenAI's GPT-2, which
-# are published harness scores in acc_norm (HellaSwag 31.14, PIQA 62.51, SciQ 64.40) or, for these three, acc.
+# task: column in the papers' tables, metric. The papers do not name their metrics, but they give rows of OpenAI's
+# GPT-2, which are published lm-eval scores: acc_norm (HellaSwag 31.14, PIQA 62.51, SciQ 64.40), and acc for three.
 PAPER = {
     "arc_easy": ("ARC-E", "acc_norm"),
     "arc_challenge": ("ARC-C", "acc_norm"),
@@ -23,7 +23,7 @@ PAPER = {
     "sciq": ("SciQ", "acc_norm"),
 }
 FOLDERS = ("arc", "super_glue", "hellaswag", "openbookqa", "piqa", "winogrande", "mmlu", "sciq")  # of lm_eval/tasks
-FEWSHOT_SEED = 1234  # lm-eval's own default
+FEWSHOT_SEED = 1234  # lm-eval's default
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")  # keys of task files
 LOCAL = (None, "json", "parquet", "csv", "text")  # dataset_path of tasks that read files
 ENDINGS = (".jsonl", ".json", ".parquet")
@@ -32,10 +32,10 @@ ENDINGS = (".jsonl", ".json", ".parquet")
 class Tasks:
     """Finds and loads tasks by name.
 
-    include_path: folder of task files (YAML) of one's own. data: folder with TASK/SPLIT.jsonl (or .parquet), rows
-    of the splits that a task reads, used instead of the hub under the task's own prompt and metrics; a group such
-    as mmlu has a folder for each of its parts (mmlu_anatomy, ...).
-    Raises ValueError for unknown names (with the nearest), ImportError without lm-eval.
+    include_path: a folder with more task files (YAML).
+    data: a folder with TASK/SPLIT.jsonl or .parquet, which replace the hub. Prompt and metrics stay those of the
+    task. A group such as mmlu has one folder for each of its parts (mmlu_anatomy, ...).
+    Raises ValueError for unknown names, with similar ones, and ImportError without lm-eval.
     """
 
     def __init__(self, names: list[str], include_path: str | None = None, data: str | None = None) -> None:
@@ -45,43 +45,42 @@ class Tasks:
         except ImportError:
             raise ImportError("benchmark scores need: pip install lm_eval") from None
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        if include_path is not None and not Path(include_path).is_dir():
-            raise ValueError(f"--include_path {include_path}: no such folder")
-        if data is not None and not Path(data).is_dir():
-            raise ValueError(f"--task_data {data}: no such folder")
-        own = [Path(include_path)] if include_path else []
+        for option, folder in (("--include_path", include_path), ("--task_data", data)):
+            if folder is not None and not Path(folder).is_dir():
+                raise ValueError(f"{option} {folder}: no such folder")
+        more = [Path(include_path)] if include_path else []
         root = Path(lm_eval.__file__).parent / "tasks"
         self.data = Path(data) if data else None
         self.version = lm_eval.__version__
         self.names = list(dict.fromkeys(n for name in names for n in (PAPER if name == "paper" else [name])))
-        self._manager = TaskManager(include_defaults=False, include_path=[root / f for f in FOLDERS] + own)
+        self._manager = TaskManager(include_defaults=False, include_path=[root / f for f in FOLDERS] + more)
         if not set(self.names) <= set(self._manager.all_tasks):  # reading all thousands of task files takes 15 s
-            self._manager = TaskManager(include_path=own or None)
-        self._entries = dict(self._manager.task_index)  # as lm-eval has them, before local files take the hub's place
-        known = set(self._manager.all_tasks)
+            self._manager = TaskManager(include_path=more or None)
+        self._entries = dict(self._manager.task_index)  # as in lm-eval, before local files replace the hub
         for name in self.names:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=3)
-                hint = f"nearest: {', '.join(near)}" if near else "python -m lm_eval ls tasks lists them"
+            if name not in self._manager.all_tasks:
+                near = ", ".join(difflib.get_close_matches(name, self._manager.all_tasks, n=3))
+                hint = f"nearest: {near}" if near else "python -m lm_eval ls tasks lists them"
                 raise ValueError(f'unknown task "{name}"; {hint}')
 
     def load(self, name: str, shots: int) -> dict:
-        """What lm_eval.evaluate takes for one task. Raises ValueError if its data cannot be had."""
-        if self.data is not None:
-            for part in self.parts(name):
-                self._use_local_files(part, shots)
-        problem = self.hub_problem if self._on_the_hub(name) else None
+        """The input of lm_eval.evaluate for one task. Raises ValueError if its data cannot be read."""
+        parts = self.parts(name)
+        for part in parts if self.data else ():
+            self._use_local_files(part, shots)
+        remote = [p for p in parts if self._manager.task_index[p].cfg.get("dataset_path") not in LOCAL]
+        problem = self.hub_problem if remote else None
         try:
             loaded = self._manager.load([name])
-        except Exception as error:  # datasets, hub and HTTP library each raise their own
-            raise ValueError(self._data_problem(name, problem or first_line(error))) from None
+        except Exception as error:  # datasets, the hub's client and its HTTP library raise many types
+            raise ValueError(self._data_problem(name, remote, problem or first_line(error))) from None
         for task in loaded["tasks"].values():
             task.set_config(key="num_fewshot", value=shots)
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
         return loaded
 
     def parts(self, name: str) -> list[str]:
-        """The single tasks of a task, group or tag, without their data."""
+        """The single tasks of a task, group or tag, without loading their data."""
         entry = self._entries[name]
         children = sorted(entry.tags) if entry.kind.name == "TAG" else []
         if entry.kind.name == "GROUP":
@@ -89,11 +88,16 @@ class Tasks:
         return [p for child in children if child in self._entries for p in self.parts(child)] if children else [name]
 
     def settings(self, part: str) -> dict:
-        """What the task file of a single task says, functions as names."""
+        """The content of a single task's file; functions appear as names."""
         return self._entries[part].cfg
 
+    @cached_property
+    def hub_problem(self) -> str | None:
+        """Why the hub cannot be reached, or None if it answers. Asked once, and only for tasks that need it."""
+        return hub_problem()
+
     def _use_local_files(self, part: str, shots: int) -> None:
-        """Let a single task read its folder, if there is one. ValueError if a split that it needs is not in there."""
+        """Let a single task read its local folder, if it has one. ValueError if a split that it needs is missing."""
         from lm_eval.tasks._yaml_loader import load_yaml
 
         folder, entry = self.data / part, self._entries[part]
@@ -111,26 +115,17 @@ class Tasks:
         task |= {key: None for key in SPLITS if task.get(key) not in found}
         self._manager.task_index[part] = replace(entry, yaml_path=None, cfg=task)
 
-    @cached_property
-    def hub_problem(self) -> str | None:
-        """Why the hub cannot be asked, None if it answers; found out once, and only for tasks that need it."""
-        return hub_problem()
-
-    def _on_the_hub(self, name: str) -> list[str]:
-        """The single tasks of a task that read a dataset of the hub."""
-        parts = [p for p in self.parts(name) if self.data is None or not (self.data / p).is_dir()]
-        return [p for p in parts if self.settings(p).get("dataset_path") not in LOCAL]
-
-    def _data_problem(self, name: str, reason: str) -> str:
-        parts = self._on_the_hub(name)
-        if not parts:
+    def _data_problem(self, name: str, remote: list[str], reason: str) -> str:
+        """A message for data that could not be read. remote: the parts of the task that read the hub."""
+        if not remote:
             return f"task {name}: its data could not be read ({reason}); check data_files in its task file or --data"
-        source, splits = self.settings(parts[0])["dataset_path"], ",".join(splits_of(self.settings(parts[0])))
-        files = f"{parts[0]}/{{{splits}}}.jsonl"
-        files += f" and the same of {len(parts) - 1} more" if len(parts) > 1 else ""
+        task = self.settings(remote[0])
+        files = f"{remote[0]}/{{{','.join(splits_of(task))}}}.jsonl"
+        files += f" and the same of {len(remote) - 1} more" if len(remote) > 1 else ""
         return (
-            f"task {name}: dataset {source} is neither cached nor reachable ({reason}). On a machine with a network "
-            f"run `python -m eval.fetch DIR --tasks {name}`, copy DIR here and give --task_data DIR: it holds {files}"
+            f"task {name}: dataset {task['dataset_path']} is neither cached nor reachable ({reason}). On a machine "
+            f"with a network run `python -m eval.fetch DIR --tasks {name}`, copy DIR here and give --task_data DIR: "
+            f"it holds {files}"
         )
 
 
@@ -140,11 +135,9 @@ def splits_of(task: dict) -> list[str]:
 
 
 def metric_of(name: str, numbers: dict) -> str:
-    """The metric a task is reported by: the papers' for theirs, else acc_norm, acc, or its first."""
+    """The metric to report for a task: that of the papers for their tasks, else acc_norm, acc, or its first."""
     present = [key.removesuffix(",none") for key in numbers if key.endswith(",none") and "_stderr" not in key]
-    if name in PAPER and PAPER[name][1] in present:
-        return PAPER[name][1]
-    for metric in (*("acc_norm", "acc"), *present):
-        if metric in present:
-            return metric
-    raise ValueError(f"task {name}: it reports no number")
+    if not present:
+        raise ValueError(f"task {name}: it reports no number")
+    wanted = [PAPER[name][1]] if name in PAPER else []
+    return next((metric for metric in (*wanted, "acc_norm", "acc") if metric in present), present[0])

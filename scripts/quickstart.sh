@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a bare machine to a trained model: set up, prepare text, train, validate, sample, draw.
+# From a new machine to a trained model: set up, prepare text, train, validate, sample, draw curves.
 # Arguments go to the trainer, for example: bash scripts/quickstart.sh --optimizer=adamw --seed=2
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

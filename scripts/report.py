@@ -1,12 +1,11 @@
 """Runs and results on one page: python scripts/report.py runs/A runs/B --out report
 
-Writes report/report.md and report/report.png: loss against tokens, training time and gradient evaluations; losses at
-matching token counts beside the published ones; paired differences (--paired, from eval.perplexity --out);
-benchmark scores (--scores, results.json of eval.run). --on-track RUN only says whether a run lies inside the
-published band at its present token count.
+Writes report/report.md and report/report.png: loss against tokens, training time and gradient evaluations, and losses
+at the same token counts beside the published ones. --paired (a file of eval.perplexity --out) adds paired
+differences, --scores (results.json of eval.run) adds benchmark scores. --on-track RUN only prints whether a run lies
+inside the published band at its present token count.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -21,29 +20,42 @@ import torch
 
 from config.load import short_count
 from eval.perplexity import describe, describe_pair
-from eval.table import markdown, published, size_of
+from eval.table import markdown, markdown_table, published, size_of
 from model import GPT, GPTConfig
+from runtime.command import Parser, one_line
 from runtime.files import write_durably
 from runtime.folder import CONFIG
 from runtime.logger import METRICS, read_metrics
 
 AXES = {"tokens": "tokens", "train_s": "training time, seconds", "gradients": "gradient evaluations"}
 PUBLISHED_BUDGET = 100_000 * 480 * 1024  # tokens of the published runs
-SAME_COUNT = 0.02  # a published number without neighbours holds this far from its token count, relatively
+TOLERANCE = 0.02  # token counts that differ by less than this fraction count as equal
+METHODS = {  # optimizer or mars_type of a config: its name in publications
+    "adamw": "AdamW",
+    "lion": "Lion",
+    "mars-adamw": "MARS-AdamW",
+    "mars-lion": "MARS-Lion",
+    "mars-shampoo": "MARS-Shampoo",
+}
 
 
 @dataclass
 class Run:
-    """A run folder: what it trained and its validation losses."""
+    """The settings and validation losses of a run folder."""
 
     name: str
-    size: str | None  # published size, None for another one
+    size: str | None  # the published size, None for other sizes
     parameters: int
-    data: str  # "openwebtext", "fineweb-edu" or the dataset folder's name
-    method: str  # the name published results go by
-    budget: int  # tokens the whole run is to take, which its learning rate follows
+    data: str  # "openwebtext", "fineweb-edu" or the name of the dataset folder
+    method: str  # the optimizer's name in publications
+    budget: int  # tokens of the whole run, on which its learning rate depends
     points: list[dict]  # tokens, val_loss, train_s, gradients of each evaluation; the last two may be None
     mfu: float | None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens at the latest evaluation."""
+        return self.points[-1]["tokens"]
 
     def best(self, tokens: float = math.inf) -> float:
         """Lowest validation loss up to a token count."""
@@ -51,7 +63,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """A run folder's settings and validation losses. Raises ValueError if there is none or no evaluation yet."""
+    """Read a run folder. Raises ValueError if it is not one or has no evaluation yet."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         records = read_metrics(folder / METRICS)
@@ -59,23 +71,21 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"{folder}: not a run folder (no {Path(error.filename).name})") from None
     except ValueError:
         raise ValueError(f"{folder / CONFIG}: not readable as JSON") from None
+    points, latest = [], {}
+    for record in records:  # records of training steps have the time, those of evaluations the validation loss
+        latest |= record
+        if "val_loss" in record:
+            times = {"train_s": latest.get("train_s"), "gradients": latest.get("gradient_evaluations")}
+            points.append({"tokens": record["tokens"], "val_loss": record["val_loss"], **times})
+    if not points:
+        raise ValueError(f"{folder}: no evaluation in {METRICS} yet")
     with torch.device("meta"):
         parameters = GPT(GPTConfig(**config["model"])).num_params()
     path = Path(config["data"]["path"]).name.lower()
     known = {"openwebtext": "openwebtext", "owt": "openwebtext", "fineweb": "fineweb-edu"}
     data = next((name for word, name in known.items() if word in path), path)
-    points, seconds, gradients = [], None, None
-    for r in records:
-        seconds, gradients = r.get("train_s", seconds), r.get("gradient_evaluations", gradients)
-        if "val_loss" in r:
-            points.append(
-                {"tokens": r["tokens"], "val_loss": r["val_loss"], "train_s": seconds, "gradients": gradients}
-            )
-    if not points:
-        raise ValueError(f"{folder}: no evaluation in {METRICS} yet")
-    mfu = next((r["mfu"] for r in reversed(records) if "mfu" in r), None)
-    name, size = folder.resolve().name, size_of(parameters)
-    return Run(name, size, parameters, data, method_of(config), budget_of(config), points, mfu)
+    size, method, budget = size_of(parameters), method_of(config), budget_of(config)
+    return Run(folder.resolve().name, size, parameters, data, method, budget, points, latest.get("mfu"))
 
 
 def budget_of(config: dict) -> int:
@@ -86,99 +96,91 @@ def budget_of(config: dict) -> int:
 
 
 def method_of(config: dict) -> str:
-    """The name under which a run's optimizer appears among published results."""
+    """The name of a run's optimizer in publications."""
     optim, name = config.get("optim") or {}, config.get("optimizer", "")
-    exact = "" if optim.get("is_approx", True) else " exact"
-    if "mars_type" in optim:
-        return {"mars-adamw": "MARS-AdamW", "mars-lion": "MARS-Lion", "mars-shampoo": "MARS-Shampoo"}[
-            optim["mars_type"]
-        ] + exact
-    if name.startswith("mars_m"):
-        return ("MARS-M gamma 0.01" if optim.get("gamma") == 0.01 else "MARS-M") + exact
     if name.startswith("muon"):
         return "Moonlight" if optim.get("scale") == "moonlight" else "Muon"
-    return {"adamw": "AdamW", "lion": "Lion"}.get(name, name)
+    if name.startswith("mars_m"):
+        method = "MARS-M gamma 0.01" if optim.get("gamma") == 0.01 else "MARS-M"
+    else:
+        name = optim.get("mars_type", name)
+        method = METHODS.get(name, name)
+    return method if optim.get("is_approx", True) else f"{method} exact"
 
 
 def published_loss(run: Run, tokens: float) -> float | None:
-    """The published best loss of a run's size, data and method up to a token count, log-linear between two counts."""
-    known = [
-        (p["tokens"], p["loss"])
-        for p in published()["losses"]
-        if (p["size"], p["data"], p["method"], p["kind"]) == (run.size, run.data, run.method, "best")
-    ]
-    known.sort()
+    """The published best loss for a run's size, data and method up to a token count; None if there is none.
+
+    Between two published token counts the loss is interpolated on a logarithmic scale.
+    """
+    wanted = {"size": run.size, "data": run.data, "method": run.method, "kind": "best"}
+    known = sorted((p["tokens"], p["loss"]) for p in published()["losses"] if wanted.items() <= p.items())
     for (t0, a), (t1, b) in itertools.pairwise(known):
         if t0 <= tokens <= t1:
             return a + (b - a) * math.log(tokens / t0) / math.log(t1 / t0)
-    return next((loss for t, loss in known if abs(tokens - t) <= SAME_COUNT * t), None)
+    return next((loss for t, loss in known if abs(tokens - t) <= TOLERANCE * t), None)
 
 
 def on_track(run: Run) -> str:
     """One line: whether a run's best loss lies inside the published band at its present token count."""
-    tokens, width = run.points[-1]["tokens"], published()["band"]["width"]
-    loss, expected = run.best(), published_loss(run, tokens)
-    what = f"{run.name}: {run.method}, {run.size or f'{run.parameters:,} parameters'}, {run.data}"
+    width, loss, expected = published()["band"]["width"], run.best(), published_loss(run, run.tokens)
+    start, count = f"{run.name}: {run.method}, {run.size or f'{run.parameters:,} parameters'}, {run.data}: ", run.tokens
     if expected is None:
-        return f"{what}: nothing published to compare with at {short_count(tokens)} tokens (best loss {loss:.3f})"
+        return f"{start}nothing published to compare with at {short_count(count)} tokens (best loss {loss:.3f})"
     difference = loss - expected
     verdict = "inside" if abs(difference) <= width else "above" if difference > 0 else "below"
     note = ""
-    if abs(run.budget - PUBLISHED_BUDGET) > SAME_COUNT * PUBLISHED_BUDGET:
+    if abs(run.budget - PUBLISHED_BUDGET) > TOLERANCE * PUBLISHED_BUDGET:
         theirs = short_count(PUBLISHED_BUDGET)
         note = f"; its budget is {short_count(run.budget)} tokens, the published {theirs}, so learning rates differ"
-    return (
-        f"{what}: {verdict} the band at {short_count(tokens)} tokens: best loss {loss:.3f}, "
-        f"published {expected:.3f} +- {width}{note}"
-    )
+    losses = f"best loss {loss:.3f}, published {expected:.3f} +- {width}"
+    return f"{start}{verdict} the band at {short_count(count)} tokens: {losses}{note}"
 
 
 def token_counts(runs: list[Run]) -> list[float]:
     """Token counts to compare at: published ones that a run reached, and quarters of what all runs reached."""
-    reached = max(r.points[-1]["tokens"] for r in runs)
-    common = min(r.points[-1]["tokens"] for r in runs)
-    counts = {p["tokens"] for p in published()["losses"] if p["tokens"] <= reached * (1 + SAME_COUNT)}
+    reached, common = max(r.tokens for r in runs), min(r.tokens for r in runs)
+    counts = {p["tokens"] for p in published()["losses"] if p["tokens"] <= reached * (1 + TOLERANCE)}
     return sorted(counts | {common * quarter / 4 for quarter in (1, 2, 3, 4)})
 
 
-def loss_tables(runs: list[Run]) -> list[str]:
-    """Markdown lines: what each run is, then losses at matching token counts with the published ones in brackets."""
-    lines = ["| run | method | parameters | data | tokens | last loss | best loss | hours | MFU |"]
-    lines += ["|---|---|---:|---|---:|---:|---:|---:|---:|"]
+def loss_tables(runs: list[Run]) -> str:
+    """A markdown table of the runs, and one of their losses at the same token counts."""
+    rows = []
     for r in runs:
         last = r.points[-1]
-        hours = f"{last['train_s'] / 3600:.2f}" if last["train_s"] is not None else ""
+        hours = "" if last["train_s"] is None else f"{last['train_s'] / 3600:.2f}"
+        losses = [f"{last['val_loss']:.4f}", f"{r.best():.4f}"]
         mfu = f"{100 * r.mfu:.1f}%" if r.mfu else ""
-        lines.append(
-            f"| {r.name} | {r.method} | {r.parameters:,} | {r.data} | {last['tokens']:,} | {last['val_loss']:.4f} | "
-            f"{r.best():.4f} | {hours} | {mfu} |"
-        )
-    counts = token_counts(runs)
-    lines += ["", "## Best validation loss up to a token count", ""]
-    lines += ["Nats per token; in brackets what was published for the same method, size and data.", ""]
-    lines += ["| run | " + " | ".join(short_count(round(c)) for c in counts) + " |", "|---|" + "---:|" * len(counts)]
+        rows.append([r.name, r.method, f"{r.parameters:,}", r.data, f"{r.tokens:,}", *losses, hours, mfu])
+    header = ["run", "method", "parameters", "data", "tokens", "last loss", "best loss", "hours", "MFU"]
+    counts, losses_at_counts = token_counts(runs), []
     for r in runs:
         cells = []
         for count in counts:
-            ours = f"{r.best(count):.4f}" if r.points[0]["tokens"] <= count <= r.points[-1]["tokens"] else ""
+            ours = f"{r.best(count):.4f}" if r.points[0]["tokens"] <= count <= r.tokens else ""
             theirs = published_loss(r, count)
-            cells.append(" ".join([ours, f"({theirs:.3f})"]).strip() if theirs is not None else ours)
-        lines.append(f"| {r.name} | " + " | ".join(cells) + " |")
-    return lines
+            cells.append(ours if theirs is None else f"{ours} ({theirs:.3f})".strip())
+        losses_at_counts.append([r.name, *cells])
+    return f"""{markdown_table(header, rows)}
+## Best validation loss up to a token count
+
+Nats per token. Brackets: the published loss for the same method, size and data.
+
+{markdown_table(["run", *(short_count(round(c)) for c in counts)], losses_at_counts)}"""
 
 
 def draw(runs: list[Run], path: Path) -> None:
-    """Loss against tokens, time and gradient evaluations. Raises ImportError, with the remedy, without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import EngFormatter
-    except ImportError:
-        raise ImportError("drawing curves needs: pip install matplotlib") from None
+    """Draw loss against tokens, time and gradient evaluations."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     for axes, (key, label) in zip(figure.subplots(1, 3, sharey=True), AXES.items(), strict=True):
         for number, r in enumerate(runs):
-            points = [(p[key], p["val_loss"]) for p in r.points if p[key] is not None]
-            axes.plot(*zip(*points, strict=True) if points else ([], []), ".-", color=f"C{number}", label=r.name)
+            points = [p for p in r.points if p[key] is not None]
+            x, y = [p[key] for p in points], [p["val_loss"] for p in points]
+            axes.plot(x, y, ".-", color=f"C{number}", label=r.name)
             if key == "tokens":
                 counts = [c for c in token_counts(runs) if published_loss(r, c) is not None]
                 axes.plot(counts, [published_loss(r, c) for c in counts], "x", color=f"C{number}")
@@ -190,57 +192,54 @@ def draw(runs: list[Run], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def read_results(path: Path, *keys: str) -> dict:
-    """A JSON file that holds `keys`; ValueError for anything else."""
+def read_results(path: Path | None, *keys: str) -> dict | None:
+    """The values of `keys` in a JSON file; None without a path. ValueError for any other file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        [content[key] for key in keys]
+        content = json.loads(path.read_text(encoding="utf-8")) if path else None
+        return {key: content[key] for key in keys} if path else None
     except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"{path}: no {' and '.join(keys)} in it; give what eval.run or eval.perplexity wrote"
-        ) from None
-    return content
+        names = " and ".join(keys)
+        raise ValueError(f"{path}: no {names} in it; give a file of eval.run or eval.perplexity") from None
 
 
 def page(runs: list[Run], paired: dict | None, scores: dict | None) -> str:
     """The report in markdown."""
-    lines = ["# Report", "", "![loss](report.png)", "", "## Runs", "", *loss_tables(runs), "", "## On track?", ""]
-    lines += [f"- {on_track(r)}" for r in runs]
-    lines += ["", f"The band is {published()['band']['width']} wide on each side: {published()['band']['why']}."]
+    band = published()["band"]
+    parts = [f"# Report\n\n![loss](report.png)\n\n## Runs\n\n{loss_tables(runs)}\n## On track?\n"]
+    parts += [f"- {on_track(r)}" for r in runs]
+    parts += [f"\nThe band is {band['width']} wide on each side: {band['why']}."]
     if paired:
-        lines += ["", "## The same windows", "", f"{paired['text']}, context {paired['context']}:", ""]
-        lines += [f"- {describe(m)}" for m in paired["models"]] + [f"- {describe_pair(p)}" for p in paired["paired"]]
+        parts += [f"\n## The same windows\n\n{paired['text']}, context {paired['context']}:\n"]
+        parts += [f"- {describe(m)}" for m in paired["models"]] + [f"- {describe_pair(p)}" for p in paired["paired"]]
     if scores:
-        sizes = sorted({r.size for r in runs if r.size})
-        lines += ["", "## Benchmarks", "", "Percent, with standard errors.", "", markdown(scores["scores"], sizes)]
-    lines += ["", "## Sources of published numbers", ""]
-    lines += [f"- {name}: {what}" for name, what in published()["sources"].items()]
-    return "\n".join(lines) + "\n"
+        table = markdown(scores["scores"], sorted({r.size for r in runs if r.size}))
+        parts += [f"\n## Benchmarks\n\nPercent, with standard errors.\n\n{table}"]
+    parts += ["\n## Sources of published numbers\n"]
+    parts += [f"- {name}: {source}" for name, source in published()["sources"].items()]
+    return "\n".join(parts) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="report", description="Runs and results on one page.")
+    parser = Parser(prog="report", description="Runs and results on one page.")
     parser.add_argument("runs", nargs="*", type=Path, help="run folders")
     parser.add_argument("--out", type=Path, default=Path("runs/report"), help="folder for report.md and report.png")
     parser.add_argument("--paired", type=Path, help="JSON file of eval.perplexity --out")
     parser.add_argument("--scores", type=Path, help="results.json of eval.run")
-    parser.add_argument("--on-track", type=Path, metavar="RUN", help="only say whether this run is inside the band")
+    parser.add_argument("--on_track", type=Path, metavar="RUN", help="only print whether this run is inside the band")
     args = parser.parse_args(argv)
-    try:
+    with one_line("report"):
         if args.on_track:
             print(on_track(read_run(args.on_track)))
             return
         if not args.runs:
             raise ValueError("name at least one run folder")
         runs = [read_run(folder) for folder in args.runs]
-        paired = read_results(args.paired, "text", "context", "models", "paired") if args.paired else None
-        scores = read_results(args.scores, "scores") if args.scores else None
+        paired = read_results(args.paired, "text", "context", "models", "paired")
+        scores = read_results(args.scores, "scores")
         args.out.mkdir(parents=True, exist_ok=True)
         draw(runs, args.out / "report.png")
         write_durably(args.out / "report.md", page(runs, paired, scores).encode())
         print(f"{args.out}: report.md, report.png")
-    except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"report: {error}")
 
 
 if __name__ == "__main__":

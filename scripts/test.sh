@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up what is missing, then lint and run the tests. Arguments go to pytest.
+# Create .venv if necessary, check the style and run the tests. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Train one size of GPT-2 on the GPUs of one machine, or of several.
-# Usage: scripts/train.sh SIZE [options] [-- arguments of train_gpt.py]
+# Usage: scripts/train.sh SIZE [options] [arguments of train_gpt.py]
 #   SIZE                    small, medium, large or xl
 #   --optimizer NAME        adamw, lion, muon, muon_original, mars, mars_lion, mars_shampoo, mars_m (default: mars_m)
 #   --dataset NAME          folder in data/tokens, or a path (default: openwebtext)
-#   --gpus N                processes on this machine (default: its GPUs)
-#   --nodes N               machines; each runs this same command (default: 1)
-#   --rendezvous HOST:PORT  where the machines meet: a name of the first one and a free port there
-#   --id NAME               tells runs apart that meet there (default: SIZE-OPTIMIZER)
-#   --launched              processes are started already, with RANK, WORLD_SIZE and MASTER_ADDR set
+#   --gpus N                processes on this machine (default: one per GPU)
+#   --nodes N               machines; run this same command on each (default: 1)
+#   --rendezvous HOST:PORT  where the machines meet: the name of the first one and a free port on it
+#   --id NAME               name of this run at the rendezvous (default: SIZE-OPTIMIZER)
+#   --launched              the processes exist already, and RANK, WORLD_SIZE and MASTER_ADDR are set
 #   --preflight             only report memory, disk, epochs, shards and the network
 #   --dry-run               only print the command
 # Other arguments go to train_gpt.py, with or without -- before them. PYTHON names the interpreter.
@@ -19,47 +19,46 @@ fail() {
     echo "train: $*" >&2
     exit 2
 }
-usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
+usage() {
+    sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+    exit 0
+}
 
-optimizer=mars_m dataset=openwebtext gpus='' nodes=1 rendezvous='' id='' launched='' dry='' extra=()
+optimizer=mars_m dataset=openwebtext gpus='' nodes=1 rendezvous='' id='' launched='' dry='' arguments=()
 size=${1:-}
 [ $# -gt 0 ] && shift
 case $size in
 small | medium | large | xl) ;;
--h | --help)
-    usage
-    exit 0
-    ;;
+-h | --help) usage ;;
 *) fail "\"$size\" is no size; choose small, medium, large or xl" ;;
 esac
 while [ $# -gt 0 ]; do
     case $1 in
+    --optimizer=* | --dataset=* | --gpus=* | --nodes=* | --rendezvous=* | --id=*)
+        key=${1%%=*}
+        printf -v "${key#--}" %s "${1#*=}"
+        ;;
     --optimizer | --dataset | --gpus | --nodes | --rendezvous | --id)
         [ $# -ge 2 ] || fail "$1 needs a value"
         printf -v "${1#--}" %s "$2"
         shift
         ;;
     --launched) launched=1 ;;
-    --preflight) extra+=(--preflight) ;;
     --dry-run) dry=1 ;;
-    --help | -h)
-        usage
-        exit 0
-        ;;
+    -h | --help) usage ;;
     --)
         shift
-        extra+=("$@")
+        arguments+=("$@")
         break
         ;;
-    *) extra+=("$1") ;; # for train_gpt.py
+    *) arguments+=("$1") ;;
     esac
     shift
 done
 
-python=${PYTHON:-}
-if [ -z "$python" ]; then
-    python=python3
-    [ -x .venv/bin/python ] && python=.venv/bin/python
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python3
+    [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
 fi
 if [ -z "$gpus" ]; then
     gpus=$(nvidia-smi -L 2>/dev/null | wc -l) || true
@@ -68,25 +67,21 @@ fi
 for number in "$gpus" "$nodes"; do
     [[ $number =~ ^[1-9][0-9]{0,5}$ ]] || fail "\"$number\": --gpus and --nodes must be whole numbers from 1 to 999999"
 done
-case $dataset in
-*/*) path=$dataset ;;
-*) path=data/tokens/$dataset ;;
-esac
-arguments=(train_gpt.py "config/gpt2_$size.py" "--optimizer=$optimizer" "--data.path=$path")
-arguments+=(${extra[@]+"${extra[@]}"})
-if [ -n "$launched" ]; then
-    command=("$python" "${arguments[@]}")
-else
-    # seconds from a signal to torchrun's SIGKILL; its own 30 may be too few to save a large model
+[[ $dataset == */* ]] || dataset=data/tokens/$dataset
+
+command=("$PYTHON")
+if [ -z "$launched" ]; then
+    # torchrun kills the processes this many seconds after a signal; its default of 30 is too short to save a large model
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
-    command=("$python" -m torch.distributed.run "--nproc_per_node=$gpus")
+    command+=(-m torch.distributed.run "--nproc_per_node=$gpus")
     if ((nodes > 1)); then
         [ -n "$rendezvous" ] || fail "--nodes $nodes needs --rendezvous HOST:PORT"
         command+=("--nnodes=$nodes" --rdzv_backend=c10d "--rdzv_endpoint=$rendezvous" "--rdzv_id=${id:-$size-$optimizer}")
     else
         command+=(--standalone)
     fi
-    command+=("${arguments[@]}")
 fi
+command+=(train_gpt.py "config/gpt2_$size.py" "--optimizer=$optimizer" "--data.path=$dataset")
+command+=(${arguments[@]+"${arguments[@]}"}) # bash 4.3 and older call an empty array unset
 [ "${RANK:-0}" = 0 ] && printf '%q ' "${command[@]}" && echo
 [ -n "$dry" ] || exec "${command[@]}"

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# Train GPT-2 small; options as in scripts/train.sh: --optimizer, --dataset, --gpus, --dry-run, -- anything.
+# Train GPT-2 small; options as in scripts/train.sh.
 exec bash "$(dirname "${BASH_SOURCE[0]}")/train.sh" small "$@"

@@ -1,10 +1,11 @@
-"""The real harness, offline, on small models and task files written here."""
+"""Benchmark scores by the real lm-eval, offline, on small models with small data files."""
 
 import csv
 import json
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from eval.tasks import PAPER, Tasks, metric_of
 from runtime.command import one_line
 
 datasets = pytest.importorskip("datasets")
+lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
 
 CPU = torch.device("cpu")
 
@@ -92,7 +94,7 @@ def data(tmp_path_factory):
     for rows in (hellaswag, boolq, piqa, winogrande):
         write_rows(folder / rows.__name__, validation=rows(12), train=rows(18)[-6:])
     unlabelled = [r | dict(label="") for r in hellaswag(3)]
-    write_rows(folder / "hellaswag", test=unlabelled)  # the hub has it, the task does not read it
+    write_rows(folder / "hellaswag", test=unlabelled)  # the hub has this split, the task does not read it
     for name, rows in (("arc_easy", arc), ("arc_challenge", arc), ("openbookqa", openbookqa), ("sciq", sciq)):
         write_rows(folder / name, test=rows(12), train=rows(18)[-6:])
     write_rows(folder / "mmlu_anatomy", test=mmlu(4), dev=mmlu(8)[-4:])
@@ -150,7 +152,7 @@ def by_hand(model, items):
     return plain / len(items), normed / len(items)
 
 
-def asked(question):
+def question_prompt(question):
     return f"Question: {question}\nAnswer:"
 
 
@@ -171,17 +173,19 @@ ITEMS = {
         )
         for r in hellaswag(12)
     ],
-    "arc_easy": [(asked(r["question"]), r["choices"]["text"], "ABCD".index(r["answerKey"])) for r in arc(12)],
-    "boolq": [(f"{r['passage']}\n" + asked(r["question"] + "?"), ["no", "yes"], r["label"]) for r in boolq(12)],
+    "arc_easy": [(question_prompt(r["question"]), r["choices"]["text"], "ABCD".index(r["answerKey"])) for r in arc(12)],
+    "boolq": [
+        (f"{r['passage']}\n" + question_prompt(r["question"] + "?"), ["no", "yes"], r["label"]) for r in boolq(12)
+    ],
     "openbookqa": [(r["question"], r["choices"]["text"], "ABCD".index(r["answerKey"])) for r in arc(12)],
-    "piqa": [(asked(r["goal"]), [r["sol1"], r["sol2"]], r["label"]) for r in piqa(12)],
+    "piqa": [(question_prompt(r["goal"]), [r["sol1"], r["sol2"]], r["label"]) for r in piqa(12)],
     "winogrande": [
         ([r["sentence"].split(" _")[0] + " " + r[f"option{k}"] for k in (1, 2)], ["home."] * 2, int(r["answer"]) - 1)
         for r in winogrande(12)
     ],
     "sciq": [
         (
-            r["support"].lstrip() + "\n" + asked(r["question"]),
+            r["support"].lstrip() + "\n" + question_prompt(r["question"]),
             [r["distractor1"], r["distractor2"], r["distractor3"], r["correct_answer"]],
             3,
         )
@@ -206,7 +210,7 @@ def test_scores_equal_a_computation_by_hand(folders, scores, task, number, name)
         assert got["stderr"] == pytest.approx((p * (1 - p) / 11) ** 0.5)
 
 
-def test_scores_are_not_all_alike(scores):
+def test_scores_differ_between_models_and_tasks(scores):
     assert len({s["score"] for s in scores[0].values()}) > 3
 
 
@@ -218,7 +222,7 @@ def test_a_checkpoint_and_its_export_give_the_same_numbers(scores):
                 assert exported[key] == score[key], (task, shots, key)
 
 
-def test_the_adapter_agrees_with_the_harness_own_model_of_an_export(folders):
+def test_our_harness_model_agrees_with_that_of_lm_eval_on_an_export(folders):
     pytest.importorskip("accelerate")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -238,7 +242,7 @@ def test_the_adapter_agrees_with_the_harness_own_model_of_an_export(folders):
     assert ours.loglikelihood_rolling(texts, True) == pytest.approx(hflm.loglikelihood_rolling(texts, True), rel=1e-4)
 
 
-def test_shots_are_worked_examples_from_the_training_split(data):
+def test_shots_are_examples_from_the_training_split(data):
     loaded = Tasks(["arc_easy"], data=str(data)).load("arc_easy", 2)
     task = loaded["tasks"]["arc_easy"]
     task.build_all_requests(rank=0, world_size=1)
@@ -251,7 +255,7 @@ def test_shots_are_worked_examples_from_the_training_split(data):
         assert last.endswith("\nAnswer:")
 
 
-def test_tables_hold_every_model_and_the_published_rows(scores):
+def test_tables_have_every_model_and_the_published_rows(scores):
     text = (scores[1] / "table.md").read_text()
     assert "| model | shots | ARC-E acc_norm | ARC-C acc_norm | BoolQ acc | HellaSwag acc_norm |" in text
     assert "| WG acc | SciQ acc_norm | two_subjects acc | mean of 9 |" in text
@@ -260,14 +264,14 @@ def test_tables_hold_every_model_and_the_published_rows(scores):
     assert "No published 2-shot scores of size small are known here." in text
     assert sum(line.startswith(("| one", "| two", "| hf")) for line in text.splitlines()) == 6
     rows = list(csv.DictReader((scores[1] / "table.csv").open()))
-    mine = next(r for r in rows if (r["model"], r["shots"]) == ("two", "0"))
+    row = next(r for r in rows if (r["model"], r["shots"]) == ("two", "0"))
     score = scores[0]["two", "boolq", 0]
-    assert float(mine["boolq"]) == pytest.approx(100 * score["score"], abs=1e-4)
-    assert float(mine["boolq_stderr"]) == pytest.approx(100 * score["stderr"], abs=1e-4)
-    assert mine["mean"] == ""
+    assert float(row["boolq"]) == pytest.approx(100 * score["score"], abs=1e-4)
+    assert float(row["boolq_stderr"]) == pytest.approx(100 * score["stderr"], abs=1e-4)
+    assert row["mean"] == ""
 
 
-def test_an_interrupted_evaluation_continues_with_what_is_left(folders, data, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_continues_with_the_remaining_tasks(folders, data, tmp_path, monkeypatch):
     real, done = run.score_task, []
 
     def interrupted(trained, scorer, tasks, name, *rest):
@@ -288,11 +292,11 @@ def test_an_interrupted_evaluation_continues_with_what_is_left(folders, data, tm
     assert done[4:] == []
 
 
-def test_own_task_files_and_the_tokenizer_of_the_run(folders, tmp_path, capsys):
+def test_a_task_file_of_the_user_with_the_tokenizer_of_the_run(folders, tmp_path, capsys):
     (tmp_path / "tasks").mkdir()
     rows = [dict(q=phrase(i), a=[phrase(i + 1), phrase(i + 2)], gold=i % 2) for i in range(5)]
     (tmp_path / "tasks" / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (tmp_path / "tasks" / "mine.yaml").write_text(
+    (tmp_path / "tasks" / "pairs.yaml").write_text(
         f"""task: my_pairs
 dataset_path: json
 dataset_kwargs: {{data_files: {{validation: {tmp_path / "tasks" / "rows.jsonl"}}}}}
@@ -315,11 +319,11 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
     assert "my_pairs acc" in capsys.readouterr().out
 
 
-def test_a_data_set_that_cannot_be_had_says_what_to_do_and_the_others_run(folders, data, tmp_path, capsys):
-    some = tmp_path / "data"
-    write_rows(some / "boolq", validation=boolq(3))
+def test_a_missing_dataset_is_explained_and_the_other_tasks_run(folders, data, tmp_path, capsys):
+    few = tmp_path / "data"
+    write_rows(few / "boolq", validation=boolq(3))
     with pytest.raises(SystemExit, match="1 of the tasks could not be run"):
-        evaluate(folders[:1], some, tmp_path, "--tasks", "piqa", "boolq")
+        evaluate(folders[:1], few, tmp_path, "--tasks", "piqa", "boolq")
     error = capsys.readouterr().err
     line = next(line for line in error.splitlines() if "eval.run: task piqa" in line)
     for words in ("baber/piqa", "eval.fetch DIR --tasks piqa", "--task_data DIR", "piqa/{train,validation}.jsonl"):
@@ -328,7 +332,7 @@ def test_a_data_set_that_cannot_be_had_says_what_to_do_and_the_others_run(folder
     assert [s["task"] for s in json.loads((tmp_path / "results.json").read_text())["scores"]] == ["boolq"]
 
 
-def test_every_task_of_the_paper_is_known_and_names_its_data(folders, tmp_path, capsys):
+def test_every_task_of_the_papers_is_known_and_names_its_dataset(folders, tmp_path, capsys):
     with pytest.raises(SystemExit, match="9 of the tasks could not be run"):
         run.main([str(folders[0]), "--out", str(tmp_path), "--device", "cpu"])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eval.run: task")]
@@ -338,10 +342,10 @@ def test_every_task_of_the_paper_is_known_and_names_its_data(folders, tmp_path, 
 
 
 def test_examples_are_never_drawn_from_the_rows_that_are_scored(folders, tmp_path, capsys):
-    some = tmp_path / "data"
-    write_rows(some / "boolq", validation=boolq(3))
+    few = tmp_path / "data"
+    write_rows(few / "boolq", validation=boolq(3))
     with pytest.raises(SystemExit, match="1 of the tasks could not be run"):
-        evaluate(folders[:1], some, tmp_path, "--tasks", "boolq", "--shots", "0", "5")
+        evaluate(folders[:1], few, tmp_path, "--tasks", "boolq", "--shots", "0", "5")
     assert "boolq/train.jsonl is missing, 5-shot needs it" in capsys.readouterr().err
 
 
@@ -360,10 +364,10 @@ def test_two_processes_give_the_scores_of_one(folders, data, tmp_path):
 
 
 def test_fetched_data_can_be_scored_without_a_network(folders, tmp_path, monkeypatch, capsys):
-    asked_for, rows = [], {"train": piqa(6), "validation": piqa(12), "test": [dict(r, label=-1) for r in piqa(3)]}
+    requested, rows = [], {"train": piqa(6), "validation": piqa(12), "test": [dict(r, label=-1) for r in piqa(3)]}
 
     def hub(path, name, **options):
-        asked_for.append((path, name))
+        requested.append((path, name))
         if path == "allenai/ai2_arc":
             raise ConnectionError("no route")
         return {split: datasets.Dataset.from_list(r) for split, r in rows.items()}
@@ -374,7 +378,7 @@ def test_fetched_data_can_be_scored_without_a_network(folders, tmp_path, monkeyp
             fetch.main([str(tmp_path / "data"), "--tasks", "piqa"])
         with pytest.raises(SystemExit, match="task arc_easy: .*/ai2_arc: no route; the same command"):
             fetch.main([str(tmp_path / "data"), "--tasks", "arc_easy"])
-    assert asked_for == [("baber/piqa", None), ("allenai/ai2_arc", "ARC-Easy")]
+    assert requested == [("baber/piqa", None), ("allenai/ai2_arc", "ARC-Easy")]
     assert sorted(p.name for p in (tmp_path / "data" / "piqa").iterdir()) == ["train.jsonl", "validation.jsonl"]
     assert "piqa: 2 files written\npiqa: 0 files written" in capsys.readouterr().out
     got = evaluate(folders[:1], tmp_path / "data", tmp_path, "--tasks", "piqa")["one", "piqa", 0]
@@ -384,11 +388,10 @@ def test_fetched_data_can_be_scored_without_a_network(folders, tmp_path, monkeyp
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--tasks", "hellaswagg"], 'unknown task "hellaswagg"; nearest: hellaswag'),
         (["--include_path", "nowhere"], "--include_path nowhere: no such folder"),
         (["--task_data", "nowhere"], "--task_data nowhere: no such folder"),
-        (["--shots", "-1"], "--shots must not be negative"),
-        (["--limit", "0"], "--limit and --batch_tokens must be at least 1"),
+        (["--shots", "-1"], "argument --shots: -1: must be at least 0"),
+        (["--limit", "0"], "argument --limit: 0: must be at least 1"),
     ],
 )
 def test_bad_arguments_are_one_clear_line(folders, tmp_path, arguments, message):
@@ -397,51 +400,62 @@ def test_bad_arguments_are_one_clear_line(folders, tmp_path, arguments, message)
     assert "\n" not in str(error.value)
 
 
-def test_a_results_file_of_something_else_and_a_missing_model(folders, tmp_path):
+def test_an_unknown_task_is_one_clear_line(monkeypatch):
+    """The list of all tasks is replaced by a short one: reading thousands of task files takes half a minute."""
+    folder = Path(lm_eval_tasks.__file__).parent / "hellaswag"
+    few_tasks = lm_eval_tasks.TaskManager(include_defaults=False, include_path=[folder])
+    monkeypatch.setattr(lm_eval_tasks, "TaskManager", lambda **options: few_tasks)
+    with pytest.raises(ValueError, match='unknown task "hellaswagg"; nearest: hellaswag'):
+        Tasks(["hellaswagg"])
+
+
+def test_another_file_as_results_and_a_missing_model_are_errors(folders, tmp_path):
     (tmp_path / "results.json").write_text("[1, 2]")
     with pytest.raises(SystemExit, match="not a results file"):
         run.main([str(folders[0]), "--tasks", "boolq", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match="results.json: File exists; .* choose another --out"):
+    with pytest.raises(SystemExit, match="File exists: .*results.json"):
         run.main([str(folders[0]), "--tasks", "boolq", "--out", str(tmp_path / "results.json")])
     with pytest.raises(SystemExit, match="neither a checkpoint"):
         run.main([str(tmp_path / "nothing"), "--tasks", "boolq", "--out", str(tmp_path / "out")])
 
 
 def test_scores_go_to_the_runs_wandb_page(folders, data, tmp_path, monkeypatch, capsys):
-    place = byte_run(tmp_path, tmp_path / "gone", name="watched", block_size=512)
-    (place / "wandb_id").write_text("abc123")
-    state = place / "checkpoints" / "step_0000030" / "state.json"
+    folder = byte_run(tmp_path, tmp_path / "gone", name="watched", block_size=512)
+    (folder / "wandb_id").write_text("abc123")
+    state = folder / "checkpoints" / "step_0000030" / "state.json"
     content = json.loads(state.read_text())
     content["config"]["log"]["wandb"] = "online"
     state.write_text(json.dumps(content))
     page = types.SimpleNamespace(summary={}, finish=lambda: None)
-    asked = {}
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **k: asked.update(k) or page))
-    score = evaluate([place], data, tmp_path / "out", "--tasks", "boolq")["watched", "boolq", 0]
-    assert (asked["id"], asked["resume"]) == ("abc123", "must")
+    settings = {}
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **k: settings.update(k) or page))
+    score = evaluate([folder], data, tmp_path / "out", "--tasks", "boolq")["watched", "boolq", 0]
+    assert (settings["id"], settings["resume"]) == ("abc123", "must")
     assert page.summary == {"eval/boolq/0-shot/acc": score["score"]}
 
     def outage(**settings):
         raise OSError("no route")
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=outage))
-    evaluate([place], data, tmp_path / "out2", "--tasks", "boolq")
+    evaluate([folder], data, tmp_path / "out2", "--tasks", "boolq")
     assert "wandb did not take the scores (no route); results.json has them" in capsys.readouterr().out
     page.summary.clear()
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **k: page))
-    evaluate([place], data, tmp_path / "out2", "--tasks", "boolq")  # nothing left to score, the page is still to write
+    evaluate(
+        [folder], data, tmp_path / "out2", "--tasks", "boolq"
+    )  # all tasks are scored, but the page is not written yet
     assert page.summary == {"eval/boolq/0-shot/acc": score["score"]}
 
 
-def test_an_offline_run_is_written_to_once_it_is_synced(folders, data, tmp_path, monkeypatch, capsys):
-    place = byte_run(tmp_path, tmp_path / "gone", name="watched", block_size=512)
-    (place / "wandb_id").write_text("abc123")
+def test_scores_of_an_offline_run_are_written_after_it_is_synced(folders, data, tmp_path, monkeypatch, capsys):
+    folder = byte_run(tmp_path, tmp_path / "gone", name="watched", block_size=512)
+    (folder / "wandb_id").write_text("abc123")
     page = types.SimpleNamespace(summary={}, finish=lambda: None)
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **k: page))
-    evaluate([place], data, tmp_path / "out", "--tasks", "boolq")
+    evaluate([folder], data, tmp_path / "out", "--tasks", "boolq")
     assert "wandb run abc123 is offline" in capsys.readouterr().out
     assert page.summary == {}
-    evaluate([place], data, tmp_path / "out", "--tasks", "boolq", "--wandb", "on")
+    evaluate([folder], data, tmp_path / "out", "--tasks", "boolq", "--wandb", "on")
     assert list(page.summary) == ["eval/boolq/0-shot/acc"]
 
 
@@ -461,7 +475,7 @@ def test_the_mean_of_published_rows_and_the_sizes():
     assert metric_of("other", {"alias": "x", "bpb,none": 1, "bpb_stderr,none": 1}) == "bpb"
 
 
-def test_scores_of_other_weights_or_fewer_documents_are_rows_of_their_own():
+def test_other_weights_or_fewer_documents_get_separate_rows():
     score = dict(checkpoint="run", task="boolq", shots=0, metric="acc", score=0.5, stderr=None, limit=None)
     score |= dict(sha256="a", step=10)
     assert "| run | 0 | 50.00 |" in markdown([score], [])
@@ -475,7 +489,7 @@ def test_scores_of_other_weights_or_fewer_documents_are_rows_of_their_own():
     ]
 
 
-def test_a_model_larger_than_memory_and_an_interruption_are_one_line():
+def test_too_little_memory_and_an_interruption_are_one_line():
     for error, message in (
         (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "x: out of memory; use a smaller model .*CUDA"),
         (MemoryError(), "x: out of memory; use a smaller model"),
@@ -484,11 +498,11 @@ def test_a_model_larger_than_memory_and_an_interruption_are_one_line():
         with pytest.raises(SystemExit, match=message) as found, one_line("x"):
             raise error
         assert "\n" not in str(found.value)
-    with pytest.raises(RuntimeError, match="a fault"), one_line("x"):
-        raise RuntimeError("a fault")
+    with pytest.raises(RuntimeError, match="an error"), one_line("x"):
+        raise RuntimeError("an error")
 
 
-def test_without_lm_eval_the_pip_line_is_given(folders, tmp_path, monkeypatch):
+def test_without_lm_eval_the_error_names_the_package(folders, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(SystemExit, match="benchmark scores need: pip install lm_eval"):
         run.main([str(folders[0]), "--tasks", "boolq", "--out", str(tmp_path)])

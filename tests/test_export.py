@@ -1,4 +1,4 @@
-"""Hugging Face folders from checkpoints, and models from other people's checkpoints."""
+"""Exports to Hugging Face folders, and models from the checkpoints of other programs."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_an_export_loads_by_the_auto_classes_and_computes_the_same(run, exported
 
 
 @pytest.mark.parametrize("what", ["scale", "gelu", "bias"])
-def test_an_export_that_computes_something_else_is_not_left_behind(run, tmp_path, monkeypatch, what):
+def test_an_export_with_other_logits_is_deleted(run, tmp_path, monkeypatch, what):
     right = export.to_hugging_face
 
     def wrong(model, eot):
@@ -78,14 +78,14 @@ def test_an_export_that_computes_something_else_is_not_left_behind(run, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_in_use_and_an_export_of_an_export_are_refused(run, exported, tmp_path):
+def test_an_existing_folder_and_an_export_of_an_export_are_errors(run, exported, tmp_path):
     with pytest.raises(SystemExit, match="exists; name a folder that does not"):
         export.main([str(run), str(exported)])
     with pytest.raises(SystemExit, match="is a Hugging Face folder already"):
         export.main([str(exported), str(tmp_path / "again")])
 
 
-def test_a_tokenizer_of_another_vocabulary_is_refused(dataset, tmp_path):
+def test_a_tokenizer_of_another_vocabulary_is_an_error(dataset, tmp_path):
     wide = byte_run(tmp_path, dataset, vocab_size=2000)
     with pytest.raises(ValueError, match="tokenizer byte, 257 ids, does not fit vocab_size=2000"):
         open_trained(wide, CPU)
@@ -99,7 +99,7 @@ def test_a_padded_vocabulary_is_cut_to_the_tokenizer(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_models_with_and_without_biases_and_with_the_exact_gelu_are_carried_over(dataset, tmp_path, bias):
+def test_biases_and_the_exact_gelu_are_exported(dataset, tmp_path, bias):
     run = byte_run(tmp_path, dataset, bias=bias, gelu="exact", scale_attn_by_inverse_layer_idx=False)
     export.main([str(run), str(tmp_path / "hf")])
     back, ours = open_trained(tmp_path / "hf", CPU), open_trained(run, CPU)
@@ -155,7 +155,7 @@ def test_a_pt_file_can_be_exported(tmp_path):
     assert "| code | nanoGPT |" in (tmp_path / "hf" / "README.md").read_text()
 
 
-def test_a_released_model_comes_from_the_hubs_cache_by_its_name(exported, tmp_path, monkeypatch):
+def test_a_released_model_is_read_from_the_hubs_cache(exported, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     snapshot = tmp_path / "models--openai-community--gpt2" / "snapshots" / ("a" * 40)
@@ -229,8 +229,11 @@ def test_a_broken_hugging_face_folder_is_one_clear_line(exported, tmp_path, how,
     [
         (dict(model_args=None), "not a checkpoint of nanoGPT or MARS"),
         (dict(model_args={"dim": 512}), "another architecture than GPT-2"),
-        (dict(model_args=SIZES | dict(n_head=5)), "ckpt.pt: its settings are not a GPT-2's .*multiple of n_head=5"),
-        (dict(model_args=SIZES | dict(n_layer="two")), "ckpt.pt: its settings are not a GPT-2's"),
+        (
+            dict(model_args=SIZES | dict(n_head=5)),
+            "ckpt.pt: its settings are not those of a GPT-2 .*multiple of n_head=5",
+        ),
+        (dict(model_args=SIZES | dict(n_layer="two")), "ckpt.pt: its settings are not those of a GPT-2"),
         (dict(model={"tok_embeddings.weight": torch.ones(2, 2)}), "not the GPT-2 its settings describe"),
         (
             dict(model=dict(small_model().state_dict()) | {"lm_head.weight": torch.ones(320, 32)}),
@@ -239,17 +242,17 @@ def test_a_broken_hugging_face_folder_is_one_clear_line(exported, tmp_path, how,
         (dict(config=NotATensor()), "holds more than tensors and numbers"),
     ],
 )
-def test_a_foreign_pt_file_is_one_clear_line(tmp_path, changes, message):
+def test_a_pt_file_of_another_program_is_one_clear_line(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as error:
         open_trained(pt_file(tmp_path / "ckpt.pt", **changes), CPU)
     assert "\n" not in str(error.value)
 
 
-def test_a_torn_pt_file_and_a_torn_checkpoint_are_one_clear_line(dataset, tmp_path):
+def test_damaged_files_are_one_clear_line(dataset, tmp_path):
     path = pt_file(tmp_path / "ckpt.pt")
     for content in (path.read_bytes()[:3000], b"", b"\xa5no pickle"):
         path.write_bytes(content)
-        with pytest.raises(SystemExit, match="not readable as a torch file") as error:
+        with pytest.raises(SystemExit, match="damaged or of another format") as error:
             export.main([str(path), str(tmp_path / "hf")])
         assert "\n" not in str(error.value)
     weights = byte_run(tmp_path, dataset) / "checkpoints" / "step_0000030" / "model.safetensors"
@@ -258,7 +261,7 @@ def test_a_torn_pt_file_and_a_torn_checkpoint_are_one_clear_line(dataset, tmp_pa
         export.main([str(weights.parent), str(tmp_path / "hf")])
 
 
-def test_the_runs_own_tokenizer_is_used_when_data_and_tokenizer_files_are_gone(exported, tmp_path):
+def test_without_dataset_and_tokenizer_files_the_vocabulary_size_tells_the_tokenizer(exported, tmp_path):
     run = byte_run(tmp_path, tmp_path / "no dataset")
     assert open_trained(run, CPU).tokenizer.name == "byte"
     for file in exported.glob("tokenizer*"):
@@ -276,7 +279,7 @@ def test_merges_follow_from_ranks():
     assert export.merge_of(b" the", 259, ranks) == (b" ", b"the")
 
 
-def test_a_byte_pair_tokenizer_is_carried_over(tmp_path):
+def test_a_byte_pair_tokenizer_is_exported(tmp_path):
     tiktoken = pytest.importorskip("tiktoken")
     pairs = [bytes([b]) for b in range(256)] + [b"th", b"the", b" the", b"in", b" a", b"\n\n", "\u00e9".encode()]
     tokenizer = GPT2Tokenizer.__new__(GPT2Tokenizer)
@@ -286,6 +289,6 @@ def test_a_byte_pair_tokenizer_is_carried_over(tmp_path):
         "small", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)}
     )
     export.hugging_face_tokenizer(tokenizer, 64).save_pretrained(tmp_path)
-    assert export.tokenizer_difference(tokenizer, tmp_path) is None
+    assert export.tokenizers_agree(tokenizer, tmp_path)
     tokenizer.encode = lambda text: [0]
-    assert export.tokenizer_difference(tokenizer, tmp_path) is not None
+    assert not export.tokenizers_agree(tokenizer, tmp_path)

@@ -1,4 +1,4 @@
-"""Loss over a split or a text: against direct computations, and pairs against plain statistics."""
+"""Loss over a split or a text, compared with direct computations; pairs, compared with plain statistics."""
 
 import json
 import math
@@ -57,7 +57,7 @@ def test_the_loss_is_the_mean_over_all_tokens(runs, tmp_path):
     assert row["stderr"] == pytest.approx(means.std(ddof=1) / math.sqrt(len(losses)), rel=0.02)
 
 
-def test_text_gives_the_loss_of_the_same_tokens_and_a_stride_lengthens_the_context(runs, tmp_path):
+def test_text_gives_the_loss_of_the_same_tokens_and_a_stride_gives_more_context(runs, tmp_path):
     whole = evaluate(runs[:1], tmp_path / "a.json")["models"][0]
     text = evaluate(runs[:1], tmp_path / "b.json", "--text", str(ROOT / "LICENSE"))["models"][0]
     assert text["loss"] == pytest.approx(whole["loss"], abs=1e-9)
@@ -87,7 +87,7 @@ def test_a_pair_is_compared_on_the_same_windows(runs, tmp_path, capsys):
     assert output.rstrip().endswith("indistinguishable")
 
 
-def test_a_pair_cancels_what_windows_have_in_common():
+def test_the_common_part_of_the_windows_cancels_in_a_pair():
     rng = np.random.default_rng(0)
     hard = rng.normal(3, 0.5, 400)
     a, b = ((64 * (hard + rng.normal(shift, 0.02, 400))) for shift in (0.0, 0.01))
@@ -100,7 +100,7 @@ def test_a_pair_cancels_what_windows_have_in_common():
     assert row["interval95"][0] > 0
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+def test_the_interval_covers_the_true_value_in_about_95_percent_of_cases():
     rng = np.random.default_rng(1)
     counts = rng.integers(5, 65, (2000, 50)).astype(float)
     covered = 0
@@ -126,9 +126,9 @@ def test_two_processes_give_the_numbers_of_one(runs, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--stride", "65"], "--stride 65: must lie between 1 and the context, 64"),
-        (["--stride", "0"], "--stride 0: must lie between 1 and the context, 64"),
-        (["--batch_tokens", "0"], "--batch_tokens must be at least 1"),
+        (["--stride", "65"], "--stride 65: must be at most the context, 64"),
+        (["--stride", "0"], "argument --stride: 0: must be at least 1"),
+        (["--batch_tokens", "0"], "argument --batch_tokens: 0: must be at least 1"),
         (["--data", "nowhere"], "dataset folder nowhere: not found"),
         (["--text", "missing.txt"], "missing.txt"),
     ],
@@ -139,7 +139,7 @@ def test_bad_arguments_are_one_clear_line(runs, arguments, message):
     assert "\n" not in str(error.value)
 
 
-def test_runs_of_one_name_in_two_places_are_told_apart(runs, tmp_path):
+def test_two_runs_with_the_same_name_get_different_names(runs, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     shutil.copytree(runs[1], tmp_path / "elsewhere" / "one")
     (tmp_path / "a.txt").write_text("A license.")
@@ -148,7 +148,7 @@ def test_runs_of_one_name_in_two_places_are_told_apart(runs, tmp_path):
     assert [m["name"] for m in report["models"]] == ["one", str(pair[1])]
 
 
-def test_models_of_different_tokens_and_text_that_is_none_are_refused(runs, tmp_path, monkeypatch):
+def test_different_tokenizers_and_a_file_without_text_are_errors(runs, tmp_path, monkeypatch):
     (tmp_path / "a.bin").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SystemExit, match="not UTF-8 text"):
         perplexity.main([str(runs[0]), "--device", "cpu", "--text", str(tmp_path / "a.bin")])

@@ -36,7 +36,7 @@ def test_on_track_at_a_published_count(tmp_path, loss, verdict, capsys):
     assert f"20B tokens: best loss {loss:.3f}, published 3.024 +- 0.03" in line
 
 
-def test_a_budget_other_than_the_published_is_said(tmp_path):
+def test_a_different_token_budget_is_reported(tmp_path):
     same = run_folder(tmp_path / "same", {20e9: 3.03})
     short = run_folder(tmp_path / "short", {20e9: 2.9}, steps=40_690)
     assert "budget" not in on_track(read_run(same))
@@ -56,7 +56,7 @@ def test_published_losses_are_interpolated_between_counts_and_never_extrapolated
     assert published_loss(only_end, 40e9) is None
 
 
-def test_a_run_nobody_published_is_said_to_be_one(tmp_path):
+def test_a_run_without_published_numbers_is_reported(tmp_path):
     tiny = asdict(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=257))
     line = on_track(read_run(run_folder(tmp_path / "a", {1e9: 3.6}, data="tokens/pydocs", model=tiny)))
     parameters = GPT(GPTConfig(**tiny)).num_params()
@@ -79,7 +79,7 @@ def test_methods_have_their_published_names(optimizer, optim, method):
     assert method_of(dict(optimizer=optimizer, optim=optim)) == method
 
 
-def test_the_page_holds_losses_pairs_and_scores(tmp_path, capsys):
+def test_the_page_has_losses_pairs_and_scores(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     runs = [
         run_folder(tmp_path / "base", {1e9: 3.6, 4e9: 3.3, 8e9: 3.1, 20e9: 3.03}),
@@ -109,7 +109,7 @@ def test_the_page_holds_losses_pairs_and_scores(tmp_path, capsys):
     assert (tmp_path / "out" / "report.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_published_rows_are_whole_and_name_their_sources():
+def test_published_rows_are_complete_and_name_their_sources():
     for row in published()["downstream"]:
         assert len(row["scores"]) == 9 or (row["scores"] == {} and 20 < row["mean"] < 90)
         assert all(20 < s < 90 for s in row["scores"].values())
@@ -131,7 +131,7 @@ def test_a_folder_that_is_no_run_is_one_clear_line(tmp_path, break_it):
     assert "\n" not in str(error.value)
 
 
-def test_files_that_hold_no_results_are_one_clear_line(tmp_path):
+def test_files_without_results_are_one_clear_line(tmp_path):
     folder = run_folder(tmp_path / "a", {1e9: 3.6})
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(SystemExit, match=r"x.json: no scores in it"):

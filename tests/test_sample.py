@@ -28,13 +28,13 @@ def test_greedy_generation_equals_the_argmax_of_the_whole_context(model):
     assert len(ids) == 18
 
 
-def test_generation_goes_on_beyond_the_context_and_never_emits_a_padded_id(model):
+def test_generation_continues_beyond_the_context_and_never_emits_a_padded_id(model):
     new = list(generate(model, [5] * 30, 100, temperature=5.0, seed=1))
     assert len(new) == 100
     assert max(new) < 70
 
 
-def test_a_seed_names_a_sample(model):
+def test_a_seed_gives_the_same_sample_again(model):
     draws = [list(generate(model, [1], 20, seed=s)) for s in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
 
@@ -48,7 +48,7 @@ def test_end_of_text_stops(model):
     "settings, allowed",
     [(dict(top_k=2), {0, 1}), (dict(top_p=0.5), {0}), (dict(top_p=0.7), {0, 1}), (dict(), {0, 1, 2, 3})],
 )
-def test_top_k_and_top_p_keep_the_likeliest(settings, allowed):
+def test_top_k_and_top_p_keep_the_most_likely_ids(settings, allowed):
     logits = torch.tensor([[0.6, 0.25, 0.1, 0.05]]).log()
     settings = dict(temperature=1.0, top_k=0, top_p=1.0) | settings
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Log-likelihoods: against a direct computation, at any order, batch and length."""
+"""Log-likelihoods, compared with a direct computation, in any order, batch and length."""
 
 import random
 from dataclasses import replace
@@ -40,7 +40,7 @@ def test_scores_equal_a_direct_computation_with_left_truncation(model):
     assert scorer.truncated == sum(len(c) + len(k) > 65 for c, k in pairs) > 5
 
 
-def test_the_likeliest_continuation_is_recognised(model):
+def test_the_most_likely_continuation_is_marked(model):
     ids = [7, 8, 9]
     for _ in range(5):
         with torch.no_grad():
@@ -62,7 +62,7 @@ def test_order_batch_and_padding_do_not_change_scores(model, batch_tokens):
         assert (logp, ok) == (pytest.approx(expected[i][0], abs=2e-3), expected[i][1])
 
 
-def test_padded_vocabulary_rows_can_never_win():
+def test_padded_vocabulary_rows_never_count():
     clean, poisoned = small_model(poison=False), small_model()
     assert (poisoned.transformer.wte.weight[257:] == 50).all()
     pairs = requests()
@@ -80,7 +80,7 @@ def test_an_empty_continuation_and_equal_inputs(model):
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
-def test_out_of_memory_halves_the_batch_and_goes_on(model, monkeypatch, capsys, error):
+def test_out_of_memory_halves_the_batch(model, monkeypatch, capsys, error):
     pairs = requests(lengths=(20,) * 8)
     expected = Scorer(model).loglikelihoods(pairs)
     whole, sizes = model.hidden, []
@@ -110,7 +110,7 @@ def test_out_of_memory_with_one_sequence_is_one_clear_line(monkeypatch):
         Scorer(model).loglikelihoods([([1, 2], [3, 4])])
 
 
-def test_an_error_that_is_not_of_memory_is_not_swallowed(monkeypatch):
+def test_other_errors_are_raised(monkeypatch):
     model = small_model(config=replace(SHAPE, n_layer=1))
 
     def broken(ids):
@@ -121,20 +121,20 @@ def test_an_error_that_is_not_of_memory_is_not_swallowed(monkeypatch):
         Scorer(model).loglikelihoods([([1, 2], [3, 4])])
 
 
-def test_ranks_share_the_work_and_all_get_all_scores(model):
-    """Two ranks played one after the other: what one gathers is what both worked off."""
-    pairs, shares = requests(), []
+def test_ranks_share_the_work_and_get_all_scores(model):
+    """One process acts as two ranks, one after the other; then `gather` returns the parts of both."""
+    pairs, parts = requests(), []
     for rank in (0, 1):
         world = World(rank, 2, torch.device("cpu"))
-        world.gather = lambda item: shares.append(item) or [item]
+        world.gather = lambda item: parts.append(item) or [item]
         Scorer(model, world=world).loglikelihoods(pairs)
-    numbers = [[number for number, _ in share] for share, _ in shares]
+    numbers = [list(part) for part, _ in parts]
     assert sorted(numbers[0] + numbers[1]) == list(range(len(pairs)))
     assert abs(len(numbers[0]) - len(numbers[1])) <= 3
-    world.gather = lambda item: shares
+    world.gather = lambda item: parts
     together, alone = Scorer(model, world=world).loglikelihoods(pairs), Scorer(model).loglikelihoods(pairs)
     for a, b in zip(together, alone, strict=True):
         assert a == (pytest.approx(b[0], abs=2e-3), b[1])
-    world.gather = lambda item: [item, ([], "out of memory with one sequence of 9 tokens")]
+    world.gather = lambda item: [item, ({}, "out of memory with one sequence of 9 tokens")]
     with pytest.raises(ValueError, match="one sequence of 9 tokens"):
         Scorer(model, world=world).loglikelihoods(pairs)
