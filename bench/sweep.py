@@ -1,0 +1,329 @@
+"""Do the runs of an experiment and report them: python -m bench.sweep PLAN
+
+    python -m bench.sweep --list                     the experiments, what they reproduce, and what is done
+    python -m bench.sweep gamma                      every run that is not finished, then table and plots
+    python -m bench.sweep gamma --scale paper --dry_run
+    python -m bench.sweep gamma --scale paper --commands > jobs.txt     a line per run, for a job array
+
+Each arm is tried at several learning rates on the first seed of the plan. The best rate then runs on the other seeds,
+and only those are reported, so the selection of the rate does not favour any arm. A seed gives all arms equal initial
+weights and equal batches, so differences are taken seed by seed. The runs are ordinary run folders under runs/sweeps;
+the same command continues an interrupted sweep.
+"""
+
+import json
+import math
+import os
+import queue
+import re
+import runpy
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from bench.report import RESULTS
+from bench.timing import ROOT
+from config.load import load_config
+from config.plan import Plan, Scale
+from config.schema import RunConfig
+from model import GPT
+from runtime.command import Parser, one_line
+from runtime.hardware import environment
+from runtime.logger import METRICS, read_metrics
+
+PLANS = ROOT / "config/experiments"
+H100_FLOPS = 0.4 * 989e12  # assumed for the estimate of GPU hours: 40 % of the dense bf16 peak
+# 97.5 % quantiles of Student's t distribution for 1, 2, ... degrees of freedom
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+
+def load_plan(name: str) -> Plan:
+    """The plan in config/experiments/NAME.py or in a file of that path. Raises ValueError if there is none."""
+    path = Path(name) if name.endswith(".py") else PLANS / f"{name}.py"
+    if not path.exists():
+        raise ValueError(f"{name}: no such plan; there are {', '.join(plan_names())}")
+    plan = runpy.run_path(str(path)).get("plan")
+    if not isinstance(plan, Plan) or plan.reference not in plan.arms:
+        raise ValueError(f"{path}: must define `plan`, a config.plan.Plan whose reference is one of its arms")
+    return plan
+
+
+def plan_names() -> list[str]:
+    return sorted(p.stem for p in PLANS.glob("*.py") if not p.stem.startswith("_"))
+
+
+def interval(differences: list[float]) -> float:
+    """Half the width of the 95 % confidence interval of the mean of paired differences; NaN for a single one."""
+    n = len(differences)
+    if n < 2:
+        return math.nan
+    return T975[min(n - 1, len(T975)) - 1] * statistics.stdev(differences) / math.sqrt(n)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a sweep."""
+
+    sweep: "Sweep"
+    arm: str
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{re.sub(r'[^A-Za-z0-9.]+', '_', self.arm)}-lr{self.lr:g}-seed{self.seed}"
+
+    @cached_property
+    def arguments(self) -> list[str]:
+        """The arguments of train_gpt.py."""
+        arm, scale = self.sweep.plan.arms[self.arm], self.sweep.scale
+        words = [scale.config, *scale.options.split(), *arm.options.split()]
+        words += arm.more.get(self.sweep.scale_name, "").split()
+        words += [f"--optim.lr={self.lr:g}", *([f"--lr_1d={self.lr * arm.lr_1d:g}"] if arm.lr_1d else [])]
+        return [*words, f"--seed={self.seed}", f"--name={self.name}", f"--log.folder={self.sweep.folder}"]
+
+    @property
+    def command(self) -> list[str]:
+        processes = self.sweep.scale.processes
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        return [sys.executable, *(torchrun if processes > 1 else []), "train_gpt.py", *self.arguments]
+
+    @cached_property
+    def config(self) -> RunConfig:
+        return load_config(ROOT / self.arguments[0], self.arguments[1:])
+
+    def records(self) -> list[dict]:
+        """The evaluations of a finished run; empty if it is not finished."""
+        path = ROOT / self.sweep.folder / self.name / METRICS
+        found = read_metrics(path) if path.exists() else []
+        values = [r for r in found if "val_loss" in r]
+        if not values or values[-1]["step"] != self.config.total_steps:
+            return []
+        evaluations = {r["step"]: r for r in found if "gradient_evaluations" in r}
+        return [evaluations.get(r["step"], {}) | r for r in values]
+
+    @property
+    def loss(self) -> float:
+        """The last validation loss. A run that diverged has an infinite one."""
+        if (ROOT / self.sweep.folder / self.name / "diverged").exists():
+            return math.inf
+        records = self.records()
+        return records[-1]["val_loss"] if records else math.nan
+
+    def train(self, devices: str) -> None:
+        """Do the run, unless it is finished. Raises RuntimeError if it fails; a loss that is not finite is a result."""
+        if not math.isnan(self.loss):
+            return
+        variables = os.environ | ({"CUDA_VISIBLE_DEVICES": devices} if devices else {"OMP_NUM_THREADS": "1"})
+        done = subprocess.run(self.command, cwd=ROOT, env=variables, capture_output=True, text=True)
+        if done.returncode and "is not finite" in done.stdout + done.stderr:
+            (ROOT / self.sweep.folder / self.name / "diverged").touch()
+        elif done.returncode:
+            raise RuntimeError(f"{shlex.join(self.command)}\n{(done.stdout + done.stderr)[-2000:]}")
+
+
+class Sweep:
+    """A plan at one scale."""
+
+    def __init__(self, name: str, scale: str) -> None:
+        self.name, self.plan, self.scale_name = Path(name).stem, load_plan(name), scale
+        if scale not in self.plan.scales:
+            raise ValueError(f"--scale={scale}: {name} has {', '.join(self.plan.scales)}")
+        self.scale: Scale = self.plan.scales[scale]
+        self.folder = f"runs/sweeps/{self.name}-{scale}"
+
+    def rates(self, arm: str) -> list[float]:
+        return [float(f"{self.plan.arms[arm].lr[self.scale_name] * m:.3g}") for m in self.plan.multiples]
+
+    def tuning(self, arm: str) -> list[Run]:
+        """The runs that select the learning rate of an arm."""
+        return [Run(self, arm, lr, self.scale.seeds[0]) for lr in self.rates(arm)]
+
+    def reported(self, arm: str) -> list[Run]:
+        """The runs of an arm that are reported; empty until its learning rate is selected."""
+        losses = {run.lr: run.loss for run in self.tuning(arm)}
+        if any(map(math.isnan, losses.values())):
+            return []
+        best = min(losses, key=losses.__getitem__)
+        return [Run(self, arm, best, seed) for seed in self.scale.seeds[1:]]
+
+    def todo(self) -> list[Run]:
+        """The runs that are not finished and can start now."""
+        runs = [run for arm in self.plan.arms for run in (*self.tuning(arm), *self.reported(arm))]
+        return [run for run in runs if math.isnan(run.loss)]
+
+    def count(self) -> int:
+        """Number of runs in all."""
+        return len(self.plan.arms) * (len(self.plan.multiples) + len(self.scale.seeds) - 1)
+
+    def gpu_hours(self) -> float:
+        """Hours of one H100 for all runs, at the assumed speed."""
+        total = 0.0
+        for arm in self.plan.arms:
+            config = self.tuning(arm)[0].config
+            with torch.device("meta"):
+                flops = GPT(config.model).flops_per_token() * config.tokens_per_step * config.total_steps
+            exact = not getattr(config.optim, "is_approx", True)
+            total += (2 if exact else 1) * flops * self.count() / len(self.plan.arms)
+        return total / H100_FLOPS / 3600
+
+    def train(self, workers: int) -> None:
+        """Do all runs, `workers` at a time; on a machine with GPUs, each has GPUs of its own."""
+        gpus, size = torch.cuda.device_count(), self.scale.processes
+        groups = [",".join(map(str, range(i, i + size))) for i in range(0, gpus - size + 1, size)] or [""] * workers
+        free: queue.Queue[str] = queue.Queue()
+        for devices in groups[:workers]:
+            free.put(devices)
+
+        def train(run: Run) -> None:
+            devices = free.get()
+            try:
+                run.train(devices)
+                bar.update()
+                tqdm.write(f"{run.name}  {run.loss:.4f}")
+            finally:
+                free.put(devices)
+
+        with tqdm(total=self.count(), initial=self.count() - len(self.todo()), unit="run", disable=None) as bar:
+            while runs := self.todo():  # first all learning rates, then the other seeds of the best
+                with ThreadPoolExecutor(workers) as pool:
+                    for _ in pool.map(train, runs):
+                        pass
+
+
+def rows_of(sweep: Sweep) -> list[dict[str, Any]]:
+    """A row for each finished arm: best rate, mean and spread over seeds, paired difference to the reference."""
+    plan, rows = sweep.plan, []
+    finals = {arm: [run.loss for run in sweep.reported(arm)] for arm in plan.arms}
+    for arm, losses in finals.items():
+        if not losses or any(map(math.isnan, losses)):
+            continue
+        best, rates = sweep.reported(arm)[0].lr, sweep.rates(arm)
+        pairs = [a - b for a, b in zip(losses, finals[plan.reference], strict=False)]
+        rows.append(
+            dict(
+                arm=arm,
+                best_lr=best,
+                tried={f"{run.lr:g}": round(run.loss, 4) for run in sweep.tuning(arm)},
+                seeds=len(losses),
+                loss=statistics.mean(losses),
+                deviation=statistics.stdev(losses) if len(losses) > 1 else math.nan,
+                difference=statistics.mean(pairs) if pairs else math.nan,
+                interval=interval(pairs),
+                at_edge=best in (min(rates), max(rates)),
+            )
+        )
+    return sorted(rows, key=lambda row: row["loss"])
+
+
+def table(sweep: Sweep, rows: Iterable[dict[str, Any]]) -> str:
+    """The rows in markdown."""
+    reference = sweep.plan.reference
+    lines = [f"| arm | best lr | loss | deviation over seeds | difference to {reference} | tries |", "|" + "---|" * 6]
+    for row in rows:
+        difference = f"{row['difference']:+.4f} ± {row['interval']:.4f}" if row["arm"] != reference else "reference"
+        edge = " (edge of the grid)" if row["at_edge"] else ""
+        tries = ", ".join(f"{lr}: {loss:.4f}" for lr, loss in row["tried"].items())
+        cells = [row["arm"], f"{row['best_lr']:g}{edge}", f"{row['loss']:.4f}", f"{row['deviation']:.4f}"]
+        lines.append(f"| {' | '.join([*cells, difference, tries])} |")
+    return "\n".join(lines)
+
+
+def plots(sweep: Sweep, rows: list[dict[str, Any]], path: Path) -> None:
+    """Loss against tokens, gradient evaluations, learning rate and gamma."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 8.5), layout="constrained")
+    (by_tokens, by_gradients), (by_lr, by_gamma) = figure.subplots(2, 2)
+    for number, row in enumerate(rows):
+        style = dict(color=f"C{number % 10}", linestyle=("-", "--", ":")[number // 10 % 3], label=row["arm"])
+        curves = [run.records() for run in sweep.reported(row["arm"])]
+        means = [statistics.mean(r["val_loss"] for r in group) for group in zip(*curves, strict=False)]
+        for axes, key in ((by_tokens, "tokens"), (by_gradients, "gradient_evaluations")):
+            axes.plot([r.get(key, math.nan) for r in curves[0]], means, **style)
+        by_lr.plot([float(lr) for lr in row["tried"]], list(row["tried"].values()), "o-", **style)
+        gamma = sweep.plan.arms[row["arm"]].gamma
+        if gamma is not None:
+            by_gamma.errorbar(gamma, row["loss"], row["deviation"], fmt="o", color=style["color"], label=row["arm"])
+    low = min(row["loss"] for row in rows)
+    for axes, label in ((by_tokens, "tokens"), (by_gradients, "gradient evaluations"), (by_lr, "learning rate")):
+        axes.set(xlabel=label, ylabel="validation loss", ylim=(low - 0.05, low + 0.8))
+        axes.grid(alpha=0.25)
+    by_lr.set_xscale("log")
+    by_gamma.set(xlabel="gamma", ylabel="validation loss, deviation over seeds")
+    by_tokens.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def report(sweep: Sweep, folder: Path) -> None:
+    """Print the table and write it with the plots and all numbers."""
+    rows = rows_of(sweep)
+    if not rows:
+        raise ValueError(f"{sweep.name} at the {sweep.scale_name} scale: no arm is finished")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    facts = environment(device, sweep.scale.processes)
+    facts = {key: facts[key] for key in ("commit", "packages", "device")}
+    missing = [arm for arm in sweep.plan.arms if arm not in {row["arm"] for row in rows}]
+    text = f"# {sweep.plan.question}\n\n{sweep.plan.source}; {sweep.scale_name} scale: "
+    text += f"`{sweep.scale.config} {sweep.scale.options}`\n\n{table(sweep, rows)}\n"
+    text += f"\nNot finished: {', '.join(missing)}\n" if missing else ""
+    path = folder / f"sweep_{sweep.name}_{sweep.scale_name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".md").write_text(f"{text}\n{facts['device']}, torch {facts['packages'].get('torch')}\n")
+    path.with_suffix(".json").write_text(json.dumps(facts | dict(rows=rows), indent=1) + "\n")
+    plots(sweep, rows, path.with_suffix(".png"))
+    print(f"{text}\nwritten to {path}.md, .json and .png")
+
+
+def overview() -> str:
+    """The experiments as a markdown table."""
+    lines = ["| plan | reproduces | question | runs | H100 hours, estimated | finished |", "|" + "---|" * 6]
+    for name in plan_names():
+        plan = load_plan(name)
+        for scale in plan.scales:
+            sweep = Sweep(name, scale)
+            done, hours = len(rows_of(sweep)), f"{sweep.gpu_hours():,.0f}" if scale == "paper" else ""
+            state = f"{done} of {len(plan.arms)} arms" if done else "no"
+            cells = (f"{name}, {scale}", plan.source, plan.question, str(sweep.count()), hours, state)
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="bench.sweep", description=__doc__)
+    parser.add_argument("plan", nargs="?", help="name of a file in config/experiments, or a path")
+    parser.add_argument("--list", action="store_true", help="list the experiments")
+    parser.add_argument("--scale", default="laptop", help="scale of the plan (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=torch.cuda.device_count() or 2, help="runs at a time")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands and the estimated GPU hours")
+    parser.add_argument("--commands", action="store_true", help="print a command for each run that can start now")
+    parser.add_argument("--report_only", action="store_true", help="report the finished arms without training")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="folder of results")
+    args = parser.parse_args(argv)
+    with one_line("bench.sweep", "interrupted; the same command continues"):
+        if args.list or not args.plan:
+            print(overview())
+            return
+        sweep = Sweep(args.plan, args.scale)
+        if args.dry_run or args.commands:
+            print("\n".join(shlex.join(run.command) for run in sweep.todo()))
+            if args.dry_run:
+                print(f"{sweep.count()} runs, about {sweep.gpu_hours():,.1f} hours of an H100 at 40 % of its peak")
+            return
+        if not args.report_only:
+            sweep.train(args.workers)
+        report(sweep, args.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Scales that several experiments share."""
+
+from config.plan import Scale
+
+# One layer of width 32, bytes, 16 tokens of context: a run takes half a minute of a CPU core and leaves the plateau of
+# byte-pair frequencies early, so that 1,200 steps can rank optimizers.
+TINY = (
+    "--n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --val_windows=4096 --eval_every=150 --log.every=50 "
+    "--schedule.min_lr_ratio=0.03"
+)
+LAPTOP = Scale(
+    "config/quickstart.py",
+    f"{TINY} --batch_size=16 --micro_batch=16 --steps=1200 --warmup=60 --checkpoint.every=1200",
+    seeds=(1, 2, 3, 4, 5, 6),
+)
+LAPTOP_LARGE_BATCH = Scale(
+    "config/quickstart.py",
+    f"{TINY} --batch_size=64 --micro_batch=64 --steps=1200 --warmup=60 --checkpoint.every=1200",
+    seeds=(1, 2, 3, 4, 5, 6),
+)
+LAPTOP_LONG = Scale(
+    "config/quickstart.py",
+    f"{TINY} --batch_size=16 --micro_batch=16 --steps=4800 --warmup=240 --checkpoint.every=4800",
+    seeds=(1, 2, 3, 4, 5, 6),
+)
+PAPER_SMALL = Scale("config/gpt2_small.py", "", seeds=(1, 2, 3, 4), processes=8)
+PAPER_SMALL_FINEWEB = Scale("config/gpt2_small.py", "--data.path=data/tokens/fineweb_edu_100B", (1, 2, 3, 4), 8)
+PAPER_XL_FINEWEB = Scale("config/gpt2_xl.py", "--data.path=data/tokens/fineweb_edu_100B", (1, 2, 3, 4), 8)

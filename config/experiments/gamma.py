@@ -1,0 +1,31 @@
+"""Loss against gamma, the strength of the correction, for orthogonalized momentum."""
+
+from config.experiments._scales import LAPTOP, LAPTOP_LARGE_BATCH, LAPTOP_LONG, PAPER_SMALL
+from config.plan import Arm, Plan
+
+LR = dict(laptop=2e-2, laptop_large_batch=2e-2, laptop_long=2e-2, paper=6e-3)
+MORE = dict.fromkeys(("laptop", "laptop_large_batch", "laptop_long"), "--adamw_lr=0.01")
+
+
+def arm(options: str, gamma: float | None = None) -> Arm:
+    return Arm(options, LR, MORE, gamma=gamma)
+
+
+unclipped = {
+    f"MARS-M gamma {g:g}": arm(f"--optimizer=mars_m --clip_c=false --gamma={g:g}", g)
+    for g in (0.0, 0.01, 0.025, 0.05, 0.1, 0.2)
+}
+clipped = {f"MARS-M gamma {g:g} clipped": arm(f"--optimizer=mars_m --gamma={g:g}") for g in (0.025, 0.05, 0.1)}
+plan = Plan(
+    question="Which gamma is best for MARS-M, and how does it compare with Muon?",
+    source="MARS-M paper: gamma 0.01 and 0.025 against Muon; MARS paper, table of gamma",
+    arms={
+        "Muon": arm("--optimizer=muon"),  # equals MARS-M at gamma 0.05, approximate and not clipped
+        "Muon without Nesterov": arm("--optimizer=muon --nesterov=false"),  # equals gamma 0
+        **unclipped,
+        **clipped,
+        "MARS-M gamma 0.025 exact": arm("--optimizer=mars_m --is_approx=false"),
+    },
+    reference="Muon",
+    scales=dict(laptop=LAPTOP, laptop_large_batch=LAPTOP_LARGE_BATCH, laptop_long=LAPTOP_LONG, paper=PAPER_SMALL),
+)

@@ -1,0 +1,36 @@
+"""The form of an experiment for `python -m bench.sweep`; the experiments are in config/experiments/."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the things that are compared: an optimizer with its settings."""
+
+    options: str  # of train_gpt.py
+    lr: dict[str, float]  # middle of the learning rates that are tried, by scale
+    more: dict[str, str] = field(default_factory=dict)  # further options, by scale
+    lr_1d: float | None = None  # MARS: learning rate of vectors as a multiple of lr
+    gamma: float | None = None  # place on the axis of the plot of loss against gamma
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the runs are."""
+
+    config: str  # config file
+    options: str  # of train_gpt.py, for every arm
+    seeds: tuple[int, ...]  # the first one selects learning rates; the others are reported
+    processes: int = 1  # GPUs of a run
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiment. Each arm tries the same multiples of its learning rate."""
+
+    question: str
+    source: str  # what it reproduces
+    arms: dict[str, Arm]
+    reference: str  # the arm that the others are compared with, seed by seed
+    scales: dict[str, Scale]
+    multiples: tuple[float, ...] = (0.5, 1.0, 2.0)  # neighbours are at most a factor of 2 apart
