@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     # cuBLAS reads this at its first use, so it must be set long before the run in deterministic mode
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    session = Session(f"correctness_{args.size}", args, backend="aot_eager")
+    session = Session(f"correctness_{args.size}", args)
     with tempfile.TemporaryDirectory() as name:
         folder, micro = Path(name), MICRO[args.size]
         arguments = partial(run_arguments, folder, args.size, args.smoke)

@@ -24,8 +24,8 @@ from contextlib import suppress
 from itertools import cycle, islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from bench.report import Report, bench_parser, results_folder
 from data.prepare import pydocs
 from data.prepare.build import build
 from data.prepare.command import cores
@@ -33,9 +33,6 @@ from data.prepare.sources import Files, LocalFolder
 from data.prepare.split import FirstShard
 from data.prepare.workers import Recipe
 from data.tokenizer import GPT2Tokenizer, Tokenizer, get_tokenizer
-
-if TYPE_CHECKING:
-    from bench.report import Report
 
 CORPORA = {"OpenWebText": 9e9, "FineWeb-Edu 100BT": 100e9}  # tokens
 
@@ -99,7 +96,7 @@ def encode_batch(documents: list[str], tokenizer: Tokenizer) -> None:
         encode_all(documents, tokenizer)
 
 
-def bench(report: "Report", megabytes: float, name: str, ranks: str | None, rounds: int) -> None:
+def bench(report: Report, megabytes: float, name: str, ranks: str | None, rounds: int) -> None:
     """Time the sides in turns and project the time for large corpora."""
     tokenizer, many = get_tokenizer(name, ranks), cores()
     with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +131,7 @@ def bench(report: "Report", megabytes: float, name: str, ranks: str | None, roun
     summarize(report, size, tokens, medians, many, many * size / statistics.median(at_once))
 
 
-def summarize(report: "Report", size: float, tokens: int, medians: list[dict], many: int, most: float) -> None:
+def summarize(report: Report, size: float, tokens: int, medians: list[dict], many: int, most: float) -> None:
     """Rows computed from the sides. size: MB of text. most: MB/s of tiktoken on all cores."""
     batch, alone, _, multiple, startup = medians
     # the difference to 1/100 of the text leaves the time of 99/100 of it, without start-up
@@ -177,7 +174,7 @@ def peak_memory(source: Path, ranks: str | None, shard_tokens: int) -> dict[str,
     return dict(parent_GB=parent, worker_GB=max(peaks.values()), together_GB=together)
 
 
-def bench_memory(report: "Report", megabytes: float, ranks: str | None) -> None:
+def bench_memory(report: Report, megabytes: float, ranks: str | None) -> None:
     """A corpus of ordinary documents, one whose first document is half of it, and one in a single row group."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -198,9 +195,6 @@ def bench_memory(report: "Report", megabytes: float, ranks: str | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    # not at the top: the workers that it starts import this module, too, and need no torch
-    from bench.report import Report, bench_parser, results_folder
-
     parser = bench_parser("prepare", __doc__)
     parser.add_argument("--memory", action="store_true", help="measure memory instead of time")
     parser.add_argument("--ranks", help="GPT-2 ranks file, for machines without a network")

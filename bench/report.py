@@ -9,8 +9,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from runtime.command import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +32,8 @@ class Report:
     """The rows of one bench run. Each is appended to FOLDER/NAME_HARDWARE_DATE.jsonl as soon as it is known."""
 
     def __init__(self, name: str, folder: Path = RESULTS, device: str = "cpu") -> None:
+        import torch  # not at the top, because the worker processes of bench.prepare do not need it
+
         hardware = torch.cuda.get_device_name() if device == "cuda" else f"cpu-{platform.machine()}"
         date = time.strftime("%Y-%m-%d")
         folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bench.report import ROOT
-from bench.timing import SIZES
+from bench.timing import SIZES, TINY
 from config.load import load_config
 from data.shards import write_shard
 from model import GPT
@@ -20,8 +20,8 @@ from runtime.guard import Guard
 from train_gpt import Trainer
 
 MICRO = {"124M": 60, "355M": 40, "774M": 24, "1558M": 16}  # sequences per forward pass
-TINY = ("n_layer=1", "n_head=2", "n_embd=32", "block_size=64", "vocab_size=500", "device=cpu")
-SMALL_BATCH = ("batch_size=4", "micro_batch=2")
+SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+SMOKE = (*(f"{key}={getattr(TINY, key)}" for key in SHAPE_KEYS), "device=cpu", "batch_size=4", "micro_batch=2")
 QUIET = ("val_windows=2", "eval_every=1000000", "checkpoint.every=1000000", "log.every=1000000")
 
 
@@ -41,9 +41,9 @@ def run_arguments(folder: Path, size: str, smoke: bool, *settings: str) -> list[
     """
     tokens = folder / "tokens"
     if not tokens.exists():
-        write_tokens(tokens, 500 if smoke else 50257, 20_000 if smoke else 4_000_000)
+        write_tokens(tokens, TINY.vocab_size if smoke else 50257, 20_000 if smoke else 4_000_000)
     given = [f"data.path={tokens}", f"log.folder={folder / 'runs'}", "name=run", "warmup=0", *QUIET, *settings]
-    given += [*TINY, *SMALL_BATCH] if smoke else []
+    given += SMOKE if smoke else []
     return [str(ROOT / f"config/{SIZES[size]}.py"), *(f"--{setting}" for setting in given)]
 
 

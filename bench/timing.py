@@ -51,15 +51,13 @@ def time_limit(seconds: float) -> Iterator[None]:
 class Session:
     """One run of a GPU bench: its device, its report and its time limit.
 
-    args: the parsed options of bench_parser. backend: replaces Inductor in a smoke test, because Inductor starts
-    slowly; "eager" only captures graphs, "aot_eager" differentiates them, too.
-    Raises SystemExit if there is no GPU and this is not a smoke test.
+    args: the parsed options of bench_parser. Raises SystemExit if there is no GPU and this is not a smoke test.
     """
 
-    def __init__(self, name: str, args: argparse.Namespace, backend: str = "eager") -> None:
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
         if not args.smoke and not torch.cuda.is_available():
             sys.exit(f"bench.{name.partition('_')[0]}: needs a CUDA GPU; --smoke runs tiny shapes on the CPU")
-        self.smoke, self.backend, self.device = args.smoke, backend, torch.device("cpu" if args.smoke else "cuda")
+        self.smoke, self.device = args.smoke, torch.device("cpu" if args.smoke else "cuda")
         self.report = Report(name, results_folder(args), self.device.type)
         self.ends = time.perf_counter() + LIMIT
         torch.manual_seed(0)
@@ -75,7 +73,7 @@ class Session:
         try:
             if left <= 0:
                 raise TimeIsUp
-            with time_limit(min(budget, left)), compiler(self.smoke, self.backend):
+            with time_limit(min(budget, left)), compiler(self.smoke):
                 numbers = measure()
         except TimeIsUp:
             reason = f"took longer than {budget:g} s" if budget < left else f"the {LIMIT} s of the bench are over"
@@ -110,9 +108,10 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
-def compiler(smoke: bool, backend: str = "eager") -> AbstractContextManager:
-    """Inside the block of a smoke test, torch.compile uses a backend that starts quickly."""
-    return mock.patch.object(torch, "compile", partial(torch.compile, backend=backend)) if smoke else nullcontext()
+def compiler(smoke: bool) -> AbstractContextManager:
+    """Inside the block of a smoke test, torch.compile captures and differentiates graphs without slow Inductor."""
+    quick = partial(torch.compile, backend="aot_eager")
+    return mock.patch.object(torch, "compile", quick) if smoke else nullcontext()
 
 
 def compiled(function: Callable) -> Callable:
