@@ -1,11 +1,11 @@
-"""Whether the fast run on one GPU is the right one: a line per check, and exit status 1 if one of them fails.
+"""Checks that the fast run on one GPU is correct. Prints a line per check; exit status 1 if a check fails.
 
 python -m bench.correctness                124M, minutes
 python -m bench.correctness --size 1558M
 python -m bench.correctness --smoke        a tiny model on the CPU, seconds
 
-Compiled against eager, bf16 against float32, stop and resume bit for bit, no waiting for the device, no compilation
-after the first steps, and how much of the time the GPU has nothing to do. Checks that want a GPU say so without one.
+The checks: compiled against eager, bf16 against float32, resume bit for bit, no waiting for the device, no compilation
+after the first steps, and the time in which the GPU is idle. Checks that need a GPU are not measured without one.
 """
 
 import io
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack, redirect_stdout
+from contextlib import redirect_stdout
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -27,9 +27,11 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import train_gpt
+from bench.report import bench_parser
 from bench.runs import MICRO, batch_of, opened, run_arguments, take_step
-from bench.timing import SIZES, Session, arguments
-from bench.trace import by_kernel, idle_share, trace_of
+from bench.timing import SIZES, Session, first_line
+from bench.trace import by_kernel, idle_fraction, trace_of
+from train_gpt import Trainer
 
 NO_GPU = "needs a CUDA GPU"
 
@@ -37,15 +39,18 @@ NO_GPU = "needs a CUDA GPU"
 def check(
     s: Session, what: str, bound: float, measure: Callable[[], float | str], budget: float = 150, keep: bool = False
 ) -> None:
-    """A line: measure() gives a number that must not exceed the bound, or says why there is none."""
+    """Report whether the number that measure() returns is at most `bound`.
+
+    measure() may return a text instead, which says why there is no number.
+    """
 
     def verdict() -> dict:
         try:
             found = measure()
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # torch's, from a sync that is forbidden to a graph that does not compile
-            return dict(found=(str(error).splitlines() or [type(error).__name__])[0][:120], result="FAIL")
+        except Exception as error:  # for example a graph that does not compile
+            return dict(found=first_line(error), result="FAIL")
         if isinstance(found, str):
             return dict(found=found, result="not measured")
         return dict(found=found, result="ok" if found <= bound else "FAIL")
@@ -53,13 +58,13 @@ def check(
     s.row(verdict, budget, keep, block="check", what=what, bound=bound)
 
 
-# ---- numbers
+# ---- loss and gradients
 
 
-def gradients(make: Callable[..., list[str]], *settings: str) -> dict[str, Tensor]:
-    """The gradient of the first step by parameter name, and "loss", on the CPU."""
-    with opened(make(*settings)) as t:
-        if "dtype=float32" in settings:
+def gradients(arguments: Callable[..., list[str]], dtype: str, compiled: str) -> dict[str, Tensor]:
+    """The gradients of the first step by parameter name, and "loss", on the CPU."""
+    with opened(arguments(f"dtype={dtype}", f"compile={compiled}")) as t:
+        if dtype == "float32":
             torch.set_float32_matmul_precision("highest")
         loss = t.accumulate(batch_of(t, 0), 0)
         found = {name: p.grad for name, p in t.model.named_parameters()} | {"loss": loss}
@@ -67,45 +72,43 @@ def gradients(make: Callable[..., list[str]], *settings: str) -> dict[str, Tenso
 
 
 def loss_error(found: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+    """The relative error of the loss."""
     return ((found["loss"] - reference["loss"]) / reference["loss"]).abs().item()
 
 
 def gradient_error(found: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
-    """|g - reference| / |reference| of the parameter where that is largest."""
+    """|gradient - reference| / |reference| of the parameter for which it is largest."""
     return max(((found[n] - g).norm() / g.norm()).item() for n, g in reference.items() if n != "loss")
 
 
-def check_numbers(s: Session, make: Callable[..., list[str]]) -> None:
-    """The first step's loss and gradients, of all ways to compute them, against float32 without a compiler."""
-    known: dict[tuple[str, str], dict[str, Tensor]] = {}
-
-    def of(dtype: str, compiled: str) -> dict[str, Tensor]:
-        if (dtype, compiled) not in known:
-            known[dtype, compiled] = gradients(make, f"dtype={dtype}", f"compile={compiled}")
-        return known[dtype, compiled]
+def check_numbers(s: Session, arguments: Callable[..., list[str]]) -> None:
+    """Loss and gradients of the first step, compiled and in bf16, against eager float32."""
+    gradients_of = cache(partial(gradients, arguments))
 
     def compare(error: Callable, dtype: str, compiled: str) -> float:
-        return error(of(dtype, compiled), of("float32", "false"))
+        return error(gradients_of(dtype, compiled), gradients_of("float32", "false"))
 
-    for name, way, loss_bound, bound in (
-        ("float32 compiled", ("float32", "true"), 1e-5, 1e-3),
-        ("bf16 eager", ("bfloat16", "false"), 1e-3, 0.03),
-        ("bf16 compiled", ("bfloat16", "true"), 1e-3, 0.03),
+    for name, dtype, compiled, loss_bound, bound in (
+        ("float32 compiled", "float32", "true", 1e-5, 1e-3),
+        ("bf16 eager", "bfloat16", "false", 1e-3, 0.03),
+        ("bf16 compiled", "bfloat16", "true", 1e-3, 0.03),
     ):
-        against = f"{name} against float32 eager"
-        check(s, f"{against}: loss, relative", loss_bound, partial(compare, loss_error, *way))
-        check(s, f"{against}: gradient of the worst tensor, relative", bound, partial(compare, gradient_error, *way))
+        what = f"{name} against float32 eager"
+        check(s, f"{what}: loss, relative", loss_bound, partial(compare, loss_error, dtype, compiled))
+        worst = partial(compare, gradient_error, dtype, compiled)
+        check(s, f"{what}: gradient of the worst tensor, relative", bound, worst)
 
 
 # ---- stop and resume
 
 
 def state_hashes(folder: Path, step: int) -> dict[str, str]:
+    """The SHA-256 of every file of a checkpoint."""
     return json.loads((folder / f"runs/run/checkpoints/step_{step:07d}/state.json").read_text())["sha256"]
 
 
-def run_to_its_end(arguments: list[str]) -> None:
-    """train_gpt.main, without its lines; raises RuntimeError with what it has to say if it gives up."""
+def run_to_the_end(arguments: list[str]) -> None:
+    """Run train_gpt without its output. Raises RuntimeError with its message if it fails."""
     try:
         with redirect_stdout(io.StringIO()):
             train_gpt.main(arguments)
@@ -114,43 +117,36 @@ def run_to_its_end(arguments: list[str]) -> None:
 
 
 def check_resume(s: Session, folder: Path, size: str, steps: int = 6) -> None:
-    """Weights and optimizer state of four layers after a stop in the middle and a second start, against one run."""
-    settings = (
-        "optimizer=mars_m",
-        "n_layer=4",
-        "batch_size=16",
-        "micro_batch=8",
-        f"steps={steps}",
-        "deterministic=true",
-    )
-    accumulate = train_gpt.Trainer.accumulate
+    """Weights and optimizer state of a run that was stopped and resumed, against an uninterrupted run."""
+    settings = ["optimizer=mars_m", "n_layer=4", "batch_size=16", "micro_batch=8", f"steps={steps}"]
+    accumulate = Trainer.accumulate
 
-    def stop_in_the_middle(self: train_gpt.Trainer, batch: Tensor, step: int) -> Tensor:
+    def stop_in_the_middle(self: Trainer, batch: Tensor, step: int) -> Tensor:
         if step == steps // 2 - 1:
             signal.raise_signal(signal.SIGTERM)
         return accumulate(self, batch, step)
 
     def differing_files() -> float:
-        straight = run_arguments(folder / "straight", size, s.smoke, *settings)
-        stopped = run_arguments(folder / "stopped", size, s.smoke, *settings)
-        run_to_its_end(straight)
-        with mock.patch.object(train_gpt.Trainer, "accumulate", stop_in_the_middle):
-            run_to_its_end(stopped)
-        if (folder / f"stopped/runs/run/checkpoints/step_{steps:07d}").exists():
+        whole, stopped = folder / "whole", folder / "stopped"
+        arguments = [run_arguments(place, size, s.smoke, *settings, "deterministic=true") for place in (whole, stopped)]
+        run_to_the_end(arguments[0])
+        with mock.patch.object(Trainer, "accumulate", stop_in_the_middle):
+            run_to_the_end(arguments[1])
+        if (stopped / f"runs/run/checkpoints/step_{steps:07d}").exists():
             raise RuntimeError("the run did not stop")
-        run_to_its_end(stopped)
-        one, two = state_hashes(folder / "straight", steps), state_hashes(folder / "stopped", steps)
+        run_to_the_end(arguments[1])
+        one, two = state_hashes(whole, steps), state_hashes(stopped, steps)
         return sum(one.get(name) != two.get(name) for name in one | two)
 
     what = f"deterministic mode, stopped at step {steps // 2} of {steps} and resumed: files that differ"
     check(s, what, 0, differing_files, 300)
 
 
-# ---- the steady state
+# ---- after the first steps
 
 
-def synchronizations(t: train_gpt.Trainer, batches: list[Tensor]) -> float | str:
-    """How often the host waits for the device in some steps; names the first place where it does."""
+def synchronizations(t: Trainer, batches: list[Tensor]) -> float | str:
+    """How often the host waits for the device in some steps. The first place in the code is printed."""
     if t.world.device.type != "cuda":
         return NO_GPU
     with warnings.catch_warnings(record=True) as caught:
@@ -167,62 +163,57 @@ def synchronizations(t: train_gpt.Trainer, batches: list[Tensor]) -> float | str
     return len(waits)
 
 
-def compilations(t: train_gpt.Trainer, batches: list[Tensor]) -> float:
-    """Graphs compiled during some steps in which the learning rate and gamma change."""
+def compilations(t: Trainer, batches: list[Tensor]) -> float:
+    """Graphs compiled after three steps, while the learning rate and gamma change."""
+    for batch in batches[:3]:
+        take_step(t, batch)
     before, rates = counters["stats"]["unique_graphs"], []
     for batch in batches:
         take_step(t, batch)
         rates.append({(group["lr"], group["gamma"]) for group in t.optimizer.param_groups})
     assert before > 0, "nothing was compiled"
-    assert all(not a & b for a, b in pairwise(rates)), "lr and gamma did not move"
+    assert all(not a & b for a, b in pairwise(rates)), "lr and gamma did not change"
     return counters["stats"]["unique_graphs"] - before
 
 
-def check_steady(s: Session, make: Callable[..., list[str]], size: str, folder: Path) -> None:
-    """A compiled MARS-M run after its first steps."""
-    batch = (f"batch_size={MICRO[size]}", f"micro_batch={MICRO[size] // 4}")
-    arguments = make("optimizer=mars_m", "gamma_end=0.05", "warmup=100", "steps=200", "compile=true", *batch)
+def check_steady(s: Session, arguments: list[str], folder: Path) -> None:
+    """A compiled run after its first steps. The checks share one trainer, and the first one compiles it."""
     events: list[dict] = []
-    with ExitStack() as stack:
-
-        @cache
-        def warm() -> tuple[train_gpt.Trainer, list[Tensor]]:
-            t = stack.enter_context(opened(arguments))
-            batches = [batch_of(t, step) for step in range(4)]
-            for batch in batches[:3]:
-                take_step(t, batch)
-            return t, batches
+    with opened(arguments) as t:
+        batches = [batch_of(t, step) for step in range(4)]
 
         def idle() -> float | str:
             if s.device.type != "cuda":
                 return NO_GPU
-            t, batches = warm()
             events.extend(trace_of(lambda: [take_step(t, batch) for batch in batches], folder / "trace.json"))
-            return idle_share(events)
+            return idle_fraction(events)
 
         def copies() -> float | str:
             return float(sum("DtoH" in e["name"] for e in events)) if events else NO_GPU
 
-        what = "graphs compiled after the first steps while lr and gamma move"
-        check(s, what, 0, lambda: compilations(*warm()), 240, keep=True)
-        check(s, "waits of the host for the device in 4 steps", 0, lambda: synchronizations(*warm()), keep=True)
-        check(s, "share of 4 steps in which the GPU is idle", 0.02, idle, keep=True)
+        what = "graphs compiled after the first steps while lr and gamma change"
+        check(s, what, 0, lambda: compilations(t, batches), 240, keep=True)
+        check(s, "waits of the host for the device in 4 steps", 0, lambda: synchronizations(t, batches), keep=True)
+        check(s, "fraction of 4 steps in which the GPU is idle", 0.02, idle, keep=True)
         check(s, "copies from the device to the host in these steps", 0, copies)
-    for name, share in by_kernel(events).items() if events else ():
-        s.report.add(block="kernel", name=name[:100], share=share)
+    for name, fraction in by_kernel(events).items() if events else ():
+        s.report.add(block="kernel", name=name[:100], fraction=fraction)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = arguments("correctness", __doc__)
+    parser = bench_parser("correctness", __doc__)
     parser.add_argument("--size", choices=SIZES, default="124M")
     args = parser.parse_args(argv)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic mode, which comes last: too late
-    session = Session(f"correctness_{args.size}", args.smoke, args.folder, backend="aot_eager")
+    # cuBLAS reads this at its first use, so it must be set long before the run in deterministic mode
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    session = Session(f"correctness_{args.size}", args)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make = partial(run_arguments, folder, args.size, args.smoke, "batch_size=8", "micro_batch=4", "steps=1")
-        check_numbers(session, make)
-        check_steady(session, make, args.size, folder)
+        folder, micro = Path(name), MICRO[args.size]
+        arguments = partial(run_arguments, folder, args.size, args.smoke)
+        check_numbers(session, partial(arguments, "batch_size=8", "micro_batch=4", "steps=1"))
+        steady = ("optimizer=mars_m", "gamma_end=0.05", "warmup=100", "steps=200", "compile=true")
+        batch = (f"batch_size={micro}", f"micro_batch={micro // 4}")
+        check_steady(session, arguments(*steady, *batch), folder)
         check_resume(session, folder, args.size)
     session.report.table(by="block")
     if any(row.get("result") == "FAIL" for row in session.report.rows):

@@ -1,4 +1,4 @@
-"""The parts of a training step by themselves on one GPU: matrix products, attention, loss, Newton-Schulz, optimizers.
+"""The single parts of a training step on one GPU: matrix products, attention, loss, Newton-Schulz, optimizers.
 
 python -m bench.micro                       all five, minutes
 python -m bench.micro gemm ce --sizes 124M  some of them
@@ -6,7 +6,6 @@ python -m bench.micro --smoke               tiny shapes on the CPU, seconds
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -17,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from bench.micro_optimizers import bench_ns, bench_optim
-from bench.timing import SIZES, TINY, Session, arguments, shape_of
+from bench.report import bench_parser
+from bench.timing import SIZES, TINY, Session, compiled, shape_of
 from model import GPTConfig
 from runtime.hardware import memory_gb
 
@@ -25,7 +25,7 @@ TOKENS = 32 * 1024
 
 
 def bench_gemm(s: Session, size: str, c: GPTConfig) -> None:
-    """The five products of a forward pass over 32 k tokens, and those of the gradients of inputs and weights."""
+    """Matrix products of 32 k tokens: the forward pass, the gradient of the input (dX) and of the weight (dW)."""
     n, d = 256 if s.smoke else TOKENS, c.n_embd
     layers = {"attn.qkv": (d, 3 * d), "attn.proj": (d, d), "mlp.fc": (d, 4 * d), "mlp.proj": (4 * d, d)}
     layers["lm_head"] = (d, c.padded_vocab_size)
@@ -46,17 +46,16 @@ def bench_gemm(s: Session, size: str, c: GPTConfig) -> None:
 
 
 def bench_sdpa(s: Session, size: str, c: GPTConfig) -> None:
-    """Causal attention of 32 sequences, forward and backward; its FLOPs with what flash attention computes twice."""
+    """Causal attention of 32 sequences, forward and backward. FLOPs include what flash attention computes twice."""
     B, T, H, D = 2 if s.smoke else 32, c.block_size, c.n_head, c.n_embd // c.n_head
 
     def measure(attend: Callable) -> dict:
-        q, k, v, slope = (s.randn(B, T, H, D).transpose(1, 2) for _ in range(4))  # strides as in the model
+        q, k, v, dy = (s.randn(B, T, H, D).transpose(1, 2) for _ in range(4))  # strides as in the model
         with torch.no_grad():
             forward = s.seconds(lambda: attend(q, k, v))
         leaves = [x.requires_grad_() for x in (q, k, v)]
-        seconds = s.seconds(lambda: torch.autograd.grad(attend(q, k, v), leaves, slope))
-        rate = 7e-12 * B * T * T * H * D / seconds
-        return dict(ms=1e3 * seconds, forward_ms=1e3 * forward, tflops=rate)
+        seconds = s.seconds(lambda: torch.autograd.grad(attend(q, k, v), leaves, dy))
+        return dict(ms=1e3 * seconds, forward_ms=1e3 * forward, tflops=7e-12 * B * T * T * H * D / seconds)
 
     def fused(backend: str) -> dict:
         with sdpa_kernel(getattr(SDPBackend, backend)):
@@ -64,8 +63,7 @@ def bench_sdpa(s: Session, size: str, c: GPTConfig) -> None:
 
     def flex() -> dict:
         mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=s.device.type)
-        compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
-        return measure(partial(compiled, block_mask=mask))
+        return measure(partial(compiled(flex_attention), block_mask=mask))
 
     for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
         s.row(partial(fused, backend), 30, block="sdpa", size=size, what=backend)
@@ -73,100 +71,98 @@ def bench_sdpa(s: Session, size: str, c: GPTConfig) -> None:
 
 
 def mean_loss(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of a bf16 output layer in float32; a compiler fuses the cast, and keeps no float32 logits."""
+    """Cross-entropy in float32 of a bf16 output layer. If compiled, no float32 logits are stored."""
     return F.cross_entropy(F.linear(x, w).float(), targets)
 
 
-def whole(loss_of: Callable, x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
-    """A loss and its gradients, left in x.grad and w.grad."""
+def with_backward(loss_of: Callable, x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+    """The loss; its gradients are left in x.grad and w.grad."""
     loss = loss_of(x, w, targets)
     loss.backward()
     return loss.detach()
 
 
-def loss_and_slope(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the cross-entropies of logits (n, V), and its gradient in their dtype."""
+def sum_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the cross-entropies of logits (n, V), and its gradient with the dtype of the logits."""
     z = logits.float()
     log_sum = z.logsumexp(1, keepdim=True)
-    hit = torch.arange(z.size(1), device=z.device) == targets[:, None]
-    return (log_sum - z.gather(1, targets[:, None])).sum(), ((z - log_sum).exp() - hit.float()).to(logits.dtype)
+    one_hot = torch.arange(z.size(1), device=z.device) == targets[:, None]
+    loss = (log_sum - z.gather(1, targets[:, None])).sum()
+    return loss, ((z - log_sum).exp() - one_hot.float()).to(logits.dtype)
 
 
 @torch.no_grad()
-def chunked(of_chunk: Callable, rows: int, x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
-    """The same loss and gradients in one pass, with the logits of `rows` tokens in memory at a time."""
+def in_chunks(of_chunk: Callable, rows: int, x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+    """The same loss and gradients, with the logits of only `rows` tokens in memory at a time."""
     total, dw, dx = x.new_zeros((), dtype=torch.float32), torch.zeros_like(w, dtype=torch.float32), torch.empty_like(x)
     for xs, ts, out in zip(x.split(rows), targets.split(rows), dx.split(rows), strict=True):
-        loss, slope = of_chunk(F.linear(xs, w), ts)
+        loss, gradient = of_chunk(F.linear(xs, w), ts)
         total += loss
-        torch.mm(slope, w, out=out)
-        dw += slope.mT @ xs
+        torch.mm(gradient, w, out=out)
+        dw += gradient.mT @ xs
     w.grad, x.grad = (dw / len(x)).to(w.dtype), dx / len(x)
     return total / len(x)
 
 
 def bench_ce(s: Session, size: str, c: GPTConfig) -> None:
-    """Output layer and loss, forward and backward; `loss` and `slope` (|dW|) show that the variants agree."""
+    """Output layer and loss, forward and backward. `loss` and `grad_norm` (of w) show that all variants agree."""
     n, d, v = 256 if s.smoke else TOKENS, c.n_embd, c.padded_vocab_size
 
-    def measure(both: Callable) -> dict:
+    def measure(loss_and_gradients: Callable) -> dict:
         torch.manual_seed(0)
         x, w = s.randn(n, d).requires_grad_(), (s.randn(v, d) * 0.02).requires_grad_()
         targets = torch.randint(v, (n,), device=s.device)
 
         def step() -> Tensor:
             x.grad = w.grad = None
-            return both(x, w, targets)
+            return loss_and_gradients(x, w, targets)
 
         if s.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        times = dict(ms=1e3 * s.seconds(step), memory_gb=memory_gb(s.device))
-        return times | dict(loss=step().item(), slope=w.grad.norm().item())
+        numbers = dict(ms=1e3 * s.seconds(step), memory_gb=memory_gb(s.device))
+        return numbers | dict(loss=step().item(), grad_norm=w.grad.norm().item())
 
-    def compiled(chunks: int = 0) -> dict:
-        if chunks and not hasattr(inductor, "auto_chunker"):
-            raise RuntimeError("this torch has no auto-chunker")
-        changes = {"auto_chunker.enable": True, "auto_chunker.num_chunk": chunks}
-        with inductor.patch(changes) if chunks else nullcontext():
-            return measure(partial(whole, torch.compile(mean_loss, fullgraph=True, dynamic=False)))
+    def whole() -> dict:
+        return measure(partial(with_backward, compiled(mean_loss)))
+
+    def inductor_chunks(chunks: int) -> dict:
+        with inductor.patch({"auto_chunker.enable": True, "auto_chunker.num_chunk": chunks}):
+            return whole()
 
     def own_chunks(rows: int) -> dict:
-        return measure(partial(chunked, torch.compile(loss_and_slope, fullgraph=True, dynamic=False), rows))
+        return measure(partial(in_chunks, compiled(sum_and_gradient), rows))
 
-    def torchs_own(rows: int) -> dict:
-        if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-            raise RuntimeError("this torch has no linear_cross_entropy in chunks")
+    def torch_chunks(rows: int) -> dict:
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
-        return measure(partial(whole, partial(F.linear_cross_entropy, options=options)))
+        return measure(partial(with_backward, partial(F.linear_cross_entropy, options=options)))
 
     names = dict(block="ce", size=size)
-    s.row(compiled, **names, what="bf16 logits, compiled")
-    s.row(lambda: measure(partial(whole, mean_loss)), **names, what="fp32 logits, not compiled")
+    s.row(whole, **names, what="bf16 logits, compiled")
+    s.row(partial(measure, partial(with_backward, mean_loss)), **names, what="fp32 logits, not compiled")
     for chunks in (4, 8):
-        s.row(partial(compiled, chunks), **names, what=f"Inductor's auto-chunker, {chunks} chunks")
-    for chunks in (4, 2):
-        s.row(partial(own_chunks, n // chunks), **names, what=f"own chunks of {n // chunks} tokens")
-    s.row(partial(torchs_own, n // 4), **names, what=f"torch's linear_cross_entropy, chunks of {n // 4} tokens")
+        s.row(partial(inductor_chunks, chunks), **names, what=f"Inductor's auto-chunker, {chunks} chunks")
+    for rows in (n // 4, n // 2):
+        s.row(partial(own_chunks, rows), **names, what=f"own chunks of {rows} tokens")
+    s.row(partial(torch_chunks, n // 4), **names, what=f"torch's linear_cross_entropy, chunks of {n // 4} tokens")
 
 
 BLOCKS = {"gemm": bench_gemm, "sdpa": bench_sdpa, "ce": bench_ce, "ns": bench_ns, "optim": bench_optim}
-ENDS = {"sdpa", "ce", "optim"}  # of these, the smallest and the largest size say enough
+ENDS = {"sdpa", "ce", "optim"}  # by default only the smallest and the largest size
 
 
-def main(argv: list[str] | None = None) -> Session:
-    parser = arguments("micro", __doc__)
-    parser.add_argument("blocks", nargs="*", help=f"of {', '.join(BLOCKS)}; default: all")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="default: all; of sdpa, ce and optim the two ends")
+def main(argv: list[str] | None = None) -> None:
+    parser = bench_parser("micro", __doc__)
+    parser.add_argument("blocks", nargs="*", help=f"any of {', '.join(BLOCKS)}; default: all")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="default: all; sdpa, ce, optim: first and last")
     args = parser.parse_args(argv)
     if unknown := set(args.blocks) - set(BLOCKS):
-        parser.error(f"{', '.join(sorted(unknown))}: unknown; there are {', '.join(BLOCKS)}")
-    session = Session("_".join(["micro", *args.blocks, *(args.sizes or [])]), args.smoke, args.folder)
+        parser.error(f"{', '.join(sorted(unknown))}: unknown; the blocks are {', '.join(BLOCKS)}")
+    session = Session("_".join(["micro", *args.blocks, *(args.sizes or [])]), args)
     for block in args.blocks or BLOCKS:
         sizes = args.sizes or (["124M", "1558M"] if block in ENDS else list(SIZES))
         for size in ["tiny"] if args.smoke else sizes:
             BLOCKS[block](session, size, TINY if args.smoke else shape_of(size))
     session.report.table(by="block")
-    return session
 
 
 if __name__ == "__main__":

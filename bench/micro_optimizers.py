@@ -7,15 +7,16 @@ import torch
 from torch import Tensor
 
 from bench.peers import plain_newton_schulz, published_mars_m
-from bench.timing import Session
+from bench.runs import split_parameters
+from bench.timing import Session, compiled
 from model import GPT, GPTConfig
 from optimizers import MARSConfig, MARSMConfig, MuonConfig, Settings, build_optimizer
 from optimizers.composed import BATCH
 from optimizers.newton_schulz import newton_schulz_dtype, orthogonalize
 
-BYTES = {  # moved per parameter of a matrix and of the rest, each tensor touched once: floors
+BYTES = {  # bytes moved per parameter, of a matrix and of the rest, if each tensor is read or written only once
     "AdamW fused (torch)": (28, 28),
-    "MARS": (44, 44),  # with the pass for the clip of each tensor
+    "MARS": (44, 44),  # includes the pass that computes the norm of each tensor for clipping
     "MARS-M": (40, 28),
     "MARS-M unclipped": (24, 28),
     "Muon": (24, 28),
@@ -24,77 +25,70 @@ BYTES = {  # moved per parameter of a matrix and of the rest, each tensor touche
 ORTHOGONAL = ("MARS-M", "MARS-M unclipped", "Muon")
 
 
-def stacks(s: Session, c: GPTConfig) -> list[Tensor]:
-    """Random matrices like the weights of all layers, one stack (count, m, n) for each shape."""
+def matrix_shapes(c: GPTConfig) -> list[tuple[int, int, int]]:
+    """(count, m, n) of the matrices of all layers, m <= n: qkv, attention output, and both of the MLP."""
     d = c.n_embd
-    shapes = [(c.n_layer, d, 3 * d), (c.n_layer, d, d), (2 * c.n_layer, d, 4 * d)]  # qkv; proj; both of the MLP
-    return [s.randn(*shape, dtype=torch.float32) for shape in shapes]
-
-
-def as_in_a_step(s: Session, stack: Tensor) -> None:
-    """The project's own Newton-Schulz, in the batches that its optimizers make on a GPU."""
-    for batch in stack.split(max(1, BATCH // stack[0].numel())):
-        orthogonalize(batch, dtype=newton_schulz_dtype("auto", s.device))
+    return [(c.n_layer, d, 3 * d), (c.n_layer, d, d), (2 * c.n_layer, d, 4 * d)]
 
 
 def newton_schulz_flops(c: GPTConfig) -> float:
-    """FLOPs of five steps on all matrices: 20 m^2 n + 10 m^3 for each (m, n), m the shorter side."""
-    d, flops = c.n_embd, 0.0
-    for count, m, n in ((c.n_layer, d, 3 * d), (c.n_layer, d, d), (2 * c.n_layer, d, 4 * d)):
-        flops += count * (20.0 * m * m * n + 10.0 * m**3)
-    return flops
+    """FLOPs of five iterations on all matrices: 20 m^2 n + 10 m^3 for each."""
+    return sum(count * (20.0 * m * m * n + 10.0 * m**3) for count, m, n in matrix_shapes(c))
+
+
+def random_stacks(s: Session, c: GPTConfig) -> list[Tensor]:
+    """Random matrices like the weights of all layers, one stack for each shape."""
+    return [s.randn(*shape, dtype=torch.float32) for shape in matrix_shapes(c)]
+
+
+def orthogonalize_in_batches(s: Session, stack: Tensor) -> None:
+    """The project's Newton-Schulz, in the same batches as in an optimizer step on a GPU."""
+    for batch in stack.split(max(1, BATCH // stack[0].numel())):
+        orthogonalize(batch, dtype=newton_schulz_dtype("auto", s.device))
 
 
 def bench_ns(s: Session, size: str, c: GPTConfig) -> None:
     """Newton-Schulz on every matrix of the model, as in each step."""
 
     def measure(function: Callable) -> dict:
-        every = stacks(s, c)
-        seconds = s.seconds(lambda: [function(stack) for stack in every])
+        stacks = random_stacks(s, c)
+        seconds = s.seconds(lambda: [function(stack) for stack in stacks])
         return dict(ms=1e3 * seconds, tflops=1e-12 * newton_schulz_flops(c) / seconds)
 
     def one_by_one(stack: Tensor) -> None:
         for matrix in stack:
             plain_newton_schulz(matrix)
 
-    def compiled() -> dict:
-        return measure(torch.compile(plain_newton_schulz, fullgraph=True, dynamic=False))
-
     names = dict(block="ns", size=size)
-    s.row(lambda: measure(one_by_one), **names, what="plain, matrix by matrix")
-    s.row(lambda: measure(plain_newton_schulz), **names, what="plain, batched")
-    s.row(compiled, **names, what="plain, batched and compiled")
-    s.row(lambda: measure(partial(as_in_a_step, s)), **names, what="optimizers/newton_schulz.py")
+    s.row(partial(measure, one_by_one), **names, what="plain, matrix by matrix")
+    s.row(partial(measure, plain_newton_schulz), **names, what="plain, batched")
+    s.row(lambda: measure(compiled(plain_newton_schulz)), **names, what="plain, batched and compiled")
+    s.row(partial(measure, partial(orthogonalize_in_batches, s)), **names, what="optimizers/newton_schulz.py")
 
 
 def bench_optim(s: Session, size: str, c: GPTConfig) -> None:
-    """Optimizer steps from gradients that are there, their norm known, as in training.
+    """Optimizer steps on given gradients whose norm is known, as in training.
 
-    floor_ms: the bytes that must move, at the rate of a copy measured here. to_floor: what a step takes beside
-    Newton-Schulz, in floors.
+    floor_ms: the time to move the necessary bytes at the speed of a copy, which is measured here.
+    to_floor: the time of a step without Newton-Schulz, as a multiple of floor_ms.
     """
     names = dict(block="optim", size=size)
-    ready: list[GPT] = []
 
-    def prepare() -> dict:
+    def measure_copy() -> dict:
         a, b = (s.randn(1 << (18 if s.smoke else 28), dtype=torch.float32) for _ in range(2))
         copy = 2 * a.nbytes / s.seconds(lambda: b.copy_(a))
-        every = stacks(s, c)
-        apart = s.seconds(lambda: [as_in_a_step(s, stack) for stack in every])
-        with torch.device(s.device):
-            ready.append(GPT(c))
-        for p in ready[0].parameters():
-            p.grad = torch.randn_like(p).mul_(1e-3)
-        return dict(copy_tb_s=copy / 1e12, newton_schulz_ms=1e3 * apart)
+        stacks = random_stacks(s, c)
+        newton_schulz = s.seconds(lambda: [orthogonalize_in_batches(s, stack) for stack in stacks])
+        return dict(copy_tb_s=copy / 1e12, newton_schulz_ms=1e3 * newton_schulz)
 
-    found = s.row(prepare, **names, what="copy, and Newton-Schulz by itself")
+    found = s.row(measure_copy, **names, what="copy, and Newton-Schulz alone")
     if not found:
         return
-    model, copy, apart = ready[0], 1e12 * found["copy_tb_s"], found["newton_schulz_ms"] / 1e3
-    roles = model.parameter_roles()
-    matrices = [p for n, p in model.named_parameters() if roles[n] == "matrix"]
-    rest = [p for n, p in model.named_parameters() if roles[n] != "matrix"]
-    counts = [sum(p.numel() for p in part) for part in (matrices, rest)]
+    with torch.device(s.device):
+        model = GPT(c)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p).mul_(1e-3)
+    matrices, rest = split_parameters(model)
 
     def own(config: Settings) -> Callable:
         optimizer = build_optimizer(model, config, compiled=not s.smoke)
@@ -111,11 +105,11 @@ def bench_optim(s: Session, size: str, c: GPTConfig) -> None:
     }
 
     def measure(name: str) -> dict:
-        seconds = s.seconds(sides[name]())
-        moved = sum(n * count for n, count in zip(BYTES[name], counts, strict=True))
-        inner = apart if name in ORTHOGONAL else 0.0
-        numbers = dict(ms=1e3 * seconds, floor_ms=1e3 * moved / copy, to_floor=(seconds - inner) * copy / moved)
-        return numbers
+        ms = 1e3 * s.seconds(sides[name]())
+        moved = sum(n * sum(p.numel() for p in part) for n, part in zip(BYTES[name], (matrices, rest), strict=True))
+        floor = 1e3 * moved / (1e12 * found["copy_tb_s"])
+        elementwise = ms - found["newton_schulz_ms"] if name in ORTHOGONAL else ms
+        return dict(ms=ms, floor_ms=floor, to_floor=elementwise / floor)
 
     for name in sides:
         s.row(partial(measure, name), 90, **names, what=name)

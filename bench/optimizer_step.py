@@ -1,10 +1,9 @@
-"""The optimizer step alone, on the parameters of a GPT-2, all sides taking turns on one thread.
+"""The optimizer step alone, on the parameters of a GPT-2. All optimizers take turns on one thread.
 
 python -m bench.optimizer_step              GPT-2 small, minutes
 python -m bench.optimizer_step --smoke      a tiny model, seconds
 """
 
-import argparse
 from collections.abc import Callable
 from unittest import mock
 
@@ -12,13 +11,14 @@ import torch
 from torch import Tensor
 
 from bench.peers import published_mars
-from bench.report import Report, interleaved
+from bench.report import Report, bench_parser, interleaved, results_folder
+from bench.runs import split_parameters
 from model import GPT, GPTConfig
 from optimizers import MARSConfig, MARSMConfig, MuonConfig, build_optimizer
 
 
 def torch_muon(matrices: list[Tensor], rest: list[Tensor]) -> Callable[[], None]:
-    """torch.optim.Muon and AdamW on the split that ours uses, Newton-Schulz in float32 like ours on a CPU."""
+    """torch.optim.Muon with AdamW for the rest. Its Newton-Schulz uses float32, as ours does on a CPU."""
     muon = torch.optim.Muon(matrices, lr=1e-3, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(rest, lr=1e-3, fused=True)
 
@@ -31,15 +31,12 @@ def torch_muon(matrices: list[Tensor], rest: list[Tensor]) -> Callable[[], None]
 
 
 def bench(shape: GPTConfig, rounds: int, compiled: bool, report: Report) -> None:
-    """Time every side and report seconds and ratios."""
+    """Report seconds per step, and ratios to the fused, the foreach and the published optimizer."""
     torch.manual_seed(0)
     model = GPT(shape)
     params = list(model.parameters())
     for p in params:
         p.grad = torch.randn_like(p).mul_(1e-3)
-    roles = model.parameter_roles()
-    matrices = [p for n, p in model.named_parameters() if roles[n] == "matrix"]
-    rest = [p for n, p in model.named_parameters() if roles[n] != "matrix"]
 
     sides = {
         "AdamW fused (torch)": torch.optim.AdamW(params, lr=1e-3, fused=True).step,
@@ -50,13 +47,13 @@ def bench(shape: GPTConfig, rounds: int, compiled: bool, report: Report) -> None
     if compiled:
         sides["MARS-AdamW compiled"] = build_optimizer(model, MARSConfig(), compiled=True).step
     seconds = interleaved(sides, rounds)
+    fused, foreach, published, *_ = seconds.values()
     for name, s in seconds.items():
-        fused, foreach, published = list(seconds.values())[:3]
         report.add(optimizer=name, seconds=s, to_fused=s / fused, to_foreach=s / foreach, to_published=s / published)
-    sides.clear()
+    sides.clear()  # frees the memory of these optimizers
 
     sides = {
-        "Muon + AdamW (torch)": torch_muon(matrices, rest),
+        "Muon + AdamW (torch)": torch_muon(*split_parameters(model)),
         "Muon": build_optimizer(model, MuonConfig()).step,
         "MARS-M clipped": build_optimizer(model, MARSMConfig()).step,
         "MARS-M one buffer": build_optimizer(model, MARSMConfig(clip_c=False)).step,
@@ -67,14 +64,13 @@ def bench(shape: GPTConfig, rounds: int, compiled: bool, report: Report) -> None
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="bench.optimizer_step")
-    parser.add_argument("--smoke", action="store_true", help="tiny model, seconds")
+    parser = bench_parser("optimizer_step", __doc__)
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--compiled", action="store_true", help="also the compiled rules: minutes of compilation")
+    parser.add_argument("--compiled", action="store_true", help="also the compiled update; compiling takes minutes")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     shape = GPTConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=500) if args.smoke else GPTConfig()
-    report = Report("optimizer_step_smoke" if args.smoke else "optimizer_step", torch.device("cpu"))
+    report = Report("optimizer_step", results_folder(args))
     bench(shape, 2 if args.smoke else args.rounds, args.compiled, report)
     report.table()
 

@@ -1,59 +1,103 @@
-"""Real training runs for the benches: the trainer itself, its settings by name, on synthetic tokens."""
+"""Training steps for the benches: real runs of the trainer on random tokens, and one step without the trainer."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from bench.timing import ROOT, SIZES, write_tokens
+from bench.report import ROOT
+from bench.timing import SIZES, TINY
 from config.load import load_config
-from runtime.compute import torch_settings
+from data.shards import write_shard
+from model import GPT
+from runtime.clipping import GradientClipper
+from runtime.compute import collector_paused, torch_settings
 from runtime.distributed import start_world
 from train_gpt import Trainer
 
-MICRO = {"124M": 60, "355M": 40, "774M": 24, "1558M": 16}  # sequences that a forward pass of a bench takes
-TINY = ("n_layer=1", "n_head=2", "n_embd=32", "block_size=64", "vocab_size=500", "device=cpu")
-SMALL_BATCH = ("batch_size=4", "micro_batch=2")
+MICRO = {"124M": 60, "355M": 40, "774M": 24, "1558M": 16}  # sequences per forward pass
+SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+SMOKE = (*(f"{key}={getattr(TINY, key)}" for key in SHAPE_KEYS), "device=cpu", "batch_size=4", "micro_batch=2")
 QUIET = ("val_windows=2", "eval_every=1000000", "checkpoint.every=1000000", "log.every=1000000")
 
 
-def run_arguments(folder: Path, size: str, smoke: bool, *settings: str) -> list[str]:
-    """What train_gpt.main is to be called with for a run "run" in a folder; of settings ("key=value") the last counts.
+def write_tokens(folder: Path, vocab_size: int, tokens: int) -> Path:
+    """Write a dataset of random tokens; token r is about 1/r as frequent as the first, as words in a text are."""
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(0).random(tokens, dtype=np.float32)
+    for name in ("train_000000.bin", "val_000000.bin"):
+        write_shard(folder / name, (vocab_size**draw - 1).astype(np.uint16), tokens)
+    return folder
 
-    smoke: a tiny model on the CPU, whatever the size and the batch.
+
+def run_arguments(folder: Path, size: str, smoke: bool, *settings: str) -> list[str]:
+    """Arguments of train_gpt for a run with the name "run" in a folder.
+
+    settings: "key=value"; later ones override earlier ones. smoke: a tiny model on the CPU, for any size and batch.
     """
     tokens = folder / "tokens"
     if not tokens.exists():
-        tokens.mkdir(parents=True)
-        write_tokens(tokens, 500 if smoke else 50257, 20_000 if smoke else 4_000_000)
+        write_tokens(tokens, TINY.vocab_size if smoke else 50257, 20_000 if smoke else 4_000_000)
     given = [f"data.path={tokens}", f"log.folder={folder / 'runs'}", "name=run", "warmup=0", *QUIET, *settings]
-    given += [*TINY, *SMALL_BATCH] if smoke else []
+    given += SMOKE if smoke else []
     return [str(ROOT / f"config/{SIZES[size]}.py"), *(f"--{setting}" for setting in given)]
 
 
 @contextmanager
-def opened(arguments: list[str]) -> Iterator[Trainer]:
-    """The trainer of a run that starts over, under that run's settings of torch."""
+def opened(arguments: list[str], trainer_class: type[Trainer] = Trainer) -> Iterator[Trainer]:
+    """The trainer of a new run. Inside the block, torch has the settings of this run."""
     run = load_config(arguments[0], arguments[1:])
-    with torch_settings(run.compute), start_world(run.device) as world:
-        trainer = Trainer(run, world, fresh=True)
+    with torch_settings(run.compute), start_world(run.device) as world, collector_paused():
+        trainer = trainer_class(run, world, fresh=True)
         try:
             yield trainer
         finally:
             trainer.log.close()
 
 
+def batch_of(t: Trainer, step: int) -> Tensor:
+    """The tokens of a step, in pinned memory for a GPU, as the trainer's loop gets them."""
+    batch = torch.from_numpy(t.loader.batch(step))
+    return batch.pin_memory() if t.world.device.type == "cuda" else batch
+
+
 def take_step(t: Trainer, batch: Tensor) -> None:
-    """One training step on a batch, as the loop takes it."""
+    """One step of the trainer on a batch."""
     assert not t.lookahead
     t.set_rates()
     t.gradients(batch)
     t.update()
 
 
-def batch_of(t: Trainer, step: int) -> Tensor:
-    """A step's tokens as the loop's prefetching hands them over."""
-    batch = torch.from_numpy(t.loader.batch(step))
-    return batch.pin_memory() if t.world.device.type == "cuda" else batch
+def step_function(model: nn.Module, optimizer: Optimizer, idx: Tensor, targets: Tensor) -> Callable[[], None]:
+    """A function that trains on one batch with gradient clipping. The exact form of MARS takes two gradients."""
+    clipper = GradientClipper(model, optimizer, 1.0)
+    exact = getattr(optimizer, "needs_lookahead", False)
+
+    def gradient() -> None:
+        model(idx, targets).backward()
+        clipper.clip(0)
+
+    def step() -> None:
+        if exact:
+            gradient()
+            optimizer.update_previous_grad()
+            optimizer.zero_grad(set_to_none=True)
+        gradient()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if exact:
+            optimizer.update_last_grad()
+
+    return step
+
+
+def split_parameters(model: GPT) -> tuple[list[Tensor], list[Tensor]]:
+    """The weight matrices of the layers, and all other parameters."""
+    roles = model.parameter_roles()
+    matrices = [p for name, p in model.named_parameters() if roles[name] == "matrix"]
+    return matrices, [p for name, p in model.named_parameters() if roles[name] != "matrix"]

@@ -31,8 +31,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench.report import RESULTS
-from bench.timing import ROOT
+from bench.report import RESULTS, ROOT
 from config.load import load_config
 from config.plan import Plan, Scale
 from config.schema import RunConfig

@@ -1,17 +1,15 @@
-"""What a GPU does in a piece of work, read from one trace of torch's profiler."""
+"""What a GPU does during some work, from a trace of torch's profiler."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 
-def trace_of(work: Callable[[], None], path: Path) -> list[dict]:
-    """What the GPU does in a piece of work: events with "cat", "name", "ts" and "dur" (microseconds).
-
-    path: where the whole trace is written, in Chrome's format.
-    """
+def trace_of(work: Callable[[], object], path: Path) -> list[dict]:
+    """The GPU events of work(). The whole trace is written to `path` in Chrome's format."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         work()
         torch.cuda.synchronize()
@@ -20,13 +18,16 @@ def trace_of(work: Callable[[], None], path: Path) -> list[dict]:
 
 
 def gpu_events(path: Path) -> list[dict]:
-    """The kernels, copies and fills in a trace; ranges that somebody named, which span idle time, are left out."""
+    """The kernels, copies and fills of a trace: dicts with "cat", "name", "ts" and "dur" (microseconds).
+
+    Named ranges are left out, because they include idle time.
+    """
     kinds = ("kernel", "gpu_memcpy", "gpu_memset")
     return [e for e in json.loads(path.read_text())["traceEvents"] if e.get("cat") in kinds]
 
 
-def idle_share(events: list[dict]) -> float:
-    """Share of the time from the first to the last event in which none is under way."""
+def idle_fraction(events: list[dict]) -> float:
+    """The fraction of the time between the first and the last event in which no event is active."""
     spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in events)
     busy, reached = 0.0, spans[0][0]
     for start, end in spans:
@@ -36,8 +37,9 @@ def idle_share(events: list[dict]) -> float:
 
 
 def by_kernel(events: list[dict], least: float = 0.01) -> dict[str, float]:
-    """Names of what takes at least this share of the busy time, and its share, largest first."""
-    total, sums = sum(e["dur"] for e in events), {}
+    """The fraction of the busy time of each kernel, largest first; fractions below `least` are left out."""
+    sums: Counter[str] = Counter()
     for e in events:
-        sums[e["name"]] = sums.get(e["name"], 0.0) + e["dur"] / total
-    return dict(sorted(((n, x) for n, x in sums.items() if x >= least), key=lambda pair: -pair[1]))
+        sums[e["name"]] += e["dur"]
+    total = sum(sums.values())
+    return {name: time / total for name, time in sums.most_common() if time / total >= least}
