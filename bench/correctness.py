@@ -67,8 +67,8 @@ def gradients(arguments: Callable[..., list[str]], dtype: str, compiled: str) ->
         if dtype == "float32":
             torch.set_float32_matmul_precision("highest")
         loss = t.accumulate(batch_of(t, 0), 0)
-        found = {name: p.grad for name, p in t.model.named_parameters()} | {"loss": loss}
-        return {name: x.detach().cpu() for name, x in found.items()}
+        gradients = {name: p.grad for name, p in t.model.named_parameters() if p.grad is not None}
+        return {name: x.detach().cpu() for name, x in (gradients | {"loss": loss}).items()}
 
 
 def loss_error(found: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
@@ -182,10 +182,14 @@ def check_steady(s: Session, arguments: list[str], folder: Path) -> None:
     with opened(arguments) as t:
         batches = [batch_of(t, step) for step in range(4)]
 
+        def steps() -> None:
+            for batch in batches:
+                take_step(t, batch)
+
         def idle() -> float | str:
             if s.device.type != "cuda":
                 return NO_GPU
-            events.extend(trace_of(lambda: [take_step(t, batch) for batch in batches], folder / "trace.json"))
+            events.extend(trace_of(steps, folder / "trace.json"))
             return idle_fraction(events)
 
         def copies() -> float | str:

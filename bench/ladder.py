@@ -27,6 +27,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -175,24 +176,26 @@ def micro_batch(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-def sequences_of(name: str, size: str, micro: int | str) -> int:
+def sequences_of(name: str, size: str, micro: Any) -> int:
     """Sequences per measured step: two micro-batches, but for `best` about as many as in training."""
     if micro == "auto":
         return WHOLE[size]
     return max(1, WHOLE[size] // micro) * micro if name == "best" else 2 * micro
 
 
-def default_micro(name: str, size: str) -> int | str:
+def default_micro(name: str, size: str) -> Any:
     """The default micro-batch. It is smaller for materialized attention, whose T x T matrices need much memory."""
     return {"best": "auto", "materialized": max(1, MICRO[size] // 4)}.get(name, MICRO[size])
 
 
-def measure(name: str, size: str, smoke: bool, micro: int | str) -> dict:
+def measure(name: str, size: str, smoke: bool, micro: Any) -> dict:
     """The numbers of one rung, measured in this process."""
     steps, sequences = 4 if smoke else 26, sequences_of(name, size, micro)
     if name not in PEERS:
         return measure_trainer(RUNGS[name], size, smoke, sequences, micro, steps)
-    return measure_peer(name, size, smoke, *((4, 2) if smoke else (sequences, micro)), steps)
+    if smoke:
+        sequences, micro = 4, 2
+    return measure_peer(name, size, smoke, sequences, micro, steps)
 
 
 def in_own_process(name: str, size: str, smoke: bool, micro: int | str) -> dict:
@@ -208,9 +211,9 @@ def in_own_process(name: str, size: str, smoke: bool, micro: int | str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def climb(s: Session, name: str, size: str, micro: int | str) -> dict:
+def climb(s: Session, name: str, size: str, micro: Any) -> dict:
     """Report a rung and return its numbers. While memory does not suffice, the micro-batch is halved."""
-    names = dict(rung=name, size="tiny" if s.smoke else size)
+    names: dict[str, Any] = dict(rung=name, size="tiny" if s.smoke else size)
     run = measure if s.smoke else in_own_process
     while True:
         numbers = s.row(partial(run, name, size, s.smoke, micro), BUDGET[size], **names)

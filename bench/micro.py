@@ -7,6 +7,7 @@ python -m bench.micro --smoke               tiny shapes on the CPU, seconds
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch._inductor.config as inductor
@@ -120,7 +121,8 @@ def bench_ce(s: Session, size: str, c: GPTConfig) -> None:
         if s.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         numbers = dict(ms=1e3 * s.seconds(step), memory_gb=memory_gb(s.device))
-        return numbers | dict(loss=step().item(), grad_norm=w.grad.norm().item())
+        loss = step().item()
+        return numbers | dict(loss=loss, grad_norm=0.0 if w.grad is None else w.grad.norm().item())
 
     def whole() -> dict:
         return measure(partial(with_backward, compiled(mean_loss)))
@@ -136,7 +138,7 @@ def bench_ce(s: Session, size: str, c: GPTConfig) -> None:
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
         return measure(partial(with_backward, partial(F.linear_cross_entropy, options=options)))
 
-    names = dict(block="ce", size=size)
+    names: dict[str, Any] = dict(block="ce", size=size)
     s.row(whole, **names, what="bf16 logits, compiled")
     s.row(partial(measure, partial(with_backward, mean_loss)), **names, what="fp32 logits, not compiled")
     for chunks in (4, 8):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def bench_ns(s: Session, size: str, c: GPTConfig) -> None:
         for matrix in stack:
             plain_newton_schulz(matrix)
 
-    names = dict(block="ns", size=size)
+    names: dict[str, Any] = dict(block="ns", size=size)
     s.row(partial(measure, one_by_one), **names, what="plain, matrix by matrix")
     s.row(partial(measure, plain_newton_schulz), **names, what="plain, batched")
     s.row(lambda: measure(compiled(plain_newton_schulz)), **names, what="plain, batched and compiled")
@@ -72,14 +73,18 @@ def bench_optim(s: Session, size: str, c: GPTConfig) -> None:
     floor_ms: the time to move the necessary bytes at the speed of a copy, which is measured here.
     to_floor: the time of a step without Newton-Schulz, as a multiple of floor_ms.
     """
-    names = dict(block="optim", size=size)
+    names: dict[str, Any] = dict(block="optim", size=size)
 
     def measure_copy() -> dict:
         a, b = (s.randn(1 << (18 if s.smoke else 28), dtype=torch.float32) for _ in range(2))
         copy = 2 * a.nbytes / s.seconds(lambda: b.copy_(a))
         stacks = random_stacks(s, c)
-        newton_schulz = s.seconds(lambda: [orthogonalize_in_batches(s, stack) for stack in stacks])
-        return dict(copy_tb_s=copy / 1e12, newton_schulz_ms=1e3 * newton_schulz)
+
+        def newton_schulz() -> None:
+            for stack in stacks:
+                orthogonalize_in_batches(s, stack)
+
+        return dict(copy_tb_s=copy / 1e12, newton_schulz_ms=1e3 * s.seconds(newton_schulz))
 
     found = s.row(measure_copy, **names, what="copy, and Newton-Schulz alone")
     if not found:
@@ -91,7 +96,7 @@ def bench_optim(s: Session, size: str, c: GPTConfig) -> None:
     matrices, rest = split_parameters(model)
 
     def own(config: Settings) -> Callable:
-        optimizer = build_optimizer(model, config, compiled=not s.smoke)
+        optimizer: Any = build_optimizer(model, config, compiled=not s.smoke)
         optimizer.found_inf = torch.zeros((), device=s.device)
         return optimizer.step
 

@@ -5,6 +5,7 @@ python -m bench.optimizer_step --smoke      a tiny model, seconds
 """
 
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import torch
@@ -34,11 +35,11 @@ def bench(shape: GPTConfig, rounds: int, compiled: bool, report: Report) -> None
     """Report seconds per step, and ratios to the fused, the foreach and the published optimizer."""
     torch.manual_seed(0)
     model = GPT(shape)
-    params = list(model.parameters())
+    params: list[Tensor] = list(model.parameters())
     for p in params:
         p.grad = torch.randn_like(p).mul_(1e-3)
 
-    sides = {
+    sides: dict[str, Callable[[], Any]] = {
         "AdamW fused (torch)": torch.optim.AdamW(params, lr=1e-3, fused=True).step,
         "AdamW foreach (torch)": torch.optim.AdamW(params, lr=1e-3, foreach=True).step,
         "MARS-AdamW per parameter, as published": published_mars(params),

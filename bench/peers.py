@@ -1,7 +1,8 @@
 """What others would write, to be measured against: a GPT in plain PyTorch and optimizers tensor by tensor."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,7 @@ def plain_newton_schulz(G: Tensor, steps: int = 5) -> Tensor:
     return X
 
 
-def corrected(grad: Tensor, previous: Tensor, gamma: float, beta: float) -> Tensor:
+def corrected(grad: Any, previous: Tensor, gamma: float, beta: float) -> Tensor:
     """MARS's corrected gradient, most operations into a new tensor, and its clip decided on the host."""
     c = torch.add(grad, torch.mul(torch.sub(grad, previous), gamma * beta / (1 - beta)))
     norm = torch.norm(c)
@@ -83,7 +84,7 @@ def corrected(grad: Tensor, previous: Tensor, gamma: float, beta: float) -> Tens
 def published_mars(params: list[Tensor]) -> Callable[[], None]:
     """MARS-AdamW as its authors' class computes it: tensor by tensor, most operations into a new tensor, and the
     clip decided on the host. The gradient itself is kept as the previous one, without a copy."""
-    state = {p: [torch.zeros_like(p) for _ in range(3)] for p in params}
+    state: dict[Tensor, Any] = {p: [torch.zeros_like(p) for _ in range(3)] for p in params}
     lr, betas, gamma, decay, count = 6e-3, (0.95, 0.99), 0.025, 0.01, 0
 
     def step() -> None:
@@ -97,9 +98,9 @@ def published_mars(params: list[Tensor]) -> Callable[[], None]:
     return torch.no_grad()(step)
 
 
-def published_mars_m(matrices: list[Tensor], rest: list[Tensor]) -> Callable[[], None]:
+def published_mars_m(matrices: Sequence[Tensor], rest: Sequence[Tensor]) -> Callable[[], None]:
     """MARS-M on matrices and AdamW on the rest in the same manner, Newton-Schulz matrix by matrix."""
-    state = {p: [torch.zeros_like(p) for _ in range(2)] for p in [*matrices, *rest]}
+    state: dict[Tensor, Any] = {p: [torch.zeros_like(p) for _ in range(2)] for p in [*matrices, *rest]}
     lr, beta, gamma, decay, count = 6e-3, 0.95, 0.025, 0.1, 0
 
     def step() -> None:
@@ -114,13 +115,14 @@ def published_mars_m(matrices: list[Tensor], rest: list[Tensor]) -> Callable[[],
             p.add_(update.mT if tall else update, alpha=-lr * 0.2 * max(p.shape) ** 0.5)
             state[p][0] = p.grad
         for p in rest:
-            _adam(p, p.grad, *state[p], count, lr, (0.9, 0.95), 0.0)
+            m, v = state[p]
+            _adam(p, p.grad, m, v, count, lr, (0.9, 0.95), 0.0)
 
     return torch.no_grad()(step)
 
 
 def _adam(
-    p: Tensor, c: Tensor, m: Tensor, v: Tensor, count: int, lr: float, betas: tuple[float, float], decay: float
+    p: Tensor, c: Any, m: Tensor, v: Tensor, count: int, lr: float, betas: tuple[float, float], decay: float
 ) -> None:
     m.mul_(betas[0]).add_(c, alpha=1 - betas[0])
     v.mul_(betas[1]).addcmul_(c, c, value=1 - betas[1])

@@ -62,7 +62,7 @@ def timed(work: Callable[[], object]) -> dict[str, float]:
         usage = resource.getrusage(who)
         return usage.ru_utime + usage.ru_stime
 
-    def clocks() -> tuple[float, float, float]:
+    def clocks() -> tuple[float, ...]:
         processes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
         return time.perf_counter(), *map(processor_seconds, processes)
 

@@ -6,8 +6,9 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from runtime.command import Parser
 
@@ -76,7 +77,7 @@ def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def interleaved(sides: dict[str, Callable[[], None]], rounds: int, warmup: int = 1) -> dict[str, float]:
+def interleaved(sides: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, float]:
     """Median seconds of each function. All take turns, so that other load on the machine slows all of them alike."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(warmup + rounds):

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from bench.report import ROOT
 from bench.timing import SIZES, TINY
@@ -48,7 +48,7 @@ def run_arguments(folder: Path, size: str, smoke: bool, *settings: str) -> list[
 
 
 @contextmanager
-def opened(arguments: list[str], trainer_class: type[Trainer] = Trainer) -> Iterator[Trainer]:
+def opened(arguments: list[str], trainer_class: Callable[..., Any] = Trainer) -> Iterator[Any]:
     """The trainer of a new run. Inside the block, torch has the settings of this run."""
     run = load_config(arguments[0], arguments[1:])
     with torch_settings(run.compute), start_world(run.device) as world, collector_paused():
@@ -73,7 +73,7 @@ def take_step(t: Trainer, batch: Tensor) -> None:
     t.update()
 
 
-def step_function(model: nn.Module, optimizer: Optimizer, idx: Tensor, targets: Tensor) -> Callable[[], None]:
+def step_function(model: nn.Module, optimizer: Any, idx: Tensor, targets: Tensor) -> Callable[[], None]:
     """A function that trains on one batch with gradient clipping. The exact form of MARS takes two gradients."""
     clipper = GradientClipper(model, optimizer, 1.0)
     exact = getattr(optimizer, "needs_lookahead", False)
@@ -99,5 +99,5 @@ def step_function(model: nn.Module, optimizer: Optimizer, idx: Tensor, targets: 
 def split_parameters(model: GPT) -> tuple[list[Tensor], list[Tensor]]:
     """The weight matrices of the layers, and all other parameters."""
     roles = model.parameter_roles()
-    matrices = [p for name, p in model.named_parameters() if roles[name] == "matrix"]
+    matrices: list[Tensor] = [p for name, p in model.named_parameters() if roles[name] == "matrix"]
     return matrices, [p for name, p in model.named_parameters() if roles[name] != "matrix"]

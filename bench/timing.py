@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import torch
@@ -119,8 +120,8 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def mark(device: torch.device) -> torch.cuda.Event | float:
-    """A point in time. On a GPU it belongs to the current stream, and the host does not wait."""
+def mark(device: torch.device) -> Any:
+    """A point in time: seconds, or on a GPU an event of the current stream, for which the host does not wait."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -128,7 +129,7 @@ def mark(device: torch.device) -> torch.cuda.Event | float:
     return event
 
 
-def elapsed(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+def elapsed(start: Any, end: Any) -> float:
     """Seconds between two marks; waits for the second one."""
     if isinstance(start, float):
         return end - start

@@ -102,7 +102,7 @@ def bench_start(report: Report) -> None:
         command += ["--log.every=1", f"--log.folder={folder}"]
         start = time.perf_counter()
         process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        line = next((line for line in process.stdout if line.startswith("step ")), None)
+        line = next((line for line in process.stdout or () if line.startswith("step ")), None)
         seconds = time.perf_counter() - start
         process.kill()
         process.wait()

@@ -28,8 +28,6 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def encode_array(self, text: str) -> np.ndarray: ...  # `encode` as (n,) uint16, without a Python object per token
-
     def decode(self, ids: list[int]) -> str: ...
 
 
@@ -121,7 +119,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     return {base64.b64decode(token): int(rank) for token, rank in pairs}
 
 
-def get_tokenizer(name: str, ranks_file: str | None = None) -> Tokenizer:
+def get_tokenizer(name: str, ranks_file: str | None = None) -> "ByteTokenizer | GPT2Tokenizer":
     """The tokenizer called "byte" or "gpt2"; ValueError for any other name."""
     if name == "byte":
         return ByteTokenizer()

@@ -121,8 +121,8 @@ def build(config: GPTConfig, tensors: Mapping[str, Tensor], source: str, device:
         count = f"{len(different)} such names"
         raise ValueError(f"{source}: not the GPT-2 its settings describe ({different[0]} {problem}; {count})")
     with torch.no_grad():
-        for name, p in parameters.items():
-            tensor = found[name]
+        for name, parameter in parameters.items():
+            tensor, p = found[name], parameter.detach()
             if name == EMBEDDING:  # both tables may have more rows than the vocabulary
                 tensor, p = tensor[: config.vocab_size], p.zero_()[: config.vocab_size]
             if tensor.shape != p.shape:
@@ -223,7 +223,7 @@ def _read_hugging_face(path: Path, settings: dict) -> Source:
 
 def _hugging_face_config(path: Path, c: dict) -> GPTConfig:
     """The shape that the settings of a config.json describe; ValueError if it is not a GPT-2's."""
-    gelus = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
+    gelus: dict[str, Any] = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
     activation = c.get("activation_function", "gelu_new")
     if c["model_type"] != "gpt2" or activation not in gelus:
         raise ValueError(f"{path}: {c['model_type']} with {activation} is not a GPT-2")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from data.tokenizer import Tokenizer
+from data.tokenizer import GPT2Tokenizer, Tokenizer
 from eval.checkpoint import HUGGING_FACE_KEYS, Trained, open_trained
 from eval.command import model_parser
 from model import GPT
@@ -68,7 +68,7 @@ def hugging_face_tokenizer(tokenizer: Tokenizer, block_size: int) -> Any:
     from transformers import GPT2TokenizerFast
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    ranks = {bytes([b]): b for b in range(256)} if tokenizer.name == "byte" else tokenizer.ranks
+    ranks = tokenizer.ranks if isinstance(tokenizer, GPT2Tokenizer) else {bytes([b]): b for b in range(256)}
     characters = bytes_to_unicode()  # vocabulary files write each byte as a printable character
 
     def written(token: bytes) -> str:
@@ -110,7 +110,7 @@ def tokenizers_agree(tokenizer: Tokenizer, folder: Path) -> bool:
 def model_card(trained: Trained, difference: float) -> str:
     """README.md of an export: where the weights come from, their losses and the settings of the run."""
     c, state = trained.model.config, trained.state
-    facts = {"parameters": f"{trained.model.num_params():,}", "weights sha256": trained.sha256}
+    facts: dict[str, object] = {"parameters": f"{trained.model.num_params():,}", "weights sha256": trained.sha256}
     facts |= {k: state[k] for k in ("code", "step", "tokens", "val_loss", "best_val_loss") if state.get(k) is not None}
     facts |= {
         "attention also divided by layer + 1": c.scale_attn_by_inverse_layer_idx,

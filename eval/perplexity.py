@@ -8,9 +8,10 @@ ranks share the work.
 import argparse
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class Stream:
     """Token arrays that are read one after another, and the UTF-8 bytes per token if known."""
 
     name: str
-    parts: list[np.ndarray]
+    parts: Sequence[np.ndarray]
     bytes_per_token: float | None
 
 
@@ -146,14 +147,21 @@ def compare(args: argparse.Namespace, world: World) -> dict:
     stride = args.stride or context
     if stride > context:
         raise ValueError(f"--stride {stride}: must be at most the context, {context}")
-    report = {"format": 1, "text": stream.name, "context": context, "stride": stride, "models": [], "paired": []}
+    report: dict[str, Any] = {
+        "format": 1,
+        "text": stream.name,
+        "context": context,
+        "stride": stride,
+        "models": [],
+        "paired": [],
+    }
     sums = []
     for trained in models:  # one model at a time on the device
         scorer = Scorer(trained.model.to(world.device), args.batch_tokens, world)
         sums.append(window_losses(scorer, stream, context, stride))
         trained.model.to("cpu")
         loss, error = mean_and_error(sums[-1][:, 0], sums[-1][:, 1])
-        row = {"name": trained.name, "path": str(trained.path), "sha256": trained.sha256}
+        row: dict[str, Any] = {"name": trained.name, "path": str(trained.path), "sha256": trained.sha256}
         row |= {"step": trained.state.get("step"), "tokens": trained.state.get("tokens"), "loss": loss}
         row |= {"stderr": error, "windows": len(sums[-1]), "targets": int(sums[-1][:, 1].sum())}
         if stream.bytes_per_token:
@@ -162,10 +170,10 @@ def compare(args: argparse.Namespace, world: World) -> dict:
         if world.is_main:
             print(describe(row), flush=True)
     for trained, other in zip(models[1:], sums[1:], strict=True):
-        row = {"a": models[0].name, "b": trained.name, **paired(sums[0], other)}
-        report["paired"].append(row)
+        pair = {"a": models[0].name, "b": trained.name, **paired(sums[0], other)}
+        report["paired"].append(pair)
         if world.is_main:
-            print(describe_pair(row), flush=True)
+            print(describe_pair(pair), flush=True)
     return report
 
 

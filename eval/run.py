@@ -54,10 +54,10 @@ def score_task(trained: Trained, scorer: Scorer, tasks: Tasks, name: str, shots:
         results = evaluate(harness_model(scorer, trained.tokenizer), loaded, limit=limit, log_samples=False)
     numbers = {**results["results"], **results.get("groups", {})}[name]
     metric = metric_of(name, numbers)
-    error = numbers.get(f"{metric}_stderr,none")
+    stderr = numbers.get(f"{metric}_stderr,none")
     return {
         "score": float(numbers[f"{metric},none"]),
-        "stderr": float(error) if isinstance(error, int | float) else None,
+        "stderr": float(stderr) if isinstance(stderr, int | float) else None,
         "metric": metric,
         "all_metrics": {k: v for k, v in numbers.items() if isinstance(v, int | float)},
         "documents": sum(c["effective"] for c in results["n-samples"].values()),
@@ -131,7 +131,8 @@ def score_all(args: argparse.Namespace, world: World) -> int:
     tasks = Tasks(args.tasks, args.include_path, args.task_data)
     args.out.mkdir(parents=True, exist_ok=True)
     records = world.from_main(read_records(args.out / RESULTS))  # the same on all ranks: they score the same tasks
-    scores, failed, sizes = [], 0, set()
+    scores: list[dict] = []
+    failed, sizes = 0, set()
     for path in args.models:
         trained = open_trained(path, world.device, args.tokenizer, args.ranks)
         if any(s["checkpoint"] == trained.name for s in scores):

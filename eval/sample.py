@@ -57,7 +57,7 @@ def generate(
         if len(cache) + len(unread) > block_size:
             unread, cache = ids[-max(1, block_size // 2) :], KVCache()
         hidden = model.hidden(torch.tensor([unread], device=device), cache)
-        chosen = choose(model.logits(hidden[:, -1]), temperature, top_k, top_p, generator).item()
+        chosen = int(choose(model.logits(hidden[:, -1]), temperature, top_k, top_p, generator))
         if chosen == eot:
             return
         yield chosen

@@ -67,7 +67,8 @@ class Scorer:
 
     def _score_all(self, todo: list[Group], progress: bool) -> dict[int, Score]:
         """The scores of all groups by request number. MemoryError if a batch of one group does not fit."""
-        out, total = {}, sum(len(requests) for _, requests in todo)
+        out: dict[int, Score] = {}
+        total = sum(len(requests) for _, requests in todo)
         with tqdm(total=total, unit="request", disable=not (progress and sys.stderr.isatty())) as bar:
             while todo:
                 length = len(todo[0][0])
@@ -98,7 +99,10 @@ class Scorer:
     def _score(self, batch: list[Group]) -> dict[int, Score]:
         """The scores of one batch, whose first input is the longest, by request number."""
         ids = torch.zeros(len(batch), len(batch[0][0]), dtype=torch.long)
-        rows, columns, targets, lengths = [], [], [], {}
+        rows: list[int] = []
+        columns: list[int] = []
+        targets: list[int] = []
+        lengths: dict[int, int] = {}
         for row, (tokens, requests) in enumerate(batch):
             ids[row, : len(tokens)] = torch.tensor(tokens)  # padding on the right: causal attention never reads it
             for number, target in requests:
@@ -140,7 +144,8 @@ def harness_model(scorer: Scorer, tokenizer: Tokenizer) -> Any:
 
         def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
             """Log-likelihoods of whole texts, in windows that do not overlap; each has one token of context."""
-            pairs, owners = [], []
+            pairs: list[tuple] = []
+            owners: list[int] = []
             for number, request in enumerate(requests):
                 ids = tokenizer.encode(request.args[0])
                 windows = get_rolling_token_windows(ids, self.eot_token_id, self.max_length, 1)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from eval.tasks import PAPER
 
@@ -39,7 +40,7 @@ def score_rows(scores: list[dict], sizes: Sequence[str]) -> tuple[list[str], lis
             cells = {t: (score, None) for t, score in p["scores"].items()}
             name = f"published: {p['method']} {p['size']}, {p['data']}"
             rows.append({"name": name, "shots": p["shots"], "cells": cells, "mean": p.get("mean")})
-    ours = {}
+    ours: dict[tuple, dict[str, Any]] = {}
     for s in scores:
         name = s["checkpoint"] + (f", first {s['limit']} documents" if s.get("limit") else "")
         key = (name, s.get("sha256"), s["shots"])  # a run has one name and other weights at every step

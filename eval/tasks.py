@@ -100,9 +100,9 @@ class Tasks:
         """Let a single task read its local folder, if it has one. ValueError if a split that it needs is missing."""
         from lm_eval.tasks._yaml_loader import load_yaml
 
-        folder, entry = self.data / part, self._entries[part]
-        if not folder.is_dir():
+        if self.data is None or not (self.data / part).is_dir():
             return
+        folder, entry = self.data / part, self._entries[part]
         task = load_yaml(entry.yaml_path, resolve_func=True)
         found = {s: path for s in splits_of(task) for e in ENDINGS if (path := folder / f"{s}{e}").is_file()}
         needed = [task.get("test_split") or task.get("validation_split")]

@@ -71,7 +71,8 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"{folder}: not a run folder (no {Path(error.filename).name})") from None
     except ValueError:
         raise ValueError(f"{folder / CONFIG}: not readable as JSON") from None
-    points, latest = [], {}
+    points: list[dict] = []
+    latest: dict = {}
     for record in records:  # records of training steps have the time, those of evaluations the validation loss
         latest |= record
         if "val_loss" in record:
@@ -195,8 +196,10 @@ def draw(runs: list[Run], path: Path) -> None:
 def read_results(path: Path | None, *keys: str) -> dict | None:
     """The values of `keys` in a JSON file; None without a path. ValueError for any other file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path else None
-        return {key: content[key] for key in keys} if path else None
+        if path is None:
+            return None
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {key: content[key] for key in keys}
     except (ValueError, KeyError, TypeError):
         names = " and ".join(keys)
         raise ValueError(f"{path}: no {names} in it; give a file of eval.run or eval.perplexity") from None

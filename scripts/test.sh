@@ -6,4 +6,5 @@ bash scripts/setup.sh
 
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-OMP_NUM_THREADS=1 .venv/bin/python -m pytest "$@"
+.venv/bin/mypy
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal "$@"
