@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Create .venv if necessary, check the style and run the tests. Arguments go to pytest.
+# Create .venv if necessary, check style and types, and run the tests. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh

@@ -1,6 +1,8 @@
-"""What the README says exists: files, keys, commands."""
+"""What the README and docs/ say exists: files, commands, options, keys, optimizers, and code that runs."""
 
+import importlib
 import re
+import shlex
 
 import pytest
 from conftest import ROOT
@@ -9,40 +11,117 @@ from config.load import load_config
 from config.schema import all_keys
 from optimizers import OPTIMIZERS
 
-README = (ROOT / "README.md").read_text()
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
+README = PAGES["README.md"]
 CONFIG = ROOT / "config" / "gpt2_small.py"
+pages = pytest.mark.parametrize("page", PAGES)
 
 
-def test_every_path_of_the_map_is_there():
-    rows = re.findall(r"^\| `(\w+/|\w+\.py)` \|", README, re.MULTILINE)
-    assert len(rows) >= 9
-    for path in [*rows, *re.findall(r"(?:bash|python) ((?:scripts|config)/[\w./]+|train_gpt\.py)", README)]:
-        assert (ROOT / path).exists(), path
-    for picture in re.findall(r"\]\((bench/[\w./]+)\)", README):
-        assert (ROOT / picture).exists(), picture
+def commands(text: str) -> list[list[str]]:
+    """The commands of a page, from its shell blocks and from its tables, as words without comments."""
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    lines += re.findall(r"`((?:python|bash|torchrun) [^`]+)`", text)
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-def test_every_module_that_is_run_is_there():
-    modules = set(re.findall(r"python -m ([a-z_]+\.[\w.]+)", README))
-    assert modules
-    for module in modules:
-        path = ROOT / module.replace(".", "/")
-        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+COMMANDS = [(page, words) for page, text in PAGES.items() for words in commands(text)]
 
 
-def test_every_trainer_key_is_in_the_schema():
+@pytest.fixture(scope="module")
+def keys() -> set[str]:
+    """Every key of the trainer, with and without its section."""
     known = set()
     for optimizer in OPTIMIZERS:
-        keys = all_keys(load_config(CONFIG, [f"--optimizer={optimizer}"]))
-        known |= {*keys, *(key.rpartition(".")[2] for key in keys)}
-    lines = [line for line in README.splitlines() if "train_gpt.py" in line or line.startswith(("|", "`--", "("))]
-    named = {key for line in lines for key in re.findall(r"--([a-z_0-9.]+)=", line)}
-    named -= {"nproc_per_node", "tokens_per_s"}  # of torchrun and of the preflight
-    assert {"optimizer", "lr", "sampling"} <= named
-    assert named <= known
+        dotted = all_keys(load_config(CONFIG, [f"--optimizer={optimizer}"]))
+        known |= {*dotted, *(key.rpartition(".")[2] for key in dotted)}
+    return known
+
+
+def help_of(module: str, words: list[str], capsys) -> str:
+    """The help text of a command."""
+    path = ROOT / module.replace(".", "/")
+    name = f"{module}.command" if path.is_dir() else module
+    subcommand = words[:1] if path.is_dir() else []
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).main([*subcommand, "--help"])
+    return capsys.readouterr().out
+
+
+@pages
+def test_every_link_and_path_is_there(page):
+    folder = (ROOT / page).parent
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", PAGES[page]):
+        assert (folder / target).exists(), target
+    for path in re.findall(
+        r"`((?:bench|config|data|docs|eval|optimizers|runtime|scripts|tests)/[\w./]*)`", PAGES[page]
+    ):
+        assert (ROOT / path).exists() or path.startswith("data/tokens"), path
+
+
+def test_the_map_names_every_room():
+    rooms = set(re.findall(r"^\| `(\w+/|\w+\.py)` \|", README, re.MULTILINE))
+    assert rooms >= {"train_gpt.py", "model.py", "optimizers/", "config/", "data/", "runtime/", "eval/", "bench/"}
+    assert all((ROOT / room).exists() for room in rooms)
+
+
+def test_every_page_of_docs_is_linked():
+    for page in PAGES.keys() - {"README.md"}:
+        assert f"]({page})" in README, page
+
+
+@pytest.mark.parametrize("page, words", COMMANDS, ids=lambda x: x if isinstance(x, str) else " ".join(x)[:60])
+def test_every_command_and_its_options_exist(page, words, keys, capsys):
+    if "-m" in words:
+        module, rest = words[words.index("-m") + 1], words[words.index("-m") + 2 :]
+        if module == "runtime.plot":
+            return
+        text = help_of(module, rest, capsys)
+        for option in re.findall(r"(--[a-z_]+)", " ".join(rest)):
+            assert option in text, option
+    elif "train_gpt.py" in words:
+        rest = words[words.index("train_gpt.py") + 1 :]
+        load_config(ROOT / rest[0], [word for word in rest[1:] if word != "--help"])
+    elif words[0] in ("bash", "sbatch"):
+        script = next(word for word in words if word.startswith("scripts/"))
+        text = (ROOT / script).read_text() + (ROOT / "scripts/train.sh").read_text()
+        for option in re.findall(r"(?<![\w-])--([a-z-]+)", " ".join(words[1:]).partition(" -- ")[0]):
+            assert f"--{option}" in text or option == "nodes" or option in keys, option
+    else:
+        assert words[0] in ("python", ".venv/bin/python", "torchrun"), words
+        assert (ROOT / words[1]).exists(), words
+
+
+@pages
+def test_every_trainer_key_is_in_the_schema(page, keys):
+    other = {"key", "nproc_per_node", "tokens_per_s", "batch_tokens", "optimizer"}
+    named = {key.rstrip(".") for key in re.findall(r"`--([a-z_0-9.]+)=", PAGES[page])} - other
+    assert named <= keys
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_of_the_table_can_be_chosen(name):
-    assert f"`{name}" in README
+def test_every_optimizer_is_in_the_table(name):
+    assert f"`{name}" in PAGES["docs/optimizers.md"]
     assert load_config(CONFIG, [f"--optimizer={name}"]).optimizer == name
+
+
+def test_the_training_loop_of_the_readme_runs():
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    scope = {}
+    exec(code, scope)
+    assert scope["loss"].isfinite()
+
+
+def test_no_paragraph_of_the_readme_is_longer_than_five_lines():
+    for paragraph in re.split(r"\n\s*\n", re.sub(r"```.*?```", "", README, flags=re.DOTALL)):
+        lines = [line for line in paragraph.splitlines() if not line.startswith(("|", "- ", "  ", "#"))]
+        assert len(lines) <= 5, paragraph
+
+
+def test_the_messages_of_the_troubleshooting_page_are_in_the_code():
+    code = "\n".join(p.read_text() for room in ("runtime", "data", "optimizers") for p in ROOT.glob(f"{room}/**/*.py"))
+    symptoms = re.findall(r"^\| (.+?) \|", PAGES["docs/troubleshooting.md"], re.MULTILINE)
+    quoted = {text for symptom in symptoms for text in re.findall(r"`([^`]+)`", symptom)}
+    of_others = {"address already in use", "torchrun", "data_ms", "metrics.jsonl"}
+    for message in quoted - of_others:
+        for part in message.split(" N "):
+            assert part in code, part
