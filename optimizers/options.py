@@ -39,8 +39,10 @@ class Option:
 
     @property
     def range(self) -> str:
-        """The range in words, with a leading space: " of at least 1", " above 0", " in [0, 1)"."""
+        """The range in words, with a leading space: " of at least 1", " above 0", " from 1 to 8", " in [0, 1)"."""
         low, high = self.least if self.above is None else self.above, self.most if self.below is None else self.below
+        if self.least is not None and self.most is not None:
+            return f" from {self.least:,} to {self.most:,}"
         if low is not None and high is not None:
             return f" in {'[' if self.above is None else '('}{low:g}, {high:g}{']' if self.below is None else ')'}"
         if low is not None:

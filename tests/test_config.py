@@ -188,7 +188,7 @@ def test_numbers_as_people_write_them(text, value):
     assert (config.tokens, type(config.tokens)) == (value, int)
     assert load_config(CONFIG, ["--lr=2.5e-3"]).optim.lr == 0.0025
     for wrong in ("1.5", "ten", "0.0000001M", "B", "1e999"):
-        with pytest.raises(ConfigError, match=f"tokens={wrong}: expected a whole number of at least 1"):
+        with pytest.raises(ConfigError, match=f"tokens={wrong}: expected a whole number from 1 to "):
             load_config(CONFIG, [f"--tokens={wrong}"])
 
 
@@ -237,9 +237,9 @@ def test_an_unknown_optimizer_does_not_hide_other_errors():
         load_config(CONFIG, ["--optimizer=mars_n", "--steps=0", "--batch_size=1e999", "--seed=99999999999999999999"])
     text = str(caught.value)
     assert 'optimizer="mars_n": unknown; nearest: mars_m' in text
-    assert "steps=0: must be a whole number of at least 1" in text
+    assert "steps=0: must be a whole number from 1 to 2,147,483,648" in text
     assert "batch_size=1e999: expected a whole number" in text
-    assert "seed=99999999999999999999: must be a whole number in [0, 4.61169e+18]" in text
+    assert "seed=99999999999999999999: must be a whole number from 0 to 4,611,686,018,427,387,903" in text
 
 
 def test_a_warm_up_longer_than_the_run_is_an_error():

@@ -296,7 +296,7 @@ def test_values_of_a_wrong_type_in_a_config_file_are_named(tmp_path):
     text = CONFIG.read_text().replace("batch_size=12", 'batch_size="12"').replace("warmup=3", "warmup=0.5")
     (tmp_path / "wrong.py").write_text(text)
     message = stops([str(tmp_path / "wrong.py")])
-    assert "config: batch_size='12': must be a whole number of at least 1 or none" in message
+    assert "config: batch_size='12': must be a whole number from 1 to 16,777,216 or none" in message
     assert "config: schedule.warmup=0.5: must be a whole number of at least 0" in message
     (tmp_path / "wrong.py").write_text(CONFIG.read_text().replace("AdamWConfig(lr=1e-2)", "AdamWConfig"))
     assert "optimizers['adamw'] must be the settings of an optimizer" in stops([str(tmp_path / "wrong.py")])
