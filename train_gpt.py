@@ -29,7 +29,7 @@ from model import GPT
 from optimizers import build_optimizer
 from optimizers.state import load_named_state, named_state, state_problem
 from runtime import compute, console
-from runtime.checkpoint import Checkpointer, CheckpointError
+from runtime.checkpoint import Checkpointer, CheckpointError, branch
 from runtime.clipping import GradientClipper, NonFiniteError
 from runtime.command import Parser, join_values, one_line
 from runtime.distributed import StopRequest, World, start_world
@@ -45,7 +45,7 @@ from runtime.schedule import set_rates
 class Trainer:
     """The parts of one run, built from its config and from the checkpoint it continues, if there is one."""
 
-    def __init__(self, run: RunConfig, world: World, fresh: bool) -> None:
+    def __init__(self, run: RunConfig, world: World, fresh: bool, accept_changes: bool = False) -> None:
         self.run, self.world, self.steps = run, world, run.total_steps
         per_process = run.per_process(world.size)  # raises ValueError for a batch that does not divide
         dataset = open_dataset(run.data.path, run.model.vocab_size)
@@ -72,9 +72,11 @@ class Trainer:
 
         self.folder = Path(run.log.folder) / run.name
         settings = to_dict(run) | {"dataset": dataset.fingerprint()}
-        comparison = Comparison(changeable_keys(), default_values(run))
+        comparison = Comparison(changeable_keys(run, accept_changes), default_values(run))
         open_run_folder(self.folder, settings, comparison, environment(world.device, world.size), fresh, world)
         self.checkpoints = Checkpointer(self.folder / "checkpoints", run.checkpoint, world)
+        if run.branch_from:
+            branch(run.branch_from, self.folder, world)
         # val_loss is None until the present step has been evaluated
         self.step, self.val_loss, self.best_val_loss, train_seconds = self.restore()
         self.logged_step = self.saved_step = self.step
@@ -116,6 +118,10 @@ class Trainer:
     def restore(self) -> tuple[int, float | None, float | None, float]:
         """Load the newest good checkpoint; returns its step, its and the best validation loss, and training seconds."""
         found = self.checkpoints.latest()
+        if found is None and self.run.init_from:
+            from eval.checkpoint import load_weights  # only such a run needs the readers of other formats
+
+            add_facts(self.folder, dict(init_sha256=load_weights(self.model, self.run.init_from)), self.world)
         if found is None:
             return 0, None, None, 0.0
         self.model.load_state_dict(found.model())
@@ -299,9 +305,9 @@ def train(t: Trainer) -> None:
         t.log.say(f"stopped at step {t.step} of {t.steps}; the same command continues the run")
 
 
-def train_run(run: RunConfig, world: World, fresh: bool) -> None:
+def train_run(run: RunConfig, world: World, fresh: bool, accept_changes: bool) -> None:
     """Build the parts, train, and say how it ended."""
-    t = Trainer(run, world, fresh)
+    t = Trainer(run, world, fresh, accept_changes)
     console.introduce(t)
     try:
         with compute.collector_paused():
@@ -321,6 +327,7 @@ def arguments() -> Parser:
     parser.add_argument("config", nargs="*", help="a config file, for example config/quickstart.py")
     parser.add_argument("--help", "-h", action="store_true", help="list every key of CONFIG with its value")
     parser.add_argument("--fresh", action="store_true", help="start over; the old run folder is renamed and kept")
+    parser.add_argument("--accept_changes", action="store_true", help="resume even if settings differ; not the model's")
     parser.add_argument("--as_published", action="store_true", help="set what the official runs of the papers did")
     parser.add_argument("--preflight", action="store_true", help="report memory, disk, data, time, network, and stop")
     parser.add_argument("--verify", action="store_true", help="with --preflight: hash every shard, too")
@@ -349,7 +356,7 @@ def main(argv: list[str] | None = None) -> None:
                 preflight(run, world, args.verify, args.tokens_per_s)
                 return
             with run_lock(Path(run.log.folder) / run.name, world):
-                train_run(run, world, args.fresh)
+                train_run(run, world, args.fresh, args.accept_changes)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def run_name(config: RunConfig, changes: dict[str, Any], as_published: bool) -> 
     dataset = Path(config.data.path).name
     parts = [config.size, config.optimizer, dataset, short_count(config.total_steps * config.tokens_per_step)]
     parts += ["published"] if as_published else []
-    already_named = {"steps", "tokens", "data.path", *changeable_keys()}
+    already_named = {"steps", "tokens", "data.path", *changeable_keys(RunConfig())}
     for key, value in changes.items():
         if key not in already_named and value is not None:
             text = "x".join(map(_text, value)) if isinstance(value, tuple) else _text(value)

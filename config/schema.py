@@ -31,6 +31,10 @@ class RunConfig:
     size: str = option("", "name of the model size; empty: the name of the config file", on_resume="free")
     name: str = option("", "run folder; empty: size, optimizer, dataset, budget and overrides", on_resume="free")
     optimizer: str = option("mars_m", "which optimizer to use")
+    init_from: str = option(
+        "", "start with the weights of a run, a checkpoint, a Hugging Face folder, a .pt file, gpt2, ... gpt2-xl"
+    )
+    branch_from: str = option("", "RUN@STEP: start from this checkpoint, with optimizer state and position in the data")
     seed: int = option(1, "random seed for initial weights, data order and dropout", least=0, most=2**62 - 1)
 
     batch_size: int | None = option(480, "sequences per step, over all processes", least=1, most=2**24)
@@ -135,9 +139,18 @@ def value_of(config: RunConfig, key: str) -> Any:
     return getattr(getattr(config, section) if section else config, last)
 
 
-def changeable_keys() -> set[str]:
-    """Dotted keys that may change when a run is resumed."""
-    return {key for key, (_, declared) in all_keys(RunConfig()).items() if declared.free_on_resume}
+def changeable_keys(run: RunConfig, accept_changes: bool = False) -> set[str]:
+    """Dotted keys that may change when a run is resumed.
+
+    The budget may change if the schedule can go on: a constant one, and wsd, whose decay moves to the new end.
+    accept_changes: every key may change, except those of the model.
+    """
+    keys = all_keys(run)
+    if accept_changes:
+        return {key for key in keys if not key.startswith("model.")}
+    goes_on = run.schedule.shape in ("constant", "wsd") and not run.moves
+    budget = {"steps", "tokens"} if goes_on else set()
+    return budget | {key for key, (_, declared) in keys.items() if declared.free_on_resume}
 
 
 def default_values(config: RunConfig) -> dict[str, Any]:

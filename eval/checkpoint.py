@@ -74,22 +74,49 @@ def open_trained(
     tokenizer: "byte" or "gpt2" replaces the source's own. The model's vocabulary is cut to the tokenizer's ids.
     Raises ValueError, in one line, for a damaged file, another architecture or a tokenizer that does not fit.
     """
-    released = None if Path(path).exists() else RELEASED.fullmatch(str(path))
-    path = from_hub(released[2]) if released else Path(path)
-    if path.is_file():
-        source = _read_pt(path)
-    elif settings := _hugging_face_settings(path):
-        source = _read_hugging_face(path, settings)
-    else:
-        source = _read_checkpoint(path)
+    source = read_source(path)
     named = tokenizer or source.tokenizer or name_by_size(source.config.vocab_size)
     chosen = FolderTokenizer(named) if isinstance(named, Path) else get_tokenizer(named, ranks)
     size, padded_size = chosen.vocab_size, source.config.vocab_size
     if not size <= padded_size < size + PADDING:
         raise ValueError(f"{path}: tokenizer {chosen.name}, {size} ids, does not fit vocab_size={padded_size}")
     model = build(replace(source.config, vocab_size=size), source.tensors, str(path), device)
-    name = released[2] if released else source.name
-    return Trained(name, source.path, source.kind, model, chosen, source.sha256, source.state)
+    return Trained(source.name, source.path, source.kind, model, chosen, source.sha256, source.state)
+
+
+def read_source(path: str | Path) -> Source:
+    """The weights and settings of any kind of checkpoint that `open_trained` accepts. Raises ValueError as it does."""
+    released = None if Path(path).exists() else RELEASED.fullmatch(str(path))
+    path = from_hub(released[2]) if released else Path(path).expanduser()
+    if path.is_file():
+        return _read_pt(path)
+    if settings := _hugging_face_settings(path):
+        source = _read_hugging_face(path, settings)
+        return replace(source, name=released[2]) if released else source
+    return _read_checkpoint(path)
+
+
+def load_weights(model: GPT, path: str) -> str:
+    """Copy the weights of another checkpoint into a model; returns the sha256 of the file that holds them.
+
+    The context may be shorter than the checkpoint's: the first positions are used. The vocabulary may lack padding.
+    Raises ValueError, naming setting and values, if the models differ otherwise.
+    """
+    source = read_source(path)
+    theirs, ours = source.config, model.config
+    keys = ("n_layer", "n_head", "n_embd", "bias", "gelu", "scale_attn_by_inverse_layer_idx")
+    pairs = {key: (getattr(theirs, key), getattr(ours, key)) for key in keys}
+    lines = [f"{key}={a} there, {b} here" for key, (a, b) in pairs.items() if a != b]
+    if theirs.block_size < ours.block_size:
+        lines.append(f"block_size={theirs.block_size} there, {ours.block_size} here: it can only be shortened")
+    if not ours.vocab_size <= theirs.vocab_size < ours.vocab_size + PADDING:
+        lines.append(f"vocab_size={theirs.vocab_size} there, {ours.vocab_size} here")
+    if lines:
+        raise ValueError(f"init_from={path}: another model ({'; '.join(lines)})")
+    found = build(replace(theirs, vocab_size=ours.vocab_size), source.tensors, path, torch.device("cpu")).state_dict()
+    found["transformer.wpe.weight"] = found["transformer.wpe.weight"][: ours.block_size]
+    model.load_state_dict(found)
+    return source.sha256
 
 
 def name_by_size(vocab_size: int) -> str:

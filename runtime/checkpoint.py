@@ -241,6 +241,30 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return found
 
 
+def branch(source: str, run_folder: Path, world: World) -> None:
+    """Copy the checkpoint "RUN@STEP" and the metrics up to it into a run folder that has no checkpoint yet.
+
+    Raises CheckpointError on every rank if there is no such checkpoint, or it is damaged.
+    """
+    path, _, step = source.rpartition("@")
+    problem = None
+    if world.is_main and not any(run_folder.glob("checkpoints/step_*")):
+        origin = Path(path).expanduser() / "checkpoints" / f"step_{int(step) if step.isdigit() else 0:07d}"
+        final = run_folder / "checkpoints" / origin.name
+        if not path or not origin.is_dir():
+            problem = f"branch_from={source}: no checkpoint {origin}; give RUN@STEP with a step that RUN has kept"
+        elif reason := damage(origin):
+            problem = f"branch_from={source}: {origin} is damaged ({reason})"
+        else:
+            temporary = final.with_name(f"tmp-{final.name}")
+            shutil.copytree(origin, temporary, dirs_exist_ok=True)
+            if (Path(path) / "metrics.jsonl").exists():  # the logger drops the records after this step
+                shutil.copy(Path(path) / "metrics.jsonl", run_folder)
+            temporary.rename(final)
+    if problem := world.from_main(problem):
+        raise CheckpointError(problem)
+
+
 def damage(folder: Path) -> str | None:
     """The damage of a checkpoint folder, or None: state.json must be readable and every hash must match."""
     state = _read_state(folder)

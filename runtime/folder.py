@@ -75,11 +75,16 @@ def _open(path: Path, config: dict, comparison: Comparison, environment: dict, f
             before = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         except ValueError:
             return f"{path / CONFIG} is not readable; repair it, or start over with --fresh"
-        if changed := differences(before, config, comparison):
+        changed = differences(before, config, comparison.defaults)
+        allowed = {key: changed.pop(key) for key in changed.keys() & comparison.may_change}
+        for key, (old, new) in sorted(allowed.items()):
+            print(f"note: {key}: {old} -> {new}")
+        if changed:
             lines = "\n".join(f"  {key}: {old} -> {new}" for key, (old, new) in changed.items())
             return (
                 f"{path} contains a run with another configuration (old -> new):\n{lines}\n"
-                "give the old values to continue it, another --name for a new run, or --fresh to start over"
+                "give the old values to continue it, another --name for a new run, or --fresh to start over; "
+                "--accept_changes continues it with the new values"
             )
     elif any(path.glob("checkpoints/step_*")):
         return f"{path} has checkpoints and no {CONFIG}; restore it (state.json has it), or start over with --fresh"
@@ -95,15 +100,14 @@ def add_facts(path: Path, facts: dict, world: World) -> None:
         write_json(path / ENVIRONMENT, json.loads((path / ENVIRONMENT).read_text(encoding="utf-8")) | facts)
 
 
-def differences(before: dict, now: dict, comparison: Comparison) -> dict[str, tuple]:
-    """Dotted keys whose values differ, as key: (before, now), without those that may change.
+def differences(before: dict, now: dict, defaults: dict[str, Any]) -> dict[str, tuple]:
+    """Dotted keys whose values differ, as key: (before, now).
 
     A key that did not exist when the run started had its default value. A key that no longer exists is ignored.
     """
-    before, now, defaults = json.loads(json.dumps([_flat(before), _flat(now), comparison.defaults]))
+    before, now, defaults = json.loads(json.dumps([_flat(before), _flat(now), defaults]))
     before = defaults | before
-    changed = (key for key in sorted(now) if before.get(key) != now[key])
-    return {key: (before.get(key), now[key]) for key in changed if key not in comparison.may_change}
+    return {key: (before.get(key), now[key]) for key in sorted(now) if before.get(key) != now[key]}
 
 
 def _flat(nested: dict, prefix: str = "") -> dict:

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train_gpt
 from config.load import ConfigError, describe_keys, load_config
-from config.schema import changeable_keys
+from config.schema import RunConfig, changeable_keys
 from model import GPT, GPTConfig
 from runtime.compute import (
     BACKENDS,
@@ -53,7 +53,7 @@ def tokens(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_settings_have_short_names_and_are_checked():
     keys = {f"compute.{name}" for name in ComputeConfig.__dataclass_fields__}
-    assert keys <= changeable_keys()
+    assert keys <= changeable_keys(RunConfig())
     described = describe_keys(load_config(CONFIG))
     assert all(re.search(rf"--{key}=\S+  \S", described) for key in keys)
     assert load_config(CONFIG, ["--attention=cudnn"]).compute.attention == "cudnn"

@@ -20,7 +20,7 @@ ALLOWED = {  # a name allows itself and everything in it
         "optimizers",
         *(f"runtime.{m}" for m in ("checkpoint", "compute", "logger", "schedule")),
     },
-    "train_gpt": {"model", "data", "optimizers", "runtime", "config"},
+    "train_gpt": {"model", "data", "optimizers", "runtime", "config", "eval.checkpoint"},
     "eval": {"model", "data", "optimizers", "runtime", "config"},
     "bench": {"model", "data", "optimizers", "runtime", "config", "eval", "train_gpt"},
     "scripts": {"model", "eval", "runtime", "config"},

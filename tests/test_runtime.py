@@ -192,16 +192,16 @@ def test_a_read_only_parent_is_named(tmp_path):
         open_run_folder(tmp_path / "r", {}, Comparison(set(), {}), {}, False, ALONE)
 
 
-def test_differences_skip_keys_that_may_change():
+def test_differences_name_every_changed_key():
     before, now = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 5, "d": 4, "e": 6}}
-    assert differences(before, now, Comparison({"b.d"}, {})) == {"b.c": (2, 5), "b.e": (None, 6)}
+    assert differences(before, now, {}) == {"b.c": (2, 5), "b.d": (3, 4), "b.e": (None, 6)}
 
 
 def test_new_settings_had_their_defaults_and_removed_settings_are_ignored():
     before, now = {"a": 1, "removed": 7}, {"a": 1, "new": 0.2, "b": {"new": [0.9, 0.95]}}
     defaults = {"new": 0.2, "b.new": (0.9, 0.95)}
-    assert differences(before, now, Comparison(set(), defaults)) == {}
-    assert differences(before, now | {"new": 0.3}, Comparison(set(), defaults)) == {"new": (0.2, 0.3)}
+    assert differences(before, now, defaults) == {}
+    assert differences(before, now | {"new": 0.3}, defaults) == {"new": (0.2, 0.3)}
 
 
 def test_fresh_renames_every_earlier_run(tmp_path):

@@ -1,0 +1,150 @@
+"""Runs that go on after their end, branch from a checkpoint of another run, or start with other weights."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import CONFIG, make_dataset
+from safetensors.torch import load_file
+
+import train_gpt
+from model import GPT
+
+
+def train(dataset, folder, name, *words):
+    """A run of the tiny model; returns its folder."""
+    train_gpt.main([str(CONFIG), f"--data.path={dataset}", f"--log.folder={folder}", f"--name={name}", *words])
+    return folder / name
+
+
+def weights(run, step):
+    return load_file(run / f"checkpoints/step_{step:07d}/model.safetensors")
+
+
+def assert_equal_weights(one, two):
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def losses(run):
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {r["step"]: r["loss"] for r in records if "loss" in r}
+
+
+def message(dataset, folder, name, *words):
+    with pytest.raises(SystemExit) as stopped:
+        train(dataset, folder, name, *words)
+    return str(stopped.value)
+
+
+WSD = ("--schedule.shape=wsd", "--wsd_decay=0.25", "--schedule.min_lr_ratio=0", "--schedule.min_lr=none")
+
+
+def test_branches_of_one_wsd_run_equal_straight_runs_of_their_budgets(dataset, tmp_path):
+    trunk = train(dataset, tmp_path, "trunk", *WSD, "--steps=16", "--checkpoint.keep=9")
+    for step, budget in ((4, 8), (8, 12)):
+        branch = train(dataset, tmp_path, f"branch{budget}", *WSD, f"--steps={budget}", f"--branch_from={trunk}@{step}")
+        straight = train(dataset, tmp_path, f"straight{budget}", *WSD, f"--steps={budget}")
+        assert_equal_weights(weights(branch, budget), weights(straight, budget))
+        assert losses(branch) == losses(straight)
+
+
+def test_a_constant_run_continues_to_a_larger_budget_as_if_it_had_it_from_the_start(dataset, tmp_path, capsys):
+    constant = ("--schedule.shape=constant",)
+    train(dataset, tmp_path, "run", *constant, "--steps=8")
+    longer = train(dataset, tmp_path, "run", *constant, "--steps=12")
+    assert "note: steps: 8 -> 12" in capsys.readouterr().out
+    straight = train(dataset, tmp_path, "straight", *constant, "--steps=12")
+    assert_equal_weights(weights(longer, 12), weights(straight, 12))
+    assert losses(longer) == losses(straight)
+
+
+def test_a_cosine_run_gets_another_budget_only_if_changes_are_accepted(dataset, tmp_path):
+    train(dataset, tmp_path, "run", "--steps=8")
+    assert "steps: 8 -> 12" in message(dataset, tmp_path, "run", "--steps=12")
+    assert 12 in losses(train(dataset, tmp_path, "run", "--steps=12", "--accept_changes"))
+    assert "model.n_layer" in message(dataset, tmp_path, "run", "--steps=12", "--n_layer=1", "--accept_changes")
+
+
+@pytest.mark.parametrize("source", ["nothing", "nothing@4", "{run}@5", "{run}"])
+def test_a_branch_from_nothing_is_one_line(dataset, tmp_path, source):
+    run = train(dataset, tmp_path, "run", "--steps=4")
+    text = message(dataset, tmp_path, "branch", f"--branch_from={source.format(run=run)}")
+    assert "branch_from=" in text
+    assert "give RUN@STEP with a step that RUN has kept" in text
+
+
+def test_a_run_starts_with_the_weights_of_another(dataset, tmp_path):
+    first = train(dataset, tmp_path, "first")
+    second = train(
+        dataset, tmp_path, "second", f"--init_from={first}", "--lr=0", "--schedule.min_lr=0", "--steps=1", "--warmup=0"
+    )
+    one, two = weights(first, 12), weights(second, 1)
+    for name in one:  # the table has padding after the 60 tokens, which is never used
+        assert torch.equal(one[name][:60], two[name][:60])
+    saved = json.loads((first / "checkpoints/step_0000012/state.json").read_text())["sha256"]["model.safetensors"]
+    assert json.loads((second / "environment.json").read_text())["init_sha256"] == saved
+    assert json.loads((second / "config.json").read_text())["init_from"] == str(first)
+
+
+def test_an_interrupted_run_with_other_first_weights_continues(dataset, tmp_path):
+    first = train(dataset, tmp_path, "first")
+    words = (f"--init_from={first}", "--seed=5")
+    straight, stopped = train(dataset, tmp_path, "a", *words), train(dataset, tmp_path, "b", *words)
+    shutil.rmtree(stopped / "checkpoints/step_0000012")
+    shutil.rmtree(first)  # a resumed run does not need the source any more
+    train(dataset, tmp_path, "b", *words)
+    assert_equal_weights(weights(straight, 12), weights(stopped, 12))
+
+
+def test_the_context_may_be_shorter_and_every_other_difference_is_named(dataset, tmp_path):
+    first = train(dataset, tmp_path, "first")
+    short = train(
+        dataset,
+        tmp_path,
+        "short",
+        f"--init_from={first}",
+        "--block_size=8",
+        "--lr=0",
+        "--schedule.min_lr=0",
+        "--steps=1",
+        "--warmup=0",
+    )
+    one, two = weights(first, 12), weights(short, 1)
+    assert torch.equal(one["transformer.wpe.weight"][:8], two["transformer.wpe.weight"])
+    text = message(dataset, tmp_path, "other", f"--init_from={first}", "--n_layer=1", "--bias", "--block_size=32")
+    for part in ("n_layer=2 there, 1 here", "bias=False there, True here", "block_size=16 there, 32 here"):
+        assert part in text
+    assert "missing" in message(dataset, tmp_path, "none", "--init_from=missing")
+
+
+def test_a_file_of_nanogpt_starts_a_run(dataset, tmp_path):
+    torch.manual_seed(3)
+    from config.load import load_config
+
+    shape = load_config(CONFIG, ["--bias", "--gelu=exact"]).model
+    model = GPT(shape)
+    args = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=60, bias=True)
+    content = {
+        name: tensor[:60] if name.endswith("wte.weight") else tensor for name, tensor in model.state_dict().items()
+    }
+    torch.save({"model": content, "model_args": args, "iter_num": 7}, tmp_path / "ckpt.pt")
+    words = (
+        f"--init_from={tmp_path / 'ckpt.pt'}",
+        "--lr=0",
+        "--schedule.min_lr=0",
+        "--steps=1",
+        "--warmup=0",
+        "--bias",
+        "--gelu=exact",
+    )
+    run = train(dataset, tmp_path, "run", *words)
+    found = weights(run, 1)
+    assert all(torch.equal(found[name][: len(tensor)], tensor) for name, tensor in content.items())
+
+
+def test_weights_move_to_another_dataset(dataset, tmp_path):
+    first = train(dataset, tmp_path, "first")
+    other = make_dataset(tmp_path / "other", tokens=9000)
+    assert losses(train(other, tmp_path, "second", f"--init_from={first}"))[1] < losses(first)[1]
