@@ -206,10 +206,13 @@ def _read_file(path: Path) -> tuple[RunConfig, dict[str, Settings]]:
     if not path.is_file() or path.suffix != ".py":
         shipped = sorted(p for p in Path(__file__).parent.glob("*.py") if b"\nconfig = " in p.read_bytes())
         raise ConfigError([f"{path}: no such config file; there are: {', '.join(map(str, shipped))}"])
+    sys.path.append(str(path.parent.resolve()))  # a config file may import its neighbours
     try:
         module = runpy.run_path(str(path))
     except (Exception, SystemExit) as error:
         raise ConfigError([f"{path}: {type(error).__name__}: {error}"]) from None
+    finally:
+        sys.path.pop()
     config, optimizers = module.get("config"), module.get("optimizers", {})
     if not isinstance(config, RunConfig) or not isinstance(optimizers, dict):
         raise ConfigError([f"{path}: must define `config`, a RunConfig, and may define `optimizers`, a dict"])

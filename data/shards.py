@@ -70,6 +70,12 @@ def read_shard_header(path: Path) -> Shard:
             raise DataError(f"{problem}; the file is truncated or overwritten, prepare or fetch it again")
         return Shard(path, HEADER_BYTES, int(header[2]))
     if path.name in ("train.bin", "val.bin") and size and size % 2 == 0:  # nanoGPT: tokens without a header
+        start = np.fromfile(path, dtype="<u2", count=1 << 16)
+        if len(start) >= 64 and start.any() and not start[1::2].any():  # every second number of wider integers is 0
+            raise DataError(
+                f"{path}: holds wider integers than uint16; write it again: "
+                f"np.fromfile('{path}', dtype=...).astype(np.uint16).tofile('{path}')"
+            )
         return Shard(path, 0, size // 2)
     found = int(header[0]) if len(header) else "nothing"
     raise DataError(f"{path}: not a token shard (magic {found}, expected {MAGIC})")

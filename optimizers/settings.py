@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
@@ -80,4 +81,5 @@ class Settings:
     @classmethod
     def of(cls, group: dict[str, Any]) -> "Settings":
         """The settings that a parameter group holds."""
-        return cls(**{key: group[key] for key, (_, o) in options_of(cls).items() if not o.run_only})
+        values = {key: group[key] for key, (_, o) in options_of(cls).items() if not o.run_only}
+        return cls(**{key: v.item() if isinstance(v, Tensor) and v.dim() == 0 else v for key, v in values.items()})

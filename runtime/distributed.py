@@ -3,6 +3,7 @@
 Only this module reads the environment variables of torchrun.
 """
 
+import ctypes
 import os
 import re
 import signal
@@ -81,6 +82,7 @@ def start_world(device: str) -> Iterator[World]:
     if not launched:
         yield World(0, 1, torch_device)
         return
+    _stop_with_launcher()
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=torch_device if on_gpu else None)
     shut_down = True
     try:
@@ -95,6 +97,12 @@ def start_world(device: str) -> Iterator[World]:
     finally:
         if shut_down:
             dist.destroy_process_group()
+
+
+def _stop_with_launcher() -> None:
+    """Ask Linux for a SIGTERM when the parent process dies, so that a killed launcher leaves no processes behind."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
 
 
 def resolve_device(device: str, local_rank: int | None = None) -> torch.device:
@@ -168,14 +176,16 @@ class Exchange:
 
 
 class StopRequest:
-    """Lets SIGTERM, SIGINT or SIGUSR1 stop the run after its step and a save. A second signal ends it at once.
+    """Lets a signal stop the run after its step and a save. A second signal ends it at once.
+
+    SIGHUP comes when a terminal is closed or a connection is lost.
 
     A signal may reach only some ranks, at different steps. Every rank calls `agreed` once a step. It returns the
     result of the exchange that the previous step started, so all ranks stop at the same step and no step waits for
     the network. A signal that the process ignores, as under nohup, stays ignored.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self, world: World) -> None:
         self.world = world

@@ -4,6 +4,7 @@ metrics.jsonl is the reference. The trainer and the reports read no other record
 """
 
 import json
+import os
 import sys
 import time
 import uuid
@@ -27,8 +28,10 @@ class LogConfig:
 
     folder: str = option("runs", "folder in which run folders are created", on_resume="free")
     every: int = option(10, "steps between log lines", least=1, on_resume="free")
-    wandb: Literal["online", "offline", "off"] = option("off", "copy metrics to Weights & Biases", on_resume="free")
-    project: str = option("gpt2", "wandb project", on_resume="free")
+    wandb: Literal["online", "offline", "off", "disabled"] = option(
+        "off", "copy metrics to Weights & Biases; the variable WANDB_MODE replaces online and offline", on_resume="free"
+    )
+    project: str = option("gpt2", "wandb project; the variable WANDB_PROJECT replaces it", on_resume="free")
 
     def errors(self) -> list[str]:
         """Everything wrong with this config, one line each."""
@@ -103,12 +106,13 @@ class Wandb:
         path = folder / WANDB_ID
         if not path.exists():
             path.write_text(uuid.uuid4().hex[:12])
-        settings: dict[str, Any] = dict(project=config.project, name=name, id=path.read_text(), config=run)
+        project, mode = os.environ.get("WANDB_PROJECT", config.project), os.environ.get("WANDB_MODE", config.wandb)
+        settings: dict[str, Any] = dict(project=project, name=name, id=path.read_text(), config=run)
         settings |= dict(dir=str(folder), resume="allow")
         try:
-            self.run = wandb.init(**settings | dict(mode=config.wandb))
+            self.run = wandb.init(**settings | dict(mode=mode))
         except Exception as error:
-            print(f"wandb ({config.wandb}) did not start: {error}")
+            print(f"wandb ({mode}) did not start: {error}")
             self.run = wandb.init(**settings | dict(mode="offline"))
 
     def record(self, numbers: dict) -> None:
@@ -131,16 +135,20 @@ class RunLogger:
         self.backends: dict[str, Any] = {}
         if main:
             self._start(METRICS, MetricsFile, folder / METRICS, resume_step)
-        if main and config.wandb != "off":
+        if main and config.wandb not in ("off", "disabled"):
             self._start("wandb", Wandb, folder, config, run, name)
         show = main and sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=resume_step, unit="step", disable=not show)
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
-        if self.main:
+        if not self.main:
+            return
+        try:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
+        except OSError:  # the console is gone or full: from now on its output is dropped, and training continues
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     def record(self, numbers: dict, text: str) -> None:
         """Print `text` and hand a record, which includes "step", to the backends."""

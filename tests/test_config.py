@@ -232,6 +232,12 @@ def test_no_shipped_optimizer_ends_above_half_its_peak(path):
         load_config(path, ["--optim.lr=0.01", "--min_lr=0.1"])
 
 
+def test_a_config_file_may_import_its_neighbours(tmp_path):
+    (tmp_path / "neighbour_of_a_config.py").write_text("from tests.tiny_config import config, optimizers")
+    (tmp_path / "run.py").write_text("from neighbour_of_a_config import config, optimizers")
+    assert load_config(tmp_path / "run.py").optim.lr == 0.01
+
+
 def test_an_unknown_optimizer_does_not_hide_other_errors():
     with pytest.raises(ConfigError) as caught:
         load_config(CONFIG, ["--optimizer=mars_n", "--steps=0", "--batch_size=1e999", "--seed=99999999999999999999"])

@@ -43,6 +43,14 @@ def test_a_shard_has_the_common_header_and_can_be_read_back(tmp_path):
     assert np.array_equal(out, tokens[990:])
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.uint32, np.int64])
+def test_headerless_files_of_wider_integers_are_refused(tmp_path, dtype):
+    make_tokens(500).astype(dtype).tofile(tmp_path / "train.bin")
+    make_tokens(500).tofile(tmp_path / "val.bin")
+    with pytest.raises(DataError, match=r"train.bin: holds wider integers than uint16; write it again: .*astype"):
+        open_dataset(tmp_path, 60)
+
+
 def test_headerless_nanogpt_files_open(tmp_path):
     make_tokens(500).tofile(tmp_path / "train.bin")
     make_tokens(100).tofile(tmp_path / "val.bin")

@@ -65,6 +65,18 @@ def test_wandb_online_without_a_network_falls_back_to_offline(tmp_path, monkeypa
     assert "wandb (online) did not start: no route" in capsys.readouterr().out
 
 
+def test_wandb_follows_its_own_environment_variables(tmp_path, monkeypatch):
+    given = {}
+    fake_wandb(monkeypatch, lambda **settings: given.update(settings) or types.SimpleNamespace(finish=lambda: None))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    logger(tmp_path, wandb="online", project="p").close()
+    assert (given["mode"], given["project"]) == ("offline", "mine")
+    given.clear()
+    logger(tmp_path, wandb="disabled").close()
+    assert not given
+
+
 def test_a_wandb_error_during_a_run_does_not_stop_it(tmp_path, monkeypatch, capsys):
     def log(numbers, step):
         raise OSError("backend gone")

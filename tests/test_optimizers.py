@@ -578,6 +578,30 @@ def test_compiled_rules_agree_and_new_rates_do_not_recompile(name, backend, monk
 
 
 @approximate
+def test_a_step_inside_a_function_that_the_user_compiles_computes_the_same(make):
+    plain, compiled = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
+    grads = gradients(plain, 3)
+    one, two = make(plain.values()), make(compiled.values())
+    step = torch.compile(lambda: two.step(), backend="eager")
+    for gradient in grads:
+        run(one, plain, [gradient])
+        for name, p in compiled.items():
+            p.grad = gradient[name].clone()
+        step()
+    for n in plain:
+        assert torch.equal(plain[n], compiled[n])
+
+
+def test_a_learning_rate_may_be_a_tensor():
+    one, two = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
+    grads = gradients(one, 2)
+    run(MARSM(one.values(), lr=0.125), one, grads)
+    run(MARSM(two.values(), lr=torch.tensor(0.125)), two, grads)
+    for n in one:
+        assert torch.equal(one[n], two[n])
+
+
+@approximate
 def test_code_that_the_compiler_gives_up_on_still_computes_the_same(make, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     plain, compiled = parameters(dtype=torch.float32), parameters(dtype=torch.float32)

@@ -701,7 +701,6 @@ def test_documents_that_are_not_text_are_skipped_named_and_counted(tmp_path, cap
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b'{"text": "a"}\n{"text"', "a.jsonl: line 2: not JSON"),
         (b'{"body": "a"}', 'line 1: no string "text" in it (it has: body); choose one with --column'),
         (b"\n", "the source holds no document that can be read"),
     ],
@@ -710,6 +709,22 @@ def test_bad_json_lines(tmp_path, content, message):
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "a.jsonl").write_bytes(content)
     assert message in stops(command("fineweb_edu", tmp_path / "source", tmp_path / "out"))
+
+
+def test_json_lines_without_text_are_skipped_and_a_byte_order_mark_is_no_text(tmp_path, capsys):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": null}\n{"text": "two"}\n{"text": "cut o')
+    (source / "b.txt").write_bytes(b"\xef\xbb\xbfthree")
+    prepare.main(command("fineweb_edu", source, tmp_path / "out", "--shard-tokens", "4"))
+    error = capsys.readouterr().err
+    assert "a.jsonl: line 2: no text" in error
+    assert "a.jsonl: line 4: not JSON" in error
+    dataset = open_dataset(tmp_path / "out", 257)
+    tokens = np.concatenate(
+        [np.fromfile(s.path, "<u2", offset=s.start) for x in ("val", "train") for s in dataset.splits[x]]
+    )
+    assert bytes(tokens[tokens < 256].astype(np.uint8)) == b"onetwothree"
 
 
 def test_a_compressed_file_that_was_cut_off(tmp_path):

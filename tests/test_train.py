@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIG, ROOT, VOCAB, finish, launch, make_dataset, make_tokens
+from conftest import CONFIG, ROOT, VOCAB, environment, finish, launch, make_dataset, make_tokens
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
@@ -220,7 +221,7 @@ def test_kills_at_random_moments_change_nothing(dataset, tmp_path, processes):
         assert (one / last / name).read_bytes() == (two / last / name).read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_signals_finish_the_step_save_and_exit_cleanly(dataset, tmp_path, number):
     arguments = [str(CONFIG), f"--data.path={dataset}", f"--log.folder={tmp_path}", "--name=run", "--steps=100000"]
     process = launch([*arguments, "--checkpoint.every=100000"])
@@ -243,6 +244,28 @@ def test_a_signal_to_one_rank_stops_all_ranks_at_one_step(dataset, tmp_path):
     assert output.count("the same command continues the run") == 1
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert checkpoint.name.startswith("step_")
+
+
+def test_processes_whose_launcher_was_killed_save_and_leave(dataset, tmp_path):
+    arguments = [str(CONFIG), f"--data.path={dataset}", f"--log.folder={tmp_path}", "--name=run", "--steps=100000"]
+    process = launch([*arguments, "--checkpoint.every=100000"], processes=2)
+    wait_for_metrics(tmp_path / "run", process)
+    process.kill()
+    output, _ = process.communicate(timeout=120)  # the pipe closes when the last process has left
+    assert "the same command continues the run" in output
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert max(series(tmp_path / "run")) == int(checkpoint.name[5:])
+
+
+@pytest.mark.parametrize("reader_leaves", [True, False])
+def test_a_console_that_goes_away_or_is_full_does_not_stop_a_run(dataset, tmp_path, reader_leaves):
+    command = f"{sys.executable} train_gpt.py {CONFIG} --data.path={dataset} --log.folder={tmp_path} --name=run"
+    command += " | head -n 3" if reader_leaves else " > /dev/full"
+    environ = environment() | {"PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=ROOT, env=environ, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert len(series(tmp_path / "run")) == 12
+    assert (tmp_path / "run" / FINAL).exists()
 
 
 def wait_for_metrics(folder: Path, process: subprocess.Popen):

@@ -20,6 +20,7 @@ from data.shards import DataError
 
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 TEXT = (".txt", ".txt.gz", ".txt.zst")
+BOM = b"\xef\xbb\xbf"  # a byte-order mark, which some editors write at the start of a file
 SUFFIXES = (".parquet", *LINES, *TEXT)
 
 
@@ -155,14 +156,18 @@ def decode_lines(title: str, column: str, first: int, lines: Sequence[bytes]) ->
     """The documents of JSON lines. Line numbers start at 1 and leave out blank lines."""
     for number, line in enumerate(lines, first + 1):
         where = f"{title}: line {number}"
-        decoded = decode_utf8(line, where)
+        decoded = decode_utf8(line.removeprefix(BOM) if number == 1 else line, where)
         if isinstance(decoded, str):
             try:
                 record = json.loads(decoded)
-            except ValueError as error:
-                raise DataError(f"{where}: not JSON ({error})") from None
+            except ValueError:
+                yield Undecodable(f"{where}: not JSON")  # often the last line of an interrupted download
+                continue
             record = record if isinstance(record, dict) else {}
             value = record.get(column)
+            if value is None and column in record:
+                yield Undecodable(f"{where}: no text")
+                continue
             if not isinstance(value, str):
                 keys = ", ".join(record)
                 raise DataError(f'{where}: no string "{column}" in it (it has: {keys}); choose one with --column')
@@ -173,7 +178,7 @@ def decode_lines(title: str, column: str, first: int, lines: Sequence[bytes]) ->
 def decode_file(file: SourceFile) -> Documents:
     """A text file as one document."""
     with opened(file) as (content, _):
-        yield decode_utf8(content.read(), file.title)
+        yield decode_utf8(content.read().removeprefix(BOM), file.title)
 
 
 def decode_utf8(content: bytes, where: str) -> str | Undecodable:
