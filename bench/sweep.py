@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from bench.report import RESULTS, ROOT
 from config.load import load_config
-from config.plan import Plan, Scale
+from config.plan import Plan
 from config.schema import RunConfig
 from model import GPT
 from runtime.command import Parser, one_line
@@ -134,12 +134,14 @@ class Run:
 class Sweep:
     """A plan at one scale."""
 
+    root = "runs/sweeps"  # folder of the run folders
+
     def __init__(self, name: str, scale: str) -> None:
         self.name, self.plan, self.scale_name = Path(name).stem, load_plan(name), scale
         if scale not in self.plan.scales:
             raise ValueError(f"--scale={scale}: {name} has {', '.join(self.plan.scales)}")
-        self.scale: Scale = self.plan.scales[scale]
-        self.folder = f"runs/sweeps/{self.name}-{scale}"
+        self.scale = self.plan.scales[scale]
+        self.folder = f"{self.root}/{self.name}-{scale}"
 
     def rates(self, arm: str) -> list[float]:
         return [float(f"{self.plan.arms[arm].lr[self.scale_name] * m:.3g}") for m in self.plan.multiples]
@@ -291,7 +293,7 @@ def overview() -> str:
         plan = load_plan(name)
         for scale in plan.scales:
             sweep = Sweep(name, scale)
-            done, hours = len(rows_of(sweep)), f"{sweep.gpu_hours():,.0f}" if scale == "paper" else ""
+            done, hours = len(rows_of(sweep)), f"{sweep.gpu_hours():,.0f}" if scale.startswith("paper") else ""
             state = f"{done} of {len(plan.arms)} arms" if done else "no"
             cells = (f"{name}, {scale}", plan.source, plan.question, str(sweep.count()), hours, state)
             lines.append(f"| {' | '.join(cells)} |")

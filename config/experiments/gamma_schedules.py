@@ -1,0 +1,21 @@
+"""A gamma that changes over the run, for MARS-AdamW."""
+
+from config.experiments._scales import LAPTOP, PAPER_SMALL
+from config.plan import Arm, Plan
+
+
+def mars(first: float, last: float | None = None) -> Arm:
+    moving = "" if last is None else f" --gamma_end={last:g}"
+    return Arm(f"--optimizer=mars --gamma={first:g}{moving}", dict(laptop=2e-2, paper=6e-3), lr_1d=0.5)
+
+
+plan = Plan(
+    question="Does MARS-AdamW gain from a gamma that rises or falls over the run?",
+    source="MARS paper, table 1 (appendix B.3), with gamma 0, 0.01 and 0.1 added",
+    arms={
+        **{f"gamma {g:g}": mars(g) for g in (0.0, 0.01, 0.025, 0.05, 0.1)},
+        **{f"gamma {a:g} to {b:g}": mars(a, b) for a, b in ((0.025, 0.05), (0.1, 0.0), (0.0, 0.1), (0.0, 0.2))},
+    },
+    reference="gamma 0.025",
+    scales=dict(laptop=LAPTOP, paper=PAPER_SMALL),
+)

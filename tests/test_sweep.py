@@ -1,0 +1,84 @@
+"""Sweeps: the plans can run, every arm gets equal tries, and the report compares seed by seed."""
+
+import json
+import math
+from itertools import pairwise
+
+import pytest
+from conftest import CONFIG
+
+from bench import sweep
+from bench.sweep import Sweep, interval, load_plan, plan_names, rows_of
+from config.load import load_config
+
+SCALES = [(name, scale) for name in plan_names() for scale in load_plan(name).scales]
+
+
+@pytest.mark.parametrize("name, scale", SCALES)
+def test_every_run_of_every_plan_has_a_valid_configuration(name, scale):
+    plan = Sweep(name, scale)
+    for arm in plan.plan.arms:
+        rates = [run.config.optim.lr for run in plan.tuning(arm)]
+        assert rates == plan.rates(arm)
+        assert all(b / a <= 2.001 for a, b in pairwise(rates))
+
+
+def test_muon_and_mars_m_at_gamma_0_05_are_both_in_the_plan_of_gamma():
+    arms = load_plan("gamma").arms
+    assert arms["MARS-M gamma 0.05"].options == "--optimizer=mars_m --clip_c=false --gamma=0.05"
+    assert {"Muon", "Muon without Nesterov", "MARS-M gamma 0"} <= arms.keys()
+
+
+def test_the_interval_of_paired_differences():
+    # mean 0.2, standard deviation 0.1, t = 4.303 for two degrees of freedom
+    assert interval([0.1, 0.2, 0.3]) == pytest.approx(4.303 * 0.1 / math.sqrt(3))
+    assert math.isnan(interval([0.1]))
+
+
+@pytest.fixture
+def plan(dataset, tmp_path, monkeypatch):
+    """A plan of two arms with the tiny model; its runs are in the temporary folder."""
+    path = tmp_path / "small.py"
+    path.write_text(
+        f"""
+from config.plan import Arm, Plan, Scale
+scale = Scale("{CONFIG}", "--data.path={dataset} --schedule.min_lr_ratio=0.1 --schedule.min_lr=none", seeds=(1, 2, 3))
+plan = Plan("Which is better?", "nothing", dict(AdamW=Arm("--optimizer=adamw", dict(laptop=0.01)),
+    Muon=Arm("--optimizer=muon", dict(laptop=0.02), gamma=0.05)), "AdamW", dict(laptop=scale), (1.0, 2.0))
+"""
+    )
+    monkeypatch.setattr(Sweep, "root", str(tmp_path / "sweeps"))
+    return str(path)
+
+
+def test_a_sweep_tries_reports_and_continues(plan, tmp_path, capsys):
+    sweep.main([plan, "--folder", str(tmp_path / "results"), "--workers", "2"])
+    text = (tmp_path / "results/sweep_small_laptop.md").read_text()
+    assert "difference to AdamW" in text
+    assert (tmp_path / "results/sweep_small_laptop.png").stat().st_size > 10_000
+    rows = {row["arm"]: row for row in json.loads((tmp_path / "results/sweep_small_laptop.json").read_text())["rows"]}
+    assert rows.keys() == {"AdamW", "Muon"}
+    assert all(len(row["tried"]) == 2 and row["seeds"] == 2 for row in rows.values())
+    assert rows["AdamW"]["difference"] == 0
+    finals = {arm: [run.loss for run in Sweep(plan, "laptop").reported(arm)] for arm in rows}
+    pairs = [b - a for a, b in zip(finals["AdamW"], finals["Muon"], strict=True)]
+    assert rows["Muon"]["difference"] == pytest.approx(sum(pairs) / 2)
+    capsys.readouterr()
+    sweep.main([plan, "--commands"])
+    assert capsys.readouterr().out.strip() == ""  # nothing is left to do
+
+
+def test_the_commands_of_a_sweep_are_those_of_its_unfinished_runs(plan, capsys):
+    sweep.main([plan, "--commands"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4  # two arms at two learning rates; other seeds follow when the best rate is known
+    words = lines[0].split()
+    assert load_config(CONFIG, words[words.index(str(CONFIG)) + 1 :]).optim.lr == 0.01
+    assert rows_of(Sweep(plan, "laptop")) == []
+
+
+def test_an_unknown_plan_or_scale_is_one_line(plan):
+    for words, part in ((["nothing"], "no such plan; there are benchmark"), ([plan, "--scale=huge"], "has laptop")):
+        with pytest.raises(SystemExit) as stopped:
+            sweep.main(words)
+        assert part in str(stopped.value)
