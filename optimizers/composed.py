@@ -1,4 +1,4 @@
-"""The one optimizer: a gradient, raw or corrected, times a direction, for every algorithm in this folder."""
+"""The base of every algorithm in this folder: a gradient, raw or corrected, times a direction."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -88,7 +88,7 @@ class ComposedOptimizer(Optimizer):
         return self.rule(group, self._role(group, p))
 
     def role_of(self, p: Tensor) -> str:
-        """The role of a parameter whose group names none."""
+        """The role of a parameter whose group does not name a role."""
         return "matrix" if p.dim() >= 2 else "vector"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -169,13 +169,13 @@ class ComposedOptimizer(Optimizer):
         params = [p for g in self.param_groups for p in g["params"]]
         ids = [i for g in saved_groups for i in g["params"]]
         for number, (p, i) in enumerate(zip(params, ids, strict=True)):
-            mine, theirs = self.state.get(p, {}), state_dict["state"].get(i, {})
-            if bool(mine) != bool(theirs):
+            present, saved = self.state.get(p, {}), state_dict["state"].get(i, {})
+            if bool(present) != bool(saved):
                 raise ValueError("state_dict: its state is that of other parameters")
-            if mine.keys() != theirs.keys():
-                raise ValueError(f"state_dict: parameter {number} has {sorted(theirs)}, expected {sorted(mine)}")
-            for key, t in mine.items():
-                if t.shape != torch.as_tensor(theirs[key]).shape:
+            if present.keys() != saved.keys():
+                raise ValueError(f"state_dict: parameter {number} has {sorted(saved)}, expected {sorted(present)}")
+            for key, t in present.items():
+                if t.shape != torch.as_tensor(saved[key]).shape:
                     raise ValueError(f"state_dict: {key} of parameter {number} has another shape than {tuple(t.shape)}")
         for saved in saved_groups:
             if missing := sorted(self.settings().as_group().keys() - saved.keys()):
@@ -434,8 +434,11 @@ def _check_gradients(params: list[Tensor]) -> None:
 
 
 def _batches(params: list[Tensor]) -> list[list[Tensor]]:
-    """What is worked on together: on a GPU as many matrices as memory allows; on a CPU one by one, which is as fast,
-    needs less memory, and gives results that do not depend on which matrices a rank owns."""
+    """The matrices that are orthogonalized together.
+
+    On a GPU these are as many as memory allows. On a CPU each is alone, which is as fast and needs less memory; the
+    results then do not depend on which matrices a rank owns.
+    """
     if not params:
         return []
     count = max(1, BATCH // params[0].numel()) if params[0].device.type == "cuda" else 1

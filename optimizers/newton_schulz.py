@@ -11,7 +11,7 @@ from optimizers.directions import MatrixDirection, Momentum, MomentumNumbers, St
 # K. Jordan, "Muon" (2024): steepest at zero. Singular values end between about 0.7 and 1.2, not at 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 GRAM_FROM_ASPECT = 2  # matrices at least this many times wider than high iterate on their Gram matrix
-RESTART = 3  # steps after which the Gram matrix is computed afresh from the iterate
+RESTART = 3  # steps after which the Gram matrix is computed from the iterate again
 HALVES_FROM = 384  # rows from which a symmetric product is faster from three of its four quarters
 
 NSDtype = Literal["auto", "bfloat16", "float32"]

@@ -23,7 +23,7 @@ def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 def named_state(optimizer: Optimizer, model: nn.Module, rank: int = 0) -> dict[str, Tensor]:
-    """State as "parameter/key" that this rank is to write: what it owns, and on rank 0 what every rank holds."""
+    """The state that this rank writes, as "parameter/key": the state it owns, and on rank 0 the state of all ranks."""
     owner = optimizer.ownership.owner if hasattr(optimizer, "ownership") else {}
     out = {}
     for name, p in model.named_parameters():
@@ -47,22 +47,22 @@ def load_named_state(optimizer: Optimizer, model: nn.Module, saved: Mapping[str,
     for full in sorted(saved):
         name, _, key = full.rpartition("/")
         keys[name].append(key)
-    allocated = bool(optimizer.state)  # else torch's class allocates at its first step, and takes what there is
+    allocated = bool(optimizer.state)  # if not, a class of torch allocates at its first step and keeps what is loaded
     state = optimizer.state_dict()
     for i, p in enumerate(parameters_of(optimizer)):
-        name, mine = names[p], optimizer.state.get(p, {})
+        name, present = names[p], optimizer.state.get(p, {})
         if allocated and p not in optimizer.state:
-            continue  # another rank's
+            continue  # another rank owns this state
         found = {key.partition("#")[0]: key for key in keys[name]}
-        if allocated and found.keys() != mine.keys():
+        if allocated and found.keys() != present.keys():
             raise ValueError(
-                f"optimizer state of {name}: saved {sorted(found) or 'nothing'}, expected {sorted(mine)}; "
+                f"optimizer state of {name}: saved {sorted(found) or 'nothing'}, expected {sorted(present)}; "
                 "it belongs to another optimizer"
             )
         values = {key: _value(full, saved[f"{name}/{full}"]) for key, full in found.items()}
         for key, value in values.items():
-            if isinstance(mine.get(key), Tensor) and mine[key].shape != torch.as_tensor(value).shape:
-                shapes = f"shape {tuple(torch.as_tensor(value).shape)}, not {tuple(mine[key].shape)}"
+            if isinstance(present.get(key), Tensor) and present[key].shape != torch.as_tensor(value).shape:
+                shapes = f"shape {tuple(torch.as_tensor(value).shape)}, not {tuple(present[key].shape)}"
                 raise ValueError(f"optimizer state {name}/{key}: {shapes}; it belongs to another optimizer or model")
         if values:
             state["state"][i] = values
@@ -80,7 +80,10 @@ def _value(key: str, tensor: Tensor) -> Tensor | bool | int | float:
 
 
 def state_problem(optimizer: Optimizer, model: nn.Module) -> str | None:
-    """What of an optimizer's state a checkpoint cannot keep, or None. Called before the first step."""
+    """The part of an optimizer's state that a checkpoint cannot keep, in words; None if there is none.
+
+    Called before the first step, so that an unsuitable optimizer is refused before it has trained.
+    """
     names, known = {id(p): name for name, p in model.named_parameters()}, set(parameters_of(optimizer))
     samples = [(p, s) for p, s in optimizer.state.items()] or [(p, s) for p, _, s in _first_states(optimizer)]
     for p, state in samples:
@@ -97,7 +100,7 @@ def _is_plain_tensor(value: object) -> bool:
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of optimizer state in this process; of a class that allocates at its first step, what it will hold."""
+    """Bytes of optimizer state in this process, or the bytes that a class of torch will allocate at its first step."""
     if optimizer.state:
         tensors = [t for state in optimizer.state.values() for key, t in state.items() if key not in ("step", "count")]
         return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
@@ -110,8 +113,11 @@ def state_bytes(optimizer: Optimizer) -> int:
 
 
 def _first_states(optimizer: Optimizer) -> list[tuple[Tensor, int, dict[str, Any]]]:
-    """The state that a step creates, seen on copies: for the smallest parameter of each group and number of
-    dimensions that parameter, the elements of all like it, and its state."""
+    """The state that a first step creates, found by a step on copies of a few small parameters.
+
+    For each group and number of dimensions: the smallest parameter, the number of elements of all such parameters, and
+    the state of the smallest one.
+    """
     out = []
     for group in optimizer.param_groups:
         alike: dict[int, list[Tensor]] = defaultdict(list)
