@@ -31,6 +31,7 @@ class LogConfig:
     wandb: Literal["online", "offline", "off", "disabled"] = option(
         "off", "copy metrics to Weights & Biases; the variable WANDB_MODE replaces online and offline", on_resume="free"
     )
+    tensorboard: bool = option(False, "write TensorBoard event files into the run folder", on_resume="free")
     project: str = option("gpt2", "wandb project; the variable WANDB_PROJECT replaces it", on_resume="free")
 
     def errors(self) -> list[str]:
@@ -122,6 +123,25 @@ class Wandb:
         self.run.finish()
 
 
+class TensorBoard:
+    """A copy of the records as TensorBoard event files. Records after the step of a resume are purged."""
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ImportError("tensorboard is not installed (pip install tensorboard)") from None
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+
+    def record(self, numbers: dict) -> None:
+        for key in numbers.keys() - {"step"}:
+            self.writer.add_scalar(key, numbers[key], numbers["step"])
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
 class RunLogger:
     """Prints the lines of a run and hands its records to the backends. Only the main rank prints and records.
 
@@ -137,6 +157,8 @@ class RunLogger:
             self._start(METRICS, MetricsFile, folder / METRICS, resume_step)
         if main and config.wandb not in ("off", "disabled"):
             self._start("wandb", Wandb, folder, config, run, name)
+        if main and config.tensorboard:
+            self._start("tensorboard", TensorBoard, folder, resume_step)
         show = main and sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=resume_step, unit="step", disable=not show)
 

@@ -77,6 +77,36 @@ def test_wandb_follows_its_own_environment_variables(tmp_path, monkeypatch):
     assert not given
 
 
+def test_tensorboard_gets_every_number_and_purges_what_a_resume_repeats(tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            written.append((folder, purge_step))
+
+        def add_scalar(self, key, value, step):
+            written.append((key, value, step))
+
+        def flush(self):
+            pass
+
+        close = flush
+
+    module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    log = logger(tmp_path, resume_step=1, tensorboard=True)
+    log.record({"step": 2, "loss": 3.5, "lr": 0.1}, "")
+    log.close()
+    assert written[0] == (str(tmp_path / "tensorboard"), 2)
+    assert set(written[1:]) == {("loss", 3.5, 2), ("lr", 0.1, 2)}
+
+
+def test_a_run_without_tensorboard_installed_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    logger(tmp_path, tensorboard=True).close()
+    assert "tensorboard failed (tensorboard is not installed (pip install tensorboard))" in capsys.readouterr().out
+
+
 def test_a_wandb_error_during_a_run_does_not_stop_it(tmp_path, monkeypatch, capsys):
     def log(numbers, step):
         raise OSError("backend gone")
