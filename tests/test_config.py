@@ -16,7 +16,7 @@ from model import GPT
 from optimizers import OPTIMIZERS, build_optimizer
 from runtime.schedule import learning_rate
 
-SHIPPED = sorted(p for p in (ROOT / "config").glob("*.py") if "config = RunConfig(" in p.read_text())
+SHIPPED = sorted(p for p in (ROOT / "config").glob("*.py") if "\nconfig = " in p.read_text())
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
@@ -24,7 +24,7 @@ def test_every_shipped_config_loads_and_names_its_runs(path):
     config = load_config(path)
     assert config.size == path.stem
     assert config.name.startswith(f"{path.stem}-{config.optimizer}-{Path(config.data.path).name}-")
-    assert config.per_process(1) == 480 or path.stem == "quickstart"
+    assert config.per_process(1) == 480 or not path.stem.startswith("gpt2_")
 
 
 @pytest.mark.parametrize("size", ["small", "medium", "large", "xl"])
@@ -227,7 +227,8 @@ def test_help_lists_every_key_with_its_meaning(optimizer):
 def test_no_shipped_optimizer_ends_above_half_its_peak(path):
     for name in OPTIMIZERS:
         run = load_config(path, [f"--optimizer={name}"])
-        assert learning_rate(run.schedule, run.total_steps, run.total_steps, run.optim.lr) <= 0.6 * run.optim.lr
+        last = learning_rate(run.schedule, run.total_steps, run.total_steps, run.optim.lr)
+        assert run.schedule.shape == "constant" or last <= 0.6 * run.optim.lr
     with pytest.raises(ConfigError, match=r"schedule.min_lr=0.1: is above optim.lr=0.01, the peak"):
         load_config(path, ["--optim.lr=0.01", "--min_lr=0.1"])
 

@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import CONFIG
 from safetensors.torch import load_file, save_file
 from small_runs import SHAPE, byte_dataset, byte_run, small_model
 from test_model import CASES, GOLDEN, golden_model
 
+import train_gpt
 from data.tokenizer import GPT2_PATTERN, ByteTokenizer, GPT2Tokenizer
 from eval import export
 from eval.checkpoint import open_trained
+from runtime.checkpoint import open_checkpoint
 
 transformers = pytest.importorskip("transformers")
 CPU = torch.device("cpu")
@@ -292,3 +295,23 @@ def test_a_byte_pair_tokenizer_is_exported(tmp_path):
     assert export.tokenizers_agree(tokenizer, tmp_path)
     tokenizer.encode = lambda text: [0]
     assert not export.tokenizers_agree(tokenizer, tmp_path)
+
+
+def test_a_run_starts_with_the_weights_of_an_export(run, exported, dataset, tmp_path):
+    words = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--vocab_size=257", "--bias", "--dropout=0"]
+    words += [
+        "--scale_attn_by_inverse_layer_idx",
+        "--lr=0",
+        "--schedule.min_lr=0",
+        "--steps=1",
+        "--warmup=0",
+        "--name=run",
+    ]
+    words += [f"--data.path={dataset}", f"--log.folder={tmp_path}", "--name=run", f"--init_from={exported}"]
+    train_gpt.main([str(CONFIG), *words])
+    ours = load_file(tmp_path / "run/checkpoints/step_0000001/model.safetensors")
+    theirs = open_checkpoint(run).model()
+    for name, tensor in theirs.items():
+        rows = 32 if name.endswith("wpe.weight") else 257  # a shorter context, and a table without its padding
+        assert torch.equal(ours[name][:rows], tensor[:rows]), name
+    assert all((ours[name] == 0).all() for name in ours.keys() - theirs.keys())  # the biases, which the export adds
