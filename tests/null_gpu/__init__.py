@@ -38,6 +38,7 @@ def environment(count: int = 1, memory: int = 85 * GB) -> dict[str, str]:
         "LD_PRELOAD": str(folder / LIBRARY),
         "TRITON_LIBCUDA_PATH": str(folder),
         "TORCHINDUCTOR_CACHE_DIR": str(CACHE / "inductor"),
+        "TRITON_CACHE_DIR": str(CACHE / "triton"),
         "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",  # attention must not run in cuDNN, which is missing
         "NULL_GPU_COUNT": str(count),
         "NULL_GPU_MEMORY": str(memory),

@@ -410,6 +410,7 @@ int cuCtxGetCurrent(void **context) { return *context = &contexts[current_device
 int cuDeviceGet(int *device, int index) { return *device = index, SUCCESS; }
 int cuDeviceGetName(char *out, int size) { return snprintf(out, size, "%s", device_name), SUCCESS; }
 int cuDeviceGetAttribute(int *out, int number) { return *out = attribute(number), SUCCESS; }
+int cuCtxGetLimit(size_t *limit) { return *limit = 0, SUCCESS; }
 int cuGetErrorString(int error, const char **out) { return *out = "error of the null GPU", SUCCESS; }
 
 int cuModuleGetFunction(void **function, void *module, const char *name) {
@@ -424,11 +425,11 @@ int cuFuncGetAttribute(int *out, int number) {  // 0: largest block, 4: register
 
 STORES(cuDriverGetVersion, CUDA_VERSION) STORES(cuDeviceGetCount, device_count) STORES(cuCtxGetDevice, current_device)
 STORES(cuOccupancyMaxActiveBlocksPerMultiprocessor, 8) STORES(cuOccupancyMaxActiveClusters, 8)
-NEW_HANDLE(cuModuleLoad) NEW_HANDLE(cuModuleLoadData)
+NEW_HANDLE(cuModuleLoad) NEW_HANDLE(cuModuleLoadData) NEW_HANDLE(cuModuleLoadDataEx)
 LAUNCHES_FIRST(cuLaunchKernel) LAUNCHES_FIRST(cuLaunchCooperativeKernel) LAUNCHES_SECOND(cuLaunchKernelEx)
 NOTHING(cuInit) NOTHING(cuCtxSetCurrent) NOTHING(cuCtxPushCurrent_v2) NOTHING(cuCtxPopCurrent_v2)
 NOTHING(cuCtxSetLimit) NOTHING(cuModuleUnload) NOTHING(cuFuncSetAttribute) NOTHING(cuFuncSetCacheConfig)
-NOTHING(cuTensorMapEncodeTiled)
+NOTHING(cuTensorMapEncodeTiled) NOTHING(cuLinkCreate_v2) NOTHING(cuLinkAddData_v2) NOTHING(cuLinkComplete)
 
 NOTHING(unknown_driver_function)
 
@@ -462,11 +463,13 @@ int cublasLtMatmulAlgoGetHeuristic(void *handle, void *product, void *a, void *b
     return memset(results, 0, 96), *found = 1, SUCCESS;
 }
 
-// ---- NCCL: a collective is one launch, and every rank keeps its own values
+// ---- NCCL: a collective is one launch, and no rank hears of another. Each finds its own values in place of theirs.
 
 struct communicator {
     int size, rank;
 };
+
+static const size_t bytes_of_type[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1};  // ncclDataType_t
 
 struct unique_id {  // passed by value, so its size matters
     char bytes[128];
@@ -496,8 +499,18 @@ int ncclCommMemStats(struct communicator *of, int what, uint64_t *value) { retur
 const char *ncclGetErrorString(void) { return "error of the null GPU"; }
 const char *ncclGetLastError(void) { return ""; }
 
-LAUNCHES(ncclAllReduce) LAUNCHES(ncclAllGather) LAUNCHES(ncclBroadcast) LAUNCHES(ncclReduce)
-LAUNCHES(ncclReduceScatter) LAUNCHES(ncclSend) LAUNCHES(ncclRecv)
+int ncclAllReduce(const void *from, void *to, size_t count, int type) {
+    copy(to, from, count * bytes_of_type[type]);
+    return count_launch_of_library("ncclAllReduce");
+}
+
+int ncclAllGather(const void *from, char *to, size_t count, int type, struct communicator *ranks) {
+    size_t size = count * bytes_of_type[type];
+    for (int i = 0; i < ranks->size; i++) copy(to + i * size, from, size);
+    return count_launch_of_library("ncclAllGather");
+}
+
+LAUNCHES(ncclBroadcast) LAUNCHES(ncclReduce) LAUNCHES(ncclReduceScatter) LAUNCHES(ncclSend) LAUNCHES(ncclRecv)
 STORES(ncclGetVersion, NCCL_VERSION) STORES_SECOND(ncclCommGetAsyncError, 0)
 NOTHING(ncclGetUniqueId) NOTHING(ncclCommDestroy) NOTHING(ncclCommAbort) NOTHING(ncclCommFinalize)
 NOTHING(ncclCommRegister) NOTHING(ncclCommDeregister) NOTHING(ncclGroupStart) NOTHING(ncclGroupEnd)
