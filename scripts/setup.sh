@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Make .venv with requirements.txt installed, unless it is there already. PYTHON names the interpreter.
+# Make .venv with requirements.txt installed, unless it is there already. PYTHON names the interpreter, and VENV
+# another folder than .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-stamp=.venv/requirements.installed
-cmp -s requirements.txt "$stamp" && .venv/bin/python -c '' && exit 0
+venv=${VENV:-.venv}
+stamp=$venv/requirements.installed
+cmp -s requirements.txt "$stamp" && "$venv/bin/python" -c '' && exit 0
 
 python=${PYTHON:-python3}
 if ! command -v "$python" > /dev/null; then
@@ -15,7 +17,7 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
     echo "setup: $python is older than Python 3.10; name a newer one: PYTHON=python3.11 $0" >&2
     exit 1
 fi
-echo "setup: installing requirements.txt into .venv"
-.venv/bin/python -m pip --version > /dev/null 2>&1 || "$python" -m venv --clear .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+echo "setup: installing requirements.txt into $venv"
+"$venv/bin/python" -m pip --version > /dev/null 2>&1 || "$python" -m venv --clear "$venv"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt
 cp requirements.txt "$stamp"

@@ -111,7 +111,10 @@ def launches(size: str, optimizer: str, compiled: str) -> dict:
 
 def scaled_step(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     """A step with the two device scalars that the trainer's gradient clipping gives to an optimizer."""
-    scalars: dict[str, Tensor] = dict(found_inf=torch.zeros((), device="cuda"), grad_scale=torch.ones((), device="cuda"))
+    scalars: dict[str, Tensor] = {
+        "found_inf": torch.zeros((), device="cuda"),
+        "grad_scale": torch.ones((), device="cuda"),
+    }
 
     def step() -> None:
         for name, value in scalars.items():
