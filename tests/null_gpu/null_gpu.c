@@ -1,7 +1,7 @@
 // A GPU that does not exist, for tests of CUDA code on machines without one.
 //
 // This library is preloaded under torch's ordinary CUDA wheel. It replaces the functions of the CUDA runtime, the
-// driver, cuBLAS and NCCL that torch and Triton call. Everything above them is the real code.
+// driver, cuBLAS, cuSOLVER and NCCL that torch and Triton call. Everything above them is the real code.
 //
 //   Real:     memory addresses, the limit of device memory, and copies of at most COPY_LIMIT bytes.
 //   Counted:  kernel launches by name, calls that make the host wait for the device, and device memory.
@@ -461,6 +461,33 @@ size_t cublasLtGetVersion(void) { return CUBLASLT_VERSION; }
 int cublasLtMatmulAlgoGetHeuristic(void *handle, void *product, void *a, void *b, void *c, void *d, void *preference,
                                    int wanted, void *results, int *found) {
     return memset(results, 0, 96), *found = 1, SUCCESS;
+}
+
+// ---- cuSOLVER: eigenvectors and QR decompositions for SOAP, each one launch that needs no workspace
+
+LAUNCHES(cusolverDnXsyevd) LAUNCHES(cusolverDnXsyevBatched) LAUNCHES(cusolverDnXgeqrf) LAUNCHES(cusolverDnSorgqr)
+NEW_HANDLE(cusolverDnCreate) NEW_HANDLE(cusolverDnCreateParams)
+NOTHING(cusolverDnDestroy) NOTHING(cusolverDnDestroyParams) NOTHING(cusolverDnSetStream)
+
+int cusolverDnXsyevd_bufferSize(void *handle, void *params, int vectors, int part, long n, int type, void *matrix,
+                                long stride, int value_type, void *values, int compute, size_t *device, size_t *host) {
+    return *device = *host = 0, SUCCESS;
+}
+
+int cusolverDnXsyevBatched_bufferSize(void *handle, void *params, int vectors, int part, long n, int type, void *matrix,
+                                      long stride, int value_type, void *values, int compute, size_t *device,
+                                      size_t *host, long batch) {
+    return *device = *host = 0, SUCCESS;
+}
+
+int cusolverDnXgeqrf_bufferSize(void *handle, void *params, long rows, long columns, int type, void *matrix,
+                                long stride, int tau_type, void *tau, int compute, size_t *device, size_t *host) {
+    return *device = *host = 0, SUCCESS;
+}
+
+int cusolverDnSorgqr_bufferSize(void *handle, int rows, int columns, int reflectors, void *matrix, int stride,
+                                void *tau, int *size) {
+    return *size = 0, SUCCESS;
 }
 
 // ---- NCCL: a collective is one launch, and no rank hears of another. Each finds its own values in place of theirs.
