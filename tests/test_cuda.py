@@ -29,6 +29,8 @@ pytestmark = [
     pytest.mark.skipif(torch.version.cuda is None, reason="this torch was built without CUDA"),
 ]
 
+needs_two_gpus = pytest.mark.skipif(REAL and torch.cuda.device_count() < 2, reason="needs two GPUs")
+
 
 def start(*command: str, gpus: int = 1, memory: int | None = None, **more: str) -> subprocess.CompletedProcess:
     """Run cuda_programs.py to its end. With `memory`, in bytes, it runs on null GPUs even if there are real ones."""
@@ -96,7 +98,7 @@ def test_compiled_training(on_gpu, optimizer):
     check_losses(on_gpu)
 
 
-@pytest.mark.skipif(REAL and torch.cuda.device_count() < 2, reason="needs two GPUs")
+@needs_two_gpus
 @pytest.mark.parametrize("optimizer", ["mars_m", "adamw"])
 def test_two_processes(on_gpu, optimizer):
     """Two processes train, and on real GPUs the losses are those of one process."""
@@ -119,10 +121,16 @@ def test_a_checkpoint_that_was_written_in_the_background_is_continued(on_gpu):
 # ---- the steady state
 
 
-@pytest.mark.parametrize("optimizer", ["mars_m", "mars", "adamw"])
-@pytest.mark.parametrize("compiled", ["false", "true"])
+@pytest.mark.parametrize(
+    "optimizer, compiled", [("mars_m", "false"), ("mars", "false"), ("adamw", "false"), ("mars_m", "true")]
+)
 def test_no_step_waits_for_the_device(on_gpu, optimizer, compiled):
     assert result_of("waits", *on_gpu, f"--optimizer={optimizer}", f"--compile={compiled}") == 0
+
+
+@needs_two_gpus
+def test_no_step_of_two_processes_waits_for_the_device(on_gpu):
+    assert result_of("waits", *on_gpu, "--optimizer=mars_m", gpus=2) == 0
 
 
 def test_nothing_is_compiled_again_while_the_learning_rate_and_gamma_change(on_gpu):
@@ -140,10 +148,15 @@ def test_attention_uses_the_backend_that_the_setting_names(setting):
 # ---- memory
 
 
-@pytest.mark.parametrize("compiled", ["false", "true"])
-def test_the_memory_estimate(wide, compiled):
+@pytest.mark.parametrize("compiled, measured", [("false", 0.835), ("true", 1.485)])
+def test_the_memory_estimate(wide, compiled, measured):
+    """The estimate divided by the allocator's peak, as measured. The aim is 1, within 8 %, and it is not reached yet.
+
+    The logits dominate this model. An eager pass needs more memory for them than the estimate says, and a compiled
+    one less.
+    """
     found = result_of("memory", *wide("batch_size=16", "micro_batch=8", f"compile={compiled}"))
-    assert 0.5 < found["estimate"] / found["peak"] < 1.5, found
+    assert found["estimate"] / found["peak"] == pytest.approx(measured, rel=0.08), found
 
 
 def test_the_largest_micro_batch_that_fits(wide):
@@ -170,6 +183,8 @@ def test_too_little_memory_for_one_sequence_is_one_line(wide, micro_batch):
 # ---- launches of kernels
 
 
-def test_launches_of_an_optimizer_step():
-    found = result_of("launches", "124M", "mars_m", "false", memory=85 * GB)
-    assert sum(found.values()) < 5000, found
+@pytest.mark.parametrize("compiled, most", [("false", 1300), ("true", 400)])
+def test_launches_of_a_mars_m_step_for_gpt2_small(compiled, most):
+    """1238 launches eager and 383 compiled, by torch 2.13; only the null GPU counts them."""
+    found = result_of("launches", "124M", "mars_m", compiled, memory=85 * GB)
+    assert 0 < sum(found.values()) <= most, found
