@@ -115,13 +115,14 @@ def measured_micro_batch(
 
 
 def peak_of_pass(loss: Callable[[], Tensor], parameters: Iterable[Tensor], reserve: int, device: torch.device) -> int:
-    """Bytes at the peak of one forward and backward pass of `loss`; 0 on a CPU, where nothing counts them.
+    """Bytes at the peak of two forward and backward passes of `loss`; 0 on a CPU, where nothing counts them.
 
-    The pass has gradients in place, as with gradient accumulation. `reserve` bytes and the margin are occupied during
-    the pass: the reserve is for memory that is used later, such as optimizer state that is not allocated yet. The
-    answer includes the reserve and not the margin.
+    As in a step with gradient accumulation, the first pass allocates the gradients and the second adds to them. On a
+    GPU the gradients may occupy parts of the large blocks that the first pass frees, and the second pass needs others.
+    `reserve` bytes and the margin are occupied during the passes: the reserve is for memory that is used later, such
+    as optimizer state that is not allocated yet. The answer includes the reserve and not the margin.
     Weights and random generators are unchanged afterwards, and gradients are None.
-    Raises torch.OutOfMemoryError if the pass does not fit.
+    Raises torch.OutOfMemoryError if the passes do not fit.
     """
     parameters, gpu = list(parameters), device.type == "cuda"
     margin = round(MARGIN * available_memory(device)[1]) if gpu else 0
@@ -130,9 +131,8 @@ def peak_of_pass(loss: Callable[[], Tensor], parameters: Iterable[Tensor], reser
     try:
         occupied = torch.empty(reserve + margin, dtype=torch.uint8, device=device)
         with torch.random.fork_rng([device] if gpu else []):
-            for p in parameters:
-                p.grad = torch.zeros_like(p)
-            loss().backward()
+            for _ in range(2):
+                loss().backward()
         del occupied
         return torch.cuda.max_memory_allocated(device) - margin if gpu else 0
     finally:

@@ -1,0 +1,138 @@
+"""Programs that test_cuda.py runs in processes of their own: cuda_programs.py NAME [ARGUMENT ...]
+
+The last line that a program prints is its result in JSON. `train` is the trainer itself.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import null_gpu
+import torch
+from torch import Tensor
+
+import train_gpt
+from bench.correctness import compilations
+from bench.runs import batch_of, opened, take_step
+from bench.timing import SIZES
+from config.load import load_config
+from model import GPT
+from optimizers import build_optimizer
+from runtime.clipping import GradientClipper
+from runtime.compute import ComputeConfig, torch_settings
+from runtime.preflight import memory_estimate
+
+WARM_UP = 3  # steps
+
+
+def ignore_numbers() -> None:
+    """Let a run go on whatever its gradients are. The null GPU computes nothing, so their norm has no meaning.
+
+    Reading the number of the first bad step still waits for the device, as in a real run.
+    """
+
+    def check(self: GradientClipper) -> None:
+        int(self._bad_step)
+
+    GradientClipper.check = check
+
+
+def train(*arguments: str) -> None:
+    train_gpt.main(list(arguments))
+
+
+def waits(*arguments: str) -> int:
+    """How often the host waits for the device in two steps; torch raises an error if it notices a wait itself.
+
+    DistributedDataParallel times its first ten steps, and later every hundredth one. It waits for the device then.
+    """
+    warm_up = 11
+    with opened(list(arguments)) as t:
+        batches = [batch_of(t, step) for step in range(warm_up + 2)]
+        for batch in batches[:warm_up]:
+            take_step(t, batch)
+        counters = null_gpu.Counters() if null_gpu.is_active() else None
+        if counters:
+            counters.reset()
+        torch.cuda.set_sync_debug_mode("error")
+        for batch in batches[warm_up:]:
+            take_step(t, batch)
+        found = counters.host_waits() if counters else 0
+        torch.cuda.set_sync_debug_mode("default")
+        return found
+
+
+def compiled_later(*arguments: str) -> float:
+    """Graphs compiled in two steps after the first ones, while the learning rate and gamma change."""
+    with opened(list(arguments)) as t:
+        batches = [batch_of(t, step) for step in range(WARM_UP + 2)]
+        for batch in batches[:WARM_UP]:
+            take_step(t, batch)
+        return compilations(t, batches[WARM_UP:])
+
+
+def attention(setting: str) -> list[str]:
+    """The backends that torch selects for the first and the second call of attention under a setting."""
+    names = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}
+    with torch_settings(ComputeConfig(attention=setting)):
+        shape = (2, 1024, 3, 12, 64)
+        q, k, v = torch.zeros(shape, device="cuda", dtype=torch.bfloat16).permute(2, 0, 3, 1, 4)
+        return [names[torch._fused_sdp_choice(q, k, v, None, 0.0, True)] for _ in range(2)]
+
+
+def memory(*arguments: str) -> dict:
+    """Bytes at the allocator's peak in a step after the first ones, and as the trainer estimates them."""
+    with opened(list(arguments)) as t:
+        batch = batch_of(t, 0)
+        for _ in range(WARM_UP):
+            torch.cuda.reset_peak_memory_stats()
+            take_step(t, batch)
+        estimate = memory_estimate(t.run, t.model, t.optimizer, t.world).total(t.micro_batch)
+        peak, total = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
+        return dict(peak=peak, estimate=estimate, total=total, micro_batch=t.micro_batch)
+
+
+def launches(size: str, optimizer: str, compiled: str) -> dict:
+    """Kernels that one step of an optimizer launches for all parameters of a GPT-2, by name."""
+    run = load_config(f"config/{SIZES[size]}.py", [f"--optimizer={optimizer}"])
+    with torch.device("meta"):
+        model = GPT(run.model)
+    model.to_empty(device="cuda")
+    for p in model.parameters():
+        p.grad = torch.empty_like(p)
+    built = build_optimizer(model, run.optim, compiled=compiled == "true")
+    step = scaled_step(built)
+    for _ in range(WARM_UP):
+        step()
+    counters = null_gpu.Counters()
+    counters.reset()
+    step()
+    return counters.launches()
+
+
+def scaled_step(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """A step with the two device scalars that the trainer's gradient clipping gives to an optimizer."""
+    scalars: dict[str, Tensor] = {
+        "found_inf": torch.zeros((), device="cuda"),
+        "grad_scale": torch.ones((), device="cuda"),
+    }
+
+    def step() -> None:
+        for name, value in scalars.items():
+            setattr(optimizer, name, value)
+        optimizer.step()
+
+    return step
+
+
+if __name__ == "__main__":
+    if null_gpu.is_active():
+        ignore_numbers()
+    programs = {f.__name__: f for f in (train, waits, compiled_later, attention, memory, launches)}
+    result = programs[sys.argv[1]](*sys.argv[2:])
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(result))
