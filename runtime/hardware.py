@@ -84,7 +84,8 @@ def environment(device: torch.device, world_size: int) -> dict:
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
-        "packages": {d.name: d.version for d in distributions() if d.name in PACKAGES},
+        # torch's own version names its build, as in 2.13.0+cu130; its package's version may not
+        "packages": {d.name: d.version for d in distributions() if d.name in PACKAGES} | {"torch": torch.__version__},
         "device": name,
         "processes": world_size,
         "threads": torch.get_num_threads(),
