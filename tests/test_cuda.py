@@ -148,15 +148,10 @@ def test_attention_uses_the_backend_that_the_setting_names(setting):
 # ---- memory
 
 
-@pytest.mark.parametrize("compiled, measured", [("false", 0.835), ("true", 1.485)])
-def test_the_memory_estimate(wide, compiled, measured):
-    """The estimate divided by the allocator's peak, as measured. The aim is 1, within 8 %, and it is not reached yet.
-
-    The logits dominate this model. An eager pass needs more memory for them than the estimate says, and a compiled
-    one less.
-    """
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_the_memory_estimate_is_within_8_percent_of_the_allocators_peak(wide, compiled):
     found = result_of("memory", *wide("batch_size=16", "micro_batch=8", f"compile={compiled}"))
-    assert found["estimate"] / found["peak"] == pytest.approx(measured, rel=0.08), found
+    assert found["estimate"] == pytest.approx(found["peak"], rel=0.08), found
 
 
 def test_the_largest_micro_batch_that_fits(wide):
