@@ -252,7 +252,7 @@ def plots(sweep: Sweep, rows: list[dict[str, Any]], path: Path) -> None:
         means = [statistics.mean(r["val_loss"] for r in group) for group in zip(*curves, strict=False)]
         for axes, key in ((by_tokens, "tokens"), (by_gradients, "gradient_evaluations")):
             axes.plot([r.get(key, math.nan) for r in curves[0]], means, **style)
-        by_lr.plot([float(lr) for lr in row["tried"]], list(row["tried"].values()), "o-", **style)
+        by_lr.plot([float(lr) for lr in row["tried"]], list(row["tried"].values()), marker="o", **style)
         gamma = sweep.plan.arms[row["arm"]].gamma
         if gamma is not None:
             by_gamma.errorbar(gamma, row["loss"], row["deviation"], fmt="o", color=style["color"], label=row["arm"])
