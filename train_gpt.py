@@ -185,15 +185,10 @@ class Trainer:
     def log_if_due(self, loss: Tensor, norm: Tensor) -> None:
         """Log the step. Before anything is logged or saved, and on a CPU always, check that gradients are finite."""
         self.last_loss, self.last_norm = loss, norm
-        due = self.due(self.run.log.every)
-        if (
-            due
-            or self.due(self.run.eval_every)
-            or self.due(self.run.checkpoint.every)
-            or self.world.device.type == "cpu"
-        ):
+        intervals = (self.run.log.every, self.run.eval_every, self.run.checkpoint.every)
+        if self.world.device.type == "cpu" or any(map(self.due, intervals)):
             self.clipper.check()
-        if due:
+        if self.due(self.run.log.every):
             self.log_step()
 
     def log_step(self) -> None:
