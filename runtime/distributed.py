@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -199,7 +199,8 @@ class StopRequest:
         name, now = signal.Signals(number).name, time.monotonic()
         if self.signal is None:
             if self.world.is_main:
-                print(f"{name}: will finish this step, save and stop", file=sys.stderr, flush=True)
+                with suppress(OSError):  # a closed terminal cannot be written to, and the run must still save
+                    print(f"{name}: will finish this step, save and stop", file=sys.stderr, flush=True)
             self.signal, self._received = name, now
         elif now - self._received > REPEATED:  # a launcher may send the same signal to each process a second time
             print(f"{name} again: ends at once, without saving", file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -170,18 +170,21 @@ class RunLogger:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
         except OSError:  # the console is gone or full: from now on its output is dropped, and training continues
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            with open(os.devnull, "w") as nothing:
+                os.dup2(nothing.fileno(), 1)
 
     def record(self, numbers: dict, text: str) -> None:
         """Print `text` and hand a record, which includes "step", to the backends."""
         self.say(text)
-        self._bar.update(numbers["step"] - self._bar.n)
+        with suppress(OSError):
+            self._bar.update(numbers["step"] - self._bar.n)
         for name, backend in list(self.backends.items()):
             with self._optional(name):
                 backend.record(numbers)
 
     def close(self) -> None:
-        self._bar.close()
+        with suppress(OSError):
+            self._bar.close()
         for name, backend in list(self.backends.items()):
             with self._optional(name):
                 backend.close()

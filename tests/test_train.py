@@ -268,6 +268,21 @@ def test_a_console_that_goes_away_or_is_full_does_not_stop_a_run(dataset, tmp_pa
     assert (tmp_path / "run" / FINAL).exists()
 
 
+def test_a_run_saves_when_its_terminal_is_closed(dataset, tmp_path):
+    ours, theirs = os.openpty()
+    arguments = [str(CONFIG), f"--data.path={dataset}", f"--log.folder={tmp_path}", "--name=run", "--steps=100000"]
+    command = [sys.executable, "train_gpt.py", *arguments, "--checkpoint.every=100000"]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    threading.Thread(target=lambda: [os.read(ours, 4096) for _ in range(3)], daemon=True).start()
+    wait_for_metrics(tmp_path / "run", process)
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=120) == 0
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert max(series(tmp_path / "run")) == int(checkpoint.name[5:])
+
+
 def wait_for_metrics(folder: Path, process: subprocess.Popen):
     deadline = time.monotonic() + 120
     while not (folder / "metrics.jsonl").exists() or len(series(folder)) < 3:
