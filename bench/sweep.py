@@ -136,15 +136,16 @@ class Sweep:
 
     root = "runs/sweeps"  # folder of the run folders
 
-    def __init__(self, name: str, scale: str) -> None:
-        self.name, self.plan, self.scale_name = Path(name).stem, load_plan(name), scale
+    def __init__(self, name: str, scale: str = "") -> None:
+        self.name, self.plan = Path(name).stem, load_plan(name)
+        self.scale_name = scale = scale or next(iter(self.plan.scales))
         if scale not in self.plan.scales:
             raise ValueError(f"--scale={scale}: {name} has {', '.join(self.plan.scales)}")
         self.scale = self.plan.scales[scale]
         self.folder = f"{self.root}/{self.name}-{scale}"
 
     def rates(self, arm: str) -> list[float]:
-        return [float(f"{self.plan.arms[arm].lr[self.scale_name] * m:.3g}") for m in self.plan.multiples]
+        return [float(f"{self.plan.arms[arm].lr[self.scale_name] * m:.3g}") for m in self.scale.multiples]
 
     def tuning(self, arm: str) -> list[Run]:
         """The runs that select the learning rate of an arm."""
@@ -165,7 +166,7 @@ class Sweep:
 
     def count(self) -> int:
         """Number of runs in all."""
-        return len(self.plan.arms) * (len(self.plan.multiples) + len(self.scale.seeds) - 1)
+        return len(self.plan.arms) * (len(self.scale.multiples) + len(self.scale.seeds) - 1)
 
     def gpu_hours(self) -> float:
         """Hours of one H100 for all runs, at the assumed speed."""
@@ -304,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="bench.sweep", description=__doc__)
     parser.add_argument("plan", nargs="?", help="name of a file in config/experiments, or a path")
     parser.add_argument("--list", action="store_true", help="list the experiments")
-    parser.add_argument("--scale", default="laptop", help="scale of the plan (default: %(default)s)")
+    parser.add_argument("--scale", default="", help="scale of the plan (default: its first one)")
     parser.add_argument("--workers", type=int, default=torch.cuda.device_count() or 2, help="runs at a time")
     parser.add_argument("--dry_run", action="store_true", help="print the commands and the estimated GPU hours")
     parser.add_argument("--commands", action="store_true", help="print a command for each run that can start now")

@@ -22,6 +22,7 @@ class Scale:
     options: str  # of train_gpt.py, for every arm
     seeds: tuple[int, ...]  # the first one selects learning rates; the others are reported
     processes: int = 1  # GPUs of a run
+    multiples: tuple[float, ...] = (0.5, 1.0, 2.0)  # learning rates that each arm tries, as multiples of its own
 
 
 @dataclass(frozen=True)
@@ -33,4 +34,3 @@ class Plan:
     arms: dict[str, Arm]
     reference: str  # the arm that the others are compared with, seed by seed
     scales: dict[str, Scale]
-    multiples: tuple[float, ...] = (0.5, 1.0, 2.0)  # neighbours are at most a factor of 2 apart

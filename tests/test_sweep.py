@@ -42,9 +42,10 @@ def plan(dataset, tmp_path, monkeypatch):
     path.write_text(
         f"""
 from config.plan import Arm, Plan, Scale
-scale = Scale("{CONFIG}", "--data.path={dataset} --schedule.min_lr_ratio=0.1 --schedule.min_lr=none", seeds=(1, 2, 3))
+options = "--data.path={dataset} --schedule.min_lr_ratio=0.1 --schedule.min_lr=none"
+scale = Scale("{CONFIG}", options, seeds=(1, 2, 3), multiples=(1.0, 2.0))
 plan = Plan("Which is better?", "nothing", dict(AdamW=Arm("--optimizer=adamw", dict(laptop=0.01)),
-    Muon=Arm("--optimizer=muon", dict(laptop=0.02), gamma=0.05)), "AdamW", dict(laptop=scale), (1.0, 2.0))
+    Muon=Arm("--optimizer=muon", dict(laptop=0.02), gamma=0.05)), "AdamW", dict(laptop=scale))
 """
     )
     monkeypatch.setattr(Sweep, "root", str(tmp_path / "sweeps"))

@@ -1,5 +1,7 @@
 """Scales that several experiments share."""
 
+from dataclasses import replace
+
 from config.plan import Scale
 
 # One layer of width 32, bytes, 16 tokens of context: a run takes half a minute of a CPU core and leaves the plateau of
@@ -12,16 +14,18 @@ LAPTOP = Scale(
     "config/quickstart.py",
     f"{TINY} --batch_size=16 --micro_batch=16 --steps=1200 --warmup=60 --checkpoint.every=1200",
     seeds=(1, 2, 3, 4, 5, 6),
+    multiples=(0.25, 0.5, 1.0, 2.0, 4.0),
 )
-LAPTOP_LARGE_BATCH = Scale(
-    "config/quickstart.py",
-    f"{TINY} --batch_size=64 --micro_batch=64 --steps=1200 --warmup=60 --checkpoint.every=1200",
-    seeds=(1, 2, 3, 4, 5, 6),
+# A fourth of the noise at the same number of steps, and four times the steps at the same noise.
+LAPTOP_LARGE_BATCH = replace(
+    LAPTOP,
+    options=f"{TINY} --batch_size=64 --micro_batch=64 --steps=1200 --warmup=60 --checkpoint.every=1200",
+    multiples=(0.25, 0.5, 1.0, 2.0),
 )
-LAPTOP_LONG = Scale(
-    "config/quickstart.py",
-    f"{TINY} --batch_size=16 --micro_batch=16 --steps=4800 --warmup=240 --checkpoint.every=4800",
-    seeds=(1, 2, 3, 4, 5, 6),
+LAPTOP_LONG = replace(
+    LAPTOP,
+    options=f"{TINY} --batch_size=16 --micro_batch=16 --steps=4800 --warmup=240 --checkpoint.every=4800",
+    multiples=(0.25, 0.5, 1.0, 2.0),
 )
 PAPER_SMALL = Scale("config/gpt2_small.py", "", seeds=(1, 2, 3, 4), processes=8)
 PAPER_SMALL_FINEWEB = Scale("config/gpt2_small.py", "--data.path=data/tokens/fineweb_edu_100B", (1, 2, 3, 4), 8)

@@ -1,14 +1,11 @@
 """Loss against gamma, the strength of the correction, for orthogonalized momentum."""
 
-from config.experiments._scales import LAPTOP, LAPTOP_LARGE_BATCH, LAPTOP_LONG, PAPER_SMALL
+from config.experiments._scales import LAPTOP, PAPER_SMALL
 from config.plan import Arm, Plan
-
-LR = dict(laptop=2e-2, laptop_large_batch=2e-2, laptop_long=2e-2, paper=6e-3)
-MORE = dict.fromkeys(("laptop", "laptop_large_batch", "laptop_long"), "--adamw_lr=0.01")
 
 
 def arm(options: str, gamma: float | None = None) -> Arm:
-    return Arm(options, LR, MORE, gamma=gamma)
+    return Arm(options, dict(laptop=2e-2, paper=6e-3), dict(laptop="--adamw_lr=0.01"), gamma=gamma)
 
 
 unclipped = {
@@ -27,5 +24,5 @@ plan = Plan(
         "MARS-M gamma 0.025 exact": arm("--optimizer=mars_m --is_approx=false"),
     },
     reference="Muon",
-    scales=dict(laptop=LAPTOP, laptop_large_batch=LAPTOP_LARGE_BATCH, laptop_long=LAPTOP_LONG, paper=PAPER_SMALL),
+    scales=dict(laptop=LAPTOP, paper=PAPER_SMALL),
 )

@@ -1,8 +1,11 @@
 """How the loss depends on the learning rate."""
 
+from dataclasses import replace
+
 from config.experiments._scales import LAPTOP, PAPER_SMALL
 from config.plan import Arm, Plan
 
+RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 plan = Plan(
     question="How sensitive are AdamW and MARS-AdamW to the learning rate?",
     source="MARS paper, figure 6 (appendix B.1): AdamW at 6e-4 and 3e-3, MARS at 3e-3 and 6e-3",
@@ -11,6 +14,5 @@ plan = Plan(
         "MARS-AdamW": Arm("--optimizer=mars", dict(laptop=2e-2, paper=3e-3), lr_1d=0.5),
     },
     reference="AdamW",
-    scales=dict(laptop=LAPTOP, paper=PAPER_SMALL),
-    multiples=(0.125, 0.25, 0.5, 1.0, 2.0, 4.0),
+    scales=dict(laptop=replace(LAPTOP, multiples=RATES), paper=replace(PAPER_SMALL, multiples=RATES)),
 )
