@@ -26,7 +26,7 @@ from data.hellaswag import HellaSwag
 from data.loader import TrainLoader, ValidationSet, prefetch, to_device
 from data.shards import open_dataset
 from model import GPT
-from optimizers import build_optimizer
+from optimizers import MARSMConfig, build_optimizer
 from optimizers.state import load_named_state, named_state, state_problem
 from runtime import compute, console
 from runtime.checkpoint import Checkpointer, CheckpointError, branch
@@ -35,6 +35,7 @@ from runtime.command import Parser, join_values, one_line
 from runtime.distributed import StopRequest, World, start_world
 from runtime.evaluation import validation_loss
 from runtime.folder import Comparison, add_facts, open_run_folder, run_lock
+from runtime.gamma import GammaTuner
 from runtime.hardware import environment, memory_gb, peak_flops
 from runtime.logger import Meter, RunLogger
 from runtime.memory import MicroBatch, choose_micro_batch, peak_of_pass
@@ -81,14 +82,20 @@ class Trainer:
         self.step, self.val_loss, self.best_val_loss, train_seconds = self.restore()
         self.logged_step = self.saved_step = self.step
 
+        self.tuner = None  # of gamma
+        if isinstance(run.optim, MARSMConfig) and run.optim.gamma is None:
+            self.tuner = GammaTuner(self.model, self.optimizer, world, self.tuner_state)
         self.autocast = compute.autocast(run.dtype, world.device)
         self.compiled: Any = torch.compile(self.model, fullgraph=True, dynamic=False) if compiles else self.model
         self.forward: Any = self.compiled
         if world.size > 1:
             buckets = compute.bucket_size(self.model, run.compute)
             self.forward = DistributedDataParallel(self.compiled, bucket_cap_mb=buckets, gradient_as_bucket_view=True)
-        self.chosen = None if run.micro_batch else self.try_micro_batches(per_process)
-        self.micro_batch = self.chosen.size if self.chosen else largest_divisor(per_process, run.micro_batch or 1)
+        if self.tuner and per_process % 2:
+            raise ValueError(f"gamma=auto: needs an even number of sequences per process, and there are {per_process}")
+        divided = per_process // 2 if self.tuner else per_process  # a micro-batch lies in one half of the batch
+        self.chosen = None if run.micro_batch else self.try_micro_batches(divided)
+        self.micro_batch = self.chosen.size if self.chosen else largest_divisor(divided, run.micro_batch or 1)
         self.accumulation = per_process // self.micro_batch
         self.validation = ValidationSet(dataset, run.data, micro_batch=self.micro_batch, **sizes)
         add_facts(self.folder, dict(micro_batch=self.micro_batch, accumulation=self.accumulation), world)
@@ -122,6 +129,7 @@ class Trainer:
             from eval.checkpoint import load_weights  # only such a run needs the readers of other formats
 
             add_facts(self.folder, dict(init_sha256=load_weights(self.model, self.run.init_from)), self.world)
+        self.tuner_state = found.state.get("gamma_tuner") if found else None
         if found is None:
             return 0, None, None, 0.0
         self.model.load_state_dict(found.model())
@@ -153,19 +161,29 @@ class Trainer:
             self.clipper.clip(self.step + 1)
             self.lookahead.update_previous_grad()
             self.optimizer.zero_grad(set_to_none=True)
-        return self.accumulate(batch, self.step), self.clipper.clip(self.step)
+        loss, norm = self.accumulate(batch, self.step), self.clipper.clip(self.step)
+        if self.tuner and self.tuner.due(self.step):
+            self.tuner.estimate(self.step)
+        return loss, norm
 
     def accumulate(self, batch: Tensor, step: int) -> Tensor:
         """Gradients of the mean loss over a step's batch, averaged over ranks; returns this rank's mean loss."""
         # the seed depends on step and rank, so a resumed run draws the same dropout without saving generator states
         torch.manual_seed(self.run.seed + 1_000_003 * (step + 1) + 7919 * self.world.rank)
         total = torch.zeros((), device=self.world.device)
+        ends = {self.accumulation - 1}  # micro-batches after which the ranks average their gradients
+        halving = self.tuner if self.tuner and self.tuner.due(step) else None
+        if halving:
+            ends.add(self.accumulation // 2 - 1)
+            batch = torch.cat((batch[::2], batch[1::2]))  # equal halves for any number of processes
         for i, part in enumerate(batch.split(self.micro_batch)):
-            with nullcontext() if i == self.accumulation - 1 else self.unsynchronized():
+            with nullcontext() if i in ends else self.unsynchronized():
                 with self.autocast:
                     loss = self.forward(*to_device(part, self.world.device))
                 (loss * (self.run.grad_multiple / self.accumulation)).backward()
             total += loss.detach() / self.accumulation
+            if halving and i == self.accumulation // 2 - 1:
+                halving.keep_first_half()
         return total
 
     def unsynchronized(self) -> AbstractContextManager[None]:
@@ -198,6 +216,7 @@ class Trainer:
         loss = (self.world.sum(self.last_loss.clone()) / self.world.size).item()
         numbers = dict(step=self.step, tokens=self.step * self.run.tokens_per_step, loss=loss, lr=self.lr)
         numbers |= dict(grad_norm=self.last_norm.item(), gradient_evaluations=self.step * self.passes)
+        numbers |= dict(gamma=self.tuner.gamma) if self.tuner else {}
         numbers |= self.meter.read(self.step - self.logged_step) | dict(memory_gb=memory_gb(self.world.device))
         self.log.record(numbers, console.step_line(numbers, self.steps))
         self.logged_step = self.step
@@ -246,7 +265,7 @@ class Trainer:
         """Write a checkpoint and return its folder; in the background, start to write it and return None."""
         state = dict(step=self.step, tokens=self.step * self.run.tokens_per_step, config=to_dict(self.run))
         state |= dict(val_loss=self.val_loss, best_val_loss=self.best_val_loss, train_seconds=self.meter.trained)
-        state |= dict(processes=self.world.size)
+        state |= dict(processes=self.world.size) | (dict(gamma_tuner=self.tuner.state()) if self.tuner else {})
         tensors = named_state(self.optimizer, self.model, self.world.rank)
         return self.checkpoints.save(dict(self.model.named_parameters()), tensors, state)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bench.report import ROOT
 from bench.timing import SIZES, TINY
 from config.load import load_config
+from config.schema import RunConfig
 from data.shards import write_shard
 from model import GPT
 from runtime.clipping import GradientClipper
@@ -48,9 +49,9 @@ def run_arguments(folder: Path, size: str, smoke: bool, *settings: str) -> list[
 
 
 @contextmanager
-def opened(arguments: list[str], trainer_class: Callable[..., Any] = Trainer) -> Iterator[Any]:
-    """The trainer of a new run. Inside the block, torch has the settings of this run."""
-    run = load_config(arguments[0], arguments[1:])
+def opened(run: RunConfig | list[str], trainer_class: Callable[..., Any] = Trainer) -> Iterator[Any]:
+    """The trainer of a new run, from its config or from arguments. Inside the block, torch has the run's settings."""
+    run = load_config(run[0], run[1:]) if isinstance(run, list) else run
     with torch_settings(run.compute), start_world(run.device) as world, collector_paused():
         trainer = trainer_class(run, world, fresh=True)
         try:

@@ -7,6 +7,7 @@ one key ends with it (`--min_lr=1e-5`).
 
 import dataclasses
 import difflib
+import json
 import os
 import re
 import runpy
@@ -89,6 +90,7 @@ def run_name(config: RunConfig, changes: dict[str, Any], as_published: bool) -> 
     parts += ["published"] if as_published else []
     already_named = {"steps", "tokens", "data.path", *changeable_keys(RunConfig())}
     for key, value in changes.items():
+        value = "auto" if key == "optim.gamma" and value is None else value
         if key not in already_named and value is not None:
             text = "x".join(map(_text, value)) if isinstance(value, tuple) else _text(value)
             parts.append(f"{key.rpartition('.')[2]}{text}")
@@ -106,6 +108,22 @@ def short_count(n: int) -> str:
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """A RunConfig as plain nested dicts, for JSON."""
     return dataclasses.asdict(config)
+
+
+def saved_config(folder: Path) -> RunConfig:
+    """The RunConfig of a run folder. Raises ConfigError if the folder holds none that this program can read."""
+    path = folder / "config.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        kinds = {name: type(getattr(RunConfig(), name)) for name in SECTIONS}
+        kinds["optim"] = type(OPTIMIZERS[saved["optimizer"]])
+        values = {f.name: saved[f.name] for f in dataclasses.fields(RunConfig) if f.name in saved}
+        for name, kind in kinds.items():
+            lists_as_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in saved[name].items()}
+            values[name] = kind(**lists_as_tuples)
+        return RunConfig(**values)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError([f"{path}: not the configuration of a run ({type(error).__name__}: {error})"]) from None
 
 
 def describe_keys(config: RunConfig) -> str:

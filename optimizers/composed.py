@@ -151,6 +151,9 @@ class ComposedOptimizer(Optimizer):
         """
         self._refuse_foreign(state_dict)
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for key in self.settings.added_later:
+                group.setdefault(key, self.defaults[key])
         counts = [float(s[key]) for s in self.state.values() for key in ("step", "count") if key in s]
         self._calls = int(max(counts, default=0))
         for group in self.param_groups:
@@ -178,7 +181,8 @@ class ComposedOptimizer(Optimizer):
                 if t.shape != torch.as_tensor(saved[key]).shape:
                     raise ValueError(f"state_dict: {key} of parameter {number} has another shape than {tuple(t.shape)}")
         for saved in saved_groups:
-            if missing := sorted(self.settings().as_group().keys() - saved.keys()):
+            known = self.settings().as_group().keys() - self.settings.added_later
+            if missing := sorted(known - saved.keys()):
                 name = type(self).__name__
                 raise ValueError(f"state_dict: a group has no {', '.join(missing)}; it is not a {name}'s")
 

@@ -35,6 +35,7 @@ class Settings:
     """
 
     optimizer: ClassVar[Callable[..., Optimizer] | None] = None  # the class that these settings configure
+    added_later: ClassVar[tuple[str, ...]] = ()  # keys that an older state_dict may lack; they get their default
     lr: float
     weight_decay: float
 
