@@ -10,7 +10,7 @@ def arm(options: str, gamma: float | None = None) -> Arm:
 
 unclipped = {
     f"MARS-M gamma {g:g}": arm(f"--optimizer=mars_m --clip_c=false --gamma={g:g}", g)
-    for g in (0.0, 0.01, 0.025, 0.05, 0.1, 0.2)
+    for g in (0.0, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4)
 }
 clipped = {f"MARS-M gamma {g:g} clipped": arm(f"--optimizer=mars_m --gamma={g:g}") for g in (0.025, 0.05, 0.1)}
 plan = Plan(
@@ -21,6 +21,7 @@ plan = Plan(
         "Muon without Nesterov": arm("--optimizer=muon --nesterov=false"),  # equals gamma 0
         **unclipped,
         **clipped,
+        "MARS-M gamma auto": arm("--optimizer=mars_m --clip_c=false --gamma=auto"),
         "MARS-M gamma 0.025 exact": arm("--optimizer=mars_m --is_approx=false"),
     },
     reference="Muon",
