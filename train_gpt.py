@@ -29,6 +29,7 @@ from model import GPT
 from optimizers import MARSMConfig, build_optimizer
 from optimizers.state import load_named_state, named_state, state_problem
 from runtime import compute, console
+from runtime.average import WeightAverage
 from runtime.checkpoint import Checkpointer, CheckpointError, branch
 from runtime.clipping import GradientClipper, NonFiniteError
 from runtime.command import Parser, join_values, one_line
@@ -78,13 +79,14 @@ class Trainer:
         self.checkpoints = Checkpointer(self.folder / "checkpoints", run.checkpoint, world)
         if run.branch_from:
             branch(run.branch_from, self.folder, world)
+        state = self.restore()
         # val_loss is None until the present step has been evaluated
-        self.step, self.val_loss, self.best_val_loss, train_seconds = self.restore()
+        self.step, self.val_loss, self.best_val_loss = state["step"], state.get("val_loss"), state.get("best_val_loss")
         self.logged_step = self.saved_step = self.step
 
         self.tuner = None  # of gamma
         if isinstance(run.optim, MARSMConfig) and run.optim.gamma is None:
-            self.tuner = GammaTuner(self.model, self.optimizer, world, self.tuner_state)
+            self.tuner = GammaTuner(self.model, self.optimizer, world, state.get("gamma_tuner"))
         self.autocast = compute.autocast(run.dtype, world.device)
         self.compiled: Any = torch.compile(self.model, fullgraph=True, dynamic=False) if compiles else self.model
         self.forward: Any = self.compiled
@@ -102,7 +104,8 @@ class Trainer:
 
         self.passes = 2 if self.lookahead else 1  # gradient evaluations per step
         flops = self.passes * self.model.flops_per_token("palm") * run.tokens_per_step
-        self.meter = Meter(train_seconds, run.tokens_per_step, flops, world.size * (peak_flops(world.device) or 0))
+        peak = world.size * (peak_flops(world.device) or 0)
+        self.meter = Meter(state.get("train_seconds", 0.0), run.tokens_per_step, flops, peak)
         self.log = RunLogger(self.folder, run.log, settings, run.name, self.steps, self.step, world.is_main)
         self.batches = prefetch(self.loader, self.step, pin=world.device.type == "cuda")
         self.pairs = pairwise(self.batches)
@@ -122,20 +125,19 @@ class Trainer:
         reserve = 0 if self.optimizer.state else need.optimizer  # torch optimizers allocate state at their first step
         return choose_micro_batch(need, per_process, self.world, attempt)
 
-    def restore(self) -> tuple[int, float | None, float | None, float]:
-        """Load the newest good checkpoint; returns its step, its and the best validation loss, and training seconds."""
+    def restore(self) -> dict[str, Any]:
+        """Load the newest good checkpoint, if there is one; returns its state.json."""
         found = self.checkpoints.latest()
         if found is None and self.run.init_from:
             from eval.checkpoint import load_weights  # only such a run needs the readers of other formats
 
             add_facts(self.folder, dict(init_sha256=load_weights(self.model, self.run.init_from)), self.world)
-        self.tuner_state = found.state.get("gamma_tuner") if found else None
-        if found is None:
-            return 0, None, None, 0.0
-        self.model.load_state_dict(found.model())
-        load_named_state(self.optimizer, self.model, found.optimizer())
-        state = found.state
-        return state["step"], state.get("val_loss"), state.get("best_val_loss"), state.get("train_seconds", 0.0)
+        if found:
+            self.model.load_state_dict(found.model())
+            load_named_state(self.optimizer, self.model, found.optimizer())
+        saved = found.average() if found else None
+        self.average = WeightAverage(self.model, self.run.ema, saved) if self.run.ema else None
+        return found.state if found else dict(step=0)
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps, and at the last one, happens after this step."""
@@ -197,6 +199,8 @@ class Trainer:
         if self.lookahead:
             self.lookahead.update_last_grad()
         self.step, self.val_loss = self.step + 1, None
+        if self.average:
+            self.average.update(self.step)
 
     # ---- between steps
 
@@ -227,11 +231,14 @@ class Trainer:
             return
         with self.meter.excluded():
             gc.collect()  # automatic garbage collection is off between evaluations
-            self.val_loss = self.evaluate(stop)
-            if self.val_loss is None:
+            numbers = dict(step=self.step, tokens=self.step * self.run.tokens_per_step, val_loss=self.evaluate(stop))
+            if self.average:
+                with self.average.in_model():
+                    numbers["val_loss_average"] = self.evaluate(stop)
+            if None in numbers.values():
                 return
+            self.val_loss = numbers["val_loss"]
             self.best_val_loss = min(x for x in (self.val_loss, self.best_val_loss) if x is not None)
-            numbers = dict(step=self.step, tokens=self.step * self.run.tokens_per_step, val_loss=self.val_loss)
             if self.bytes_per_token:
                 numbers["val_bits_per_byte"] = console.bits_per_byte(self.val_loss, self.bytes_per_token)
             number = self.step // self.run.eval_every
@@ -267,7 +274,8 @@ class Trainer:
         state |= dict(val_loss=self.val_loss, best_val_loss=self.best_val_loss, train_seconds=self.meter.trained)
         state |= dict(processes=self.world.size) | (dict(gamma_tuner=self.tuner.state()) if self.tuner else {})
         tensors = named_state(self.optimizer, self.model, self.world.rank)
-        return self.checkpoints.save(dict(self.model.named_parameters()), tensors, state)
+        average = self.average.tensors if self.average else None
+        return self.checkpoints.save(dict(self.model.named_parameters()), tensors, state, average)
 
     def announce(self, saving: Callable[[], Path | None]) -> None:
         """Do a part of saving, and say which checkpoint is complete now or why it failed."""

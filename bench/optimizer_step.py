@@ -5,6 +5,7 @@ python -m bench.optimizer_step --smoke      a tiny model, seconds
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -16,6 +17,7 @@ from bench.report import Report, bench_parser, interleaved, results_folder
 from bench.runs import split_parameters
 from model import GPT, GPTConfig
 from optimizers import MARSConfig, MARSMConfig, MuonConfig, build_optimizer
+from runtime.average import WeightAverage
 
 
 def torch_muon(matrices: list[Tensor], rest: list[Tensor]) -> Callable[[], None]:
@@ -47,6 +49,7 @@ def bench(shape: GPTConfig, rounds: int, compiled: bool, report: Report) -> None
     }
     if compiled:
         sides["MARS-AdamW compiled"] = build_optimizer(model, MARSConfig(), compiled=True).step
+    sides["average of the weights"] = partial(WeightAverage(model, 0.999, None).update, 10**6)
     seconds = interleaved(sides, rounds)
     fused, foreach, published, *_ = seconds.values()
     for name, s in seconds.items():

@@ -50,6 +50,7 @@ class RunConfig:
         on_resume="free",
     )
     grad_multiple: int = option(1, "factor on mean gradients; 4 or 12: sum over micro-batches (as published)", least=1)
+    ema: float = option(0.0, "decay of an average of the weights, for example 0.999; 0: no average", least=0, below=1)
     grad_clip: float = option(1.0, "largest global gradient norm; 0: no clipping", least=0)
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N", on_resume="free")

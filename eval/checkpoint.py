@@ -17,9 +17,10 @@ from data.prepare.formats import first_line
 from data.shards import MANIFEST, read_manifest
 from data.tokenizer import Tokenizer, get_tokenizer
 from model import GPT, GPTConfig
-from runtime.checkpoint import MODEL, STATE, open_checkpoint
+from runtime.checkpoint import AVERAGE, MODEL, STATE, open_checkpoint
 from runtime.files import sha256_of
 
+AVERAGED = ":average"  # after the path of a run or a checkpoint: its averaged weights, see --ema
 RELEASED = re.compile(r"(openai-community/)?(gpt2(-medium|-large|-xl)?)")  # OpenAI's models on the hub
 PADDING = 128  # a vocabulary may have fewer than this many rows beyond the ids of its tokenizer
 EMBEDDING = "transformer.wte.weight"
@@ -70,7 +71,8 @@ def open_trained(
 ) -> Trained:
     """Open a run folder, a checkpoint folder, a Hugging Face GPT-2 folder, a .pt file or one of OpenAI's models.
 
-    OpenAI's models have the names gpt2, gpt2-medium, gpt2-large and gpt2-xl. They come from the hub or its cache.
+    "RUN:average" opens the averaged weights of a run. OpenAI's models have the names gpt2, gpt2-medium, gpt2-large
+    and gpt2-xl; they come from the hub or its cache.
     tokenizer: "byte" or "gpt2" replaces the source's own. The model's vocabulary is cut to the tokenizer's ids.
     Raises ValueError, in one line, for a damaged file, another architecture or a tokenizer that does not fit.
     """
@@ -86,6 +88,8 @@ def open_trained(
 
 def read_source(path: str | Path) -> Source:
     """The weights and settings of any kind of checkpoint that `open_trained` accepts. Raises ValueError as it does."""
+    if str(path).endswith(AVERAGED):
+        return _read_checkpoint(Path(str(path).removesuffix(AVERAGED)).expanduser(), averaged=True)
     released = None if Path(path).exists() else RELEASED.fullmatch(str(path))
     path = from_hub(released[2]) if released else Path(path).expanduser()
     if path.is_file():
@@ -171,7 +175,7 @@ def from_hub(name: str) -> Path:
         ) from None
 
 
-def _read_checkpoint(path: Path) -> Source:
+def _read_checkpoint(path: Path, averaged: bool = False) -> Source:
     """One of our checkpoint folders, or the newest checkpoint of a run folder."""
     checkpoint = open_checkpoint(path)
     folder, state = checkpoint.folder.resolve(), checkpoint.state
@@ -184,7 +188,11 @@ def _read_checkpoint(path: Path) -> Source:
         name += f"/{folder.name}"
     manifest = data / MANIFEST  # the dataset may be on another machine
     tokenizer = read_manifest(manifest)["tokenizer"]["name"] if manifest.exists() else None
-    return Source(name, folder, "checkpoint", config, checkpoint.model(), tokenizer, state["sha256"][MODEL], state)
+    tensors, file = (checkpoint.average(), AVERAGE) if averaged else (checkpoint.model(), MODEL)
+    if tensors is None:
+        raise ValueError(f"{path}{AVERAGED}: this run keeps no averaged weights; train with --ema=0.999, for example")
+    name += AVERAGED if averaged else ""
+    return Source(name, folder, "checkpoint", config, tensors, tokenizer, state["sha256"][file], state)
 
 
 def _read_pt(path: Path) -> Source:

@@ -1,6 +1,7 @@
 """Checkpoints: plain tensors and JSON, complete or absent.
 
     checkpoints/step_0001000/model.safetensors         the weights, by parameter name
+                             average.safetensors       with --ema: the averaged weights, by parameter name
                              optimizer-0.safetensors   the optimizer state that rank 0 writes, "parameter/key"
                              state.json                step, losses, config, sha256 of each file
 
@@ -30,7 +31,7 @@ from optimizers.options import errors_of, option
 from runtime.distributed import ALONE, Exchange, World
 from runtime.files import sha256_of, sync, write_json
 
-MODEL, STATE = "model.safetensors", "state.json"
+MODEL, AVERAGE, STATE = "model.safetensors", "average.safetensors", "state.json"
 FAILURES = (OSError, RuntimeError, MemoryError, SafetensorError)  # the errors that cost a checkpoint and not the run
 
 
@@ -63,9 +64,13 @@ class Checkpoint:
         """The weights by parameter name."""
         return load_file(self.folder / MODEL)
 
+    def average(self) -> dict[str, Tensor] | None:
+        """The averaged weights by parameter name; None if the run keeps no average."""
+        return load_file(self.folder / AVERAGE) if AVERAGE in self.state["sha256"] else None
+
     def optimizer(self) -> dict[str, Tensor]:
         """The optimizer state of all ranks, "parameter/key". The tensors are memory-mapped: only use reads them."""
-        files = [load_file(self.folder / name) for name in self.state["sha256"] if name != MODEL]
+        files = [load_file(self.folder / name) for name in self.state["sha256"] if name not in (MODEL, AVERAGE)]
         return {key: tensor for tensors in files for key, tensor in tensors.items()}
 
 
@@ -83,9 +88,9 @@ class Checkpointer:
     """Writes, deletes and finds the checkpoints of one run.
 
     In the background, each rank copies the tensors it writes into host memory: its optimizer state and, on rank 0,
-    the weights. This memory is allocated at the first save and used again. On a machine with a GPU it is page-locked,
-    and the allocator may round each tensor up to a power of two. If a rank dies during a write, only the temporary
-    folder remains.
+    the weights and their average. This memory is allocated at the first save and used again. On a machine with a GPU
+    it is page-locked, and the allocator may round each tensor up to a power of two. If a rank dies during a write,
+    only the temporary folder remains.
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, world: World) -> None:
@@ -95,7 +100,13 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._unfinished = Exchange(world)
 
-    def save(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: dict) -> Path | None:
+    def save(
+        self,
+        model: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        state: dict,
+        average: Mapping[str, Tensor] | None = None,
+    ) -> Path | None:
         """Write the checkpoint of state["step"]. Called by every rank, with the optimizer tensors that it writes.
 
         Returns the folder. In the background it returns None, and `poll` or `finish` return the folder later. Waits
@@ -105,7 +116,9 @@ class Checkpointer:
         self.finish()
         final = self.folder / f"step_{state['step']:07d}"
         temporary = self.folder / f"tmp-{final.name}"
-        files: dict[str, Mapping[str, Tensor]] = {MODEL: model} if self.world.is_main else {}
+        files: dict[str, Mapping[str, Tensor]] = {}
+        if self.world.is_main:
+            files = {MODEL: model} | ({AVERAGE: average} if average else {})
         if optimizer:
             files[f"optimizer-{self.world.rank}.safetensors"] = optimizer
         problem = None

@@ -77,6 +77,8 @@ def step_line(numbers: dict, steps: int) -> str:
 def validation_line(numbers: dict) -> str:
     """The line of an evaluation."""
     text = f"step {numbers['step']:>6}  {loss_text(numbers['val_loss'], numbers.get('val_bits_per_byte'))}"
+    if (average := numbers.get("val_loss_average")) is not None:
+        text += f", {average:.4f} with averaged weights"
     if "hellaswag_items" in numbers:
         right = 100 * numbers["hellaswag_acc_norm"]
         text += f", {numbers['hellaswag_items']} HellaSwag items {right:.1f}% right"

@@ -45,7 +45,8 @@ def memory_estimate(run: RunConfig, model: GPT, optimizer: Optimizer, world: Wor
     block = 2 * residual + 14 * element
     blocks = residual * c.n_layer + block if model.recompute_blocks else block * c.n_layer
     return MemoryEstimate(
-        weights=params * (6 if bf16 else 4),  # autocast keeps a bf16 copy of the weights
+        # autocast keeps a bf16 copy of the weights; --ema keeps a float32 copy
+        weights=params * ((6 if bf16 else 4) + (4 if run.ema else 0)),
         gradients=4 * params * (2 if world.size > 1 else 1),  # the accumulated ones, and the all-reduce buckets
         optimizer=state_bytes(optimizer),
         activations=round(c.block_size * (blocks * c.n_embd + logits * c.padded_vocab_size)),
@@ -142,7 +143,7 @@ def report(run: RunConfig, world: World, verify: bool, rate: float | None) -> tu
     )
     total, limit = need.total(micro_batch), memory[1] if world.device.type == "cuda" else math.inf
 
-    weights, all_state = 4 * model.num_params(), state_bytes(build_optimizer(model, run.optim))
+    weights, all_state = (8 if run.ema else 4) * model.num_params(), state_bytes(build_optimizer(model, run.optim))
     kept = checkpoints_kept(steps, saving.every, saving.keep, saving.milestone_every)
     disk, free = kept * (weights + all_state), free_bytes(folder)
     seconds = all_reduce_seconds(world)

@@ -1,0 +1,39 @@
+"""An exponential moving average of the weights, evaluated and saved beside them."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverage:
+    """average <- d average + (1 - d) weights after every update, with d = min(decay, (1 + step) / (10 + step)).
+
+    The smaller d of the first steps lets the average forget the initial weights. Memory: one copy of the weights on
+    the same device, in every process.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, saved: Mapping[str, Tensor] | None) -> None:
+        """saved: the average of the run that is resumed; None: start with the present weights."""
+        self.model, self.decay = model, decay
+        self.weights: list[Tensor] = list(model.parameters())
+        self.tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for name, tensor in (saved or {}).items():
+            self.tensors[name].copy_(tensor)
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Include the weights after `step` updates: one pass over the weights."""
+        d = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.tensors.values()), self.weights, weight=1 - d)
+
+    @contextmanager
+    def in_model(self) -> Iterator[None]:
+        """Inside, the model has the averaged weights. Holds another copy of the weights meanwhile."""
+        present = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.model.load_state_dict(self.tensors)
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(present)
