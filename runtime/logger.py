@@ -105,8 +105,8 @@ class Wandb:
         except ImportError:
             raise ImportError("wandb is not installed (pip install wandb)") from None
         path = folder / WANDB_ID
-        if not path.exists():
-            path.write_text(uuid.uuid4().hex[:12])
+        if not path.exists():  # the agent of a wandb sweep gives the run its id
+            path.write_text(os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])
         project, mode = os.environ.get("WANDB_PROJECT", config.project), os.environ.get("WANDB_MODE", config.wandb)
         settings: dict[str, Any] = dict(project=project, name=name, id=path.read_text(), config=run)
         settings |= dict(dir=str(folder), resume="allow")

@@ -1,5 +1,6 @@
 """The launchers: the commands they print, their errors, and tiny runs under torchrun and a stand-in for SLURM."""
 
+import itertools
 import os
 import re
 import shlex
@@ -10,10 +11,13 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 from conftest import ROOT, environment
 
+import train_gpt
 from config.load import load_config
 from runtime.logger import read_metrics
 
@@ -180,3 +184,30 @@ def test_a_job_with_a_stop_signal_saves_requeues_and_resumes(dataset, tmp_path):
     if find_spec("wandb"):
         starts = [p.name.rpartition("-")[2] for p in (tmp_path / "runs" / "run" / "wandb").glob("offline-run-*")]
         assert starts == [(tmp_path / "runs" / "run" / "wandb_id").read_text()] * 2
+
+
+def test_the_wandb_sweep_recipe_trains_with_the_arguments_of_an_agent(dataset, tmp_path, monkeypatch):
+    """wandb's own functions make the command of each point of the grid; a stand-in for its server is not needed."""
+    utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
+    recipe = yaml.safe_load((ROOT / "scripts/wandb_sweep.yaml").read_text())
+    names, values = recipe["parameters"].keys(), [p["values"] for p in recipe["parameters"].values()]
+    commands = []
+    for point in itertools.product(*values):
+        arguments = {name: {"value": value} for name, value in zip(names, point, strict=True)}
+        flags = utils.create_sweep_command_args({"args": arguments})["args"]
+        command = [part for word in recipe["command"] for part in (flags if word == "${args}" else [word])]
+        assert command[:3] == ["${env}", "python", "train_gpt.py"]
+        commands.append(command[3:])
+    runs = [load_config(command[0], command[1:]) for command in commands]
+    assert len({run.name for run in runs}) == len(runs) == 18
+    assert {(run.optim.lr, run.optim.gamma, run.seed) for run in runs} >= {(0.005, 0.025, 1), (0.02, 0.1, 2)}
+
+    given: dict = {}
+    run = SimpleNamespace(log=lambda numbers, step: given.update(numbers), finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: given.update(settings) or run))
+    monkeypatch.setenv("WANDB_RUN_ID", "id-of-the-agent")
+    tiny = ["--steps=2", "--eval_every=2", f"--data.path={dataset}", f"--log.folder={tmp_path}", *TINY]
+    train_gpt.main([*commands[0], *tiny, "--batch_size=4", "--micro_batch=4"])
+    assert given["id"] == "id-of-the-agent"
+    assert given["config"]["optim"]["lr"] == 0.005
+    assert recipe["metric"]["name"] in given
