@@ -2,7 +2,8 @@
 
 Writes report/report.md and report/report.png: loss against tokens, training time and gradient evaluations, and losses
 at the same token counts beside the published ones. --paired (a file of eval.perplexity --out) adds paired
-differences, --scores (results.json of eval.run) adds benchmark scores. --on-track RUN only prints whether a run lies
+differences, --scores (results.json of eval.run) adds benchmark scores. --html writes report.html, too: one file
+without others, with configs and samples. --on-track RUN only prints whether a run lies
 inside the published band at its present token count.
 """
 
@@ -20,6 +21,7 @@ import torch
 
 from config.load import short_count
 from eval.perplexity import describe, describe_pair
+from eval.report_html import html_page
 from eval.table import markdown, markdown_table, published, size_of
 from model import GPT, GPTConfig
 from runtime.command import Parser, one_line
@@ -226,6 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="report", description="Runs and results on one page.")
     parser.add_argument("runs", nargs="*", type=Path, help="run folders")
     parser.add_argument("--out", type=Path, default=Path("runs/report"), help="folder for report.md and report.png")
+    parser.add_argument("--html", action="store_true", help="also report.html: one file, with configs and samples")
     parser.add_argument("--paired", type=Path, help="JSON file of eval.perplexity --out")
     parser.add_argument("--scores", type=Path, help="results.json of eval.run")
     parser.add_argument("--on_track", type=Path, metavar="RUN", help="only print whether this run is inside the band")
@@ -241,8 +244,12 @@ def main(argv: list[str] | None = None) -> None:
         scores = read_results(args.scores, "scores")
         args.out.mkdir(parents=True, exist_ok=True)
         draw(runs, args.out / "report.png")
-        write_durably(args.out / "report.md", page(runs, paired, scores).encode())
-        print(f"{args.out}: report.md, report.png")
+        text, files = page(runs, paired, scores), ["report.md", "report.png"]
+        write_durably(args.out / "report.md", text.encode())
+        if args.html:
+            write_durably(args.out / "report.html", html_page(text, args.out / "report.png", args.runs).encode())
+            files.append("report.html")
+        print(f"{args.out}: {', '.join(files)}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
 """The page made of run folders and results."""
 
 import json
+import re
 from dataclasses import asdict
 
 import pytest
+from conftest import CONFIG, ROOT
+from small_runs import byte_dataset, byte_run
 
+import train_gpt
+from eval.report_html import sample
 from eval.table import published
 from model import GPT, GPTConfig
 from scripts import report
@@ -138,3 +143,43 @@ def test_files_without_results_are_one_clear_line(tmp_path):
         report.main([str(folder), "--scores", str(tmp_path / "x.json"), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="name at least one run folder"):
         report.main([])
+
+
+def test_the_report_in_html_is_one_file_with_curves_tables_configs_and_samples(tmp_path):
+    run = byte_run(tmp_path / "runs", byte_dataset(tmp_path / "data"), name="<b>run")
+    (run / "metrics.jsonl").write_text(json.dumps(dict(step=30, tokens=3000, val_loss=5.5)) + "\n")
+    saved = json.loads((run / "config.json").read_text()) | dict(steps=30, batch_size=1, optim={})
+    (run / "config.json").write_text(json.dumps(saved))
+    report.main([str(run), "--html", f"--out={tmp_path / 'out'}"])
+    page = (tmp_path / "out/report.html").read_text()
+    assert 'src="data:image/png;base64,iVBOR' in page
+    assert re.search(r"<td[^>]*>5.5000</td>", page)
+    assert "&quot;n_layer&quot;: 2" in page
+    assert "<b>" not in page
+    assert "href=" not in page
+    assert not re.search(r'src="(?!data:)', page)
+    assert "no sample" not in page
+    assert sample(tmp_path / "nothing").startswith("[no sample: ")
+
+
+def test_the_notebook_compares_two_runs(dataset, tmp_path, monkeypatch, capsys):
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    for name in ("adamw", "muon"):
+        train_gpt.main(
+            [str(CONFIG), f"--data.path={dataset}", f"--log.folder={tmp_path}", f"--optimizer={name}", f"--name={name}"]
+        )
+    notebook = json.loads((ROOT / "docs/compare_runs.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert '"../runs/mars_m"' in cells[0]
+    found: dict = {}
+    for cell in cells:
+        exec(cell, found)
+        found["RUNS"] = {name: str(tmp_path / name) for name in ("adamw", "muon")}
+    assert found["validation"].index.tolist() == [4, 8, 12]
+    assert "muon minus adamw, training loss" in capsys.readouterr().out
+    assert found["difference"].iloc[-1] == pytest.approx(
+        found["train"]["muon"].iloc[-1] - found["train"]["adamw"].iloc[-1]
+    )
+    assert found["rules"][0].shape == found["rules"][1].shape
+    assert all(cell["outputs"] for cell in notebook["cells"][3::2] if cell["cell_type"] == "code")
