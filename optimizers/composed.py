@@ -194,13 +194,13 @@ class ComposedOptimizer(Optimizer):
 
         Raises ValueError if a parameter has a dtype now that it could not have been added with.
         """
-        moved = {p: s for p, s in self.state.items() if any(_differs(t, p) for k, t in s.items() if k != "step")}
+        moved = [p for p, state in self.state.items() if state and _differs(next(iter(state.values())), p)]
         if not moved:
             return
         if errors := {error: None for group in self.param_groups for error in self._group_errors(group)}:
             raise ValueError(f"{type(self).__name__}: {'; '.join(errors)}")
-        for p, state in moved.items():
-            state |= {key: t.to(p.device, p.dtype) for key, t in state.items() if key != "step"}
+        for p in moved:
+            self.state[p] |= {key: t.to(p.device, p.dtype) for key, t in self.state[p].items() if key != "step"}
         self._share_counts()
 
     # ---- the exact form
@@ -447,7 +447,7 @@ class Job:
 
 
 def _differs(t: Tensor, p: Tensor) -> bool:
-    return t.dtype != p.dtype or t.device != p.device
+    return t.dtype is not p.dtype or t.get_device() != p.get_device()  # quick, for it runs in every step
 
 
 def _check_gradients(params: list[Tensor]) -> None:
