@@ -2,11 +2,13 @@
 
 import copy
 import math
+import pickle
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from model import GPT, GPTConfig
 from optimizers import (
@@ -396,6 +398,48 @@ def test_hooks_of_torch_around_saving_and_loading_are_called_as_torch_calls_them
     optimizer.register_load_state_dict_post_hook(after_loading)
     optimizer.load_state_dict(optimizer.state_dict())
     assert calls == ["saving", "saved", "unwrapped", "loaded, 1 step count"]
+
+
+@every
+def test_a_pickled_copy_takes_its_own_state_dict_back(make):
+    params = parameters(dtype=torch.float32)
+    optimizer = make(list(params.values()))
+    run(optimizer, params, gradients(params, 3))
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        twin.load_state_dict(twin.state_dict())
+        own = dict(zip(params, (p for g in twin.param_groups for p in g["params"]), strict=True))
+        reference = copy.deepcopy(params)
+        other = make(list(reference.values()))
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        run(twin, own, gradients(params, 3, seed=5))
+        run(other, reference, gradients(params, 3, seed=5))
+        assert all(torch.equal(own[n], reference[n]) for n in params)
+
+
+@every
+def test_the_state_dicts_of_torchs_distributed_checkpoints_come_back(make):
+    """They name parameters instead of numbering them."""
+    params = nn.ParameterDict(parameters(dtype=torch.float32))
+    optimizer = make(list(params.parameters()))
+    run(optimizer, dict(params), gradients(params, 3))
+    saved = copy.deepcopy(get_optimizer_state_dict(params, optimizer))
+    weights = copy.deepcopy(params)
+    run(optimizer, dict(params), gradients(params, 2, seed=5))
+    other = make(list(weights.parameters()))
+    set_optimizer_state_dict(weights, other, saved)
+    run(other, dict(weights), gradients(params, 2, seed=5))
+    assert all(torch.equal(params[n], weights[n]) for n in params)
+
+
+def test_sharded_parameters_are_refused_at_construction():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        p = nn.Parameter(torch.distributed.tensor.distribute_tensor(torch.ones(4, 4), mesh))
+        with pytest.raises(ValueError, match="parameter is a DTensor: sharded parameters are not supported"):
+            MARSM([p])
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @every

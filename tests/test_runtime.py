@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import signal
 from contextlib import nullcontext
 from functools import partial
 
@@ -95,6 +96,20 @@ def test_compilation_without_a_c_compiler_is_refused_in_one_line(monkeypatch, tm
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match="needs a C compiler, and there is none: install gcc"):
         start_compile_workers(1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_an_ignored_signal_stays_ignored(number):
+    """As SIGINT in a background job of a shell script, and SIGHUP under nohup."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        stop = distributed.StopRequest(ALONE)
+        os.kill(os.getpid(), number)
+        assert not stop.agreed()
+        stop.close()
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 def test_one_process_needs_no_process_group(monkeypatch):
