@@ -77,7 +77,7 @@ def _open(path: Path, config: dict, comparison: Comparison, environment: dict, f
             changed = differences(before, config, comparison.defaults)
         except (ValueError, AttributeError):  # not JSON, or JSON that holds no settings
             return f"{path / CONFIG} is not readable; repair it, or start over with --fresh"
-        if changed.get("dataset", ("",))[0] == comparison.raw_dataset:
+        if "dataset" in changed and changed["dataset"][0] == comparison.raw_dataset:
             del changed["dataset"]  # the shards got a manifest since the run started
         for key in sorted(_flat(before).keys() - _flat(config).keys()):
             print(f"note: {key}: this version has no such setting; the run started with it")
