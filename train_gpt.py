@@ -74,7 +74,9 @@ class Trainer:
 
         self.folder = Path(run.log.folder) / run.name
         settings = to_dict(run) | {"dataset": dataset.fingerprint()}
-        comparison = Comparison(changeable_keys(run, accept_changes), default_values(run))
+        comparison = Comparison(
+            changeable_keys(run, accept_changes), default_values(run), dataset.fingerprint(raw=True)
+        )
         open_run_folder(self.folder, settings, comparison, environment(world.device, world.size), fresh, world)
         self.checkpoints = Checkpointer(self.folder / "checkpoints", run.checkpoint, world)
         if run.branch_from:
@@ -133,8 +135,13 @@ class Trainer:
 
             add_facts(self.folder, dict(init_sha256=load_weights(self.model, self.run.init_from)), self.world)
         if found:
-            self.model.load_state_dict(found.model())
-            load_named_state(self.optimizer, self.model, found.optimizer())
+            try:
+                self.model.load_state_dict(found.model())
+                load_named_state(self.optimizer, self.model, found.optimizer())
+            except (RuntimeError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                advice = "another version of the program wrote it, or its files do not belong together"
+                raise CheckpointError(f"checkpoint {found.folder}: {reason}; {advice}") from None
         saved = found.average() if found else None
         self.average = WeightAverage(self.model, self.run.ema, saved) if self.run.ema else None
         return found.state if found else dict(step=0)

@@ -79,8 +79,9 @@ class RunConfig:
     def _combination_errors(self) -> list[str]:
         """Errors between settings that are correct one by one."""
         out = []
-        if self.batch_tokens and self.batch_tokens % self.model.block_size:
-            out.append(f"batch_tokens={self.batch_tokens}: must be a multiple of block_size={self.model.block_size}")
+        if self.batch_tokens and self.batch_tokens % (size := self.model.block_size):
+            near = " or ".join(str(n * size) for n in (self.batch_tokens // size, self.batch_tokens // size + 1) if n)
+            out.append(f"batch_tokens={self.batch_tokens}: must be a multiple of block_size={size}, as {near}")
         if (self.schedule.min_lr or 0.0) > self.optim.lr:
             out.append(f"schedule.min_lr={self.schedule.min_lr}: is above optim.lr={self.optim.lr}, the peak")
         numbers = [key for key, value in self.optim.as_group().items() if isinstance(value, float)]

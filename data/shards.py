@@ -93,10 +93,13 @@ class Dataset:
         """Number of tokens in a split."""
         return sum(shard.tokens for shard in self.splits[split])
 
-    def fingerprint(self) -> str:
-        """A hash that identifies the tokens: of names, sizes and, with a manifest, contents of the shards."""
+    def fingerprint(self, raw: bool = False) -> str:
+        """A hash that identifies the tokens: of names, sizes and, with a manifest, contents of the shards.
+
+        raw: as if there were no manifest.
+        """
         content: dict = {split: [(x.path.name, x.tokens) for x in self.splits[split]] for split in self.splits}
-        for split in SPLITS if self.manifest else ():
+        for split in SPLITS if self.manifest and not raw else ():
             content[split] = [(e["file"], e["tokens"], e.get("sha256")) for e in entries(self.manifest, split)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 

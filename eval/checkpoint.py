@@ -243,7 +243,8 @@ def _hugging_face_settings(path: Path) -> dict | None:
 def _read_hugging_face(path: Path, settings: dict) -> Source:
     """A Hugging Face GPT-2 folder, from safetensors or pytorch_model.bin."""
     config = _hugging_face_config(path, settings)
-    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+    names = ("model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin")
+    files = next((found for name in names if (found := sorted(path.glob(name)))), [])  # one file, or its parts
     if not files:
         raise ValueError(f"{path}: no model.safetensors or pytorch_model.bin in it")
     tensors = {}

@@ -141,9 +141,10 @@ token on the run's validation split. Start texts with `<|endoftext|>`.
 {settings}"""
 
 
-def export(trained: Trained, out: Path) -> tuple[float, float]:
+def export(trained: Trained, out: Path, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
     """Write a Hugging Face folder; returns the largest logit difference and the largest logit.
 
+    dtype: of the weights in the folder. Those of `trained` are rounded to it, so equal weights are compared.
     Raises ValueError, and leaves no folder, if `out` exists or the export does not compute the same.
     """
     if out.exists():
@@ -152,8 +153,11 @@ def export(trained: Trained, out: Path) -> tuple[float, float]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        to_hugging_face(trained.model, trained.tokenizer.eot).save_pretrained(temporary)
-        hugging_face_tokenizer(trained.tokenizer, trained.model.config.block_size).save_pretrained(temporary)
+        trained.model.to(dtype).float()
+        to_hugging_face(trained.model, trained.tokenizer.eot).to(dtype).save_pretrained(temporary)
+        theirs = hugging_face_tokenizer(trained.tokenizer, trained.model.config.block_size)
+        theirs.save_pretrained(temporary)
+        theirs.backend_tokenizer.model.save(str(temporary))  # vocab.json and merges.txt, which some programs read
         difference, largest = logits_difference(trained, temporary)
         if not difference <= ROUNDING * max(1.0, largest):  # a NaN counts as different
             reason = f"its logits differ by {difference:.2e} (largest logit {largest:.1f}), more than rounding"
@@ -171,6 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = model_parser("eval.export", "Write a checkpoint as a Hugging Face folder.")
     parser.add_argument("checkpoint", help="run folder, checkpoint folder, or .pt file of nanoGPT or MARS")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights in OUT")
     args = parser.parse_args(argv)
     with one_line("eval.export"):
         try:
@@ -181,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
         trained = open_trained(args.checkpoint, torch.device("cpu"), args.tokenizer, args.ranks)
         if trained.kind == "huggingface":
             raise ValueError(f"{args.checkpoint} is a Hugging Face folder already")
-        difference, largest = export(trained, args.out)
+        difference, largest = export(trained, args.out, getattr(torch, args.dtype))
     print(f"{args.out}: {trained.name}, vocabulary {trained.model.config.vocab_size}")
     print(f"largest logit difference {difference:.1e}, largest logit {largest:.1f}")
 

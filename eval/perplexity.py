@@ -65,11 +65,11 @@ def read_text(files: list[str], trained: Trained) -> Stream:
     parts, size = [], 0
     for file in files:
         try:
-            text = Path(file).read_text(encoding="utf-8")
+            text = Path(file).read_bytes().decode("utf-8-sig")  # line ends as they are, no byte-order mark
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: not UTF-8 text (byte {error.start})") from None
         size += len(text.encode())
-        parts.append(np.array([trained.tokenizer.eot, *trained.tokenizer.encode(text)], dtype=np.uint16))
+        parts.append(np.array([trained.tokenizer.eot, *trained.tokenizer.encode(text)], dtype=np.uint32))
     return Stream(", ".join(files), parts, size / max(1, sum(len(p) - 1 for p in parts)))
 
 

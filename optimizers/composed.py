@@ -2,17 +2,17 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from optimizers.directions import MatrixDirection, Step
+from optimizers.directions import MatrixDirection, State, Step
 from optimizers.matrices import Ownership, as_wide_matrices, families, from_wide_matrices, matrix_shape
+from optimizers.norms import norm_of, total_norm
 from optimizers.roles import ROLES
 from optimizers.settings import Rule, Settings
 from optimizers.variance_reduction import (
@@ -74,14 +74,15 @@ class ComposedOptimizer(Optimizer):
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         self._functions: dict[Callable, Callable] = {}  # compiled
         self._scratch: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
-        self._calls = 0  # of `step`; after loading, the largest step count of the state
+        self._calls: dict[Tensor, int] = {}  # steps of each matrix; after loading, as its state counts them
         self._looked_ahead: list[dict[str, Tensor]] | None = None  # exact form: states with the next batch's gradient
         super().__init__(params, defaults | given)
 
     def rule(self, group: dict[str, Any], role: str) -> Rule:
         """The rule for a parameter of this role in this group, with the group's present numbers."""
-        constructed = group.get("constructed_lr", group["lr"])
-        return self.settings.of(group).rule(role, group["lr"] / constructed if constructed else 0.0)
+        settings = self.settings.of(group)
+        constructed = float(group.get("constructed_lr", settings.lr))
+        return settings.rule(role, settings.lr / constructed if constructed else 0.0)
 
     def rule_of(self, group: dict[str, Any], p: Tensor) -> Rule:
         """The rule for a parameter of this group."""
@@ -105,7 +106,7 @@ class ComposedOptimizer(Optimizer):
         if errors:
             self.param_groups.pop()
             raise ValueError(f"{type(self).__name__}: {'; '.join(errors)}")
-        group["constructed_lr"] = group["lr"]
+        group["constructed_lr"] = float(group["lr"])
         for role in ROLES:
             members = [p for p in group["params"] if p.numel() and self._role(group, p) == role]
             if members:
@@ -149,30 +150,36 @@ class ComposedOptimizer(Optimizer):
 
         Raises ValueError, with nothing changed, if it is another optimizer's or of other shapes.
         """
-        self._refuse_foreign(state_dict)
-        super().load_state_dict(state_dict)
+        try:
+            super().load_state_dict(state_dict)
+        except KeyError as error:
+            raise ValueError(f"state_dict: has no {error}") from None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What unpickling calls, and torch's load_state_dict between its hooks, with new state and groups."""
+        loaded = "defaults" not in state
+        if loaded:
+            self._refuse_foreign(state["state"], state["param_groups"])
+        super().__setstate__(state)
         for group in self.param_groups:
             for key in self.settings.added_later:
                 group.setdefault(key, self.defaults[key])
-        counts = [float(s[key]) for s in self.state.values() for key in ("step", "count") if key in s]
-        self._calls = int(max(counts, default=0))
+        if loaded:
+            self._calls = {p: int(s["count"]) for p, s in self.state.items() if "count" in s}
+            self._share_counts()
+
+    def _share_counts(self) -> None:
+        """Let parameters of a group and role with equal step counts share one tensor on their device."""
         for group in self.param_groups:
-            for role in ROLES:  # parameters with equal step counts share one tensor again
+            for role in ROLES:
                 shared: dict[float, Tensor] = {}
                 for p in group["params"]:
                     if self._role(group, p) == role and "step" in (state := self.state.get(p, {})):
                         state["step"] = shared.setdefault(float(state["step"]), state["step"].to(p.device))
 
-    def _refuse_foreign(self, state_dict: dict[str, Any]) -> None:
-        if not {"state", "param_groups"} <= state_dict.keys():
-            raise ValueError("state_dict: has no state and param_groups")
-        saved_groups = state_dict["param_groups"]
-        if [len(g["params"]) for g in self.param_groups] != [len(g["params"]) for g in saved_groups]:
-            raise ValueError("state_dict: its groups have other numbers of parameters")
-        params = [p for g in self.param_groups for p in g["params"]]
-        ids = [i for g in saved_groups for i in g["params"]]
-        for number, (p, i) in enumerate(zip(params, ids, strict=True)):
-            present, saved = self.state.get(p, {}), state_dict["state"].get(i, {})
+    def _refuse_foreign(self, loaded: dict[Any, State], groups: list[dict[str, Any]]) -> None:
+        for number, p in enumerate(p for g in self.param_groups for p in g["params"]):
+            present, saved = self.state.get(p, {}), loaded.get(p, {})
             if bool(present) != bool(saved):
                 raise ValueError("state_dict: its state is that of other parameters")
             if present.keys() != saved.keys():
@@ -180,11 +187,25 @@ class ComposedOptimizer(Optimizer):
             for key, t in present.items():
                 if t.shape != torch.as_tensor(saved[key]).shape:
                     raise ValueError(f"state_dict: {key} of parameter {number} has another shape than {tuple(t.shape)}")
-        for saved in saved_groups:
-            known = self.settings().as_group().keys() - self.settings.added_later
-            if missing := sorted(known - saved.keys()):
+        known = self.settings().as_group().keys() - self.settings.added_later
+        for saved_group in groups:
+            if missing := sorted(known - saved_group.keys()):
                 name = type(self).__name__
                 raise ValueError(f"state_dict: a group has no {', '.join(missing)}; it is not a {name}'s")
+
+    def _follow_parameters(self) -> None:
+        """Convert the state of parameters that `model.double()` or `model.to(device)` has converted.
+
+        Raises ValueError if a parameter has a dtype now that it could not have been added with.
+        """
+        moved = [p for p, state in self.state.items() if state and _differs(next(iter(state.values())), p)]
+        if not moved:
+            return
+        if errors := {error: None for group in self.param_groups for error in self._group_errors(group)}:
+            raise ValueError(f"{type(self).__name__}: {'; '.join(errors)}")
+        for p in moved:
+            self.state[p] |= {key: t.to(p.device, p.dtype) for key, t in self.state[p].items() if key != "step"}
+        self._share_counts()
 
     # ---- the exact form
 
@@ -199,6 +220,7 @@ class ComposedOptimizer(Optimizer):
 
         A parameter without a gradient keeps what it had.
         """
+        self._follow_parameters()
         self._looked_ahead = []
         inverse = self._inverse_scale()
         for p, state in self.state.items():
@@ -230,10 +252,10 @@ class ComposedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._follow_parameters()
         jobs = [job for group in self.param_groups for job in self._jobs(group)]
         if not jobs:
             return loss
-        self._calls += 1
         for job in jobs:
             self._clip(job)
         ok = self._all_finite(jobs)
@@ -291,7 +313,7 @@ class ComposedOptimizer(Optimizer):
         norms = _norms(flat, numbers)
         ends = list(accumulate(len(p) for p in pieces))
         per_tensor = [norms[end - len(p) : end] for end, p in zip(ends, pieces, strict=True)]
-        job.norms = [n[0] if len(n) == 1 else torch.linalg.vector_norm(torch.stack(n)) for n in per_tensor]
+        job.norms = [n[0] if len(n) == 1 else norm_of(torch.stack(n)) for n in per_tensor]
         job.factors = list(clip_factors(torch.stack(job.norms)).unbind())
 
     def _all_finite(self, jobs: list["Job"]) -> Tensor:
@@ -302,7 +324,7 @@ class ComposedOptimizer(Optimizer):
         known = [n for job in jobs if not job.is_matrix for n in job.norms]
         unclipped = [p for job in jobs if job.is_matrix or not job.norms for p in job.params]
         rest = [p.grad for p in unclipped if p.grad is not None]
-        norms = known + ([get_total_norm(rest)] if rest else [])
+        norms = known + ([total_norm(rest)] if rest else [])
         return torch.isfinite(torch.stack([n.double() for n in norms])).all()
 
     def _inverse_scale(self) -> Tensor | None:
@@ -322,7 +344,7 @@ class ComposedOptimizer(Optimizer):
         count = torch.ones((), dtype=torch.float64, device=ok.device)
         if job.count is not None:
             count = job.count.add_(ok).clamp(min=1)
-        step = Step(ok.double(), count, job.rule.lr, job.rule.weight_decay, self._calls)
+        step = Step(ok.double(), count, job.rule.lr, job.rule.weight_decay)
         numbers = job.rule.direction.numbers(step)
         return step, type(numbers)(*(n.to(job.params[0].dtype) for n in numbers))
 
@@ -373,7 +395,9 @@ class ComposedOptimizer(Optimizer):
         members = (p for p in job.group["params"] if p in self.ownership.owner)
         for family in families(members, blocks):
             results: dict[Tensor, Tensor] = {}
-            for batch in _batches([p for p in family if p in factors]):
+            for batch in _batches([p for p in family if p in factors], self._calls):
+                index = self._calls.get(batch[0], 0) + 1
+                self._calls |= dict.fromkeys(batch, index)
                 gathered = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in batch]
                 pieces = []
                 for p, out in zip(batch, gathered, strict=True):
@@ -382,7 +406,7 @@ class ComposedOptimizer(Optimizer):
                 self._run(_accumulate_all, pieces, gradient_numbers, job.remember, direction.accumulate, numbers)
                 wide = [as_wide_matrices(x, blocks) for x in gathered]
                 stack = torch.cat(wide) if len(wide) > 1 else wide[0]
-                found = direction.directions(stack, [self.state[p] for p in batch], step)
+                found = direction.directions(stack, [self.state[p] for p in batch], replace(step, index=index))
                 results |= zip(batch, found.split(blocks), strict=True)
             shape = as_wide_matrices(family[0], blocks).shape
             work, shared = self.ownership.gather(family, results, shape, dtype)
@@ -426,6 +450,10 @@ class Job:
         return self.rule.correction is not None and self.group.get("is_approx", True)
 
 
+def _differs(t: Tensor, p: Tensor) -> bool:
+    return t.dtype is not p.dtype or t.get_device() != p.get_device()  # quick, for it runs in every step
+
+
 def _check_gradients(params: list[Tensor]) -> None:
     for p in params:
         g = p.grad
@@ -437,8 +465,8 @@ def _check_gradients(params: list[Tensor]) -> None:
             )
 
 
-def _batches(params: list[Tensor]) -> list[list[Tensor]]:
-    """The matrices that are orthogonalized together.
+def _batches(params: list[Tensor], calls: dict[Tensor, int]) -> list[list[Tensor]]:
+    """The matrices that are orthogonalized together, all of one number of calls.
 
     On a GPU these are as many as memory allows. On a CPU each is alone, which is as fast and needs less memory; the
     results then do not depend on which matrices a rank owns.
@@ -446,7 +474,10 @@ def _batches(params: list[Tensor]) -> list[list[Tensor]]:
     if not params:
         return []
     count = max(1, BATCH // params[0].numel()) if params[0].device.type == "cuda" else 1
-    return [params[i : i + count] for i in range(0, len(params), count)]
+    alike: dict[int, list[Tensor]] = {}
+    for p in params:
+        alike.setdefault(calls.get(p, 0), []).append(p)
+    return [members[i : i + count] for members in alike.values() for i in range(0, len(members), count)]
 
 
 # ---- functions over lists of tensors, plain or compiled

@@ -23,7 +23,7 @@ class Step:
     count: Tensor  # 0-d float64: number of this step, from 1; 1 for directions that do not count steps
     lr: float
     weight_decay: float
-    index: int  # number of this call of `step()`, from 1, skipped ones included; known to the host
+    index: int = 1  # for matrices: number of the parameter's calls, from 1, skipped ones included; known to the host
 
     def weight(self, x: float | Tensor) -> Tensor:
         """A mixing weight that is 0 in a skipped step, for `average.lerp_(new, weight)`."""

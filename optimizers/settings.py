@@ -83,4 +83,11 @@ class Settings:
     def of(cls, group: dict[str, Any]) -> "Settings":
         """The settings that a parameter group holds."""
         values = {key: group[key] for key, (_, o) in options_of(cls).items() if not o.run_only}
-        return cls(**{key: v.item() if isinstance(v, Tensor) and v.dim() == 0 else v for key, v in values.items()})
+        return cls(**{key: _plain(value) for key, value in values.items()})
+
+
+def _plain(value: Any) -> Any:
+    """A 0-d tensor as a number, also inside a tuple or list."""
+    if isinstance(value, tuple | list):
+        return tuple(map(_plain, value))
+    return value.item() if isinstance(value, Tensor) and value.dim() == 0 else value

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from optimizers.norms import norm_of
+
 Scratch = tuple[Tensor | None, Tensor | None]  # memory for intermediate results; None: allocate
 
 
@@ -34,7 +36,7 @@ def corrected_norm(grad: Tensor, previous: Tensor | None, numbers: GradientNumbe
     """Frobenius norm of the corrected gradient, 0-d; not finite if a gradient is not."""
     if numbers.inverse_scale is not None:
         grad = grad * numbers.inverse_scale
-    return torch.linalg.vector_norm(corrected(grad, previous, numbers.weight, scratch[0]))
+    return norm_of(corrected(grad, previous, numbers.weight, scratch[0]))
 
 
 def clipped_gradient(

@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
+
+from optimizers.norms import total_norm
 
 
 class NonFiniteError(ValueError):
@@ -39,10 +40,11 @@ class GradientClipper:
         Raises NonFiniteError at once if the optimizer cannot skip a step by itself.
         """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = get_total_norm(gradients)
+        norm = total_norm(gradients)
         bad = (self._bad_step < 0) & ~torch.isfinite(norm)
         self._bad_step = torch.where(bad, step, self._bad_step)
-        scale = ((norm + 1e-6) / self.max_norm).clamp(min=1.0) if self.max_norm else None
+        largest = torch.finfo(torch.float32).max
+        scale = ((norm + 1e-6) / self.max_norm).clamp(1.0, largest).float() if self.max_norm else None
         if self.optimizer_clips:
             self.optimizer.found_inf, self.optimizer.grad_scale = (self._bad_step >= 0).float(), scale
         else:

@@ -1,13 +1,17 @@
 """The common parts of all commands: the spelling of options and numbers, and errors in one line."""
 
 import argparse
+import io
+import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any, NoReturn
 
-UNITS = {"k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+UNITS = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 OUT_OF_MEMORY = (  # parts of messages of errors that have no class of their own
     "can't allocate memory",  # torch in host memory
     "Storage size calculation overflowed",
@@ -43,14 +47,17 @@ def spelled(argument: str) -> str:
 
 
 def parse_number(text: str) -> int | float:
-    """A number as people write it: "480", "6e-4", "0.5M", "10B". An int if it is whole. ValueError for other text."""
-    scale = UNITS.get(text[-1:], 1)
+    """A number as people write it: "480", "6e-4", "10_000", "0.5M", "10b". An int if it is whole.
+
+    Raises ValueError for other text.
+    """
+    scale = UNITS.get(text[-1:].lower(), 1)
     digits = text[:-1] if scale > 1 else text
-    try:
-        return int(digits) * scale
-    except ValueError:
-        number = float(digits) * scale
-        return int(number) if number.is_integer() else number
+    number = float(digits)  # the ValueError of other text
+    if not math.isfinite(number):
+        return number
+    exact = Fraction(Decimal(digits)) * scale  # 1.001 times 1000 is not whole in floating point
+    return int(exact) if exact.denominator == 1 else float(exact)
 
 
 def count(text: str) -> int:
@@ -91,7 +98,11 @@ def one_line(program: str, interrupted: str = "interrupted", memory: str = "use 
     """End the program with one line after Ctrl-C, an error that the user can correct, or too little memory.
 
     interrupted: the message after Ctrl-C. memory: the advice when memory is too small.
+    Text that the console cannot show, such as an é in ASCII, is printed as its code.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except KeyboardInterrupt:

@@ -1,14 +1,19 @@
 """Files that are complete or absent, their hashes, and lock files."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:
+    sys.exit("this program needs Linux or macOS; on Windows, run it in WSL (the optimizers alone run everywhere)")
 
 
 def sha256_of(path: Path) -> str:

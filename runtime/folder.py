@@ -24,6 +24,7 @@ class Comparison:
 
     may_change: set[str]  # dotted keys that may differ
     defaults: dict[str, Any]  # the default of every dotted key, for runs that started before the key existed
+    raw_dataset: str = ""  # fingerprint of the dataset as it would be without a manifest
 
 
 @contextmanager
@@ -73,9 +74,13 @@ def _open(path: Path, config: dict, comparison: Comparison, environment: dict, f
     if (path / CONFIG).exists():
         try:
             before = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        except ValueError:
+            changed = differences(before, config, comparison.defaults)
+        except (ValueError, AttributeError):  # not JSON, or JSON that holds no settings
             return f"{path / CONFIG} is not readable; repair it, or start over with --fresh"
-        changed = differences(before, config, comparison.defaults)
+        if "dataset" in changed and changed["dataset"][0] == comparison.raw_dataset:
+            del changed["dataset"]  # the shards got a manifest since the run started
+        for key in sorted(_flat(before).keys() - _flat(config).keys()):
+            print(f"note: {key}: this version has no such setting; the run started with it")
         allowed = {key: changed.pop(key) for key in changed.keys() & comparison.may_change}
         for key, (old, new) in sorted(allowed.items()):
             print(f"note: {key}: {old} -> {new}")

@@ -14,6 +14,7 @@ from config.schema import SECTIONS, RunConfig, all_keys, largest_divisor
 from data.loader import DataConfig
 from model import GPT
 from optimizers import OPTIMIZERS, build_optimizer
+from runtime.command import parse_number
 from runtime.schedule import learning_rate
 
 SHIPPED = sorted(p for p in (ROOT / "config").glob("*.py") if "\nconfig = " in p.read_text())
@@ -190,6 +191,24 @@ def test_numbers_as_people_write_them(text, value):
     for wrong in ("1.5", "ten", "0.0000001M", "B", "1e999"):
         with pytest.raises(ConfigError, match=f"tokens={wrong}: expected a whole number from 1 to "):
             load_config(CONFIG, [f"--tokens={wrong}"])
+
+
+def test_more_ways_to_write_a_number():
+    run = load_config(CONFIG, ["--tokens=1.001k", "--batch_tokens=0.032K", "--warmup=0"])
+    assert (run.tokens, run.batch_tokens) == (1001, 32)
+    values = {"10B": 10**10, "10b": 10**10, "1e9": 10**9, "10_000": 10_000, "0.5M": 500_000, "2.3t": 23 * 10**11}
+    for text, value in values.items():
+        assert (parse_number(text), type(parse_number(text))) == (value, int)
+    with pytest.raises(
+        ConfigError, match="batch_tokens=500000: must be a multiple of block_size=1024, as 499712 or 500736"
+    ):
+        load_config(CONFIG, ["--batch_tokens=0.5M", "--block_size=1024"])
+
+
+def test_a_negative_learning_rate_is_one_error():
+    with pytest.raises(ConfigError) as caught:
+        load_config(CONFIG, ["--lr=-1"])
+    assert str(caught.value) == "config: optim.lr=-1.0: must be a number of at least 0"
 
 
 def test_old_names_of_settings_are_accepted_with_a_note(capsys):

@@ -411,6 +411,57 @@ def test_joined_pieces_of_a_text_are_the_text(tmp_path, monkeypatch):
     assert next(documents(tmp_path, [tmp_path / "e.txt"]))[1].where.endswith("e.txt: not UTF-8 (byte 3400)")
 
 
+def prepared(folder, *more):
+    """The documents of `data.prepare text` on a folder, in order, as bytes without their ends."""
+    out = folder.parent / "out"
+    prepare.main(["text", "--root", str(folder), "--out", str(out), "--fresh", *more])
+    dataset = open_dataset(out, 257)
+    shards = [x for split in ("train", "val") for x in dataset.splits[split]]
+    tokens = np.concatenate([np.fromfile(x.path, "<u2", offset=x.start) for x in shards])
+    return bytes(tokens[tokens < 256].astype(np.uint8))
+
+
+def test_line_ends_are_kept_and_a_byte_order_mark_is_not(tmp_path):
+    (tmp_path / "root").mkdir()
+    content = b"one\r\ntwo\rthree\n" * 4000
+    (tmp_path / "root" / "a.txt").write_bytes(b"\xef\xbb\xbf" + content)
+    assert len(prepared(tmp_path / "root")) == len(content)
+    found = list(documents(tmp_path / "root", [tmp_path / "root" / "a.txt"]))
+    assert "".join(text for _, text, _ in found).encode() == content
+
+
+def test_text_files_in_any_case_each_once_and_none_that_is_hidden(tmp_path):
+    root = tmp_path / "root"
+    names = ["a.txt", "B.TXT", ".git/c.txt", ".venv/d.txt", "x/.ipynb_checkpoints/e.txt", ".f.txt", "drafts/g.txt"]
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    (root / "link.txt").symlink_to(root / "a.txt")
+    os.link(root / "a.txt", root / "twice.txt")
+
+    def found(*arguments):
+        return [p.relative_to(root).as_posix() for p in text_files(root, *arguments)]
+
+    assert found("**/*.txt") == ["B.TXT", "a.txt", "drafts/g.txt"]
+    assert found("**/*.txt", ["drafts", "b*"]) == ["B.TXT", "a.txt"]
+    assert found("**/*.txt", ["*/g.*", "B.TXT"]) == ["a.txt"]
+    assert found(".git/*.txt") == [".git/c.txt"]
+
+
+def test_a_file_name_that_is_not_utf8_is_read(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    try:
+        for i in range(20):
+            (root / os.fsdecode(b"caf\xe9%d.txt" % i)).write_text(f"<{i}>")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    content = prepared(root, "--val-fraction", "0.5")
+    assert all(f"<{i}>".encode() in content for i in range(20))
+    (root / os.fsdecode(b"bad\xe9.txt")).write_bytes(b"\xff")
+    assert len(prepared(root, "--val-fraction", "0.5")) == len(content)  # named on the console and skipped
+
+
 @pytest.mark.parametrize("content", ["to be or not to be\n" * 10_000, "to be or not to be " * 10_000])
 def test_one_large_file_gives_both_splits(tmp_path, content):
     (tmp_path / "input.txt").write_text(content)
@@ -424,6 +475,7 @@ def test_one_large_file_gives_both_splits(tmp_path, content):
     [
         (["--root", "/nowhere"], "--root /nowhere: no such folder"),
         (["--root", "{tmp}"], 'no file under .* matches "\\*\\*/\\*.txt"'),
+        (["--root", "{tmp}", "--glob", "/etc/*"], '--glob "/etc/\\*": .*; give a pattern like'),
         (["--root", "{tmp}", "--glob", "*.md"], "no document fell into the"),
         (["--root", "{tmp}", "--val-fraction", "2"], "--val_fraction 2.0: must be between 0 and 1"),
     ],

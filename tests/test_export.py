@@ -297,6 +297,65 @@ def test_a_byte_pair_tokenizer_is_exported(tmp_path):
     assert not export.tokenizers_agree(tokenizer, tmp_path)
 
 
+def test_an_export_in_bfloat16_holds_the_rounded_weights(run, tmp_path):
+    export.main([str(run), str(tmp_path / "hf"), "--dtype", "bfloat16"])
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    embedding = open_trained(run, CPU).model.transformer.wte.weight.detach()[:257]
+    assert torch.equal(tensors["transformer.wte.weight"], embedding.bfloat16())
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+    back = open_trained(tmp_path / "hf", CPU).model.transformer.wte.weight.detach()[:257]
+    assert torch.equal(back, embedding.bfloat16().float())
+
+
+def test_programs_that_read_vocab_json_and_merges_txt_get_the_same_ids(exported, tmp_path):
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(exported / name, tmp_path)
+    tokenizer = transformers.GPT2Tokenizer.from_pretrained(tmp_path, local_files_only=True)
+    assert tokenizer.encode(export.HARD_TEXT) == ByteTokenizer().encode(export.HARD_TEXT)
+    assert tokenizer.convert_tokens_to_ids("<|endoftext|>") == 256
+
+
+@pytest.mark.parametrize("kind", ["bin", "bin in parts", "safetensors in parts"])
+def test_every_form_of_a_hugging_face_folder_is_read(exported, tmp_path, kind):
+    weights = load_file(exported / "model.safetensors")
+    names, parts = sorted(weights), 2 if "parts" in kind else 1
+    for file in exported.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, tmp_path)
+    for i in range(parts):
+        part = {name: weights[name] for name in names[i::parts]}
+        number = f"-{i + 1:05d}-of-{parts:05d}" if parts > 1 else ""
+        if "bin" in kind:
+            torch.save(part, tmp_path / f"pytorch_model{number}.bin")
+        else:
+            save_file(part, tmp_path / f"model{number}.safetensors", metadata={"format": "pt"})
+    save_file({"other": torch.ones(2)}, tmp_path / "adapter.safetensors")  # not a part of the model
+    found, expected = open_trained(tmp_path, CPU), open_trained(exported, CPU)
+    for a, b in zip(found.model.parameters(), expected.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_pytorch_model_bin_that_holds_code_is_not_loaded(exported, tmp_path):
+    for file in exported.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    torch.save({"weights": NotATensor()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin: holds more than tensors and numbers"):
+        open_trained(tmp_path, CPU)
+
+
+def test_another_width_of_the_mlp_is_named(exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "hf")
+    config = json.loads((exported / "config.json").read_text())
+    for n_inner, accepted in ((None, True), (128, True), (96, False)):
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"n_inner": n_inner}))
+        if accepted:
+            open_trained(tmp_path / "hf", CPU)
+        else:
+            with pytest.raises(ValueError, match="n_inner=96 is not 4 n_embd, as in GPT-2"):
+                open_trained(tmp_path / "hf", CPU)
+
+
 def test_a_run_starts_with_the_weights_of_an_export(run, exported, dataset, tmp_path):
     words = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--vocab_size=257", "--bias", "--dropout=0"]
     words += [

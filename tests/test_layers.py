@@ -13,7 +13,7 @@ ALLOWED = {  # a name allows itself and everything in it
     "model": set(),
     "data": {"runtime.files"},
     "optimizers": set(),
-    "runtime": {"optimizers.settings"},
+    "runtime": {"optimizers.settings", "optimizers.norms"},
     "config": {
         "model",
         "data.loader",
@@ -78,3 +78,12 @@ def test_importing_does_no_work():
     script = f"import importlib\nfor m in {modules!r}: importlib.import_module(m)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+@pytest.mark.parametrize("command", ["train_gpt", "data.prepare", "eval.sample"])
+def test_without_the_file_locks_of_unix_every_command_is_one_clear_line(command):
+    script = f"import runpy, sys; sys.modules['fcntl'] = None; runpy.run_module('{command}', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("this program needs Linux or macOS; on Windows, run it in WSL")
+    assert done.stderr.count("\n") == 1

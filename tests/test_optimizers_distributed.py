@@ -41,19 +41,23 @@ CONFIGS = {
 
 
 class Odd(nn.Module):
-    """Five wide or tall matrices, one square matrix (fewer than ranks), a frozen one, a table, a gain."""
+    """Wide and tall matrices, one square matrix (fewer than ranks), a frozen one, a table, a gain.
+
+    One matrix and one gain get their first gradient in the sixth step.
+    """
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         shapes = {f"m{i}": (8, 24) if i % 2 else (24, 8) for i in range(5)}
         shapes |= {"attn_c_attn": (24, 8), "square": (8, 8), "frozen": (8, 24), "table": (16, 8), "gain": (8,)}
+        shapes |= {"late": (8, 24), "late_gain": (8,)}
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.randn(shape)))
         self.frozen.requires_grad = False
 
     def parameter_roles(self):
-        special = {"table": "embedding", "gain": "vector"}
+        special = {"table": "embedding", "gain": "vector", "late_gain": "vector"}
         return {n: special.get(n, "matrix") for n, p in self.named_parameters() if p.requires_grad}
 
 
@@ -67,6 +71,8 @@ def take_steps(model, optimizer, start, stop):
             if kind == "ahead":
                 optimizer.update_previous_grad()
         model.square.grad = None if step % 3 == 2 else model.square.grad  # sometimes without a gradient
+        if step < 5:
+            model.late.grad = model.late_gain.grad = None
         optimizer.step()
         optimizer.update_last_grad()
 

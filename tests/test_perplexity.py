@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -70,6 +71,14 @@ def test_text_gives_the_loss_of_the_same_tokens_and_a_stride_gives_more_context(
             for i in range(1, len(ids))
         ]
     assert report["models"][0]["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+
+
+def test_a_text_is_read_byte_for_byte_with_any_vocabulary(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffone\r\ntwo\r".encode())
+    tokenizer = SimpleNamespace(eot=100_000, encode=lambda text: [70_000 + ord(c) for c in text])
+    stream = perplexity.read_text([str(tmp_path / "a.txt")], SimpleNamespace(tokenizer=tokenizer))
+    assert stream.parts[0].tolist() == [100_000, *(70_000 + b for b in b"one\r\ntwo\r")]
+    assert stream.bytes_per_token == 1.0
 
 
 def test_a_pair_is_compared_on_the_same_windows(runs, tmp_path, capsys):

@@ -785,3 +785,105 @@ def test_a_wrong_tokenizer_file(corpus, tmp_path):
     arguments = command("openwebtext", corpus, tmp_path / "out", "--tokenizer", "gpt2", "--ranks", f"{tmp_path}/ranks")
     assert "sha256 is" in stops(arguments)
     assert not (tmp_path / "out").exists()
+
+
+# ---- bad records
+
+
+BAD = [b'{"text": null}', b'{"text": 5}', b'{"body": "a"}', b'["a"]', b'"a"', b'{"text": "cut o', b"\xff", b"[" * 10**5]
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+def test_bad_records_between_good_ones_are_skipped_named_and_counted(tmp_path, capsys, compression):
+    lines = [b'{"text": "one"}', *BAD, b'{"text": "two"}', b'{"text": "cut off at the en']
+    content = b"\n".join(lines)
+    if compression:
+        content = pa.compress(content, {".gz": "gzip", ".zst": "zstd"}[compression], asbytes=True)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / f"a.jsonl{compression}").write_bytes(content)
+    prepare.main(command("fineweb_edu", tmp_path / "source", tmp_path / "out", "--shard-tokens", "4"))
+    error = capsys.readouterr().err
+    reasons = ["no text", 'no string "text"', 'no string "text" in it (it has: body)', 'no string "text"'] + [
+        'no string "text"'
+    ]
+    for number, reason in enumerate([*reasons, "not JSON", "not UTF-8 (byte 0)", "not JSON"], 2):
+        assert f"a.jsonl{compression}: line {number}: {reason}" in error
+    assert f"line {len(lines)}: not JSON" in error
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["source"]["read"] == {"documents": 11, "unreadable": 9}
+    assert documents_in(np.concatenate([stream(tmp_path / "out", s) for s in ("val", "train")]), "before") == [
+        "one",
+        "two",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_too_many_bad_records_stop_a_preparation_and_a_larger_limit_continues_it(tmp_path, kind):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    rows = [None if i % 5 == 0 else f"document {i}" for i in range(1000)]  # a fifth
+    if kind == "jsonl":
+        (source / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.table({"text": pa.array(rows, pa.string())}), source / "a.parquet")
+    arguments = command("fineweb_edu", source, out)
+    assert "103 of 512 documents cannot be read, more than --max_skipped 0.1 allows; the last one: " in stops(arguments)
+    assert "--max_skipped 2.0: must be from 0 to 1" in stops([*arguments, "--max-skipped", "2"])
+    arguments[arguments.index("--shard-tokens") + 1] = "1000"
+    prepare.main([*arguments, "--fresh", "--max-skipped", "0.3"])
+    assert json.loads((out / "manifest.json").read_text())["source"]["read"] == {"documents": 1000, "unreadable": 200}
+
+
+# ---- which files are read
+
+
+def test_suffixes_may_have_capital_letters_and_hidden_folders_and_second_links_are_left_out(tmp_path, capsys):
+    source = tmp_path / "source"
+    for name in (
+        "a.JSONL",
+        "b.Txt",
+        "c.TXT.GZ",
+        ".git/d.txt",
+        "x/.ipynb_checkpoints/a.jsonl",
+        "drafts/e.txt",
+        "f.bak.txt",
+    ):
+        path = source / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = b'{"text": "json"}\n' if "json" in name.lower() else name.encode()
+        path.write_bytes(gzip.compress(content) if name.endswith("GZ") else content)
+    pq.write_table(pa.table({"text": ["rows"]}), source / "g.PARQUET")
+    (source / "link.txt").symlink_to(source / "b.Txt")
+    os.link(source / "b.Txt", source / "same.txt")
+    (source / "gone.txt").symlink_to(source / "nothing")
+    excluded = ["--exclude", "drafts", "--exclude=*.bak.*"]
+    prepare.main(command("fineweb_edu", source, tmp_path / "out", "--shard-tokens", "9", *excluded))
+    tokens = np.concatenate([stream(tmp_path / "out", split) for split in ("val", "train")])
+    assert documents_in(tokens, "before") == ["json", "b.Txt", "c.TXT.GZ", "rows"]
+    assert "other settings (exclude, files, files_sha256)" in stops(
+        command("fineweb_edu", source, tmp_path / "out", "--shard-tokens", "9")
+    )
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{", "{}", '{"source": 3}', '{"source": {}, "files": 7}', "\ud800", "null"], ids=range(7)
+)
+def test_a_damaged_progress_file_is_named(corpus, tmp_path, monkeypatch, content):
+    out = tmp_path / "owt"
+    monkeypatch.setattr(build.Preparation, "finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    stops(command("openwebtext", corpus, out))
+    path = output.temporary(out) / "progress.json"
+    path.write_text(content, errors="surrogatepass")
+    assert f"{path}: damaged (" in stops(command("openwebtext", corpus, out))
+
+
+@pytest.mark.parametrize(
+    "key, value", [("position", 3), ("held", {}), ("streams", [1]), ("documents", None), ("streams", None)]
+)
+def test_a_progress_file_that_somebody_changed_is_named(corpus, tmp_path, monkeypatch, key, value):
+    out = tmp_path / "owt"
+    monkeypatch.setattr(build.Preparation, "finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    stops(command("openwebtext", corpus, out))
+    path = output.temporary(out) / "progress.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    assert f"{path}: damaged (" in stops(command("openwebtext", corpus, out))

@@ -1,13 +1,16 @@
 """Devices, gradient clipping, and the run folder."""
 
+import copy
 import json
 import os
+import signal
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 
-from optimizers import AdamWConfig, build_optimizer
+from optimizers import MARSM, AdamWConfig, build_optimizer
 from runtime import distributed, hardware
 from runtime.clipping import GradientClipper, NonFiniteError
 from runtime.compute import start_compile_workers
@@ -95,6 +98,20 @@ def test_compilation_without_a_c_compiler_is_refused_in_one_line(monkeypatch, tm
         start_compile_workers(1)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_an_ignored_signal_stays_ignored(number):
+    """As SIGINT in a background job of a shell script, and SIGHUP under nohup."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        stop = distributed.StopRequest(ALONE)
+        os.kill(os.getpid(), number)
+        assert not stop.agreed()
+        stop.close()
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
 def test_one_process_needs_no_process_group(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with start_world("cpu") as world:
@@ -145,6 +162,24 @@ def test_clipping_inside_the_update_equals_clip_grad_norm(scale):
         second.step()
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("make", [MARSM, partial(torch.optim.AdamW, fused=True), torch.optim.SGD])
+def test_finite_gradients_whose_squares_overflow_are_clipped_as_in_float64(make):
+    model = torch.nn.Linear(50, 40)
+    twin = copy.deepcopy(model).double()
+    draws = {n: 1e20 * torch.randn(p.shape) for n, p in model.named_parameters()}
+    for m in (model, twin):
+        optimizer = make(m.parameters(), lr=0.1)
+        clipper = GradientClipper(m, optimizer, max_norm=1.0)
+        for n, p in m.named_parameters():
+            p.grad = draws[n].to(p.dtype, copy=True)
+        norm = clipper.clip(0)
+        clipper.check()
+        optimizer.step()
+        torch.testing.assert_close(norm.double(), torch.cat([d.flatten() for d in draws.values()]).double().norm())
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-4)
 
 
 def test_the_first_bad_step_is_named_and_no_later_update_is_applied():

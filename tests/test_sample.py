@@ -1,7 +1,12 @@
 """Generation from a checkpoint."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT, environment
+from small_runs import byte_dataset, byte_run
 
 import train_gpt
 from data.prepare import command as prepare
@@ -73,3 +78,12 @@ def test_the_command_prints_text_from_a_run_folder(tmp_path, capsys):
         sample.main([*command, "--temperature", "-1"])
     with pytest.raises(SystemExit, match="neither a checkpoint"):
         sample.main([str(tmp_path)])
+
+
+def test_a_console_that_shows_only_ascii_gets_all_of_the_text(tmp_path):
+    run = byte_run(tmp_path, byte_dataset(tmp_path / "data"))
+    command = [sys.executable, "-m", "eval.sample", str(run), "--prompt", "caf\u00e9 \u4e2d", "--max-tokens", "9"]
+    ascii_only = environment() | {"PYTHONIOENCODING": "ascii", "LANG": "C"}
+    done = subprocess.run(command, cwd=ROOT, env=ascii_only, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"caf\\xe9 \\u4e2d" in done.stdout

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -22,11 +23,12 @@ from torch._dynamo.utils import counters
 import train_gpt
 from config.load import load_config
 from data.loader import DataConfig, TrainLoader
+from data.prepare.pretokenized import index_in_place
 from data.shards import open_dataset
 from model import GPT
 from optimizers import MARSM
 from runtime import checkpoint
-from runtime.checkpoint import Checkpointer
+from runtime.checkpoint import Checkpointer, write_tensors
 from runtime.distributed import ALONE
 from runtime.folder import run_lock
 from runtime.logger import read_metrics
@@ -621,6 +623,58 @@ def test_from_the_command_line_errors_are_one_line(dataset):
     output, _ = process.communicate()
     assert process.returncode == 1
     assert output == "config: n_heads: unknown key; nearest: model.n_head, model.n_embd\n"
+
+
+def test_shards_that_get_a_manifest_midway_do_not_refuse_the_resume(tmp_path):
+    """`data.prepare pretokenized --source` does so. Other tokens are still refused."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    make_tokens(3000).tofile(raw / "train.bin")
+    make_tokens(500).tofile(raw / "val.bin")
+    arguments = [str(CONFIG), f"--data.path={raw}", f"--log.folder={tmp_path / 'runs'}", "--name=run"]
+    train_gpt.main(arguments)
+    shutil.rmtree((folder_of(arguments) / FINAL).parent)
+    index_in_place(raw)
+    for _ in range(2):  # from then on the run knows the hashes
+        train_gpt.main(arguments)
+    make_tokens(500, seed=9).tofile(raw / "val.bin")
+    (raw / "manifest.json").unlink()
+    index_in_place(raw)
+    assert "dataset: " in stops(arguments)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", "{", '"x"'])
+def test_a_config_json_that_somebody_damaged_is_named(arguments, straight, content):
+    shutil.copytree(straight, folder_of(arguments))
+    path = folder_of(arguments) / "config.json"
+    path.write_text(content)
+    assert stops(arguments) == f"train_gpt: {path} is not readable; repair it, or start over with --fresh"
+
+
+def test_a_setting_of_another_version_is_named_and_the_run_continues(arguments, straight, capsys):
+    shutil.copytree(straight, folder_of(arguments))
+    path = folder_of(arguments) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"future": {"key": 1}}))
+    train_gpt.main(arguments)
+    assert "note: future.key: this version has no such setting; the run started with it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["another weight", "another state"])
+def test_a_checkpoint_of_a_newer_version_is_one_line(arguments, straight, kind):
+    shutil.copytree(straight, folder_of(arguments))
+    for folder in (folder_of(arguments) / "checkpoints").iterdir():
+        name = "model.safetensors" if kind == "another weight" else "optimizer-0.safetensors"
+        tensors = load_file(folder / name)
+        first = next(iter(tensors))
+        tensors["transformer.new.weight" if kind == "another weight" else f"{first}_new"] = torch.ones(2)
+        state = json.loads((folder / "state.json").read_text())
+        state["sha256"][name] = write_tensors(folder / name, tensors)
+        (folder / "state.json").write_text(json.dumps(state))
+    message = stops(arguments)
+    assert re.match(
+        r"train_gpt: checkpoint \S+/checkpoints/step_0000012: .*new.*; another version of the program", message
+    )
+    assert "\n" not in message
 
 
 def test_nanogpt_files_train(tmp_path):

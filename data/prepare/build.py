@@ -64,6 +64,7 @@ class Preparation:
         self.folder, self.source, self.split = folder, source, recipe.split
         self.position: tuple[int, ...] = ()
         self.documents = self.unreadable = 0
+        self.max_skipped, self.last = recipe.max_skipped, ""  # last: names the last document that could not be read
         self.writers = [ShardWriter(folder, splits, recipe.shard_tokens, eot) for splits in recipe.split.streams]
         if state := progress(folder):
             self._restore(state)
@@ -91,6 +92,10 @@ class Preparation:
         for where in result.unreadable[: max(0, NOTICES - self.unreadable)]:
             tqdm.write(f"skipped {where}", file=sys.stderr)  # does not disturb the progress bar
         self.unreadable += len(result.unreadable)
+        self.last = f"; the last one: {result.unreadable[-1]}" if result.unreadable else self.last
+        if self.unreadable > max(100, self.max_skipped * self.documents):
+            counts = f"{self.unreadable} of {self.documents} documents cannot be read"
+            raise DataError(f"{counts}, more than --max_skipped {self.max_skipped:g} allows{self.last}")
         self.position = chunk.after
         if self.shards > before:
             self.save()
@@ -110,8 +115,17 @@ class Preparation:
                 old.unlink()
 
     def _restore(self, state: dict) -> None:
-        self.position, self.documents = tuple(state["position"]), state["documents"]
-        self.unreadable = state["unreadable"]
+        try:
+            self._read(state)
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            path = self.folder / PROGRESS
+            raise DataError(f"{path}: damaged ({type(error).__name__}: {error}); start over with --fresh") from None
+
+    def _read(self, state: dict) -> None:
+        self.position = tuple(map(int, state["position"]))
+        self.documents, self.unreadable = int(state["documents"]), int(state["unreadable"])
         path = self.folder / state["held"]["file"]
         if not path.exists() or sha256_of(path) != state["held"]["sha256"]:
             raise DataError(f"{path} is missing or damaged; start over with --fresh")
@@ -135,7 +149,7 @@ class Preparation:
             shutil.rmtree(self.folder)
             problem = f"no document fell into the {empty[0]} split; {self.split.hint}"
             if self.documents == self.unreadable:
-                problem = "the source holds no document that can be read"
+                problem = f"the source holds no document that can be read{self.last}"
             raise DataError(f"{self.folder.name.removesuffix('.tmp')}: {problem}")
         facts = {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot}
         counts = dict(documents=self.documents, unreadable=self.unreadable)

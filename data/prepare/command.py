@@ -62,6 +62,10 @@ def arguments() -> argparse.ArgumentParser:
         p.add_argument("--ranks", help="local GPT-2 ranks file, for machines without a network")
         p.add_argument("--shard_tokens", type=count, default=100_000_000, help="tokens per shard")
         p.add_argument("--workers", type=count, default=cores(), help="processes (default: all cores)")
+        skipped = "stop when over 100 documents, and over this fraction, cannot be read (default: %(default)s)"
+        p.add_argument("--max_skipped", type=float, default=0.1, help=skipped)
+    for p in (text, *corpora):
+        p.add_argument("--exclude", action="append", default=[], help="leave out files or folders of this name or glob")
     for p in (pydocs, text, *corpora, ready):
         p.add_argument("--out", type=Path, help="dataset folder (default: data/tokens/NAME)")
         p.add_argument("--fresh", action="store_true", help="start over, and replace a finished folder")
@@ -122,7 +126,9 @@ def prepare(args: argparse.Namespace) -> None:
         pretokenized.fetch(out, settings, pinned)
     else:
         source, split, facts = job.open(pinned)
-        recipe = Recipe(args.tokenizer, args.ranks, settings["eot"], split, args.shard_tokens, args.workers)
+        recipe = Recipe(
+            args.tokenizer, args.ranks, settings["eot"], split, args.shard_tokens, args.workers, args.max_skipped
+        )
         build(out, source, settings | facts, recipe)
     print(f"prepared {describe(out)}")
 
@@ -131,6 +137,8 @@ def check(args: argparse.Namespace) -> None:
     """DataError for numbers out of range."""
     if not 0 < getattr(args, "val_fraction", 0.5) < 1:
         raise DataError(f"--val_fraction {args.val_fraction}: must be between 0 and 1")
+    if not 0 <= getattr(args, "max_skipped", 0.5) <= 1:
+        raise DataError(f"--max_skipped {args.max_skipped}: must be from 0 to 1")
     for key, most in (("shard_tokens", 2**31 - 1), ("workers", 4096), ("shards", 2**31)):
         value = getattr(args, key, None)
         if value is not None and not 1 <= value <= most:

@@ -72,12 +72,13 @@ def pydocs_job(args: argparse.Namespace) -> Job:
 
 def text_job(args: argparse.Namespace) -> Job:
     """The user's text files."""
-    files = text.text_files(args.root, args.glob)
+    files = text.text_files(args.root, args.glob, args.exclude)
     sizes = [(p.relative_to(args.root).as_posix(), p.stat().st_size) for p in files]
     digest = hashlib.sha256(repr(sizes).encode()).hexdigest()
     root = args.root.resolve()
     settings = {"name": "text", "root": str(root), "glob": args.glob, "val_fraction": args.val_fraction}
     settings |= {"files": len(files), "files_sha256": digest, "eot": "after"}
+    settings |= {"exclude": args.exclude} if args.exclude else {}
     documents = text.documents(args.root, files)
     return Job(root.name, settings, lambda pinned: (Named(documents), ByName(args.val_fraction), {}))
 
@@ -86,11 +87,12 @@ def corpus_job(args: argparse.Namespace) -> Job:
     """A corpus from the hub, or from files like it that the user has."""
     corpus = CORPORA[args.command]
     settings = {"name": args.command, "column": args.column, **corpus.split.settings, "eot": corpus.eot}
-    local = LocalFolder(args.source) if args.source else None
+    local = LocalFolder(args.source, args.exclude) if args.source else None
     revision = args.revision or (corpus.commit if args.repo == corpus.repo else "main")
     pattern = args.pattern or corpus.pattern.format(sample=args.sample)
     if local:
         settings |= {"root": str(args.source.resolve()), "files": len(local.files), "files_sha256": local.digest()}
+        settings |= {"exclude": args.exclude} if args.exclude else {}
     else:
         settings |= {"repo": args.repo, "pattern": pattern, "asked_revision": revision}
 

@@ -29,6 +29,11 @@ class SourceFile:
     open: Callable[[], AbstractContextManager[BinaryIO]]
     sha256: str | None = None  # if the hub states it
 
+    @property
+    def kind(self) -> str:
+        """The name in small letters, whose suffix says how the file is read."""
+        return self.name.lower()
+
 
 def first_line(error: Exception) -> str:
     """The first line of an error's text, or its class name."""
@@ -46,7 +51,7 @@ def library(module: str) -> Any:
 @contextmanager
 def opened(file: SourceFile) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """The content of a file, decompressed according to its suffix, and the file itself; DataError if it is damaged."""
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(PurePath(file.name).suffix)
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(PurePath(file.kind).suffix)
     try:
         with file.open() as raw:
             stream = library("pyarrow").CompressedInputStream(raw, compression) if compression else None

@@ -28,7 +28,15 @@ def temporary(out: Path) -> Path:
 def progress(folder: Path) -> dict | None:
     """What an unfinished preparation recorded: "source", and "files" if it fetches shards; None without a record."""
     path = folder / PROGRESS
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(state["source"], dict) or not isinstance(state.get("files", []), list):
+            raise TypeError("another structure than this program writes")
+        return state
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: damaged ({type(error).__name__}: {error}); delete its folder") from None
 
 
 def recorded_source(folder: Path) -> dict | None:

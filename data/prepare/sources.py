@@ -3,6 +3,7 @@
 Each chunk knows the position at which the next one starts, so that a preparation can continue there.
 """
 
+import fnmatch
 import hashlib
 import json
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -68,14 +69,35 @@ class Named:
             yield Chunk((count,), fractions[-1], partial(iter, texts), names)
 
 
+def files_below(root: Path, pattern: str, exclude: Sequence[str] = ()) -> dict[str, Path]:
+    """The files under root that match a glob, by name within root, in the order of the names.
+
+    Left out are hidden files and folders, unless the glob names one, and what matches one of the patterns `exclude`
+    with its name, or the name of a folder around it. A file that is there twice through links counts once.
+    """
+    hidden_too, found = "/." in f"/{pattern}", {}
+    for path in root.glob(pattern):
+        parts = path.relative_to(root).parts
+        names = (path.relative_to(root).as_posix(), *parts)
+        hidden = not hidden_too and any(part.startswith(".") for part in parts)
+        if path.is_file() and not hidden and not any(fnmatch.fnmatch(n, x) for n in names for x in exclude):
+            found[names[0]] = path
+    seen: set[tuple[int, int]] = set()
+    for name, path in sorted(found.items()):
+        identity = (path.stat().st_dev, path.stat().st_ino)
+        if identity in seen:
+            del found[name]
+        seen.add(identity)
+    return dict(sorted(found.items()))
+
+
 class LocalFolder:
     """The corpus files in a folder, in the order of their names."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, exclude: Sequence[str] = ()) -> None:
         if not root.is_dir():
             raise DataError(f"--source {root}: no such folder")
-        found = {p.relative_to(root).as_posix(): p for p in root.rglob("*") if p.is_file()}
-        found = {name: path for name, path in sorted(found.items()) if name.endswith(SUFFIXES)}
+        found = {n: p for n, p in files_below(root, "**/*", exclude).items() if n.lower().endswith(SUFFIXES)}
         if not found:
             raise DataError(f"--source {root}: holds no {', '.join(SUFFIXES)} file")
         self.files = []
@@ -120,26 +142,26 @@ class Files:
 
 def documents_in(file: SourceFile, column: str) -> int:
     """Number of documents in a file: rows of parquet, lines of JSON, or one for a text file."""
-    if file.name.endswith(".parquet"):
+    if file.kind.endswith(".parquet"):
         with opened_parquet(file, column) as parquet:
             return parquet.metadata.num_rows
-    return sum(len(lines) for lines, _ in line_groups(file, 0)) if file.name.endswith(LINES) else 1
+    return sum(len(lines) for lines, _ in line_groups(file, 0)) if file.kind.endswith(LINES) else 1
 
 
 def chunks_of(file: SourceFile, column: str, start: int) -> Chunks:
     """Chunks of a file from row or line `start` on. Raises DataError if it cannot be read."""
-    if file.name.endswith(".parquet"):
+    if file.kind.endswith(".parquet"):
         with opened_parquet(file, column) as parquet:
             for values in grouped(parquet_values(parquet, column, start), lambda value: len(value or b"")):
                 texts = partial(decode_rows, file.title, start, values)
                 start += len(values)
                 yield Chunk((start,), start / parquet.metadata.num_rows, texts)
-    elif file.name.endswith(LINES):
+    elif file.kind.endswith(LINES):
         for lines, fraction in line_groups(file, start):
             texts = partial(decode_lines, file.title, column, start, lines)
             start += len(lines)
             yield Chunk((start,), fraction, texts)
-    elif file.name.endswith(TEXT) and start == 0:
+    elif file.kind.endswith(TEXT) and start == 0:
         yield Chunk((1,), 1.0, partial(decode_file, file))
     elif start == 0:
         raise DataError(f"{file.title}: not a {', '.join(SUFFIXES)} file")
@@ -160,18 +182,16 @@ def decode_lines(title: str, column: str, first: int, lines: Sequence[bytes]) ->
         if isinstance(decoded, str):
             try:
                 record = json.loads(decoded)
-            except ValueError:
+            except (ValueError, RecursionError):
                 yield Undecodable(f"{where}: not JSON")  # often the last line of an interrupted download
                 continue
             record = record if isinstance(record, dict) else {}
+            keys = ", ".join(record)
             value = record.get(column)
+            problem = f'no string "{column}" in it (it has: {keys}); choose one with --column'
             if value is None and column in record:
-                yield Undecodable(f"{where}: no text")
-                continue
-            if not isinstance(value, str):
-                keys = ", ".join(record)
-                raise DataError(f'{where}: no string "{column}" in it (it has: {keys}); choose one with --column')
-            decoded = value
+                problem = "no text"
+            decoded = value if isinstance(value, str) else Undecodable(f"{where}: {problem}")
         yield decoded
 
 

@@ -34,7 +34,8 @@ class ByName:
 
     def streams_of(self, first: int, names: tuple[str, ...] | None, count: int) -> np.ndarray:
         assert names is not None
-        hashes = [int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) for name in names]
+        # a file name that is not UTF-8 holds its bytes as surrogates
+        hashes = [int(hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:8], 16) for name in names]
         return (np.array(hashes) < self.fraction * 2**32).astype(np.int64)
 
 

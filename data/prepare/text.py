@@ -1,10 +1,10 @@
 """The user's own text files as documents."""
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePath
 from typing import TextIO
 
-from data.prepare.sources import Undecodable
+from data.prepare.sources import Undecodable, files_below
 from data.shards import DataError
 
 PIECE_BYTES = 1 << 16  # larger files are cut into pieces of this size, so that the validation set has a part of each
@@ -12,13 +12,21 @@ MIN_PIECES = 200  # a small corpus is cut into at least this many pieces, so tha
 READ = 1 << 20
 
 
-def text_files(root: Path, pattern: str) -> list[Path]:
-    """The files under root that match the glob; DataError if there are none."""
+def text_files(root: Path, pattern: str, exclude: Sequence[str] = ()) -> list[Path]:
+    """The files under root that match the glob, its suffix in small or capital letters; DataError if there are none."""
+    asked = pattern
     if not root.is_dir():
         raise DataError(f"--root {root}: no such folder")
-    files = sorted(p for p in root.glob(pattern) if p.is_file())
+    suffix = PurePath(pattern).suffix
+    if suffix.removeprefix(".").isalnum():
+        either = "".join(f"[{c.lower()}{c.upper()}]" if c.isalpha() else c for c in suffix)
+        pattern = pattern.removesuffix(suffix) + either
+    try:
+        files = list(files_below(root, pattern, exclude).values())
+    except (NotImplementedError, ValueError) as error:  # of pathlib
+        raise DataError(f'--glob "{asked}": {error}; give a pattern like **/*.txt') from None
     if not files:
-        raise DataError(f'no file under {root} matches "{pattern}"')
+        raise DataError(f'no file under {root} matches "{asked}"')
     return files
 
 
@@ -32,7 +40,7 @@ def documents(root: Path, files: list[Path]) -> Iterator[tuple[str, str | Undeco
         if bad is not None:
             yield name, Undecodable(f"{path}: not UTF-8 (byte {bad})"), (before + size) / total
         else:
-            with open(path, encoding="utf-8") as f:
+            with open(path, encoding="utf-8", newline="") as f:  # line ends stay as they are
                 for start, text in text_pieces(f, piece):
                     yield f"{name}#{start}", text, (before + min(size, f.buffer.tell())) / total  # type: ignore[attr-defined]
         before += size
@@ -40,7 +48,7 @@ def documents(root: Path, files: list[Path]) -> Iterator[tuple[str, str | Undeco
 
 def undecodable_byte(path: Path) -> int | None:
     """Position of the first byte that is not UTF-8; None if there is none."""
-    with open(path, encoding="utf-8") as f:
+    with open(path, encoding="utf-8", newline="") as f:
         try:
             while f.read(READ):
                 pass
@@ -51,7 +59,7 @@ def undecodable_byte(path: Path) -> int | None:
 
 def text_pieces(f: TextIO, size: int) -> Iterator[tuple[int, str]]:
     """(start, text): a file cut into pieces of about `size` characters, at line ends, in long lines at spaces."""
-    text, start, at_end = "", 0, False
+    text, start, at_end = f.read(1).removeprefix("\ufeff"), 0, False  # without a byte-order mark
     while text or not at_end:
         end = text.find("\n", size, 2 * size) + 1 or text.find(" ", 2 * size) + 1
         if not at_end and (not end or len(text) - end < size):

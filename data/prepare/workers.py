@@ -29,6 +29,7 @@ class Recipe:
     split: Split
     shard_tokens: int
     workers: int
+    max_skipped: float = 0.1  # fraction of documents that may be unreadable, once there are 100
 
 
 @dataclass
