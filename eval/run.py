@@ -134,7 +134,7 @@ def score_all(args: argparse.Namespace, world: World) -> int:
     scores: list[dict] = []
     failed, sizes = 0, set()
     for path in args.models:
-        trained = open_trained(path, world.device, args.tokenizer, args.ranks)
+        trained = open_trained(path, world.device, args.tokenizer, args.ranks, args.eot)
         if any(s["checkpoint"] == trained.name for s in scores):
             trained.name = path
         sizes.add(size_of(trained.model.num_params()))
