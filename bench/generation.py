@@ -1,4 +1,4 @@
-"""Generation of text with and without the cache of keys and values, in turns, greedy, on the CPU.
+"""Generation of text with and without the cache of keys and values, in turns, greedy, on one thread.
 
 python -m bench.generation              512 new tokens of a model of 4 layers x 256, minutes
 python -m bench.generation --smoke      16 new tokens of a tiny model, seconds
@@ -31,6 +31,7 @@ def without_cache(model: GPT, tokens: int) -> list[int]:
 def main(argv: list[str] | None = None) -> None:
     parser = bench_parser("generation", __doc__)
     args = parser.parse_args(argv)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     tokens, rounds = (16, 1) if args.smoke else (512, 1)
     model = GPT(TINY if args.smoke else GPTConfig(n_layer=4, n_head=4, n_embd=256)).eval()
