@@ -45,10 +45,14 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of the positions already read, one pair (B, H, T, D) per layer."""
+    """Keys and values of the positions already read, one pair (B, H, T, D) per layer.
 
-    def __init__(self) -> None:
+    padding: for a batch of prompts of unequal lengths, how many ids (B,) at the left of each row are to be ignored.
+    """
+
+    def __init__(self, padding: Tensor | None = None) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.padding = padding
 
     def __len__(self) -> int:
         return self.layers[0][0].size(2) if self.layers else 0
@@ -60,6 +64,17 @@ class KVCache:
             k, v = torch.cat((old_k, k), dim=2), torch.cat((old_v, v), dim=2)
         self.layers[layer] = (k, v)
         return k, v
+
+    def mask(self, queries: int, keys: int) -> Tensor | None:
+        """Which keys the last positions read, (B, 1, queries, keys); None without padding.
+
+        Ignored positions read themselves, so that no softmax is empty.
+        """
+        if self.padding is None:
+            return None
+        key = torch.arange(keys, device=self.padding.device)
+        query = key[keys - queries :, None]
+        return ((key <= query) & (key >= self.padding[:, None, None]) | (key == query))[:, None]
 
 
 class CausalSelfAttention(nn.Module):
@@ -80,8 +95,9 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             assert T == 1 or len(cache) == 0 or self.layer not in cache.layers, "append one token at a time"
             k, v = cache.extend(self.layer, k, v)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1, scale=self.scale)
+        mask = cache.mask(T, k.size(2)) if cache is not None else None
+        dropout, causal = self.dropout if self.training else 0.0, T > 1 and mask is None
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal, scale=self.scale)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
@@ -155,7 +171,11 @@ class GPT(nn.Module):
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens: the context holds {self.config.block_size}")
         # positions are a slice, not a lookup: its backward is a plain sum instead of atomic adds
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[start : start + T]
+        positions = self.transformer.wpe.weight[start : start + T]
+        if cache is not None and cache.padding is not None:
+            column = torch.arange(start, start + T, device=idx.device)
+            positions = self.transformer.wpe((column - cache.padding[:, None]).clamp(min=0))
+        x = self.transformer.wte(idx) + positions
         x = F.dropout(x, self.config.dropout, self.training).to(self.residual_dtype or x.dtype)
         for block in self.transformer.h:
             if self.recompute_blocks and self.training:

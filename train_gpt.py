@@ -25,6 +25,7 @@ from config.schema import RunConfig, changeable_keys, default_values, largest_di
 from data.hellaswag import HellaSwag
 from data.loader import TrainLoader, ValidationSet, prefetch, to_device
 from data.shards import open_dataset
+from data.tokenizer import copy_own
 from model import GPT
 from optimizers import MARSMConfig, build_optimizer
 from optimizers.state import load_named_state, named_state, state_problem
@@ -78,6 +79,9 @@ class Trainer:
             changeable_keys(run, accept_changes), default_values(run), dataset.fingerprint(raw=True)
         )
         open_run_folder(self.folder, settings, comparison, environment(world.device, world.size), fresh, world)
+        self.tokenizer = dataset.tokenizer
+        if world.is_main:
+            copy_own(dataset.tokenizer, dataset.folder, self.folder)
         self.checkpoints = Checkpointer(self.folder / "checkpoints", run.checkpoint, world)
         if run.branch_from:
             branch(run.branch_from, self.folder, world)
@@ -280,6 +284,8 @@ class Trainer:
         state = dict(step=self.step, tokens=self.step * self.run.tokens_per_step, config=to_dict(self.run))
         state |= dict(val_loss=self.val_loss, best_val_loss=self.best_val_loss, train_seconds=self.meter.trained)
         state |= dict(processes=self.world.size) | (dict(gamma_tuner=self.tuner.state()) if self.tuner else {})
+        if self.tokenizer and "file" in self.tokenizer:  # a copy of the file lies in the run folder
+            state["tokenizer"] = self.tokenizer
         tensors = named_state(self.optimizer, self.model, self.world.rank)
         average = self.average.tensors if self.average else None
         return self.checkpoints.save(dict(self.model.named_parameters()), tensors, state, average)

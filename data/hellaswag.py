@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from data.loader import DataConfig
 from data.shards import DataError, Dataset
-from data.tokenizer import Tokenizer, get_tokenizer
+from data.tokenizer import Tokenizer, tokenizer_of
 from runtime.distributed import World
 
 
@@ -76,7 +76,9 @@ class HellaSwag:
     @classmethod
     def of_run(cls, config: DataConfig, dataset: Dataset) -> "HellaSwag":
         """The items that a run scores, in the tokens of its dataset. Raises DataError for a file of other content."""
-        tokenizer = get_tokenizer(dataset.manifest.get("tokenizer", {}).get("name", "gpt2"))
+        if dataset.tokenizer is None:
+            raise DataError(f"data.hellaswag={config.hellaswag}: {dataset.folder} names no tokenizer to read it with")
+        tokenizer = tokenizer_of(dataset.tokenizer, (dataset.folder,))
         return cls(read_items(config.hellaswag, config.hellaswag_items, tokenizer), config.hellaswag_seconds)
 
     def score(self, model: nn.Module, world: World, autocast: AbstractContextManager) -> dict[str, float | int]:

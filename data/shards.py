@@ -19,7 +19,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from runtime.files import write_durably, write_json
+from data.tokenizer import facts_by_size
+from runtime.files import sha256_of, write_durably, write_json
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 MANIFEST = "manifest.json"
@@ -88,6 +89,7 @@ class Dataset:
     folder: Path
     splits: dict[str, list[Shard]]
     manifest: dict  # empty for a folder without one
+    tokenizer: dict | None  # what is known of it: from the manifest, else from the size of the model's vocabulary
 
     def tokens(self, split: str) -> int:
         """Number of tokens in a split."""
@@ -126,7 +128,12 @@ def open_dataset(folder: str | Path, vocab_size: int) -> Dataset:
         manifest = read_manifest(folder / MANIFEST)
         splits = {s: [listed_shard(folder, e) for e in entries(manifest, s)] for s in SPLITS}
         largest = max((e["max_token"] for e in entries(manifest)), default=-1)
-        where = f"its tokenizer {manifest['tokenizer']['name']} has {manifest['tokenizer']['vocab_size']} ids"
+        tokenizer = manifest["tokenizer"]
+        where = f"its tokenizer {tokenizer['name']} has {tokenizer['vocab_size']} ids"
+        if "file" in tokenizer:
+            largest = max(largest, tokenizer["vocab_size"] - 1)
+            if not (folder / tokenizer["file"]).is_file():
+                raise DataError(f"{folder / tokenizer['file']}: missing, the dataset's tokenizer; copy it there again")
     else:
         files = {s: [p for p in sorted(folder.glob("*.bin")) if names_split(p.name, s)] for s in SPLITS}
         if both := set(files["train"]) & set(files["val"]):
@@ -142,7 +149,7 @@ def open_dataset(folder: str | Path, vocab_size: int) -> Dataset:
             f"dataset {folder}: token {largest} ({where}) does not fit vocab_size={vocab_size}; "
             "set --vocab_size to the tokenizer's size or choose another dataset"
         )
-    return Dataset(folder, splits, manifest)
+    return Dataset(folder, splits, manifest, manifest.get("tokenizer") or facts_by_size(vocab_size))
 
 
 def names_split(name: str, split: str) -> bool:
@@ -173,7 +180,10 @@ def read_manifest(path: Path) -> dict:
                 raise ValueError(f"bad entry for {e['file']!r}")
         if len({e["file"] for e in listed}) < len(listed):
             raise ValueError("a file is listed twice")
-        manifest["tokenizer"]["name"], manifest["tokenizer"]["vocab_size"]
+        tokenizer = manifest["tokenizer"]
+        tokenizer["name"], tokenizer["vocab_size"]
+        if "file" in tokenizer and Path(tokenizer["file"]).name != tokenizer["file"]:
+            raise ValueError(f"bad entry for {tokenizer['file']!r}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a dataset manifest ({type(error).__name__}: {error})") from None
     return manifest
@@ -272,8 +282,12 @@ def shard_problems(folder: Path, hashes: bool = True, rank: int = 0, ranks: int 
         return problems
     counts = manifest.get("source", {}).get("read") or {"documents": 0, "unreadable": 0}
     read = counts["documents"] - counts["unreadable"]
-    found = sum(entry.get("documents") or 0 for entry in listed)
-    if read and read != found:
+    known = [entry["documents"] for entry in listed if entry.get("documents") is not None]
+    if read and len(known) == len(listed) and read != (found := sum(known)):
         problems.append(f"{folder}: {read} documents were read, its shards hold {found}")
     names = {entry["file"] for entry in listed} | {MANIFEST}
+    if file := manifest["tokenizer"].get("file"):
+        names.add(file)
+        if not (folder / file).is_file() or sha256_of(folder / file) != manifest["tokenizer"]["sha256"]:
+            problems.append(f"{folder / file}: missing or changed, the dataset's tokenizer; copy it there again")
     return problems + [f"{p}: not in the manifest" for p in sorted(folder.iterdir()) if p.name not in names]

@@ -1,30 +1,46 @@
-"""Tokenizers: bytes, which need no file, and GPT-2's byte-pair encoding through tiktoken.
+"""Tokenizers: bytes, GPT-2's byte pairs through tiktoken, and own ones: a tokenizer.json or a character map.
 
-Training reads token ids only. A tokenizer is needed to prepare text and to print it.
+Training reads token ids only. A tokenizer is needed to prepare text and to print it. A dataset's manifest describes
+its tokenizer by facts: name, vocab_size, eot and, for an own one, the file in the dataset's folder and its sha256.
 """
 
 import base64
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
+
+from runtime.files import sha256_of, write_durably
 
 GPT2_RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 RANKS_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
 RANKS_VARIABLE = "GPT2_TIKTOKEN"  # environment variable: path of a local GPT-2 ranks file
+SIZES = {257: "byte", 320: "byte", 50257: "gpt2", 50304: "gpt2"}  # vocabularies, some padded to a multiple of 64
+PADDING = 128  # a model may have fewer than this many ids beyond those of its tokenizer
+TOKENIZER_FILE = "tokenizer.json"  # an own tokenizer, in the folders of datasets and runs
+SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")  # end-of-text tokens, the first counts
 
 
 class Tokenizer(Protocol):
     """What the rest of the code needs of a tokenizer."""
 
-    name: str
-    vocab_size: int  # number of ids, including end-of-text
-    eot: int  # id that separates documents
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def vocab_size(self) -> int: ...  # number of ids, including end-of-text
+
+    @property
+    def eot(self) -> int: ...  # id that separates documents
+
+    @property
+    def stop(self) -> int | None: ...  # id that ends a generated text: eot, unless that also occurs inside documents
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -34,7 +50,7 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """UTF-8 bytes 0-255 and end-of-text 256."""
 
-    name, vocab_size, eot = "byte", 257, 256
+    name, vocab_size, eot, stop = "byte", 257, 256, 256
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8", errors="surrogateescape"))
@@ -49,7 +65,7 @@ class ByteTokenizer:
 class GPT2Tokenizer:
     """GPT-2's 50,256 byte pairs and end-of-text 50256. Special tokens in text are read as plain text."""
 
-    name, vocab_size, eot = "gpt2", 50257, 50256
+    name, vocab_size, eot, stop = "gpt2", 50257, 50256, 50256
 
     def __init__(self, ranks_file: str | None = None) -> None:
         try:
@@ -119,10 +135,174 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     return {base64.b64decode(token): int(rank) for token, rank in pairs}
 
 
-def get_tokenizer(name: str, ranks_file: str | None = None) -> "ByteTokenizer | GPT2Tokenizer":
-    """The tokenizer called "byte" or "gpt2"; ValueError for any other name."""
-    if name == "byte":
-        return ByteTokenizer()
-    if name == "gpt2":
-        return GPT2Tokenizer(ranks_file)
-    raise ValueError(f'tokenizer "{name}": must be "byte" or "gpt2"')
+class OwnTokenizer:
+    """A tokenizer of a file of the user. Its name holds a part of the file's sha256."""
+
+    def __init__(self, path: Path, kind: str, ids: dict[str, int], eot: str | None, usual: tuple[str, ...]) -> None:
+        """ids: of all tokens. eot: the token that separates documents, by default the first of the usual ones."""
+        self.path, self.sha256, self.vocab_size = path, sha256_of(path), len(ids)
+        self.name = f"{kind}-{self.sha256[:12]}"
+        for token, number in ids.items():
+            if type(number) is not int or not 0 <= number < len(ids):
+                problem = f"gives {token!r} the id {number!r}"
+                raise ValueError(f"{path}: {problem}; the ids of {len(ids)} tokens are 0 to {len(ids) - 1}")
+        if len(set(ids.values())) < len(ids):
+            raise ValueError(f"{path}: gives one id to several tokens")
+        found = next((token for token in ([eot] if eot is not None else usual) if token in ids), None)
+        if found is None:
+            problem = f"no token {eot!r}" if eot is not None else f"none of {', '.join(map(repr, usual))}"
+            raise ValueError(f"{path}: has {problem}; name the token that separates documents with --eot")
+        self.separator, self.eot = found, ids[found]
+
+    def encode(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return np.array(self.encode(text), dtype=np.uint16)
+
+
+class CharacterTokenizer(OwnTokenizer):
+    """One id for each character of a map, such as nanoGPT's. A newline separates documents, unless --eot names another.
+
+    Raises ValueError, which names the character and its place, for one that is not in the map.
+    """
+
+    def __init__(self, path: Path, ids: dict[str, int], eot: str | None = None) -> None:
+        if wrong := next((c for c in ids if len(c) != 1), None):
+            raise ValueError(f"{path}: {wrong!r} is not one character")
+        super().__init__(path, "characters", ids, eot, ("\n",))
+        self.ids, self.characters = ids, {number: character for character, number in ids.items()}
+        self.stop = None if self.separator == "\n" else self.eot
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return [self.ids[c] for c in text]
+        except KeyError:
+            i = next(i for i, c in enumerate(text) if c not in self.ids)
+            line, column = text.count("\n", 0, i) + 1, i - text.rfind("\n", 0, i)
+            what = f"character {text[i]!r} (U+{ord(text[i]):04X}) is not in the map {self.path}"
+            raise ValueError(f"{what}: line {line}, column {column}, after {text[max(0, i - 20) : i]!r}") from None
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(self.characters[i] for i in ids)
+
+
+class FileTokenizer(OwnTokenizer):
+    """A tokenizer.json of Hugging Face. Special tokens in text are read as plain text, and none are added."""
+
+    def __init__(self, path: Path, content: str, eot: str | None = None) -> None:
+        try:
+            from tokenizers import Tokenizer as Encoding
+        except ImportError:
+            raise ImportError(f"{path}: needs: pip install tokenizers") from None
+        try:
+            self.encoding = Encoding.from_str(content)
+        except Exception as error:  # the Rust library raises no other class
+            raise ValueError(f"{path}: not a tokenizer.json of Hugging Face ({error})") from None
+        self.encoding.no_truncation()
+        self.encoding.no_padding()
+        super().__init__(path, "tokenizer", self.encoding.get_vocab(with_added_tokens=True), eot, SEPARATORS)
+        self.encoding.encode_special_tokens = True  # as plain text
+        self.stop = self.eot
+
+    def encode(self, text: str) -> list[int]:
+        return self.encoding.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.encoding.decode(ids, skip_special_tokens=False)
+
+
+class Unloaded:
+    """The name and the size of a tokenizer, where token ids are enough. Text is a ValueError, which says why."""
+
+    def __init__(self, name: str, vocab_size: int, problem: str) -> None:
+        self.name, self.vocab_size, self.problem, self.stop = name, vocab_size, problem, None
+
+    @property
+    def eot(self) -> int:
+        self._fail()
+
+    def encode(self, text: str) -> list[int]:
+        self._fail()
+
+    def decode(self, ids: list[int]) -> str:
+        self._fail()
+
+    def _fail(self) -> NoReturn:
+        raise ValueError(self.problem)
+
+
+def get_tokenizer(
+    name: str, ranks_file: str | None = None, eot: str | None = None
+) -> "ByteTokenizer | GPT2Tokenizer | CharacterTokenizer | FileTokenizer":
+    """The tokenizer called "byte" or "gpt2", or that of a file; ValueError for anything else.
+
+    eot: the token of a file that separates documents, if it is none of the usual ones.
+    """
+    if name in ("byte", "gpt2"):
+        if eot is not None:
+            raise ValueError(f"--eot {eot!r}: belongs to a tokenizer file; {name} has its own end-of-text")
+        return ByteTokenizer() if name == "byte" else GPT2Tokenizer(ranks_file)
+    path = Path(name, TOKENIZER_FILE) if Path(name).is_dir() else Path(name)
+    if not path.is_file():
+        raise ValueError(f'tokenizer "{name}": must be "byte", "gpt2" or a file')
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+    except ValueError:
+        raise ValueError(f"{path}: not JSON, so no tokenizer.json and no character map; see docs/data.md") from None
+    if isinstance(content, dict) and content.keys() & {"stoi", "itos"}:
+        return CharacterTokenizer(path, _character_ids(content, path), eot)
+    return FileTokenizer(path, text, eot)
+
+
+def _character_ids(content: dict, path: Path) -> dict[str, Any]:
+    """The ids of the characters of a map, from its "stoi" or, without that, its "itos"."""
+    try:
+        if "stoi" in content:
+            return dict(content["stoi"].items())
+        itos = content["itos"]
+        return {str(c): int(i) for i, c in (enumerate(itos) if isinstance(itos, list) else itos.items())}
+    except (AttributeError, ValueError):
+        raise ValueError(f'{path}: not a character map {{"stoi": {{"a": 0, ...}}}}') from None
+
+
+def facts_of(tokenizer: "Tokenizer | OwnTokenizer") -> dict:
+    """What a manifest says of a tokenizer."""
+    facts = {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot}
+    if isinstance(tokenizer, OwnTokenizer):
+        facts |= {"separator": tokenizer.separator, "file": TOKENIZER_FILE, "sha256": tokenizer.sha256}
+    return facts
+
+
+def facts_by_size(vocab_size: int) -> dict | None:
+    """What the size of a vocabulary says of its tokenizer; None if it is not that of a known one."""
+    name = SIZES.get(vocab_size)
+    return {"name": name, "vocab_size": {"byte": 257, "gpt2": 50257}[name]} if name else None
+
+
+def tokenizer_of(facts: dict, folders: tuple[Path, ...], ranks_file: str | None = None) -> Tokenizer:
+    """The tokenizer that facts describe. The file of an own one is in one of the folders; ValueError if it is not."""
+    if "file" not in facts:
+        return get_tokenizer(facts["name"], ranks_file)
+    for path in (folder / facts["file"] for folder in folders):
+        if path.is_file() and sha256_of(path) == facts["sha256"]:
+            return get_tokenizer(str(path), eot=facts["separator"])
+    places = " or ".join(str(folder) for folder in folders)
+    raise ValueError(f"tokenizer {facts['name']}: {places} has no such {facts['file']}; name it with --tokenizer FILE")
+
+
+def copy_own(facts: dict | None, source: Path, folder: Path) -> None:
+    """Copy the file of an own tokenizer, if facts name one, from a dataset to a folder."""
+    if facts and "file" in facts:
+        write_durably(folder / facts["file"], (source / facts["file"]).read_bytes())
+
+
+def text_problem(facts: dict | None, vocab_size: int) -> str | None:
+    """Why a model with this vocabulary could not read or print text; None if it can."""
+    if facts is None:
+        return "the dataset names none: eval.sample, eval.run and the files of eval.export will need --tokenizer FILE"
+    if not facts["vocab_size"] <= vocab_size < facts["vocab_size"] + PADDING:
+        ids = f"{facts['name']} has {facts['vocab_size']} ids, which do not fit vocab_size={vocab_size}"
+        return f"{ids}: eval.sample, eval.run and eval.export will refuse this run"
+    return None

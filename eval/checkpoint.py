@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -15,14 +15,15 @@ from torch import Tensor
 
 from data.prepare.formats import first_line
 from data.shards import MANIFEST, read_manifest
-from data.tokenizer import Tokenizer, get_tokenizer
+from data.tokenizer import PADDING, Tokenizer, Unloaded, facts_by_size, get_tokenizer, tokenizer_of
 from model import GPT, GPTConfig
 from runtime.checkpoint import AVERAGE, MODEL, STATE, open_checkpoint
 from runtime.files import sha256_of
 
 AVERAGED = ":average"  # after the path of a run or a checkpoint: its averaged weights, see --ema
 RELEASED = re.compile(r"(openai-community/)?(gpt2(-medium|-large|-xl)?)")  # OpenAI's models on the hub
-PADDING = 128  # a vocabulary may have fewer than this many rows beyond the ids of its tokenizer
+UNKNOWN = "unknown"  # name of a tokenizer that nothing names
+TRAINED_AS = "trained_as"  # key of an exported tokenizer_config.json: the name of the tokenizer in training
 EMBEDDING = "transformer.wte.weight"
 WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)+")  # torch.compile and DDP add these to parameter names
 CAUSAL_MASK = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
@@ -61,24 +62,32 @@ class Source:
     kind: str
     config: GPTConfig
     tensors: Mapping[str, Tensor]  # by parameter name; linear weights are (out, in)
-    tokenizer: str | Path | None  # its name, or the folder that holds its files
+    tokenizer: dict | Path | None  # its facts, or the folder that holds its Hugging Face files
     sha256: str
     state: dict
+    folders: tuple[Path, ...] = ()  # where the file of an own tokenizer may be
 
 
 def open_trained(
-    path: str | Path, device: torch.device, tokenizer: str | None = None, ranks: str | None = None
+    path: str | Path,
+    device: torch.device,
+    tokenizer: str | None = None,
+    ranks: str | None = None,
+    eot: str | None = None,
+    text: Literal["required", "if known", "unused"] = "required",
 ) -> Trained:
     """Open a run folder, a checkpoint folder, a Hugging Face GPT-2 folder, a .pt file or one of OpenAI's models.
 
     "RUN:average" opens the averaged weights of a run. OpenAI's models have the names gpt2, gpt2-medium, gpt2-large
     and gpt2-xl; they come from the hub or its cache.
-    tokenizer: "byte" or "gpt2" replaces the source's own. The model's vocabulary is cut to the tokenizer's ids.
+    tokenizer: "byte", "gpt2" or a file replaces the source's own. The model's vocabulary is cut to the tokenizer's ids.
+    text: whether a tokenizer must be known, is loaded if it is known, or only has a name and a size.
     Raises ValueError, in one line, for a damaged file, another architecture or a tokenizer that does not fit.
     """
     source = read_source(path)
-    named = tokenizer or source.tokenizer or name_by_size(source.config.vocab_size)
-    chosen = FolderTokenizer(named) if isinstance(named, Path) else get_tokenizer(named, ranks)
+    if eot is not None and not tokenizer:
+        raise ValueError(f"--eot {eot!r}: belongs to a tokenizer file; give --tokenizer FILE, too")
+    chosen = get_tokenizer(tokenizer, ranks, eot) if tokenizer else own_tokenizer(source, ranks, text)
     size, padded_size = chosen.vocab_size, source.config.vocab_size
     if not size <= padded_size < size + PADDING:
         raise ValueError(f"{path}: tokenizer {chosen.name}, {size} ids, does not fit vocab_size={padded_size}")
@@ -123,12 +132,20 @@ def load_weights(model: GPT, path: str) -> str:
     return source.sha256
 
 
-def name_by_size(vocab_size: int) -> str:
-    """The tokenizer of a vocabulary size, which may be padded to a multiple of 64. ValueError for other sizes."""
-    sizes = {257: "byte", 320: "byte", 50257: "gpt2", 50304: "gpt2"}
-    if vocab_size not in sizes:
-        raise ValueError(f'vocab_size={vocab_size} fits no known tokenizer; name one with --tokenizer "byte" or "gpt2"')
-    return sizes[vocab_size]
+def own_tokenizer(source: Source, ranks: str | None, text: str) -> Tokenizer:
+    """The tokenizer that a source names, or that its vocabulary's size tells. `text` is that of `open_trained`."""
+    if isinstance(source.tokenizer, Path):
+        return FolderTokenizer(source.tokenizer)
+    size = source.config.vocab_size
+    facts, problem = source.tokenizer or facts_by_size(size), "the tokenizer is not loaded"
+    if facts is None:
+        problem = f"{source.path}: nothing names the tokenizer of its vocab_size={size} ids; give --tokenizer FILE"
+        if text == "required":
+            raise ValueError(problem)
+        facts, text = {"name": UNKNOWN, "vocab_size": size}, "unused"
+    if text == "unused":
+        return Unloaded(facts["name"], facts["vocab_size"], problem)
+    return tokenizer_of(facts, source.folders, ranks)
 
 
 def build(config: GPTConfig, tensors: Mapping[str, Tensor], source: str, device: torch.device) -> GPT:
@@ -186,13 +203,15 @@ def _read_checkpoint(path: Path, averaged: bool = False) -> Source:
     name = folder.parent.parent.name
     if (path / STATE).exists():  # the user named this step, not the run
         name += f"/{folder.name}"
-    manifest = data / MANIFEST  # the dataset may be on another machine
-    tokenizer = read_manifest(manifest)["tokenizer"]["name"] if manifest.exists() else None
     tensors, file = (checkpoint.average(), AVERAGE) if averaged else (checkpoint.model(), MODEL)
     if tensors is None:
         raise ValueError(f"{path}{AVERAGED}: this run keeps no averaged weights; train with --ema=0.999, for example")
     name += AVERAGED if averaged else ""
-    return Source(name, folder, "checkpoint", config, tensors, tokenizer, state["sha256"][file], state)
+    manifest, tokenizer = data / MANIFEST, state.get("tokenizer")
+    if tokenizer is None and manifest.exists():  # the dataset may be on another machine
+        tokenizer = read_manifest(manifest)["tokenizer"]
+    places = (folder, folder.parent.parent, data)
+    return Source(name, folder, "checkpoint", config, tensors, tokenizer, state["sha256"][file], state, places)
 
 
 def _read_pt(path: Path) -> Source:
@@ -282,13 +301,20 @@ class FolderTokenizer:
         except Exception as error:  # transformers and its Rust library raise many types
             reason = first_line(error)
             raise ValueError(f"{folder}: its tokenizer files cannot be read ({reason}); use --tokenizer") from None
-        if self._tokenizer.eos_token_id is None:
+        self.folder, self.vocab_size, self.stop = folder, len(self._tokenizer), self._tokenizer.eos_token_id
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        start = settings.get("bos_token_id") if self.stop is None else self.stop
+        if type(start) is not int or start >= self.vocab_size:
             raise ValueError(f"{folder}: its tokenizer has no end-of-text token; use --tokenizer")
-        self.vocab_size, self.eot = len(self._tokenizer), self._tokenizer.eos_token_id
-        self.name = {257: "byte", 50257: "gpt2"}.get(self.vocab_size, "folder")
+        by_size = {257: "byte", 50257: "gpt2"}.get(self.vocab_size, "folder")
+        self.eot, self.name = start, self._tokenizer.init_kwargs.get(TRAINED_AS, by_size)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        options = dict(add_special_tokens=False, split_special_tokens=True, verbose=False)
+        try:
+            return self._tokenizer.encode(text, **options)
+        except Exception as error:  # of the Rust library, for a character that a map does not have
+            raise ValueError(f"{self.folder}: its tokenizer cannot encode the text ({first_line(error)})") from None
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)

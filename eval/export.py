@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from data.tokenizer import GPT2Tokenizer, Tokenizer
-from eval.checkpoint import HUGGING_FACE_KEYS, Trained, open_trained
+from data.tokenizer import CharacterTokenizer, FileTokenizer, GPT2Tokenizer, Tokenizer, Unloaded
+from eval.checkpoint import HUGGING_FACE_KEYS, TRAINED_AS, Trained, open_trained
 from eval.command import model_parser
 from model import GPT
 from runtime.command import one_line
@@ -22,10 +22,10 @@ HARD_TEXT = "def f(x):\n\treturn  {'a': 1}  # \u00fc\u4e2d\U0001f600\n\nit's 202
 ROUNDING = 1e-5  # largest difference allowed, relative to the largest logit: float32 through some dozen layers
 
 
-def to_hugging_face(model: GPT, eot: int) -> Any:
+def to_hugging_face(model: GPT, eot: int | None, stop: int | None) -> Any:
     """A GPT2LMHeadModel with a model's weights: zero biases where there are none, padded rows dropped.
 
-    eot: the id that starts and ends texts.
+    eot, stop: the ids that start and end texts, if there are such.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -40,7 +40,7 @@ def to_hugging_face(model: GPT, eot: int) -> Any:
         layer_norm_epsilon=1e-5,
         tie_word_embeddings=True,
         bos_token_id=eot,
-        eos_token_id=eot,
+        eos_token_id=stop,
     )
     out, roles = GPT2LMHeadModel(config), model.parameter_roles()
     weights = {name: torch.zeros_like(p) for name, p in out.named_parameters() if name.endswith(".bias")}
@@ -64,10 +64,15 @@ def merge_of(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, b
 
 
 def hugging_face_tokenizer(tokenizer: Tokenizer, block_size: int) -> Any:
-    """A GPT2TokenizerFast that gives the ids of one of our tokenizers."""
-    from transformers import GPT2TokenizerFast
+    """A tokenizer of transformers that gives the ids of one of ours, a GPT2TokenizerFast if ours has bytes."""
+    from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+    if isinstance(tokenizer, CharacterTokenizer | FileTokenizer):
+        options = {TRAINED_AS: tokenizer.name, "clean_up_tokenization_spaces": False}
+        if tokenizer.stop is not None:
+            options |= dict(bos_token=tokenizer.separator, eos_token=tokenizer.separator)
+        return PreTrainedTokenizerFast(tokenizer_object=encoding(tokenizer), model_max_length=block_size, **options)
     ranks = tokenizer.ranks if isinstance(tokenizer, GPT2Tokenizer) else {bytes([b]): b for b in range(256)}
     characters = bytes_to_unicode()  # vocabulary files write each byte as a printable character
 
@@ -83,17 +88,42 @@ def hugging_face_tokenizer(tokenizer: Tokenizer, block_size: int) -> Any:
     )
 
 
+def encoding(tokenizer: CharacterTokenizer | FileTokenizer) -> Any:
+    """An own tokenizer as an object of the tokenizers library."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Encoding
+
+    if isinstance(tokenizer, FileTokenizer):
+        return Encoding.from_str(tokenizer.encoding.to_str())
+    out = Encoding(models.WordLevel(tokenizer.ids))
+    out.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    out.decoder = decoders.Fuse()
+    return out
+
+
+def readable(text: str, tokenizer: Tokenizer) -> str:
+    """The characters of a text that a tokenizer can encode; all of its own if there are none."""
+    if not isinstance(tokenizer, CharacterTokenizer):
+        return text
+    return "".join(c for c in text if c in tokenizer.ids) or "".join(tokenizer.ids)
+
+
 @torch.inference_mode()
 def logits_difference(trained: Trained, folder: Path) -> tuple[float, float]:
-    """Largest difference between a model's logits and those of its export, and the largest logit, on real text.
+    """Largest difference between a model's logits and those of its export, and the largest logit.
 
-    The export is loaded as its users do: AutoModelForCausalLM, float32 on the CPU, no network.
+    They are compared on real text, or on all ids if there is no tokenizer. The export is
+    loaded as its users do: AutoModelForCausalLM, float32 on the CPU, no network.
     """
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32).eval()
-    ids = [trained.tokenizer.eot, *trained.tokenizer.encode(TEXT.read_text(encoding="utf-8"))]
-    window = torch.tensor([ids[: trained.model.config.block_size]])
+    c, tokenizer = trained.model.config, trained.tokenizer
+    if isinstance(tokenizer, Unloaded):
+        ids = [i % c.vocab_size for i in range(c.block_size)]
+    else:
+        ids = [tokenizer.eot, *tokenizer.encode(readable(TEXT.read_text(encoding="utf-8"), tokenizer))]
+    window = torch.tensor([ids[: c.block_size]])
     ours = trained.model(window)
     return (ours - theirs(window).logits).abs().max().item(), ours.abs().max().item()
 
@@ -103,7 +133,7 @@ def tokenizers_agree(tokenizer: Tokenizer, folder: Path) -> bool:
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    text = HARD_TEXT + TEXT.read_text(encoding="utf-8")
+    text = readable(HARD_TEXT + TEXT.read_text(encoding="utf-8"), tokenizer)
     return theirs.encode(text, add_special_tokens=False, verbose=False) == tokenizer.encode(text)
 
 
@@ -124,6 +154,10 @@ def model_card(trained: Trained, difference: float) -> str:
     settings = ""
     if "config" in state:
         settings = f"\nSettings of the run:\n\n```json\n{json.dumps(state['config'], indent=1)}\n```\n"
+    start, tokenizer = "", trained.tokenizer
+    if not isinstance(tokenizer, Unloaded):
+        separator = getattr(tokenizer, "separator", "<|endoftext|>")
+        start = f" Start texts with `{separator!r}`." if separator == "\n" else f" Start texts with `{separator}`."
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -133,7 +167,7 @@ tags: [gpt2]
 # {trained.name}
 
 A GPT-2 for `AutoModelForCausalLM` and `AutoTokenizer`. Losses are in nats per
-token on the run's validation split. Start texts with `<|endoftext|>`.
+token on the run's validation split.{start}
 
 | | |
 |---|---|
@@ -154,15 +188,18 @@ def export(trained: Trained, out: Path, dtype: torch.dtype = torch.float32) -> t
     temporary.mkdir(parents=True)
     try:
         trained.model.to(dtype).float()
-        to_hugging_face(trained.model, trained.tokenizer.eot).to(dtype).save_pretrained(temporary)
-        theirs = hugging_face_tokenizer(trained.tokenizer, trained.model.config.block_size)
-        theirs.save_pretrained(temporary)
-        theirs.backend_tokenizer.model.save(str(temporary))  # vocab.json and merges.txt, which some programs read
+        tokenizer, known = trained.tokenizer, not isinstance(trained.tokenizer, Unloaded)
+        theirs = to_hugging_face(trained.model, tokenizer.eot if known else None, tokenizer.stop)
+        theirs.to(dtype).save_pretrained(temporary)
+        if known:
+            fast = hugging_face_tokenizer(tokenizer, trained.model.config.block_size)
+            fast.save_pretrained(temporary)
+            fast.backend_tokenizer.model.save(str(temporary))  # vocab.json and merges.txt, which some programs read
         difference, largest = logits_difference(trained, temporary)
         if not difference <= ROUNDING * max(1.0, largest):  # a NaN counts as different
             reason = f"its logits differ by {difference:.2e} (largest logit {largest:.1f}), more than rounding"
             raise ValueError(f"{out} was not written: {reason}")
-        if not tokenizers_agree(trained.tokenizer, temporary):
+        if known and not tokenizers_agree(tokenizer, temporary):
             raise ValueError(f"{out} was not written: its tokenizer gives other ids")
         (temporary / "README.md").write_text(model_card(trained, difference), encoding="utf-8")
         temporary.rename(out)
@@ -183,11 +220,14 @@ def main(argv: list[str] | None = None) -> None:
         except ImportError:
             raise ImportError("export needs: pip install transformers") from None
         logging.disable_progress_bar()
-        trained = open_trained(args.checkpoint, torch.device("cpu"), args.tokenizer, args.ranks)
+        named = (args.tokenizer, args.ranks, args.eot)
+        trained = open_trained(args.checkpoint, torch.device("cpu"), *named, text="if known")
         if trained.kind == "huggingface":
             raise ValueError(f"{args.checkpoint} is a Hugging Face folder already")
         difference, largest = export(trained, args.out, getattr(torch, args.dtype))
     print(f"{args.out}: {trained.name}, vocabulary {trained.model.config.vocab_size}")
+    if isinstance(trained.tokenizer, Unloaded):
+        print("without tokenizer files: nothing names the tokenizer; --tokenizer FILE adds them")
     print(f"largest logit difference {difference:.1e}, largest logit {largest:.1f}")
 
 

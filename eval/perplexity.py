@@ -116,7 +116,8 @@ def open_models(args: argparse.Namespace) -> list[Trained]:
     """The models, on the CPU, each with its own name. ValueError if their tokenizers differ."""
     models: list[Trained] = []
     for path in args.models:
-        trained = open_trained(path, torch.device("cpu"), args.tokenizer, args.ranks)
+        named = (args.tokenizer, args.ranks, args.eot)
+        trained = open_trained(path, torch.device("cpu"), *named, "required" if args.text else "unused")
         if any(m.name == trained.name and m.path != trained.path for m in models):
             trained.name = path
         models.append(trained)

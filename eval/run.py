@@ -20,7 +20,7 @@ from eval.checkpoint import Trained, open_trained
 from eval.command import at_least, model_parser
 from eval.scoring import Scorer, harness_model
 from eval.table import SIZES, comma_separated, markdown, size_of
-from eval.tasks import Tasks, metric_of
+from eval.tasks import Tasks, factor, metric_of
 from runtime.command import one_line
 from runtime.distributed import World, start_world
 from runtime.files import write_durably, write_json
@@ -54,9 +54,10 @@ def score_task(trained: Trained, scorer: Scorer, tasks: Tasks, name: str, shots:
         results = evaluate(harness_model(scorer, trained.tokenizer), loaded, limit=limit, log_samples=False)
     numbers = {**results["results"], **results.get("groups", {})}[name]
     metric = metric_of(name, numbers)
-    stderr = numbers.get(f"{metric}_stderr,none")
+    measure, _, filtered = metric.partition(",")
+    stderr = numbers.get(f"{measure}_stderr,{filtered or 'none'}")
     return {
-        "score": float(numbers[f"{metric},none"]),
+        "score": float(numbers[f"{measure},{filtered or 'none'}"]),
         "stderr": float(stderr) if isinstance(stderr, int | float) else None,
         "metric": metric,
         "all_metrics": {k: v for k, v in numbers.items() if isinstance(v, int | float)},
@@ -134,7 +135,7 @@ def score_all(args: argparse.Namespace, world: World) -> int:
     scores: list[dict] = []
     failed, sizes = 0, set()
     for path in args.models:
-        trained = open_trained(path, world.device, args.tokenizer, args.ranks)
+        trained = open_trained(path, world.device, args.tokenizer, args.ranks, args.eot)
         if any(s["checkpoint"] == trained.name for s in scores):
             trained.name = path
         sizes.add(size_of(trained.model.num_params()))
@@ -151,11 +152,12 @@ def score_all(args: argparse.Namespace, world: World) -> int:
 
 def describe(score: dict) -> str:
     """A record in one line."""
-    error = "" if score["stderr"] is None else f" +- {100 * score['stderr']:.2f}"
+    unit = factor(score["metric"])
+    error = "" if score["stderr"] is None else f" +- {unit * score['stderr']:.2f}"
     cut = score["requests_cut_on_the_left"]
     note = f", {cut} of {score['requests']} requests cut on the left" if cut else ""
     task = f"{score['checkpoint']}  {score['task']}, {score['shots']}-shot"
-    return f"{task}  {score['metric']} {100 * score['score']:.2f}{error}{note}"
+    return f"{task}  {score['metric']} {unit * score['score']:.2f}{error}{note}"
 
 
 def main(argv: list[str] | None = None) -> None:

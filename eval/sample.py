@@ -81,10 +81,11 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--temperature {args.temperature}: must be 0 or between 0.001 and 1000")
         if not 0 < args.top_p <= 1:
             raise ValueError(f"--top_p {args.top_p}: must be above 0 and at most 1")
-        trained = open_trained(args.checkpoint, resolve_device(args.device), args.tokenizer, args.ranks)
+        device = resolve_device(args.device)
+        trained = open_trained(args.checkpoint, device, args.tokenizer, args.ranks, args.eot)
         tokenizer = trained.tokenizer
         prompt = [tokenizer.eot, *tokenizer.encode(args.prompt)]
-        settings = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, eot=tokenizer.eot)
+        settings = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, eot=tokenizer.stop)
         for i in range(args.samples):
             ids = generate(trained.model, prompt, args.max_tokens, seed=args.seed + i, **settings)
             print(args.prompt + tokenizer.decode(list(ids)))

@@ -1,8 +1,10 @@
-"""Log-likelihoods of continuations under our GPT, and the model of lm-eval that is built on them."""
+"""Log-likelihoods of continuations and most likely continuations, and the model of lm-eval that is built on them."""
 
+import json
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -10,14 +12,43 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.tokenizer import Tokenizer
-from model import GPT
+from model import GPT, KVCache
 from runtime.command import is_out_of_memory
 from runtime.distributed import ALONE, World
 
+NEW_TOKENS = 256  # lm-eval's limit for tasks that name none
 POSITIONS = 4096  # logits are computed for this many positions at a time: 0.8 GB in float32 at GPT-2's vocabulary
 
 Score = tuple[float, bool]  # log-likelihood in nats; whether every token is the most likely one
 Group = tuple[tuple[int, ...], list[tuple[int, list[int]]]]  # input ids; number and target ids of each request
+Item = TypeVar("Item")
+
+
+@torch.inference_mode()
+def greedy(
+    model: GPT, prompts: Sequence[list[int]], max_tokens: int, ends: Callable[[list[int]], bool] = lambda ids: False
+) -> list[list[int]]:
+    """The most likely ids after each prompt, at most max_tokens, until `ends` is true of a prompt's new ids.
+
+    Prompts may differ in length; the longest one and max_tokens fit in the context together. The model's keys and
+    values are cached.
+    """
+    device, longest = next(model.parameters()).device, max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    ids = torch.tensor([[0] * n + prompt for n, prompt in zip(padding, prompts, strict=True)], device=device)
+    cache = KVCache(torch.tensor(padding, device=device) if any(padding) else None)
+    out: list[list[int]] = [[] for _ in prompts]
+    unfinished = set(range(len(prompts)))
+    for _ in range(max_tokens):
+        ids = model.logits(model.hidden(ids, cache)[:, -1]).argmax(-1, keepdim=True)
+        new = ids[:, 0].tolist()
+        for row in list(unfinished):
+            out[row].append(new[row])
+            if ends(out[row]):
+                unfinished.remove(row)
+        if not unfinished:
+            break
+    return out
 
 
 class Scorer:
@@ -53,37 +84,69 @@ class Scorer:
             target = ids[-min(len(continuation), len(ids) - 1) :]
             groups.setdefault(tuple(ids[:-1]), []).append((number, target))
         self.scored += len(pairs)
-        todo = sorted(groups.items(), key=lambda group: -len(group[0]))  # the largest batch comes first
-        scores, problem = {}, None
-        try:
-            scores = self._score_all(todo[self.world.rank :: self.world.size], progress)
-        except MemoryError as error:
-            problem = str(error)
-        gathered = self.world.gather((scores, problem))
-        if problem := next((p for _, p in gathered if p), None):
-            raise ValueError(problem)
-        found = {number: score for part, _ in gathered for number, score in part.items()}
+        found = self._share(list(groups.items()), lambda group: len(group[0]), self._score, progress)
         return [found.get(number, (0.0, True)) for number in range(len(pairs))]
 
-    def _score_all(self, todo: list[Group], progress: bool) -> dict[int, Score]:
-        """The scores of all groups by request number. MemoryError if a batch of one group does not fit."""
-        out: dict[int, Score] = {}
-        total = sum(len(requests) for _, requests in todo)
-        with tqdm(total=total, unit="request", disable=not (progress and sys.stderr.isatty())) as bar:
+    def continuations(
+        self, prompts: Sequence[list[int]], max_tokens: int, ends: Callable[[list[int]], bool], progress: bool = False
+    ) -> list[list[int]]:
+        """The most likely ids after each prompt, as `greedy` finds them. All prompts share the ranks and batches.
+
+        A prompt that leaves no room for max_tokens in the context loses tokens on the left, as in lm-eval.
+        Raises ValueError on every rank if there is no room for a prompt at all, or too little memory for one.
+        """
+        room = self.block_size - max_tokens
+        if room < 1:
+            raise ValueError(f"{max_tokens} new tokens and a prompt do not fit in the context of {self.block_size}")
+        self.truncated += sum(len(prompt) > room for prompt in prompts)
+        self.scored += len(prompts)
+
+        def compute(batch: list[tuple[int, list[int]]]) -> dict[int, list[int]]:
+            new = greedy(self.model, [prompt for _, prompt in batch], max_tokens, ends)
+            return {number: ids for (number, _), ids in zip(batch, new, strict=True)}
+
+        todo = [(number, prompt[-room:]) for number, prompt in enumerate(prompts)]
+        found = self._share(todo, lambda item: len(item[1]) + max_tokens, compute, progress)
+        return [found[number] for number in range(len(prompts))]
+
+    def _share(
+        self, todo: list[Item], length: Callable[[Item], int], compute: Callable[[list[Item]], dict], progress: bool
+    ) -> dict:
+        """What compute(batch) returns for all batches, on all ranks, by request number. ValueError if memory is short.
+
+        length: tokens of an item in a batch.
+        """
+        todo = sorted(todo, key=lambda item: -length(item))  # the largest batch comes first
+        found, problem = {}, None
+        try:
+            found = self._in_batches(todo[self.world.rank :: self.world.size], length, compute, progress)
+        except MemoryError as error:
+            problem = str(error)
+        gathered = self.world.gather((found, problem))
+        if problem := next((p for _, p in gathered if p), None):
+            raise ValueError(problem)
+        return {number: result for part, _ in gathered for number, result in part.items()}
+
+    def _in_batches(
+        self, todo: list[Item], length: Callable[[Item], int], compute: Callable[[list[Item]], dict], progress: bool
+    ) -> dict:
+        """This rank's part of `_share`. MemoryError if a batch of one item does not fit."""
+        out: dict = {}
+        with tqdm(total=len(todo), unit="input", disable=not (progress and sys.stderr.isatty())) as bar:
             while todo:
-                length = len(todo[0][0])
-                batch, scores = todo[: max(1, self.batch_tokens // length)], None
+                longest = length(todo[0])
+                batch, scores = todo[: max(1, self.batch_tokens // longest)], None
                 try:
-                    scores = self._score(batch)
+                    scores = compute(batch)
                 except (MemoryError, RuntimeError) as error:
                     if not is_out_of_memory(error):
                         raise
                 if scores is None:  # not in the `except` block, where the error keeps the batch's memory in use
-                    self._use_smaller_batches(len(batch), length)
+                    self._use_smaller_batches(len(batch), longest)
                     continue
                 todo = todo[len(batch) :]
                 out |= scores
-                bar.update(len(scores))
+                bar.update(len(batch))
         return out
 
     def _use_smaller_batches(self, sequences: int, length: int) -> None:
@@ -129,6 +192,7 @@ class Scorer:
 def harness_model(scorer: Scorer, tokenizer: Tokenizer) -> Any:
     """The scorer as a model of lm-eval."""
     from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     class HarnessModel(TemplateLM):
@@ -157,6 +221,28 @@ def harness_model(scorer: Scorer, tokenizer: Tokenizer) -> Any:
             return out
 
         def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-            raise ValueError("tasks that generate text are not supported; choose tasks scored by likelihood")
+            """The most likely continuations, up to a stop string, end-of-text or the task's number of tokens."""
+            out = [""] * len(requests)
+            groups: dict[str, list[int]] = {}  # requests with equal settings
+            for number, request in enumerate(requests):
+                groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
+            for settings, numbers in groups.items():
+                asked = normalize_gen_kwargs(json.loads(settings), NEW_TOKENS)
+                if asked["do_sample"]:
+                    raise ValueError("the task draws its texts at random; only tasks with do_sample: false can be run")
+                stops = [text for text in asked["until"] if text]
+                prompts = [tokenizer.encode(requests[n].args[0]) or [tokenizer.eot] for n in numbers]
+                ends = partial(self._ends, stops)
+                new = scorer.continuations(prompts, asked["max_gen_toks"], ends, progress=not disable_tqdm)
+                for number, ids in zip(numbers, new, strict=True):
+                    text = tokenizer.decode(ids[:-1] if ids[-1] == tokenizer.stop else ids)
+                    out[number] = min((text.split(stop)[0] for stop in stops), key=len, default=text)
+            return out
+
+        def _ends(self, stops: list[str], ids: list[int]) -> bool:
+            if ids[-1] == tokenizer.stop:
+                return True
+            text = tokenizer.decode(ids)
+            return any(stop in text for stop in stops)
 
     return HarnessModel()

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from eval.tasks import PAPER
+from eval.tasks import PAPER, factor
 
 SIZES = {"small": 124e6, "medium": 354e6, "large": 774e6, "xl": 1558e6}  # parameters of the published models
 
@@ -27,7 +27,7 @@ def size_of(parameters: int) -> str | None:
 
 
 def score_rows(scores: list[dict], sizes: Sequence[str]) -> tuple[list[str], list[dict]]:
-    """The tasks, and the rows of a table: name, shots, mean, and cells (task to percent and standard error or None).
+    """The tasks, and the rows of a table: name, shots, mean, and cells (task to score and standard error or None).
 
     scores: records of results.json. Published rows of the sizes come first, if a record has the same shots.
     """
@@ -45,7 +45,8 @@ def score_rows(scores: list[dict], sizes: Sequence[str]) -> tuple[list[str], lis
         name = s["checkpoint"] + (f", first {s['limit']} documents" if s.get("limit") else "")
         key = (name, s.get("sha256"), s["shots"])  # a run has one name and other weights at every step
         row = ours.setdefault(key, {"name": name, "shots": s["shots"], "cells": {}, "step": s.get("step")})
-        row["cells"][s["task"]] = (100 * s["score"], None if s["stderr"] is None else 100 * s["stderr"])
+        unit = factor(s["metric"])
+        row["cells"][s["task"]] = (unit * s["score"], None if s["stderr"] is None else unit * s["stderr"])
     uses = Counter((row["name"], row["shots"]) for row in ours.values())
     for row in ours.values():
         if uses[row["name"], row["shots"]] > 1:

@@ -22,8 +22,10 @@ PAPER = {
     "mmlu": ("MMLU", "acc"),
     "sciq": ("SciQ", "acc_norm"),
 }
-FOLDERS = ("arc", "super_glue", "hellaswag", "openbookqa", "piqa", "winogrande", "mmlu", "sciq")  # of lm_eval/tasks
+PAPER_FOLDERS = ("arc", "super_glue", "hellaswag", "openbookqa", "piqa", "winogrande", "mmlu", "sciq")
+FOLDERS = (*PAPER_FOLDERS, "gsm8k", "lambada", "wikitext")  # of lm_eval/tasks, which are read first
 FEWSHOT_SEED = 1234  # lm-eval's default
+NOT_FRACTIONS = {"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "bpb", "bleu", "chrf", "ter"}
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")  # keys of task files
 LOCAL = (None, "json", "parquet", "csv", "text")  # dataset_path of tasks that read files
 ENDINGS = (".jsonl", ".json", ".parquet")
@@ -134,9 +136,17 @@ def splits_of(task: dict) -> list[str]:
     return list(dict.fromkeys(task[key] for key in SPLITS if task.get(key)))
 
 
+def factor(metric: str) -> int:
+    """What a score is multiplied by in tables: 100 for fractions, which become percent, and 1 for other numbers."""
+    return 1 if metric.partition(",")[0] in NOT_FRACTIONS else 100
+
+
 def metric_of(name: str, numbers: dict) -> str:
-    """The metric to report for a task: that of the papers for their tasks, else acc_norm, acc, or its first."""
-    present = [key.removesuffix(",none") for key in numbers if key.endswith(",none") and "_stderr" not in key]
+    """The metric to report for a task: that of the papers for their tasks, else acc_norm, acc, or its first.
+
+    A metric of filtered answers keeps the filter in its name, as in "exact_match,strict-match".
+    """
+    present = [key.removesuffix(",none") for key in numbers if "," in key and "_stderr" not in key]
     if not present:
         raise ValueError(f"task {name}: it reports no number")
     wanted = [PAPER[name][1]] if name in PAPER else []

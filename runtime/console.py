@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from config.load import short_count
+from data.tokenizer import text_problem
 from optimizers.roles import folded, update_table
 from optimizers.state import state_bytes
 from runtime.plot import plot_run
@@ -20,11 +21,13 @@ def introduce(t: "Trainer") -> None:
     """Print the settings of the run and how every tensor is updated; parameters.txt has the full table."""
     run, c = t.run, t.run.model
     chosen = f"  chosen     {t.chosen}\n" if t.chosen else ""
+    problem = text_problem(t.tokenizer, c.vocab_size)
+    tokenizer = f"  tokenizer  {problem}\n" if problem else ""
     t.log.say(
         f"{run.name}\n"
         f"  model      {t.model.num_params():,} parameters: {c.n_layer} layers x {c.n_embd}, context {c.block_size}\n"
         f"  data       {run.data.path}: {t.loader.epochs(t.steps):.2f} epochs of "
-        f"{len(t.loader.windows):,} windows, {run.data.sampling}\n"
+        f"{len(t.loader.windows):,} windows, {run.data.sampling}\n{tokenizer}"
         f"  batch      {run.sequences} sequences = {t.world.size} processes x {t.micro_batch} x "
         f"{t.accumulation} accumulated = {run.tokens_per_step:,} tokens\n"
         f"{chosen}"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from bench import correctness, ladder, micro, micro_optimizers, optimizer_step, prepare, train_step
+from bench import correctness, generation, ladder, micro, micro_optimizers, optimizer_step, prepare, train_step
 from bench.peers import plain_newton_schulz
 from bench.runs import MICRO
 from bench.timing import SIZES, Session, TimeIsUp, shape_of, time_limit
@@ -52,6 +52,13 @@ def test_optimizer_step(tmp_path):
     assert measured["Muon + AdamW (torch)"]["to_torch_muon"] == 1
     assert all(r["seconds"] > 0 for r in measured.values())
     assert {"MARS-AdamW", "Muon", "MARS-M clipped", "MARS-M one buffer"} <= measured.keys()
+
+
+def test_generation(tmp_path):
+    measured = {r["how"]: r for r in smoke_rows(generation, tmp_path)}
+    assert [r["new_tokens"] for r in measured.values()] == [16, 16, 128]
+    assert measured["no cache"]["speedup"] == 1
+    assert all(r["seconds"] > 0 for r in measured.values())
 
 
 def test_prepare(tmp_path):

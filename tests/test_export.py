@@ -65,8 +65,8 @@ def test_an_export_loads_by_the_auto_classes_and_computes_the_same(run, exported
 def test_an_export_with_other_logits_is_deleted(run, tmp_path, monkeypatch, what):
     right = export.to_hugging_face
 
-    def wrong(model, eot):
-        out = right(model, eot)
+    def wrong(*arguments):
+        out = right(*arguments)
         if what == "scale":
             out.config.scale_attn_by_inverse_layer_idx = False
         elif what == "gelu":
@@ -139,7 +139,7 @@ def open_trained_with_any_tokenizer(path, vocab_size):
 
     Exact.vocab_size = vocab_size
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("eval.checkpoint.get_tokenizer", lambda name, ranks: Exact())
+        patch.setattr("eval.checkpoint.get_tokenizer", lambda *named: Exact())
         return open_trained(path, CPU, "byte")
 
 

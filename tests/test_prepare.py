@@ -656,7 +656,7 @@ def test_local_shards_are_indexed_in_place(tmp_path, capsys):
     assert "has a manifest.json; check it with" in stops(["pretokenized", "--source", str(tmp_path)])
     (tmp_path / "manifest.json").unlink()
     write_shard(tmp_path / "x_train_2.bin", np.array([60_000], dtype=np.uint16), None)
-    assert "holds token 60000, which GPT-2 with 50257 ids lacks" in stops(["pretokenized", "--source", str(tmp_path)])
+    assert "holds token 60000, which gpt2 with 50257 ids lacks" in stops(["pretokenized", "--source", str(tmp_path)])
     assert "name one of fineweb_10B" in stops(["pretokenized", "nothing"])
     assert "--shards 0: must be from 1 to" in stops(["pretokenized", "fineweb_10B", "--shards", "0"])
     assert "--repo and --pattern go together" in stops(["pretokenized", "--repo", "some/data"])

@@ -19,7 +19,7 @@ from data.prepare.output import PROGRESS, progress, published
 from data.prepare.sources import Chunk, Source
 from data.prepare.workers import Encoded, Recipe, encoded
 from data.shards import SPLITS, DataError, ShardEntry, listed_shard, write_manifest, write_shard
-from data.tokenizer import Tokenizer, get_tokenizer
+from data.tokenizer import TOKENIZER_FILE, OwnTokenizer, Tokenizer, facts_of, get_tokenizer
 from runtime.files import sha256_of, write_durably
 
 NOTICES = 20  # unreadable documents that are named; all are counted
@@ -28,7 +28,7 @@ NOTICES = 20  # unreadable documents that are named; all are counted
 class ShardWriter:
     """Writes the shards of one stream. The first shard may belong to another split than the rest."""
 
-    def __init__(self, folder: Path, splits: tuple[str, str], shard_tokens: int, eot: int) -> None:
+    def __init__(self, folder: Path, splits: tuple[str, str], shard_tokens: int, eot: int | None) -> None:
         self.folder, self.splits, self.eot = folder, splits, eot
         self.buffer = np.empty(shard_tokens, dtype="<u2")
         self.count = self.bytes = 0  # tokens in the buffer, and bytes of their text
@@ -60,7 +60,8 @@ class ShardWriter:
 class Preparation:
     """The state of a preparation: position in the source, documents read, and a writer for each stream."""
 
-    def __init__(self, folder: Path, source: dict, recipe: Recipe, eot: int) -> None:
+    def __init__(self, folder: Path, source: dict, recipe: Recipe, eot: int | None) -> None:
+        """eot: the token that ends documents, if its count is their number."""
         self.folder, self.source, self.split = folder, source, recipe.split
         self.position: tuple[int, ...] = ()
         self.documents = self.unreadable = 0
@@ -151,9 +152,8 @@ class Preparation:
             if self.documents == self.unreadable:
                 problem = f"the source holds no document that can be read{self.last}"
             raise DataError(f"{self.folder.name.removesuffix('.tmp')}: {problem}")
-        facts = {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot}
         counts = dict(documents=self.documents, unreadable=self.unreadable)
-        write_manifest(self.folder, facts, self.source | {"read": counts}, splits)
+        write_manifest(self.folder, facts_of(tokenizer), self.source | {"read": counts}, splits)
 
 
 def build(out: Path, source: Source, settings: dict, recipe: Recipe) -> None:
@@ -162,9 +162,13 @@ def build(out: Path, source: Source, settings: dict, recipe: Recipe) -> None:
     A folder that is already there is replaced once the new one is complete.
     Raises DataError for a source, a folder or a tokenizer that cannot be used, OSError for a full disk.
     """
-    tokenizer = get_tokenizer(recipe.tokenizer, recipe.ranks)
+    tokenizer = get_tokenizer(recipe.tokenizer, recipe.ranks, recipe.separator)
+    ends: int | None = tokenizer.eot
     with published(out) as folder:
-        preparation = Preparation(folder, settings, recipe, tokenizer.eot)
+        if isinstance(tokenizer, OwnTokenizer):
+            ends = None  # its texts may contain the separator
+            write_durably(folder / TOKENIZER_FILE, tokenizer.path.read_bytes())
+        preparation = Preparation(folder, settings, recipe, ends)
         if not preparation.position:
             preparation.save()  # records what the source is before it is read
         look = dict(desc=f"preparing {out.name}", unit=" tokens", unit_scale=True, initial=preparation.tokens)

@@ -24,7 +24,10 @@ from data.prepare.output import unfinished
 from data.prepare.verify import describe, info, verify
 from data.prepare.workers import Recipe
 from data.shards import DataError, open_dataset
+from data.tokenizer import get_tokenizer
 from runtime.command import Parser, count, join_values, one_line, parse_number
+
+MOST_IDS = 1 << 16  # tokens in shards are uint16
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -57,8 +60,12 @@ def arguments() -> argparse.ArgumentParser:
     ready.add_argument("--pattern", help="which files in it")
     ready.add_argument("--revision", help="commit, tag or branch (default: main)")
     ready.add_argument("--shards", type=count, help="only this many training shards")
+    for p in (pydocs, text, *corpora, ready):
+        kinds = "byte, gpt2, a tokenizer.json or a character map in JSON"
+        p.add_argument("--tokenizer", help=f"{kinds}; of shards with --source, too (default: %(default)s)")
+        p.add_argument("--eot", help="token of a tokenizer file that separates documents, if it is not found by itself")
+    ready.set_defaults(tokenizer="gpt2")
     for p in (pydocs, text, *corpora):
-        p.add_argument("--tokenizer", choices=("byte", "gpt2"), help="default: %(default)s")
         p.add_argument("--ranks", help="local GPT-2 ranks file, for machines without a network")
         p.add_argument("--shard_tokens", type=count, default=100_000_000, help="tokens per shard")
         p.add_argument("--workers", type=count, default=cores(), help="processes (default: all cores)")
@@ -96,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
             if args.config:
                 print(coverage(args.folder, args.config, rest))
         elif args.command == "pretokenized" and args.source:
-            pretokenized.index_in_place(args.source)
+            pretokenized.index_in_place(args.source, args.tokenizer, args.eot)
             print(f"indexed {describe(args.source)}")
         else:
             try:
@@ -111,10 +118,12 @@ def prepare(args: argparse.Namespace) -> None:
     """Make or continue a dataset, unless it is complete already."""
     check(args)
     if args.command == "pretokenized":
+        if (args.tokenizer, args.eot) != ("gpt2", None):
+            raise DataError("--tokenizer and --eot: describe your own shards; name their folder with --source")
         name, settings = pretokenized_settings(args)
     else:
         job = JOBS[args.command](args)
-        name, settings = job.name, job.settings | {"tokenizer": args.tokenizer, "shard_tokens": args.shard_tokens}
+        name, settings = job.name, job.settings | tokenizer_settings(args) | {"shard_tokens": args.shard_tokens}
     out = args.out or Path("data/tokens", name)
     out = out.resolve() if out.name in ("", "..") or out.is_symlink() else out
     if not out.name or out.is_mount():
@@ -126,11 +135,21 @@ def prepare(args: argparse.Namespace) -> None:
         pretokenized.fetch(out, settings, pinned)
     else:
         source, split, facts = job.open(pinned)
-        recipe = Recipe(
-            args.tokenizer, args.ranks, settings["eot"], split, args.shard_tokens, args.workers, args.max_skipped
-        )
+        how = (args.tokenizer, args.ranks, settings["eot"])
+        recipe = Recipe(*how, split, args.shard_tokens, args.workers, args.eot, args.max_skipped)
         build(out, source, settings | facts, recipe)
     print(f"prepared {describe(out)}")
+
+
+def tokenizer_settings(args: argparse.Namespace) -> dict:
+    """The tokenizer's part of a preparation's settings. DataError for a file with ids that shards cannot hold."""
+    if args.tokenizer in ("byte", "gpt2") and args.eot is None:
+        return {"tokenizer": args.tokenizer}
+    tokenizer = get_tokenizer(args.tokenizer, eot=args.eot)
+    if tokenizer.vocab_size > MOST_IDS:
+        ids = f"{tokenizer.vocab_size:,} ids, and shards hold at most {MOST_IDS:,}"
+        raise DataError(f"--tokenizer {args.tokenizer}: {ids}; choose a smaller one")
+    return {"tokenizer": tokenizer.name, **({"separator": args.eot} if args.eot is not None else {})}
 
 
 def check(args: argparse.Namespace) -> None:

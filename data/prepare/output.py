@@ -15,7 +15,7 @@ from data.shards import MANIFEST, SPLITS, DataError, entries, read_manifest
 from runtime.files import locked as file_locked
 
 PROGRESS, LOCK, FETCHED = "progress.json", "lock", "fetched"
-RECORDS = re.compile(r"(lock|progress\.json|manifest\.json|held-\d+)(\.tmp)?")
+RECORDS = re.compile(r"(lock|(progress|manifest|tokenizer)\.json|held-\d+)(\.tmp)?")
 SHARDS = re.compile(rf"({'|'.join(SPLITS)})_\d+\.bin(\.tmp)?")
 PINNED = ("revision", "documents", "read")  # facts that the source adds to the settings
 

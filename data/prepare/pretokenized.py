@@ -10,7 +10,7 @@ from tqdm import tqdm
 from data.prepare.hub import HubFolder
 from data.prepare.output import FETCHED, PROGRESS, published
 from data.shards import MANIFEST, SPLITS, DataError, examine, names_split, read_shard_header, write_manifest
-from data.tokenizer import GPT2Tokenizer
+from data.tokenizer import TOKENIZER_FILE, GPT2Tokenizer, OwnTokenizer, facts_of, get_tokenizer
 from runtime.files import sha256_of, write_durably
 
 GPT2: dict[str, Any] = {"name": "gpt2", "vocab_size": GPT2Tokenizer.vocab_size, "eot": GPT2Tokenizer.eot}
@@ -21,27 +21,36 @@ def split_of(name: str) -> str:
     return "val" if names_split(name, "val") else "train"
 
 
-def index(folder: Path, paths: list[Path], source: dict) -> None:
+def index(folder: Path, paths: list[Path], source: dict, tokenizer: dict = GPT2) -> None:
     """Check a folder of shards and write its manifest. Raises DataError for a damaged shard or another tokenizer."""
     splits: dict = {split: [] for split in SPLITS}
     for path in tqdm(paths, desc=f"checking {folder.name}", unit=" shards", disable=None):
-        entry = examine(read_shard_header(path), GPT2["eot"])
-        if entry.max_token >= GPT2["vocab_size"]:
-            raise DataError(f"{path}: holds token {entry.max_token}, which GPT-2 with {GPT2['vocab_size']} ids lacks")
+        entry = examine(read_shard_header(path), None if "file" in tokenizer else tokenizer["eot"])
+        if entry.max_token >= tokenizer["vocab_size"]:
+            ids = f"{tokenizer['name']} with {tokenizer['vocab_size']} ids"
+            raise DataError(f"{path}: holds token {entry.max_token}, which {ids} lacks")
         splits[split_of(path.name)].append(entry)
     for split, entries in splits.items():
         if not entries:
             raise DataError(f"{folder}: no *{split}*.bin shards in it")
-    write_manifest(folder, GPT2, source, splits)
+    write_manifest(folder, tokenizer, source, splits)
 
 
-def index_in_place(folder: Path) -> None:
-    """Index a folder of the user's own shards, which stay where they are."""
+def index_in_place(folder: Path, tokenizer: str = "gpt2", separator: str | None = None) -> None:
+    """Index a folder of the user's own shards, which stay where they are. A tokenizer file is copied there."""
     if not folder.is_dir():
         raise DataError(f"--source {folder}: no such folder")
     if (folder / MANIFEST).exists():
         raise DataError(f"{folder} has a {MANIFEST}; check it with: python -m data.prepare verify {folder}")
-    index(folder, sorted(folder.glob("*.bin")), {"name": "pretokenized", "root": str(folder.resolve())})
+    facts, copy = GPT2, folder / TOKENIZER_FILE
+    if (tokenizer, separator) != ("gpt2", None):
+        chosen = get_tokenizer(tokenizer, eot=separator)
+        facts = facts_of(chosen)
+        if isinstance(chosen, OwnTokenizer) and not (copy.exists() and sha256_of(copy) == chosen.sha256):
+            if copy.exists():
+                raise DataError(f"{copy} is another tokenizer than {chosen.path}; move it away")
+            write_durably(copy, chosen.path.read_bytes())
+    index(folder, sorted(folder.glob("*.bin")), {"name": "pretokenized", "root": str(folder.resolve())}, facts)
 
 
 def fetch(out: Path, settings: dict, pinned: dict) -> None:

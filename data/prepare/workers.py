@@ -16,19 +16,20 @@ import numpy as np
 from data.prepare.sources import Chunk, Undecodable
 from data.prepare.split import Split
 from data.shards import DataError
-from data.tokenizer import get_tokenizer, pieces
+from data.tokenizer import OwnTokenizer, get_tokenizer, pieces
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How documents become shards."""
 
-    tokenizer: str
+    tokenizer: str  # its name or its file
     ranks: str | None
     eot: str  # end-of-text "before" or "after" each document
     split: Split
     shard_tokens: int
     workers: int
+    separator: str | None = None  # the end-of-text token of a file, if it is not found by itself
     max_skipped: float = 0.1  # fraction of documents that may be unreadable, once there are 100
 
 
@@ -45,20 +46,28 @@ class Encoded:
 load_tokenizer = lru_cache(get_tokenizer)
 
 
-def encode(chunk: Chunk, name: str, ranks: str | None, eot: str) -> Encoded:
-    """Tokenize a chunk. A document that cannot be read gets no token, and its place is returned."""
-    tokenizer = load_tokenizer(name, ranks)
+def encode(chunk: Chunk, name: str, ranks: str | None, separator: str | None, eot: str) -> Encoded:
+    """Tokenize a chunk. A document that cannot be read gets no token, and its place is returned.
+
+    Raises DataError, which names the document if it has a name, for text that the tokenizer cannot encode.
+    """
+    tokenizer = load_tokenizer(name, ranks, separator)
     end = np.array([tokenizer.eot], dtype=np.uint16)
     parts, lengths, sizes, unreadable = [np.empty(0, dtype=np.uint16)], [], [], []
-    for text in chunk.texts():
+    for number, text in enumerate(chunk.texts()):
         document, size = [], 0
         if isinstance(text, Undecodable):
             unreadable.append(text.where)
         else:
-            for piece in pieces(text):  # avoids a second copy of an enormous document
+            # pieces avoid a second copy of an enormous document; an own tokenizer may have tokens across their ends
+            for piece in [text] if isinstance(tokenizer, OwnTokenizer) else pieces(text):
                 # JSON can hold lone surrogates, UTF-8 cannot; they become replacement characters
                 piece = piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-                document.append(tokenizer.encode_array(piece))
+                try:
+                    document.append(tokenizer.encode_array(piece))
+                except ValueError as error:
+                    where = f"document {chunk.names[number]}: " if chunk.names else ""
+                    raise DataError(f"{where}{error}") from None
                 size += len(piece.encode())
             document.insert(0 if eot == "before" else len(document), end)
         parts += document
@@ -81,7 +90,7 @@ def _die_with_parent() -> None:
 
 def encoded(chunks: Iterator[Chunk], recipe: Recipe) -> Generator[tuple[Chunk, Encoded], None, None]:
     """Every chunk with its tokens, in order. At most two chunks per worker are read ahead."""
-    how = (recipe.tokenizer, recipe.ranks, recipe.eot)
+    how = (recipe.tokenizer, recipe.ranks, recipe.separator, recipe.eot)
     if recipe.workers == 1:
         yield from ((chunk, encode(chunk, *how)) for chunk in chunks)
         return
