@@ -249,9 +249,9 @@ def tune(workers: int) -> None:
             print(f"{name}: lr {arm.lr:g}, 1 - beta {arm.weight:g}: {norm:.3f}", flush=True)
 
 
-def write(findings: dict[str, Finding], folder: Path) -> list[str]:
-    """Write tables and plot; returns the rules that are broken."""
-    report, broken = Report("rates", folder), []
+def write(findings: dict[str, Finding], folder: Path, **facts: object) -> list[str]:
+    """Write tables and plot; returns the rules that are broken. facts: for the head of the file."""
+    report, broken = Report("rates", folder, **facts), []
     for noise, finding in findings.items():
         for row in finding.rows():
             report.add(table=f"slopes, {noise} noise", **row)
@@ -305,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         lengths = [T for T in (args.longest >> k for k in range(30)) if T >= SHORTEST]
         steps, seeds = ([64, 96], 2) if args.smoke else (lengths[::-1], SEEDS)
-        broken = write(measure_all(steps, seeds, args.workers), results_folder(args))
+        broken = write(measure_all(steps, seeds, args.workers), results_folder(args), longest=steps[-1], seeds=seeds)
     if args.smoke:
         print("a smoke run is too short to judge the rules")
     elif broken:
