@@ -6,7 +6,9 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,12 @@ def results_folder(args: argparse.Namespace) -> Path:
 
 
 class Report:
-    """The rows of one bench run. Each is appended to FOLDER/NAME_HARDWARE_DATE.jsonl as soon as it is known."""
+    """The rows of one bench run. Each is appended to FOLDER/NAME_HARDWARE_DATE.jsonl as soon as it is known.
 
-    def __init__(self, name: str, folder: Path = RESULTS, device: str = "cpu") -> None:
+    more: facts that the first line of the file gives beside hardware, versions and date.
+    """
+
+    def __init__(self, name: str, folder: Path = RESULTS, device: str = "cpu", **more: object) -> None:
         import torch  # not at the top, because the worker processes of bench.prepare do not need it
 
         hardware = torch.cuda.get_device_name() if device == "cuda" else f"cpu-{platform.machine()}"
@@ -41,7 +46,7 @@ class Report:
         self.path = folder / f"{name}_{hardware.replace(' ', '-')}_{date}.jsonl"
         self.rows: list[dict] = []
         facts = dict(bench=name, hardware=hardware, processor=_processor(), torch=torch.__version__)
-        self.facts = json.dumps(facts | dict(threads=torch.get_num_threads(), date=date))
+        self.facts = json.dumps(facts | dict(threads=torch.get_num_threads(), date=date) | more)
         self.path.write_text(f"{self.facts}\n")
 
     def add(self, **row: object) -> None:
@@ -87,6 +92,15 @@ def interleaved(sides: Mapping[str, Callable[[], Any]], rounds: int, warmup: int
             if turn >= warmup:
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(t) for name, t in times.items()}
+
+
+def in_processes(function: Callable[[Any], Any], jobs: Sequence[Any], workers: int) -> Iterator[Any]:
+    """The results of function(job) for each job, in order. One worker: in this process."""
+    if workers == 1:
+        yield from map(function, jobs)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:  # a forked process cannot use a GPU
+        yield from pool.map(function, jobs)
 
 
 def _processor() -> str:

@@ -89,7 +89,11 @@ class ComposedOptimizer(Optimizer):
         return self.rule(group, self._role(group, p))
 
     def role_of(self, p: Tensor) -> str:
-        """The role of a parameter whose group does not name a role."""
+        """The role of a parameter whose group does not name a role.
+
+        Convolution filters are matrices, flattened to (out, rest). The official MARS-M code orthogonalizes their 3x3
+        slices instead, and its updates of filters are several times larger; its learning rates do not transfer.
+        """
         return "matrix" if p.dim() >= 2 else "vector"
 
     def __getstate__(self) -> dict[str, Any]:

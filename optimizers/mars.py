@@ -104,4 +104,10 @@ class MARS(ComposedOptimizer):
         super().__init__(params, **given)
 
     def role_of(self, p: Tensor) -> str:
+        """The role of a parameter whose group does not name a role, as in the official class: two dimensions, or AdamW.
+
+        So convolution filters get AdamW with lr_1d, betas_1d and weight_decay_1d. Almost all weights of a ResNet are
+        filters; to train them with MARS, put them in a group of the role "matrix", where they are flattened to
+        (out, rest).
+        """
         return "matrix" if p.dim() == 2 else "vector"

@@ -57,8 +57,8 @@ class Rotated(MatrixDirection):
             update = s["left_basis"] @ (m / (v.sqrt() + self.eps)) @ s["right_basis"].mT
         for side, square in (("left", g @ g.mT), ("right", g.mT @ g)):
             s[side].lerp_(square, take * (1 - beta2))
-            if step.index == 1:
-                s[f"{side}_basis"].copy_(torch.linalg.eigh(s[side]).eigenvectors)
+            if step.index == 1:  # in float64: in float32 the solver can fail where many inputs are always zero
+                s[f"{side}_basis"].copy_(torch.linalg.eigh(s[side].double()).eigenvectors)
             elif step.index % self.refresh_every == 0:
                 refreshed = torch.linalg.qr(s[side] @ s[f"{side}_basis"]).Q
                 s[f"{side}_basis"].copy_(torch.where(take > 0, refreshed, s[f"{side}_basis"]))

@@ -226,6 +226,42 @@ def test_unclipped_mars_lion_is_lion(gamma):
     )
 
 
+def adan(p, grads, *, lr, wd, betas, eps=1e-8):
+    """Adan (Xie et al. 2022, arXiv 2208.06677), in its paper's notation, where betas weigh what is new.
+
+    With bias correction and decoupled decay, as in its official code. The gradient before the first is zero.
+    """
+    b1, b2, b3 = betas
+    m = v = n = previous = torch.zeros_like(p)
+    for k, g in enumerate(grads, start=1):
+        difference, previous = g - previous, g
+        m = (1 - b1) * m + b1 * g
+        v = (1 - b2) * v + b2 * difference
+        n = (1 - b3) * n + b3 * (g + (1 - b2) * difference) ** 2
+        u = m / (1 - (1 - b1) ** k) + (1 - b2) * v / (1 - (1 - b2) ** k)
+        p = p - lr * wd * p - lr * u / ((n / (1 - (1 - b3) ** k)).sqrt() + eps)
+    return p
+
+
+@pytest.mark.parametrize("beta1, beta2", [(0.9, 0.99), (0.98, 0.92)])
+def test_unclipped_mars_adamw_at_gamma_one_minus_beta1_is_adan(beta1, beta2):
+    """The MARS paper, equations 3.16 to 3.18.
+
+    c = g + gamma beta1 / (1 - beta1) (g - previous) has Adan's weight beta1 on the difference if gamma = 1 - beta1.
+    Then m is the sum of Adan's two averages, of gradients and of differences, if both decay by beta1; v is Adan's n.
+    """
+    params = parameters()
+    start = {n: p.detach().clone() for n, p in params.items()}
+    grads = gradients(params, 50)
+    settings = dict(lr=3e-3, betas=(beta1, beta2), weight_decay=0.1, clip_c=False, optimize_1d=True)
+    run(MARS(params.values(), **settings, gamma=1 - beta1), params, grads)
+    for n, p in params.items():
+        tensor_grads = [g[n] for g in grads]
+        close(p, adan(start[n], tensor_grads, lr=3e-3, wd=0.1, betas=(1 - beta1, 1 - beta1, 1 - beta2)))
+        other = adan(start[n], tensor_grads, lr=3e-3, wd=0.1, betas=(1 - beta1, 0.5, 1 - beta2))
+        assert (p - other).abs().max() > 1e-4  # with another average of differences it is not MARS
+
+
 def test_mars_m_without_correction_is_plain_muon():
     two_runs(
         lambda p: MARSM(p, lr=1e-2, gamma=0.0, clip_c=False),

@@ -154,6 +154,18 @@ def test_soap_agrees_with_its_algorithm(every):
     close(params["gain"], adamw(start["gain"], [g["gain"] for g in grads], 3e-3, 0.1, (0.9, 0.8)))
 
 
+def test_soap_starts_where_most_inputs_are_always_zero():
+    """As for 3x3 filters over images of one pixel; eigenvectors of such a matrix in float32 do not converge."""
+    p = torch.nn.Parameter(torch.zeros(32, 32, 3, 3))
+    optimizer = SOAP([p], lr=1e-2)
+    for seed in range(2):
+        p.grad = torch.zeros_like(p)
+        p.grad[:, :, 1, 1] = torch.randn(32, 32, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+    assert torch.isfinite(p).all()
+    assert p.abs().max() > 0
+
+
 def test_soap_treats_a_matrix_and_its_transpose_alike():
     wide = parameters(shapes={"m": (4, 9)})
     tall = {"m": torch.nn.Parameter(wide["m"].detach().T.clone())}
