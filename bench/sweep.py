@@ -11,6 +11,7 @@ weights and equal batches, so differences are taken seed by seed. The runs are o
 the same command continues an interrupted sweep.
 """
 
+import difflib
 import json
 import math
 import os
@@ -21,9 +22,9 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,18 @@ def load_plan(name: str) -> Plan:
     """The plan in config/experiments/NAME.py or in a file of that path. Raises ValueError if there is none."""
     path = Path(name) if name.endswith(".py") else PLANS / f"{name}.py"
     if not path.exists():
-        raise ValueError(f"{name}: no such plan; there are {', '.join(plan_names())}")
+        raise ValueError(f"{name}: no such plan; nearest: {nearest(name, plan_names())}")
     plan = runpy.run_path(str(path)).get("plan")
     if not isinstance(plan, Plan) or plan.reference not in plan.arms:
         raise ValueError(f"{path}: must define `plan`, a config.plan.Plan whose reference is one of its arms")
+    if single := [name for name, scale in plan.scales.items() if len(scale.multiples) < 2]:
+        raise ValueError(f"{path}: scale {single[0]} tries a single learning rate; give at least two multiples")
     return plan
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known names that are most like a wrong one; all of them if none is like it."""
+    return ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known)
 
 
 def plan_names() -> list[str]:
@@ -136,8 +144,14 @@ class Sweep:
 
     root = "runs/sweeps"  # folder of the run folders
 
-    def __init__(self, name: str, scale: str = "") -> None:
+    def __init__(self, name: str, scale: str = "", arms: Sequence[str] = ()) -> None:
         self.name, self.plan = Path(name).stem, load_plan(name)
+        if unknown := sorted(set(arms) - self.plan.arms.keys()):
+            raise ValueError(f"--arms={unknown[0]}: no such arm; nearest: {nearest(unknown[0], self.plan.arms)}")
+        if arms:
+            wanted = {name: a for name, a in self.plan.arms.items() if name in (self.plan.reference, *arms)}
+            self.plan = replace(self.plan, arms=wanted)
+        self.failed: dict[str, str] = {}  # runs that ended with an error, and the error
         self.scale_name = scale = scale or next(iter(self.plan.scales))
         if scale not in self.plan.scales:
             raise ValueError(f"--scale={scale}: {name} has {', '.join(self.plan.scales)}")
@@ -162,7 +176,7 @@ class Sweep:
     def todo(self) -> list[Run]:
         """The runs that are not finished and can start now."""
         runs = [run for arm in self.plan.arms for run in (*self.tuning(arm), *self.reported(arm))]
-        return [run for run in runs if math.isnan(run.loss)]
+        return [run for run in runs if math.isnan(run.loss) and run.name not in self.failed]
 
     def count(self) -> int:
         """Number of runs in all."""
@@ -180,7 +194,10 @@ class Sweep:
         return total / H100_FLOPS / 3600
 
     def train(self, workers: int) -> None:
-        """Do all runs, `workers` at a time; on a machine with GPUs, each has GPUs of its own."""
+        """Do all runs, `workers` at a time; on a machine with GPUs, each has GPUs of its own.
+
+        If a run fails, its error is kept in `failed`, and the others go on.
+        """
         gpus, size = torch.cuda.device_count(), self.scale.processes
         groups = [",".join(map(str, range(i, i + size))) for i in range(0, gpus - size + 1, size)] or [""] * workers
         free: queue.Queue[str] = queue.Queue()
@@ -191,9 +208,12 @@ class Sweep:
             devices = free.get()
             try:
                 run.train(devices)
-                bar.update()
                 tqdm.write(f"{run.name}  {run.loss:.4f}")
+            except RuntimeError as error:
+                self.failed[run.name] = str(error)
+                tqdm.write(f"{run.name}  failed")
             finally:
+                bar.update()
                 free.put(devices)
 
         with tqdm(total=self.count(), initial=self.count() - len(self.todo()), unit="run", disable=None) as bar:
@@ -306,6 +326,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("plan", nargs="?", help="name of a file in config/experiments, or a path")
     parser.add_argument("--list", action="store_true", help="list the experiments")
     parser.add_argument("--scale", default="", help="scale of the plan (default: its first one)")
+    parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these arms and the reference")
     parser.add_argument("--workers", type=int, default=torch.cuda.device_count() or 2, help="runs at a time")
     parser.add_argument("--dry_run", action="store_true", help="print the commands and the estimated GPU hours")
     parser.add_argument("--commands", action="store_true", help="print a command for each run that can start now")
@@ -316,7 +337,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.list or not args.plan:
             print(overview())
             return
-        sweep = Sweep(args.plan, args.scale)
+        sweep = Sweep(args.plan, args.scale, args.arms)
         if args.dry_run or args.commands:
             print("\n".join(shlex.join(run.command) for run in sweep.todo()))
             if args.dry_run:
@@ -324,7 +345,11 @@ def main(argv: list[str] | None = None) -> None:
             return
         if not args.report_only:
             sweep.train(args.workers)
+        if sweep.failed:
+            print("\n".join(["", "runs that failed:", *sweep.failed.values(), ""]), file=sys.stderr)
         report(sweep, args.folder)
+        if sweep.failed:
+            raise ValueError(f"{len(sweep.failed)} runs failed, see above; the same command tries them again")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from conftest import CONFIG
@@ -78,8 +79,39 @@ def test_the_commands_of_a_sweep_are_those_of_its_unfinished_runs(plan, capsys):
     assert rows_of(Sweep(plan, "laptop")) == []
 
 
-def test_an_unknown_plan_or_scale_is_one_line(plan):
-    for words, part in ((["nothing"], "no such plan; there are benchmark"), ([plan, "--scale=huge"], "has laptop")):
-        with pytest.raises(SystemExit) as stopped:
-            sweep.main(words)
-        assert part in str(stopped.value)
+def test_a_run_that_fails_is_named_and_the_others_go_on(plan, tmp_path, capsys):
+    folder = tmp_path / "sweeps/small-laptop/Muon-lr0.02-seed1"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")  # not the config of this run
+    with pytest.raises(SystemExit, match="1 runs failed, see above; the same command tries them again"):
+        sweep.main([plan, "--folder", str(tmp_path / "results"), "--workers", "2"])
+    assert "contains a run with another configuration" in capsys.readouterr().err
+    text = (tmp_path / "results/sweep_small_laptop.md").read_text()
+    assert "| AdamW |" in text
+    assert "Not finished: Muon" in text
+
+
+@pytest.mark.parametrize(
+    "words, problem",
+    [
+        (["gama"], "gama: no such plan; nearest: gamma"),
+        (["nothing-like-it"], "no such plan; nearest: benchmark, exact, fineweb_edu, gamma"),
+        (["gamma", "--scale=laptp"], "--scale=laptp: gamma has laptop, paper"),
+        (["gamma", "--dry_run", "--arms", "Muonn"], "--arms=Muonn: no such arm; nearest: Muon"),
+    ],
+)
+def test_an_unknown_name_is_one_line(words, problem):
+    with pytest.raises(SystemExit, match=problem):
+        sweep.main(words)
+
+
+def test_one_learning_rate_is_no_sweep(plan, tmp_path):
+    single = tmp_path / "single.py"
+    single.write_text(Path(plan).read_text().replace("multiples=(1.0, 2.0)", "multiples=(1.0,)"))
+    with pytest.raises(SystemExit, match="scale laptop tries a single learning rate; give at least two"):
+        sweep.main([str(single)])
+
+
+def test_only_some_arms_and_the_reference(plan):
+    assert Sweep(plan, "laptop", ["Muon"]).plan.arms.keys() == {"AdamW", "Muon"}
+    assert Sweep(plan, "laptop", ["AdamW"]).plan.arms.keys() == {"AdamW"}
