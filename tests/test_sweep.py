@@ -95,7 +95,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(plan, tmp_path, capsys):
     "words, problem",
     [
         (["gama"], "gama: no such plan; nearest: gamma"),
-        (["nothing-like-it"], "no such plan; nearest: benchmark, exact, fineweb_edu, gamma"),
+        (["zzz"], "no such plan; nearest: benchmark, exact, fineweb_edu, gamma"),
         (["gamma", "--scale=laptp"], "--scale=laptp: gamma has laptop, paper"),
         (["gamma", "--dry_run", "--arms", "Muonn"], "--arms=Muonn: no such arm; nearest: Muon"),
     ],
