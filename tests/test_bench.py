@@ -3,6 +3,8 @@
 import contextlib
 import json
 import math
+import os
+import subprocess
 import time
 from argparse import Namespace
 from dataclasses import replace
@@ -12,7 +14,17 @@ import pytest
 import torch
 from conftest import ROOT
 
-from bench import correctness, generation, ladder, micro, micro_optimizers, optimizer_step, prepare, train_step
+from bench import (
+    correctness,
+    generation,
+    gpu_page,
+    ladder,
+    micro,
+    micro_optimizers,
+    optimizer_step,
+    prepare,
+    train_step,
+)
 from bench.peers import plain_newton_schulz
 from bench.runs import MICRO
 from bench.timing import SIZES, Session, TimeIsUp, shape_of, time_limit
@@ -268,3 +280,61 @@ def test_rungs_are_settings_of_the_trainer():
     assert cudnn == replace(graph, attention="cudnn")
     assert residual == replace(cudnn, residual="bfloat16")
     assert cast == replace(residual, cast_weights="step")
+
+
+def gpu_results(folder, size="124M", tokens=612_345.6, date="2026-11-25", hardware="NVIDIA H100"):
+    """Result files as bench.ladder and bench.correctness write them on a GPU."""
+    facts = dict(bench=f"ladder_{size}_best_nanogpt", hardware=hardware, torch="2.13.0", threads=1, date=date)
+    best = dict(rung="best", size=size, tokens_per_s=tokens, mfu_palm=0.5, memory_gb=61.2, optimizer_share=0.006)
+    rows = [facts, best | dict(note=""), dict(rung="best against nanogpt", size=size, speed_ratio=1.2)]
+    write = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / f"ladder_{size}_best_nanogpt_{hardware.replace(' ', '-')}_{date}.jsonl").write_text(write)
+    rows = [facts, dict(block="check", what="loss", bound=1e-3, found=1e-5, result="ok", note="")]
+    write = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / f"correctness_124M_{hardware.replace(' ', '-')}_{date}.jsonl").write_text(write)
+
+
+def test_the_page_of_a_gpu_takes_the_newest_numbers_and_fills_the_readme(tmp_path, monkeypatch):
+    gpu_results(tmp_path, tokens=1.0, date="2026-11-24")
+    gpu_results(tmp_path)
+    gpu_results(tmp_path, size="355M", hardware="cpu-x86_64")
+    readme = tmp_path / "README.md"
+    readme.write_text((ROOT / "README.md").read_text())
+    monkeypatch.setattr(gpu_page, "ROOT", tmp_path)
+    gpu_page.main(["--folder", str(tmp_path)])
+    row = "| 124M | 612,346 | 50.0 % | 61.2 GB | 0.6 % | 1.20x | NVIDIA H100 | 2.13.0 | 2026-11-25 |"
+    for text in (readme.read_text(), (tmp_path / "gpu.md").read_text()):
+        assert row in text
+        assert "| 355M | not measured |" in text
+    assert "| loss | 0.001 | 1e-05 | ok |" in (tmp_path / "gpu.md").read_text()
+    assert (tmp_path / "gpu.png").stat().st_size > 5000
+    assert readme.read_text().endswith((ROOT / "README.md").read_text()[-2000:])
+
+
+def test_without_a_result_of_a_gpu_there_is_no_page(tmp_path):
+    gpu_results(tmp_path, hardware="cpu-x86_64")
+    with pytest.raises(SystemExit, match="no result of bench.ladder on a GPU"):
+        gpu_page.main(["--folder", str(tmp_path)])
+    gpu_page.main(["--folder", str(tmp_path), "--any_hardware", "--keep_readme"])
+    assert (tmp_path / "gpu.md").exists()
+
+
+def test_the_first_hour_on_a_gpu_calls_benches_that_exist(tmp_path):
+    """With a stand-in for Python that writes down its arguments; each must be accepted by the bench's own parser."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    stand_in.chmod(0o755)
+    variables = os.environ | {"PYTHON": str(stand_in), "FOLDER": str(tmp_path)}
+    command = ["bash", str(ROOT / "scripts/first_gpu_hour.sh"), "--smoke"]
+    done = subprocess.run(command, env=variables, text=True, capture_output=True, timeout=60)
+    assert "0 calls failed" in done.stdout, done.stderr
+    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines() if "bench." in line]
+    assert [c[1] for c in calls] == [f"bench.{name}" for name in FIRST_HOUR]
+    sizes = [c[c.index("--size") + 1] for c in calls if "--size" in c]
+    assert sizes == list(SIZES)
+    rungs = {rung for c in calls if "--rungs" in c for rung in c[c.index("--rungs") + 1 : c.index("--smoke")]}
+    assert rungs <= ladder.RUNGS.keys()
+    assert {c[c.index("--scale") + 1] for c in calls if "--scale" in c} == {"smoke"}
+
+
+FIRST_HOUR = ["correctness", *["ladder"] * 4, "micro", *["sweep"] * 3, "gpu_page"]

@@ -1,0 +1,109 @@
+"""One page of what was measured on a GPU: python -m bench.gpu_page
+
+Reads the newest results of bench.correctness and bench.ladder and the sweep `first_gpu`, writes gpu.md and gpu.png
+beside them, and fills the table "How fast" of the README.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench.report import RESULTS, ROOT, markdown
+from bench.timing import SIZES
+from runtime.command import Parser, one_line
+
+BEGIN, END = "<!-- speed: written by python -m bench.gpu_page -->", "<!-- end of speed -->"
+
+
+def results(folder: Path, bench: str, any_hardware: bool) -> Iterator[tuple[dict, list[dict]]]:
+    """Facts and rows of the result files of a bench, the oldest first; only those of a GPU, unless any_hardware."""
+    for path in sorted(folder.glob(f"{bench}_*.jsonl"), key=lambda p: p.stem[-10:]):
+        facts, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        if any_hardware or not facts["hardware"].startswith("cpu"):
+            yield facts, rows
+
+
+def speeds(folder: Path, any_hardware: bool) -> list[dict]:
+    """A row for each size: the newest numbers of the rung `best` and its ratio to nanoGPT's way."""
+    newest: dict[tuple[str, str], dict] = {}
+    for facts, rows in results(folder, "ladder", any_hardware):
+        size = facts["bench"].split("_")[1]
+        for row in rows:
+            newest[size, row["rung"]] = row | facts
+    out = []
+    for size in SIZES:
+        best, ratio = newest.get((size, "best"), {}), newest.get((size, "best against nanogpt"), {})
+        row = {"size": size, "tokens/s": "not measured"}
+        if "tokens_per_s" in best:
+            row |= {"tokens/s": f"{best['tokens_per_s']:,.0f}", "MFU": _percent(best["mfu_palm"])}
+            row |= {
+                "memory": f"{best['memory_gb']:.1f} GB",
+                "MARS-M's part of a step": _percent(best["optimizer_share"]),
+            }
+            row |= {"against nanoGPT's way": f"{ratio['speed_ratio']:.2f}x" if ratio else "not measured"}
+            row |= {"hardware": best["hardware"], "torch": best["torch"], "date": best["date"]}
+        out.append(row)
+    return out
+
+
+def _percent(part: float | None) -> str:
+    return "" if part is None else f"{100 * part:.1f} %"
+
+
+def checks(folder: Path, any_hardware: bool) -> list[dict]:
+    """The rows of the newest bench.correctness."""
+    *_, newest = [[], *(rows for _, rows in results(folder, "correctness", any_hardware))]
+    return [{key: row[key] for key in ("what", "bound", "found", "result")} for row in newest if "result" in row]
+
+
+def page(rows: list[dict], checked: list[dict], comparison: str) -> str:
+    """The page in markdown."""
+    text = f"# Measured on a GPU\n\n## Training speed\n\nSteps of 480 sequences, MARS-M.\n\n{markdown(rows)}\n"
+    text += f"\n![tokens/s](gpu.png)\n\n## Correctness\n\n{markdown(checked) if checked else 'Not measured.'}\n"
+    return text + f"\n## A short comparison\n\n{comparison or 'Not measured.'}\n"
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Tokens per second by size."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    measured = [row for row in rows if row["tokens/s"] != "not measured"]
+    bars = axes.bar([row["size"] for row in measured], [float(row["tokens/s"].replace(",", "")) for row in measured])
+    axes.bar_label(bars, [row["tokens/s"] for row in measured])
+    axes.set(ylabel="tokens/s", title=" ".join({row["hardware"] for row in measured}))
+    figure.savefig(path, dpi=110)
+
+
+def fill(readme: Path, rows: list[dict]) -> None:
+    """Put the table between the two marks of the README. Raises ValueError if it has none."""
+    text = readme.read_text(encoding="utf-8")
+    if not re.search(f"{BEGIN}.*{END}", text, re.DOTALL):
+        raise ValueError(f"{readme}: has no lines {BEGIN} and {END}")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    readme.write_text(f"{before}{BEGIN}\n{markdown(rows)}\n{END}{after}", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="bench.gpu_page", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="folder of results")
+    parser.add_argument("--any_hardware", action="store_true", help="take results of a CPU, too: a test of this page")
+    parser.add_argument("--keep_readme", action="store_true", help="do not change the README")
+    args = parser.parse_args(argv)
+    with one_line("bench.gpu_page"):
+        rows, checked = speeds(args.folder, args.any_hardware), checks(args.folder, args.any_hardware)
+        if all(row["tokens/s"] == "not measured" for row in rows):
+            raise ValueError(f"{args.folder}: no result of bench.ladder on a GPU; run scripts/first_gpu_hour.sh there")
+        sweep = args.folder / f"sweep_first_gpu_{'smoke' if args.any_hardware else 'gpu'}.md"
+        comparison = sweep.read_text(encoding="utf-8").partition("\n")[2] if sweep.exists() else ""
+        (args.folder / "gpu.md").write_text(page(rows, checked, comparison), encoding="utf-8")
+        plot(rows, args.folder / "gpu.png")
+        if not args.keep_readme:
+            fill(ROOT / "README.md", rows)
+        print(f"written to {args.folder / 'gpu.md'} and .png")
+
+
+if __name__ == "__main__":
+    main()

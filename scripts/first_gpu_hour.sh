@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Measure a machine with a GPU for the first time: bash scripts/first_gpu_hour.sh [--smoke]
+#
+# Checks correctness, times single kernels and training at all four sizes, and compares optimizers in short real runs.
+# Each call takes at most ten minutes and writes into bench/results, so an interrupted hour keeps what it has. The last
+# call makes one page of everything and fills the table "How fast" of the README.
+# --smoke: tiny sizes on the CPU, results in $FOLDER or a temporary folder, to test this script.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+PYTHON=${PYTHON:-.venv/bin/python}
+FOLDER=${FOLDER:-bench/results} SMOKE=() SWEEP=(--scale gpu) PAGE=()
+if [[ ${1:-} == --smoke ]]; then
+    FOLDER=$([[ $FOLDER == bench/results ]] && mktemp -d || echo "$FOLDER")
+    SMOKE=(--smoke) SWEEP=(--scale smoke --arms AdamW) PAGE=(--any_hardware --keep_readme)
+fi
+failed=0
+
+call() { # a bench and its arguments; it may fail without ending the hour
+    echo "== bench.$*"
+    timeout --signal=INT --kill-after=20 590 "$PYTHON" -m "bench.$1" "${@:2}" --folder "$FOLDER" || failed=$((failed + 1))
+}
+
+[[ -d data/tokens/pydocs ]] || "$PYTHON" -m data.prepare pydocs || exit 1
+call correctness "${SMOKE[@]}"
+call ladder --size 124M --rungs best nanogpt cast_once materialized "${SMOKE[@]}"
+call ladder --size 355M --rungs best nanogpt "${SMOKE[@]}"
+call ladder --size 774M --rungs best nanogpt "${SMOKE[@]}"
+call ladder --size 1558M --rungs best nanogpt "${SMOKE[@]}"
+call micro "${SMOKE[@]}"
+for part in 1 2 3; do # an interrupted comparison continues
+    echo "== part $part of the comparison"
+    call sweep first_gpu "${SWEEP[@]}"
+done
+call gpu_page "${PAGE[@]}"
+echo "$failed calls failed or ran out of time; results are in $FOLDER"
