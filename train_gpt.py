@@ -112,7 +112,7 @@ class Trainer:
         flops = self.passes * self.model.flops_per_token("palm") * run.tokens_per_step
         peak = world.size * (peak_flops(world.device) or 0)
         self.meter = Meter(state.get("train_seconds", 0.0), run.tokens_per_step, flops, peak)
-        self.log = RunLogger(self.folder, run.log, settings, run.name, self.steps, self.step, world.is_main)
+        self.log = RunLogger(self.folder, run.log, settings, run.name, self.steps, self.step, world)
         self.batches = prefetch(self.loader, self.step, pin=world.device.type == "cuda")
         self.pairs = pairwise(self.batches)
 

@@ -41,6 +41,11 @@ class World:
         return self.rank == 0
 
     @property
+    def launched(self) -> bool:
+        """Whether torchrun started this process."""
+        return self.control is not None
+
+    @property
     def group(self) -> dist.ProcessGroup | None:
         """The process group of all ranks; None with one process."""
         return dist.group.WORLD if self.size > 1 else None

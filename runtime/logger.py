@@ -17,6 +17,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from optimizers.options import errors_of, option
+from runtime.distributed import World
 from runtime.files import write_durably
 
 METRICS, WANDB_ID = "metrics.jsonl", "wandb_id"
@@ -145,13 +146,16 @@ class TensorBoard:
 class RunLogger:
     """Prints the lines of a run and hands its records to the backends. Only the main rank prints and records.
 
+    On a terminal, the lines of training steps replace each other at the bottom, behind a progress bar. In a file, in a
+    pipe and under torchrun they are ordinary lines.
+
     A backend is an object with `record(numbers)` and `close()`. If it fails, the run continues without it.
     """
 
     def __init__(
-        self, folder: Path, config: LogConfig, run: dict, name: str, steps: int, resume_step: int, main: bool
+        self, folder: Path, config: LogConfig, run: dict, name: str, steps: int, resume_step: int, world: World
     ) -> None:
-        self.main = main
+        self.main = main = world.is_main
         self.backends: dict[str, Any] = {}
         if main:
             self._start(METRICS, MetricsFile, folder / METRICS, resume_step)
@@ -159,8 +163,9 @@ class RunLogger:
             self._start("wandb", Wandb, folder, config, run, name)
         if main and config.tensorboard:
             self._start("tensorboard", TensorBoard, folder, resume_step)
-        show = main and sys.stderr.isatty()
-        self._bar = tqdm(total=steps, initial=resume_step, unit="step", disable=not show)
+        self.live = not world.launched and sys.stdout.isatty() and sys.stderr.isatty()
+        form = "{percentage:3.0f}% |{bar:12}| {desc}"
+        self._bar = tqdm(total=steps, initial=resume_step, bar_format=form, disable=not self.live)
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -174,10 +179,14 @@ class RunLogger:
                 os.dup2(nothing.fileno(), 1)
 
     def record(self, numbers: dict, text: str) -> None:
-        """Print `text` and hand a record, which includes "step", to the backends."""
-        self.say(text)
-        with suppress(OSError):
-            self._bar.update(numbers["step"] - self._bar.n)
+        """Show `text` and hand a record, which includes "step", to the backends."""
+        if self.live and "loss" in numbers:
+            with suppress(OSError):
+                self._bar.set_description_str(text, refresh=False)
+                self._bar.update(numbers["step"] - self._bar.n)
+                self._bar.refresh()
+        else:
+            self.say(text)
         for name, backend in list(self.backends.items()):
             with self._optional(name):
                 backend.record(numbers)

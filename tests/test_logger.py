@@ -1,18 +1,48 @@
 """metrics.jsonl, the meter, and backends that may fail."""
 
+import io
 import json
 import sys
 import time
 import types
+from dataclasses import replace
 
 import pytest
 
+from runtime.distributed import ALONE
 from runtime.logger import LogConfig, Meter, RunLogger, read_metrics
 from runtime.plot import plot_run
 
 
-def logger(folder, resume_step=0, **config):
-    return RunLogger(folder, LogConfig(**config), {"lr": 1}, "name", steps=10, resume_step=resume_step, main=True)
+def logger(folder, resume_step=0, world=ALONE, **config):
+    return RunLogger(folder, LogConfig(**config), {"lr": 1}, "name", steps=10, resume_step=resume_step, world=world)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("where", ["terminal", "torchrun", "file"])
+def test_on_a_terminal_the_lines_of_steps_replace_each_other(tmp_path, monkeypatch, where):
+    stream = io.StringIO() if where == "file" else Terminal()
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    world = replace(ALONE, control="a process group") if where == "torchrun" else ALONE
+    log = logger(tmp_path, world=world)
+    for step in (5, 10):
+        log.record({"step": step, "loss": 1.0}, f"step {step}")
+    log.record({"step": 10, "val_loss": 1.0}, "validation")
+    log.close()
+    shown = stream.getvalue()
+    if where == "terminal":
+        assert "step 5\n" not in shown
+        assert shown.rindex("100%") < shown.rindex("step 10")
+    else:
+        assert "\r" not in shown
+        assert shown.startswith("step 5\nstep 10\n")
+    assert "validation\n" in shown
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [5, 10, 10]
 
 
 def test_records_after_the_checkpoint_are_dropped_on_resume(tmp_path):
