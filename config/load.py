@@ -70,7 +70,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), as_published: b
     if errors:
         raise ConfigError(errors)
     config = apply(config, {key: os.path.expanduser(value_of(config, key)) for key in PATHS})
-    return dataclasses.replace(config, name=config.name or run_name(config, changes, as_published))
+    config = dataclasses.replace(config, name=config.name or run_name(config, changes, as_published))
+    origin = config.branch_from.rpartition("@")[0]
+    if origin and Path(origin).resolve() == Path(config.log.folder, config.name).resolve():
+        raise ConfigError([f"branch_from={config.branch_from}: a run cannot branch into itself; give another --name"])
+    return config
 
 
 def apply(config: RunConfig, changes: dict[str, Any]) -> RunConfig:

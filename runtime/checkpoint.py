@@ -265,7 +265,10 @@ def branch(source: str, run_folder: Path, world: World) -> None:
         origin = Path(path).expanduser() / "checkpoints" / f"step_{int(step) if step.isdigit() else 0:07d}"
         final = run_folder / "checkpoints" / origin.name
         if not path or not origin.is_dir():
-            problem = f"branch_from={source}: no checkpoint {origin}; give RUN@STEP with a step that RUN has kept"
+            kept = sorted(int(p.name[5:]) for p in origin.parent.glob("step_*") if p.name[5:].isdigit())
+            near = sorted(kept, key=lambda s: abs(s - int(step)))[:5] if step.isdigit() else kept[-5:]
+            has = f"nearest steps: {', '.join(map(str, sorted(near)))}" if near else "it has none"
+            problem = f"branch_from={source}: no checkpoint {origin}; give RUN@STEP with a step that was kept ({has})"
         elif reason := damage(origin):
             problem = f"branch_from={source}: {origin} is damaged ({reason})"
         else:

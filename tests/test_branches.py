@@ -72,7 +72,14 @@ def test_a_branch_from_nothing_is_one_line(dataset, tmp_path, source):
     run = train(dataset, tmp_path, "run", "--steps=4")
     text = message(dataset, tmp_path, "branch", f"--branch_from={source.format(run=run)}")
     assert "branch_from=" in text
-    assert "give RUN@STEP with a step that RUN has kept" in text
+    assert ("nearest steps: 4" if "{run}@" in source else "it has none") in text
+    assert "give RUN@STEP with a step that was kept" in text
+
+
+def test_a_run_cannot_branch_into_itself(dataset, tmp_path):
+    run = train(dataset, tmp_path, "run", "--steps=4")
+    text = message(dataset, tmp_path, "run", "--steps=8", f"--branch_from={run}@4")
+    assert text.endswith("a run cannot branch into itself; give another --name")
 
 
 def test_a_run_starts_with_the_weights_of_another(dataset, tmp_path):
