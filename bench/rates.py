@@ -249,7 +249,7 @@ def tune(workers: int) -> None:
             print(f"{name}: lr {arm.lr:g}, 1 - beta {arm.weight:g}: {norm:.3f}", flush=True)
 
 
-def write(findings: dict[str, Finding], folder: Path, **facts: object) -> list[str]:
+def write(findings: dict[str, Finding], folder: Path, **facts: Any) -> list[str]:
     """Write tables and plot; returns the rules that are broken. facts: for the head of the file."""
     report, broken = Report("rates", folder, **facts), []
     for noise, finding in findings.items():
