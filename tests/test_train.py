@@ -447,12 +447,12 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(arguments, straight, mo
     """Step 8 cannot be written; training goes on, step 4 is still there, step 12 is saved."""
     save, refused = Checkpointer.save, []
 
-    def full_at_8(self, model, optimizer, state):
+    def full_at_8(self, model, optimizer, state, average):
         if state["step"] == 8:
             limit_file_size(1000)
             refused.append(state["step"])
         try:
-            save(self, model, optimizer, state)
+            save(self, model, optimizer, state, average)
         finally:
             limit_file_size(None)
 
@@ -467,10 +467,10 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(arguments, straight, mo
 def test_a_disk_full_at_the_end_is_an_error(arguments, monkeypatch):
     save = Checkpointer.save
 
-    def full_at_12(self, model, optimizer, state):
+    def full_at_12(self, model, optimizer, state, average):
         limit_file_size(1000 if state["step"] == 12 else None)
         try:
-            save(self, model, optimizer, state)
+            save(self, model, optimizer, state, average)
         finally:
             limit_file_size(None)
 
