@@ -89,6 +89,8 @@ class Trainer:
         # val_loss is None until the present step has been evaluated
         self.step, self.val_loss, self.best_val_loss = state["step"], state.get("val_loss"), state.get("best_val_loss")
         self.logged_step = self.saved_step = self.step
+        if self.step > self.steps:
+            raise ValueError(f"a budget of {self.steps} steps is smaller than the {self.step} that are done")
 
         self.tuner = None  # of gamma
         if isinstance(run.optim, MARSMConfig) and run.optim.gamma is None:

@@ -76,6 +76,15 @@ def test_a_branch_from_nothing_is_one_line(dataset, tmp_path, source):
     assert "give RUN@STEP with a step that was kept" in text
 
 
+def test_a_budget_smaller_than_what_is_done_is_refused(dataset, tmp_path):
+    constant = ("--schedule.shape=constant",)
+    run = train(dataset, tmp_path, "run", *constant, "--steps=8")
+    text = "train_gpt: a budget of 4 steps is smaller than the 8 that are done"
+    assert message(dataset, tmp_path, "run", *constant, "--steps=4") == text
+    assert message(dataset, tmp_path, "branch", *constant, "--steps=4", f"--branch_from={run}@8") == text
+    assert 12 in losses(train(dataset, tmp_path, "run", *constant, "--steps=12"))
+
+
 def test_a_run_cannot_branch_into_itself(dataset, tmp_path):
     run = train(dataset, tmp_path, "run", "--steps=4")
     text = message(dataset, tmp_path, "run", "--steps=8", f"--branch_from={run}@4")
