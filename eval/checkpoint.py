@@ -239,7 +239,9 @@ def _load(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            is_zip = file.read(2) == b"PK"  # torch's present format, which can be mapped instead of read
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError, KeyError) as error:
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(f"{path}: holds more than tensors and numbers ({found[1]}); it is not loaded") from None

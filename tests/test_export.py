@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from test_model import CASES, GOLDEN, golden_model
 import train_gpt
 from data.tokenizer import GPT2_PATTERN, ByteTokenizer, GPT2Tokenizer
 from eval import export
-from eval.checkpoint import open_trained
+from eval.checkpoint import load_weights, open_trained
+from model import GPT, GPTConfig
 from runtime.checkpoint import open_checkpoint
 
 transformers = pytest.importorskip("transformers")
@@ -374,3 +376,36 @@ def test_a_run_starts_with_the_weights_of_an_export(run, exported, dataset, tmp_
         rows = 32 if name.endswith("wpe.weight") else 257  # a shorter context, and a table without its padding
         assert torch.equal(ours[name][:rows], tensor[:rows]), name
     assert all((ours[name] == 0).all() for name in ours.keys() - theirs.keys())  # the biases, which the export adds
+
+
+def anonymous_memory():
+    """Bytes of this process that no file backs."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
+@pytest.mark.parametrize("kind", ["pt", "hugging_face"])
+def test_reading_other_weights_holds_one_extra_copy_at_most(tmp_path, kind):
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=512, block_size=64, vocab_size=40_000, bias=True, gelu="tanh")
+    model, path = GPT(config), tmp_path / "ckpt.pt"
+    if kind == "pt":
+        args = dict(n_layer=2, n_head=2, n_embd=512, block_size=64, vocab_size=40_000, bias=True)
+        args["scale_attn_by_inverse_layer_idx"] = False  # of the MARS code, with its form of the GELU
+        torch.save(dict(model=dict(model.state_dict()), model_args=args, iter_num=1), path)
+    else:
+        path = tmp_path
+        export.to_hugging_face(model, 0, None).save_pretrained(path)
+    size, before, most, done = 4 * model.num_params(), anonymous_memory(), [0], threading.Event()
+
+    def watch():
+        while not done.wait(0.001):
+            most[0] = max(most[0], anonymous_memory())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    load_weights(model, str(path))
+    done.set()
+    thread.join()
+    assert size > 100e6
+    assert most[0] - before < 1.4 * size
