@@ -47,10 +47,12 @@ class GammaTuner:
         self.groups = [group for group in optimizer.param_groups if group["role"] == "matrix"]
         self.matrices = sorted((p for group in self.groups for p in group["params"]), key=names.__getitem__)
         self.beta, self.gamma = self.groups[0]["momentum"], self.groups[0]["gamma"]
-        self.noise = self.distance = self.weight = 0.0  # averages of s2 and |M - F|^2, not yet divided by their weight
+        self.noise = self.distance = (
+            0.0  # averages of s2 and |M - F|^2 that start at 0, which their ratio does not feel
+        )
         self.halves: dict[Tensor, Tensor] = {}
         if saved:
-            self.noise, self.distance, self.weight = saved["noise"], saved["distance"], saved["weight"]
+            self.noise, self.distance = saved["noise"], saved["distance"]
             self.set_gamma()
 
     def due(self, step: int) -> bool:
@@ -75,10 +77,8 @@ class GammaTuner:
         self.halves = {}
         noise, both = self.world.sum(sums).sum(dim=1).tolist()
         if math.isfinite(noise + both):
-            mean = 1 - SMOOTHING
-            self.noise = SMOOTHING * self.noise + mean * noise
-            self.distance = SMOOTHING * self.distance + mean * (both - noise)
-            self.weight = SMOOTHING * self.weight + mean
+            self.noise = SMOOTHING * self.noise + (1 - SMOOTHING) * noise
+            self.distance = SMOOTHING * self.distance + (1 - SMOOTHING) * (both - noise)
             self.set_gamma()
 
     @property
@@ -94,4 +94,4 @@ class GammaTuner:
 
     def state(self) -> dict[str, float]:
         """What a checkpoint keeps."""
-        return dict(noise=self.noise, distance=self.distance, weight=self.weight)
+        return dict(noise=self.noise, distance=self.distance)

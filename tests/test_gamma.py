@@ -11,7 +11,7 @@ from bench import gradient_noise
 from bench.gradient_noise import combined, lowest
 from optimizers import MARSM, Muon
 from runtime.distributed import ALONE
-from runtime.gamma import EVERY, GammaTuner, best_gamma
+from runtime.gamma import EVERY, SMOOTHING, GammaTuner, best_gamma
 
 AUTO = ("--optimizer=mars_m", "--gamma=auto", "--clip_c=false")
 RUN = (
@@ -56,8 +56,8 @@ def test_the_estimates_of_noise_and_distance_are_unbiased():
         tuner.keep_first_half()
         p.grad = (halves[0] + halves[1]) / 2
         tuner.estimate(step=5)
-        noise.append(tuner.noise / tuner.weight)
-        distance.append(tuner.distance / tuner.weight)
+        noise.append(tuner.noise / (1 - SMOOTHING))
+        distance.append(tuner.distance / (1 - SMOOTHING))
     for found, expected in ((noise, 32 * 0.3**2), (distance, float((average - full).square().sum()))):
         found = torch.tensor(found)
         assert abs(found.mean() - expected) < 4 * found.std() / draws**0.5
