@@ -47,9 +47,7 @@ class GammaTuner:
         self.groups = [group for group in optimizer.param_groups if group["role"] == "matrix"]
         self.matrices = sorted((p for group in self.groups for p in group["params"]), key=names.__getitem__)
         self.beta, self.gamma = self.groups[0]["momentum"], self.groups[0]["gamma"]
-        self.noise = self.distance = (
-            0.0  # averages of s2 and |M - F|^2; only their ratio is used
-        )
+        self.noise = self.distance = 0.0  # averages of s2 and |M - F|^2; only their ratio is used
         self.halves: dict[Tensor, Tensor] = {}
         if saved:
             self.noise, self.distance = saved["noise"], saved["distance"]
