@@ -36,7 +36,7 @@ from runtime.clipping import GradientClipper, NonFiniteError
 from runtime.command import Parser, join_values, one_line
 from runtime.distributed import StopRequest, World, start_world
 from runtime.evaluation import validation_loss
-from runtime.folder import Comparison, add_facts, open_run_folder, run_lock
+from runtime.folder import CONFIG, INIT_SHA256, Comparison, add_facts, open_run_folder, run_lock
 from runtime.gamma import GammaTuner
 from runtime.hardware import environment, memory_gb, peak_flops
 from runtime.logger import Meter, RunLogger
@@ -139,7 +139,7 @@ class Trainer:
         if found is None and self.run.init_from:
             from eval.checkpoint import load_weights  # only such a run needs the readers of other formats
 
-            add_facts(self.folder, dict(init_sha256=load_weights(self.model, self.run.init_from)), self.world)
+            add_facts(self.folder, {INIT_SHA256: load_weights(self.model, self.run.init_from)}, self.world, CONFIG)
         if found:
             try:
                 self.model.load_state_dict(found.model())

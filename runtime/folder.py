@@ -12,6 +12,7 @@ from runtime.distributed import World
 from runtime.files import locked, write_json
 
 CONFIG, ENVIRONMENT = "config.json", "environment.json"
+INIT_SHA256 = "init_sha256"  # key of config.json: hash of the weights that --init_from has read
 
 
 class RunFolderError(ValueError):
@@ -75,6 +76,7 @@ def _open(path: Path, config: dict, comparison: Comparison, environment: dict, f
         try:
             before = json.loads((path / CONFIG).read_text(encoding="utf-8"))
             changed = differences(before, config, comparison.defaults)
+            config = config | {key: before[key] for key in (INIT_SHA256,) if key in before}
         except (ValueError, AttributeError):  # not JSON, or JSON that holds no settings
             return f"{path / CONFIG} is not readable; repair it, or start over with --fresh"
         if "dataset" in changed and changed["dataset"][0] == comparison.raw_dataset:
@@ -99,10 +101,10 @@ def _open(path: Path, config: dict, comparison: Comparison, environment: dict, f
     return None
 
 
-def add_facts(path: Path, facts: dict, world: World) -> None:
-    """Add facts that are decided at the start of a run to its environment.json."""
+def add_facts(path: Path, facts: dict, world: World, file: str = ENVIRONMENT) -> None:
+    """Add facts that are decided at the start of a run to its environment.json, or to its config.json."""
     if world.is_main:
-        write_json(path / ENVIRONMENT, json.loads((path / ENVIRONMENT).read_text(encoding="utf-8")) | facts)
+        write_json(path / file, json.loads((path / file).read_text(encoding="utf-8")) | facts)
 
 
 def differences(before: dict, now: dict, defaults: dict[str, Any]) -> dict[str, tuple]:

@@ -65,7 +65,7 @@ def test_eval_opens_it_by_a_suffix_of_the_path(run):
 
 def test_a_run_starts_with_the_average_of_another(run, dataset, tmp_path):
     second = train(dataset, tmp_path, "second", f"--init_from={run}:average", "--steps=4")
-    recorded = json.loads((second / "environment.json").read_text())["init_sha256"]
+    recorded = json.loads((second / "config.json").read_text())["init_sha256"]
     assert recorded == sha256_of(run / "checkpoints/step_0000012/average.safetensors")
 
 
