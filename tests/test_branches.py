@@ -134,6 +134,9 @@ def test_the_context_may_be_shorter_and_every_other_difference_is_named(dataset,
     for part in ("n_layer=2 there, 1 here", "bias=False there, True here", "block_size=16 there, 32 here"):
         assert part in text
     assert "missing" in message(dataset, tmp_path, "none", "--init_from=missing")
+    damaged = first / "checkpoints/step_0000012"
+    (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:-1])
+    assert f"checkpoint {damaged} is damaged" in message(dataset, tmp_path, "broken", f"--init_from={damaged}")
 
 
 def test_a_file_of_nanogpt_starts_a_run(dataset, tmp_path):
