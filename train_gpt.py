@@ -101,12 +101,7 @@ class Trainer:
         if world.size > 1:
             buckets = compute.bucket_size(self.model, run.compute)
             self.forward = DistributedDataParallel(self.compiled, bucket_cap_mb=buckets, gradient_as_bucket_view=True)
-        if self.tuner and per_process % 2:
-            raise ValueError(f"gamma=auto: needs an even number of sequences per process, and there are {per_process}")
-        divided = per_process // 2 if self.tuner else per_process  # a micro-batch lies in one half of the batch
-        self.chosen = None if run.micro_batch else self.try_micro_batches(divided)
-        self.micro_batch = self.chosen.size if self.chosen else largest_divisor(divided, run.micro_batch or 1)
-        self.accumulation = per_process // self.micro_batch
+        self.divide_batch(per_process)
         self.validation = ValidationSet(dataset, run.data, micro_batch=self.micro_batch, **sizes)
         add_facts(self.folder, dict(micro_batch=self.micro_batch, accumulation=self.accumulation), world)
 
@@ -117,6 +112,16 @@ class Trainer:
         self.log = RunLogger(self.folder, run.log, settings, run.name, self.steps, self.step, world)
         self.batches = prefetch(self.loader, self.step, pin=world.device.type == "cuda")
         self.pairs = pairwise(self.batches)
+
+    def divide_batch(self, per_process: int) -> None:
+        """Choose the micro-batch and the number of them for a step's per_process sequences of this process."""
+        if self.tuner and per_process % 2:
+            raise ValueError(f"gamma=auto: needs an even number of sequences per process, and there are {per_process}")
+        divided = per_process // 2 if self.tuner else per_process  # a micro-batch lies in one half of the batch
+        given = self.run.micro_batch
+        self.chosen = None if given else self.try_micro_batches(divided)
+        self.micro_batch = self.chosen.size if self.chosen else largest_divisor(divided, given or 1)
+        self.accumulation = per_process // self.micro_batch
 
     def try_micro_batches(self, per_process: int) -> MicroBatch:
         """The largest micro-batch that fits: measured on a GPU, estimated on a CPU."""
