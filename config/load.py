@@ -92,6 +92,8 @@ def run_name(config: RunConfig, changes: dict[str, Any], as_published: bool) -> 
     dataset = Path(config.data.path).name
     parts = [config.size, config.optimizer, dataset, short_count(config.total_steps * config.tokens_per_step)]
     parts += ["published"] if as_published else []
+    if config.init_from and "init_from" not in changes:  # the config file sets it
+        parts.append(f"init_from{config.init_from}")
     already_named = {"steps", "tokens", "data.path", *changeable_keys(RunConfig())}
     for key, value in changes.items():
         value = "auto" if key == "optim.gamma" and value is None else value

@@ -272,3 +272,9 @@ def test_a_warm_up_longer_than_the_run_is_an_error():
     with pytest.raises(ConfigError, match="warmup=50: is longer than the run of 12 steps"):
         load_config(CONFIG, ["--warmup=50"])
     assert RunConfig(steps=10).errors() == ["schedule.warmup=2000: is longer than the run of 10 steps"]
+
+
+def test_the_name_of_a_run_says_which_weights_it_starts_with():
+    assert "-init_fromgpt2" in load_config(ROOT / "config/finetune.py", ["--data.path=data/tokens/mine"]).name
+    given = load_config(ROOT / "config/gpt2_small.py", ["--init_from=runs/a"]).name
+    assert given.count("init_from") == 1
