@@ -10,9 +10,8 @@ matrices together:
     lowest     the gamma that minimises E|m_gamma - F|^2, approximate and exact form
 
 with m_gamma = (1 - gamma) m + gamma g in the approximate form, and m + gamma X in the exact form, where X averages the
-difference of a batch's gradients at the present and the previous weights. Products with F use estimates from
-other batches, so they are unbiased. Gradients are not clipped. Memory: about eight copies of the
-weights besides the training itself.
+difference of a batch's gradients at the present and the previous weights. Products with F use estimates from other
+batches, so they are unbiased. Gradients are not clipped. The bench holds about eight more copies of the weights.
 """
 
 import math

@@ -36,8 +36,8 @@ def best_gamma(a: float, beta: float) -> float:
 class GammaTuner:
     """Estimates A and sets the gamma of every parameter group that has one.
 
-    saved: `state()` of the run that is resumed. The memory besides the run's is one copy of the gradients of the
-    weight matrices, divided over the ranks, in a step with an estimate.
+    saved: `state()` of the run that is resumed. A step with an estimate needs more memory: one copy of the gradients
+    of the weight matrices, divided over the ranks.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, world: World, saved: dict[str, float] | None) -> None:
