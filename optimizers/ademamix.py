@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from optimizers.composed import ComposedOptimizer
-from optimizers.directions import Direction, Step
+from optimizers.directions import LARGEST_SQUARED, Direction, Step
 from optimizers.options import option
 from optimizers.settings import Rule, Settings
 
@@ -62,6 +62,7 @@ class TwoAverages(Direction):
     @staticmethod
     def update(p: Tensor, gradient: Tensor, state: list[Tensor], n: Numbers, scratch: Tensor | None) -> None:
         m1, m2, v = state
+        gradient.clamp_(-LARGEST_SQUARED, LARGEST_SQUARED)
         m1.lerp_(gradient, n.weight1)
         m2.lerp_(gradient, n.weight3)
         v.lerp_(gradient * gradient, n.weight2)

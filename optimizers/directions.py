@@ -117,6 +117,9 @@ class MatrixDirection(Direction):
         return small * small * (2 * large + small)
 
 
+LARGEST_SQUARED = 1e18  # gradients are cut off here before they are squared: an infinite average would never recover
+
+
 class AdaptiveNumbers(NamedTuple):
     """Numbers of `Adaptive.update`, which divides by `root_factor` sqrt(v) + `eps_term`."""
 
@@ -166,6 +169,7 @@ class Adaptive(Direction):
     @staticmethod
     def update(p: Tensor, gradient: Tensor, state: list[Tensor], n: AdaptiveNumbers, scratch: Tensor | None) -> None:
         m, v, *largest = state
+        gradient.clamp_(-LARGEST_SQUARED, LARGEST_SQUARED)
         m.lerp_(gradient, n.weight1)
         v.lerp_(torch.mul(gradient, gradient, out=gradient), n.weight2)
         v_used = torch.maximum(largest[0], v, out=largest[0]) if largest else v

@@ -15,8 +15,11 @@ from torch import Tensor
 from optimizers.composed import ComposedOptimizer
 from optimizers.directions import Adaptive, MatrixDirection, State, Step
 from optimizers.matrices import as_wide_matrices
+from optimizers.norms import norm_of
 from optimizers.options import option
 from optimizers.settings import Rule, Settings
+
+LARGEST_NORM = 1e15  # larger gradients are scaled to this norm, so that their squares and products stay finite
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Rotated(MatrixDirection):
         """The direction of one parameter from its gradient g (blocks, m, n)."""
         (beta1, beta2), take = self.betas, step.take.to(g.dtype)
         s["count"].add_(take)
+        g = g * (LARGEST_NORM / norm_of(g)).clamp(max=1).to(g.dtype)
         update = torch.zeros_like(g)
         if step.index > 1:
             rotated = s["left_basis"].mT @ g @ s["right_basis"]

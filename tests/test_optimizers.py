@@ -816,6 +816,21 @@ def test_huge_finite_gradients_are_clipped_and_not_skipped(make, compiled, monke
         torch.testing.assert_close(p.double(), exact[n], atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@every
+def test_huge_finite_gradients_leave_finite_weights_and_state_without_clipping_too(make, compiled, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    params = parameters(dtype=torch.float32)
+    optimizer = make(params.values(), compiled=compiled)
+    for step, scale in enumerate([1e20, 1.0, 1.0, 1e20, 1.0]):
+        before = {n: p.detach().clone() for n, p in params.items()}
+        run(optimizer, params, [{n: g.float() for n, g in draw.items()} for draw in gradients(params, 1, scale=scale)])
+        for n, p in params.items():
+            assert torch.isfinite(p).all()
+            assert all(torch.isfinite(t).all() for t in optimizer.state[p].values())
+            assert step < 2 or not torch.equal(p, before[n])
+
+
 @approximate
 def test_code_that_the_compiler_gives_up_on_still_computes_the_same(make, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
