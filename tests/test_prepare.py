@@ -473,6 +473,20 @@ def test_info_states_documents_tokens_shards_and_epochs(whole, capsys):
     assert "/nowhere: no such folder" in stops(["info", "/nowhere"])
 
 
+def test_info_describes_shards_without_a_manifest(tmp_path, capsys):
+    np.array([0, 7, 0, 500], dtype=np.uint16).tofile(tmp_path / "train.bin")
+    np.array([3, 0, 0, 0], dtype=np.uint16).tofile(tmp_path / "val.bin")
+    prepare.main(["info", str(tmp_path), "--budget", "8"])
+    printed = capsys.readouterr().out
+    assert "python -m data.prepare pretokenized --source" in printed
+    assert "4 tokens, 1 shards, largest token 500, 50.0% of them 0" in printed
+    assert "4 tokens, 1 shards, largest token 3, 75.0% of them 0" in printed
+    assert "2.00 with 8 tokens of training" in printed
+    np.zeros(400, dtype=np.int64).tofile(tmp_path / "val.bin")
+    np.arange(400, dtype=np.int64).tofile(tmp_path / "train.bin")
+    assert "train.bin: holds wider integers than uint16; write it again" in stops(["info", str(tmp_path)])
+
+
 def test_info_states_the_epochs_of_a_config(whole, capsys):
     shape = ["--vocab_size=257", "--block_size=64", "--val_windows=3", "--batch_size=20"]
     config = [str(ROOT / "config" / "gpt2_small.py"), *shape, "--warmup=1"]

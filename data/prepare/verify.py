@@ -3,7 +3,12 @@
 import math
 from pathlib import Path
 
-from data.shards import SPLITS, DataError, entries, open_dataset, required_manifest, shard_problems
+import numpy as np
+from tqdm import tqdm
+
+from data.shards import MANIFEST, SPLITS, DataError, Dataset, entries, open_dataset, required_manifest, shard_problems
+
+BLOCK = 1 << 21  # tokens read at a time
 
 
 def verify(folder: Path) -> str:
@@ -25,21 +30,41 @@ def describe(folder: Path) -> str:
 
 
 def info(folder: Path, budget: float | None) -> str:
-    """What a folder holds, one fact per line; budget: training tokens, to state the epochs that they make."""
-    manifest = required_manifest(folder)
-    dataset = open_dataset(folder, manifest["tokenizer"]["vocab_size"])
-    lines = [describe(folder)]
+    """What a folder holds, one fact per line; budget: training tokens, to state the epochs that they make.
+
+    Shards without a manifest are read whole, for their largest token and their share of zeros.
+    """
+    bare = folder.is_dir() and not (folder / MANIFEST).exists()
+    manifest = {} if bare else required_manifest(folder)
+    dataset = open_dataset(folder, 1 << 16 if bare else manifest["tokenizer"]["vocab_size"])
+    hint = f"no {MANIFEST}; to write one: python -m data.prepare pretokenized --source {folder}"
+    lines = [f"{folder}: {hint}" if bare else describe(folder)]
     lines += [f"  {key:15} {value}" for key, value in manifest.get("source", {}).items()]
     for split in SPLITS:
-        listed = entries(manifest, split)
-        counts = [e["documents"] for e in listed if e.get("documents") is not None]
-        documents = f"{sum(counts):,}" if len(counts) == len(listed) else "unknown"
-        density = dataset.bytes_per_token(split)
-        line = f"  {split:15} {dataset.tokens(split):,} tokens, {documents} documents, {len(listed)} shards"
-        lines.append(line + (f", {density:.3f} bytes/token" if density else ""))
+        facts = _facts_of_tokens(dataset, split) if bare else _facts_of_manifest(dataset, split)
+        lines.append(f"  {split:15} {dataset.tokens(split):,} tokens, {facts}")
     if budget is not None:
         if not 0 < budget < math.inf:
             raise DataError(f"--budget {budget}: must be a number of tokens above 0")
         epochs = budget / dataset.tokens("train")
         lines.append(f"  {'epochs':15} {epochs:.2f} with {budget:,.0f} tokens of training")
     return "\n".join(lines)
+
+
+def _facts_of_manifest(dataset: Dataset, split: str) -> str:
+    listed = entries(dataset.manifest, split)
+    counts = [e["documents"] for e in listed if e.get("documents") is not None]
+    documents = f"{sum(counts):,}" if len(counts) == len(listed) else "unknown"
+    density = dataset.bytes_per_token(split)
+    return f"{documents} documents, {len(listed)} shards" + (f", {density:.3f} bytes/token" if density else "")
+
+
+def _facts_of_tokens(dataset: Dataset, split: str) -> str:
+    largest = zeros = 0
+    for shard in tqdm(dataset.splits[split], desc=f"reading {split}", unit=" shards", disable=None):
+        for start in range(0, shard.tokens, BLOCK):
+            tokens = np.empty(min(BLOCK, shard.tokens - start), dtype="<u2")
+            shard.read(start, tokens)
+            largest, zeros = max(largest, int(tokens.max())), zeros + int(np.count_nonzero(tokens == 0))
+    share = zeros / max(1, dataset.tokens(split))
+    return f"{len(dataset.splits[split])} shards, largest token {largest}, {share:.1%} of them 0"
