@@ -225,7 +225,7 @@ class Trainer:
     def log_if_due(self, loss: Tensor, norm: Tensor) -> None:
         """Log the step. Before anything is logged or saved, and on a CPU always, check that gradients are finite."""
         self.last_loss, self.last_norm = loss, norm
-        intervals = (self.run.log.every, self.run.eval_every, self.run.checkpoint.every)
+        intervals = (self.run.log.every, self.run.eval_every, *self.run.checkpoint.intervals)
         if self.world.device.type == "cpu" or any(map(self.due, intervals)):
             self.clipper.check()
         if self.due(self.run.log.every):
@@ -274,7 +274,7 @@ class Trainer:
         A checkpoint that is written in the background is announced once every rank has written its files.
         last: the run ends here; save this step in any case, wait for it, and raise CheckpointError if it fails.
         """
-        due = self.saved_step != self.step and (last or self.due(self.run.checkpoint.every))
+        due = self.saved_step != self.step and (last or any(map(self.due, self.run.checkpoint.intervals)))
         with self.meter.excluded():
             self.announce(self.checkpoints.finish if due or last else self.checkpoints.poll)
             if due:

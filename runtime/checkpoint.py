@@ -41,8 +41,13 @@ class CheckpointConfig:
 
     every: int = option(1000, "steps between checkpoints; the last step is always saved", least=1, on_resume="free")
     keep: int = option(2, "recent checkpoints to keep, in addition to the best one", least=1, on_resume="free")
-    milestone_every: int = option(0, "keep every checkpoint at a multiple of this; 0: none", least=0, on_resume="free")
+    milestone_every: int = option(0, "also save, and keep, every so many steps; 0: none", least=0, on_resume="free")
     background: bool = option(False, "write checkpoints on a thread, from a copy in host memory", on_resume="free")
+
+    @property
+    def intervals(self) -> tuple[int, ...]:
+        """A checkpoint is due every so many steps, for each of these."""
+        return (self.every, self.milestone_every) if self.milestone_every else (self.every,)
 
     def errors(self) -> list[str]:
         """Everything wrong with this config, one line each."""

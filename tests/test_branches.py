@@ -42,7 +42,8 @@ WSD = ("--schedule.shape=wsd", "--wsd_decay=0.25", "--schedule.min_lr_ratio=0", 
 
 
 def test_branches_of_one_wsd_run_equal_straight_runs_of_their_budgets(dataset, tmp_path):
-    trunk = train(dataset, tmp_path, "trunk", *WSD, "--steps=16", "--checkpoint.keep=9")
+    milestones = ("--checkpoint.every=16", "--checkpoint.milestone_every=4")
+    trunk = train(dataset, tmp_path, "trunk", *WSD, "--steps=16", *milestones)
     for step, budget in ((4, 8), (8, 12)):
         branch = train(dataset, tmp_path, f"branch{budget}", *WSD, f"--steps={budget}", f"--branch_from={trunk}@{step}")
         straight = train(dataset, tmp_path, f"straight{budget}", *WSD, f"--steps={budget}")
