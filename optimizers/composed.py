@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from optimizers.directions import MatrixDirection, State, Step
 from optimizers.matrices import Ownership, as_wide_matrices, families, from_wide_matrices, matrix_shape
-from optimizers.norms import norm_of, total_norm
+from optimizers.norms import norm_of, norms_of_rows, total_norm
 from optimizers.roles import ROLES
 from optimizers.settings import Rule, Settings
 from optimizers.variance_reduction import (
@@ -24,7 +24,8 @@ from optimizers.variance_reduction import (
 )
 
 BLOCK = 1 << 16  # elements worked on at a time on a CPU: five such float32 blocks stay in a core's cache
-BATCH = 1 << 28  # elements of matrices worked on at a time on a GPU: bounds the memory beside the weights
+BATCH = 1 << 27  # elements of matrices worked on at a time on a GPU: bounds the memory beside the weights
+INDUCTOR = {"score_fusion_memory_threshold": 1}  # fuse updates of tensors that share nothing but 0-d numbers
 DTYPES = (torch.float32, torch.float64)
 
 
@@ -260,7 +261,9 @@ class ComposedOptimizer(Optimizer):
         jobs = [job for group in self.param_groups for job in self._jobs(group)]
         if not jobs:
             return loss
+        inverse = self._inverse_scale()
         for job in jobs:
+            job.numbers = _gradient_numbers(job, inverse)
             self._clip(job)
         ok = self._all_finite(jobs)
         transfers = [transfer for job in jobs if job.is_matrix for transfer in self._start_matrices(job, ok)]
@@ -309,12 +312,12 @@ class ComposedOptimizer(Optimizer):
         if not job.rule.clip or not held:
             return
         pieces = [self._cut((p.grad, self.state[p].get("previous"))) for p in held]
-        flat, numbers = [x for p in pieces for x in p], self._gradient_numbers(job)
+        flat = [x for p in pieces for x in p]
         # ranks must agree on the norms of what all of them update: compiled reductions may differ in the last bit
         if self._compiled and (job.is_matrix or self.ownership.size == 1):
-            job.norms, job.factors = self._run(_norms_and_factors, flat, numbers)
-            return
-        norms = _norms(flat, numbers)
+            norms = list(torch._foreach_norm(self._run(_norms_of_rows, flat, job.numbers)))
+        else:
+            norms = _norms(flat, job.numbers)
         ends = list(accumulate(len(p) for p in pieces))
         per_tensor = [norms[end - len(p) : end] for end, p in zip(ends, pieces, strict=True)]
         job.norms = [n[0] if len(n) == 1 else norm_of(torch.stack(n)) for n in per_tensor]
@@ -335,22 +338,15 @@ class ComposedOptimizer(Optimizer):
         scale = getattr(self, "grad_scale", None)
         return None if scale is None else scale.reciprocal().nan_to_num(nan=0.0)
 
-    def _gradient_numbers(self, job: "Job", ok: Tensor | None = None) -> GradientNumbers:
-        like, inverse = job.params[0], self._inverse_scale()
-        weight = None
-        if job.rule.correction is not None:
-            weight = torch.full((), correction_weight(*job.rule.correction), dtype=like.dtype, device=like.device)
-        take = torch.ones((), device=like.device) if ok is None else ok
-        return GradientNumbers(take.to(like.dtype), None if inverse is None else inverse.to(like.dtype), weight)
-
     def _step_numbers(self, job: "Job", ok: Tensor) -> tuple[Step, Any]:
         """The step as its direction sees it, and the direction's numbers in the dtype of the parameters."""
+        job.numbers = job.numbers._replace(take=ok.to(job.params[0].dtype))
         count = torch.ones((), dtype=torch.float64, device=ok.device)
         if job.count is not None:
             count = job.count.add_(ok).clamp(min=1)
         step = Step(ok.double(), count, job.rule.lr, job.rule.weight_decay)
         numbers = job.rule.direction.numbers(step)
-        return step, type(numbers)(*(n.to(job.params[0].dtype) for n in numbers))
+        return step, type(numbers)(*torch.stack([*numbers]).to(job.params[0].dtype).unbind())
 
     def _update_elementwise(self, job: "Job", ok: Tensor) -> None:
         direction = job.rule.direction
@@ -359,7 +355,7 @@ class ComposedOptimizer(Optimizer):
         keys, pieces = ("previous", *direction.state_names), []
         for p, factor in zip(job.params, job.factors, strict=True):
             pieces += [(factor, *piece) for piece in self._cut((p, p.grad, *map(self.state[p].get, keys)))]
-        self._run(_update_all, pieces, self._gradient_numbers(job, ok), job.remember, direction.update, numbers, kernel)
+        self._run(_update_all, pieces, job.numbers, job.remember, direction.update, numbers, kernel)
 
     def _cut(self, tensors: tuple[Tensor | None, ...]) -> list[tuple]:
         """Tensors of one shape as tuples of blocks, each with scratch memory that stays in the cache.
@@ -382,7 +378,7 @@ class ComposedOptimizer(Optimizer):
         if not self._compiled:
             return function(*arguments)
         if function not in self._functions:
-            self._functions[function] = torch.compile(function, dynamic=False)
+            self._functions[function] = torch.compile(function, dynamic=False, options=INDUCTOR)
         return self._functions[function](*arguments)
 
     def _start_matrices(self, job: "Job", ok: Tensor) -> Iterator["Transfer"]:
@@ -393,7 +389,6 @@ class ComposedOptimizer(Optimizer):
         direction, blocks = job.rule.direction, job.group.get("blocks", 1)
         assert isinstance(direction, MatrixDirection)
         step, numbers = self._step_numbers(job, ok)
-        gradient_numbers = self._gradient_numbers(job, ok)
         dtype = direction.shared_dtype(job.params[0].device)
         factors = dict(zip((p for p in job.params if p in self.state), job.factors, strict=True))
         members = (p for p in job.group["params"] if p in self.ownership.owner)
@@ -407,7 +402,7 @@ class ComposedOptimizer(Optimizer):
                 for p, out in zip(batch, gathered, strict=True):
                     averages = [self.state[p].get(k) for k in ("previous", *direction.state_names)]
                     pieces += [(factors[p], *piece) for piece in self._cut((out, p.grad, *averages))]
-                self._run(_accumulate_all, pieces, gradient_numbers, job.remember, direction.accumulate, numbers)
+                self._run(_accumulate_all, pieces, job.numbers, job.remember, direction.accumulate, numbers)
                 wide = [as_wide_matrices(x, blocks) for x in gathered]
                 stack = torch.cat(wide) if len(wide) > 1 else wide[0]
                 found = direction.directions(stack, [self.state[p] for p in batch], replace(step, index=index))
@@ -419,8 +414,9 @@ class ComposedOptimizer(Optimizer):
             for p, result in zip(family, shared, strict=True):
                 if p.grad is not None and result is not None:
                     scale = direction.scale(*matrix_shape(p, blocks))
-                    rate = rates.setdefault(scale, numbers.rate * scale)
-                    updates.append((p, from_wide_matrices(result, p, blocks), rate))
+                    if scale not in rates:
+                        rates[scale] = numbers.rate * scale
+                    updates.append((p, from_wide_matrices(result, p, blocks), rates[scale]))
             yield Transfer(work, updates, numbers.decay)
 
 
@@ -443,6 +439,7 @@ class Job:
     count: Tensor | None  # steps taken, 0-d; None if the direction does not count them
     norms: list[Tensor] = field(default_factory=list)  # of the gradients that are clipped
     factors: list[Tensor | None] = field(default_factory=list)  # for clipping, of the parameters this rank holds
+    numbers: GradientNumbers = field(init=False)
 
     @property
     def is_matrix(self) -> bool:
@@ -452,6 +449,14 @@ class Job:
     def remember(self) -> bool:
         """Whether this step's gradient is the next one's previous gradient (the approximate form)."""
         return self.rule.correction is not None and self.group.get("is_approx", True)
+
+
+def _gradient_numbers(job: Job, inverse: Tensor | None) -> GradientNumbers:
+    like, weight = job.params[0], None
+    if job.rule.correction is not None:
+        weight = torch.full((), correction_weight(*job.rule.correction), dtype=like.dtype, device=like.device)
+    take = torch.ones((), dtype=like.dtype, device=like.device)
+    return GradientNumbers(take, None if inverse is None else inverse.to(like.dtype), weight)
 
 
 def _differs(t: Tensor, p: Tensor) -> bool:
@@ -491,9 +496,9 @@ def _norms(pieces: list[tuple], numbers: GradientNumbers) -> list[Tensor]:
     return [corrected_norm(grad, previous, numbers, scratch) for grad, previous, scratch in pieces]
 
 
-def _norms_and_factors(pieces: list[tuple], numbers: GradientNumbers) -> tuple[list[Tensor], list[Tensor]]:
-    norms = _norms(pieces, numbers)
-    return norms, [clip_factors(norm) for norm in norms]
+def _norms_of_rows(pieces: list[tuple], numbers: GradientNumbers) -> list[Tensor]:
+    """For the compiler: it sums the rows of many matrices in one kernel, and whole matrices in a kernel each."""
+    return [corrected_norm(grad, previous, numbers, scratch, norms_of_rows) for grad, previous, scratch in pieces]
 
 
 def _update_all(

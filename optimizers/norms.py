@@ -18,6 +18,11 @@ def norm_of(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dtype=torch.float64)
 
 
+def norms_of_rows(x: Tensor) -> Tensor:
+    """Norms of the rows of a tensor in float64, (rows,); a vector is one row."""
+    return torch.linalg.vector_norm(x.reshape(x.shape[0] if x.dim() > 1 else 1, -1), dim=1, dtype=torch.float64)
+
+
 def total_norm(tensors: list[Tensor]) -> Tensor:
     """Norm of all elements of all tensors, 0-d; not finite only if an element is not."""
     if not tensors or tensors[0].device.type == "cpu":

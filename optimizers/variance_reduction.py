@@ -1,5 +1,6 @@
 """The corrected gradient of MARS (Yuan et al. 2024, arXiv 2411.10438) and its clipping."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -32,11 +33,17 @@ def corrected(grad: Tensor, previous: Tensor | None, weight: Tensor | None, out:
     return grad if previous is None or weight is None else torch.lerp(previous, grad, weight, out=out)
 
 
-def corrected_norm(grad: Tensor, previous: Tensor | None, numbers: GradientNumbers, scratch: Scratch) -> Tensor:
-    """Frobenius norm of the corrected gradient, 0-d; not finite if a gradient is not."""
+def corrected_norm(
+    grad: Tensor,
+    previous: Tensor | None,
+    numbers: GradientNumbers,
+    scratch: Scratch,
+    norm: Callable[[Tensor], Tensor] = norm_of,
+) -> Tensor:
+    """Frobenius norm of the corrected gradient, 0-d, or what `norm` gives; not finite if a gradient is not."""
     if numbers.inverse_scale is not None:
         grad = grad * numbers.inverse_scale
-    return norm_of(corrected(grad, previous, numbers.weight, scratch[0]))
+    return norm(corrected(grad, previous, numbers.weight, scratch[0]))
 
 
 def clipped_gradient(
