@@ -5,7 +5,7 @@ from config.plan import Arm, Plan
 
 
 def mars(options: str) -> Arm:
-    return Arm(f"--optimizer=mars {options}", dict(laptop=2e-2, paper=6e-3), lr_1d=0.5)
+    return Arm(f"--optimizer=mars {options}", dict(laptop=1e-2, paper=6e-3), lr_1d=0.5)
 
 
 def mars_m(options: str) -> Arm:

@@ -6,12 +6,13 @@ from config.plan import Arm, Plan
 UNCLIPPED = "--optimizer=mars_m --clip_c=false"
 GAMMAS = (0.0, 0.025, 0.05, 0.1, 0.2, 0.4)
 LR = dict(large_batch=2e-2, long=2e-2)
+HIGHER = dict(large_batch=4e-2, long=2e-2)  # for gammas whose best rate is higher
 MORE = dict.fromkeys(LR, "--adamw_lr=0.01")
 
 plan = Plan(
     question="Does the best gamma of MARS-M depend on the batch size and the number of steps?",
     source="MARS paper, table of gamma; Semenov et al. 2025: MARS leads at large batches",
-    arms={f"gamma {g:g}": Arm(f"{UNCLIPPED} --gamma={g:g}", LR, MORE, gamma=g) for g in GAMMAS}
+    arms={f"gamma {g:g}": Arm(f"{UNCLIPPED} --gamma={g:g}", HIGHER if g > 0.1 else LR, MORE, gamma=g) for g in GAMMAS}
     | {"gamma auto": Arm(f"{UNCLIPPED} --gamma=auto", LR, MORE)},
     reference="gamma 0.05",  # equals Muon with Nesterov momentum 0.95
     scales=dict(large_batch=LAPTOP_LARGE_BATCH, long=LAPTOP_LONG),
