@@ -25,7 +25,8 @@ from optimizers.variance_reduction import (
 
 BLOCK = 1 << 16  # elements worked on at a time on a CPU: five such float32 blocks stay in a core's cache
 BATCH = 1 << 27  # elements of matrices worked on at a time on a GPU: bounds the memory beside the weights
-INDUCTOR = {"score_fusion_memory_threshold": 1}  # fuse updates of tensors that share nothing but 0-d numbers
+# updates that share only 0-d numbers become one kernel, too
+INDUCTOR: dict[str, Any] = {"score_fusion_memory_threshold": 1}
 DTYPES = (torch.float32, torch.float64)
 
 
@@ -266,13 +267,17 @@ class ComposedOptimizer(Optimizer):
             job.numbers = _gradient_numbers(job, inverse)
             self._clip(job)
         ok = self._all_finite(jobs)
-        transfers = [transfer for job in jobs if job.is_matrix for transfer in self._start_matrices(job, ok)]
+        waiting = []
+        for transfer in (t for job in jobs if job.is_matrix for t in self._start_matrices(job, ok)):
+            if transfer.work is None:
+                self._run(_move_all, transfer.updates, transfer.decay)
+            else:
+                waiting.append((transfer.work, transfer))
         for job in jobs:
             if not job.is_matrix:
                 self._update_elementwise(job, ok)
-        for transfer in transfers:
-            if transfer.work is not None:
-                transfer.work.wait()
+        for work, transfer in waiting:
+            work.wait()
             self._run(_move_all, transfer.updates, transfer.decay)
         return loss
 
@@ -345,7 +350,7 @@ class ComposedOptimizer(Optimizer):
         if job.count is not None:
             count = job.count.add_(ok).clamp(min=1)
         step = Step(ok.double(), count, job.rule.lr, job.rule.weight_decay)
-        numbers = job.rule.direction.numbers(step)
+        numbers: Any = job.rule.direction.numbers(step)
         return step, type(numbers)(*torch.stack([*numbers]).to(job.params[0].dtype).unbind())
 
     def _update_elementwise(self, job: "Job", ok: Tensor) -> None:
@@ -384,7 +389,8 @@ class ComposedOptimizer(Optimizer):
     def _start_matrices(self, job: "Job", ok: Tensor) -> Iterator["Transfer"]:
         """Directions of the matrices this rank owns, family by family of one shape.
 
-        Each family's results travel to the other ranks while the next family is worked on.
+        Each family's results travel to the other ranks while the next family is worked on. A rank that is alone yields
+        the results of each batch by themselves, so that their memory is free before the next batch.
         """
         direction, blocks = job.rule.direction, job.group.get("blocks", 1)
         assert isinstance(direction, MatrixDirection)
@@ -392,20 +398,16 @@ class ComposedOptimizer(Optimizer):
         dtype = direction.shared_dtype(job.params[0].device)
         factors = dict(zip((p for p in job.params if p in self.state), job.factors, strict=True))
         members = (p for p in job.group["params"] if p in self.ownership.owner)
-        for family in families(members, blocks):
+        alone = self.ownership.size == 1
+        parts = [
+            part
+            for family in families(members, blocks)
+            for part in (_batches([p for p in family if p in factors], self._calls) if alone else [family])
+        ]
+        for family in parts:
             results: dict[Tensor, Tensor] = {}
             for batch in _batches([p for p in family if p in factors], self._calls):
-                index = self._calls.get(batch[0], 0) + 1
-                self._calls |= dict.fromkeys(batch, index)
-                gathered = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in batch]
-                pieces = []
-                for p, out in zip(batch, gathered, strict=True):
-                    averages = [self.state[p].get(k) for k in ("previous", *direction.state_names)]
-                    pieces += [(factors[p], *piece) for piece in self._cut((out, p.grad, *averages))]
-                self._run(_accumulate_all, pieces, job.numbers, job.remember, direction.accumulate, numbers)
-                wide = [as_wide_matrices(x, blocks) for x in gathered]
-                stack = torch.cat(wide) if len(wide) > 1 else wide[0]
-                found = direction.directions(stack, [self.state[p] for p in batch], replace(step, index=index))
+                found = self._directions(job, batch, [factors[p] for p in batch], step, numbers)
                 results |= zip(batch, found.split(blocks), strict=True)
             shape = as_wide_matrices(family[0], blocks).shape
             work, shared = self.ownership.gather(family, results, shape, dtype)
@@ -418,6 +420,24 @@ class ComposedOptimizer(Optimizer):
                         rates[scale] = numbers.rate * scale
                     updates.append((p, from_wide_matrices(result, p, blocks), rates[scale]))
             yield Transfer(work, updates, numbers.decay)
+
+    def _directions(
+        self, job: "Job", batch: list[Tensor], factors: list[Tensor | None], step: Step, numbers: Any
+    ) -> Tensor:
+        """Directions of matrices of one shape and one number of calls, (blocks of all of them, m, n) with m <= n."""
+        direction, blocks = job.rule.direction, job.group.get("blocks", 1)
+        assert isinstance(direction, MatrixDirection)
+        index = self._calls.get(batch[0], 0) + 1
+        self._calls |= dict.fromkeys(batch, index)
+        gathered = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in batch]
+        pieces = []
+        for p, factor, out in zip(batch, factors, gathered, strict=True):
+            averages = [self.state[p].get(k) for k in ("previous", *direction.state_names)]
+            pieces += [(factor, *piece) for piece in self._cut((out, p.grad, *averages))]
+        self._run(_accumulate_all, pieces, job.numbers, job.remember, direction.accumulate, numbers)
+        wide = [as_wide_matrices(x, blocks) for x in gathered]
+        stack = torch.cat(wide) if len(wide) > 1 else wide[0]
+        return direction.directions(stack, [self.state[p] for p in batch], replace(step, index=index))
 
 
 @dataclass

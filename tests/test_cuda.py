@@ -178,8 +178,8 @@ def test_too_little_memory_for_one_sequence_is_one_line(wide, micro_batch):
 # ---- launches of kernels
 
 
-@pytest.mark.parametrize("compiled, most", [("false", 1300), ("true", 400)])
+@pytest.mark.parametrize("compiled, most", [("false", 1300), ("true", 200)])
 def test_launches_of_a_mars_m_step_for_gpt2_small(compiled, most):
-    """1238 launches eager and 383 compiled, by torch 2.13; only the null GPU counts them."""
+    """1253 launches eager and 197 compiled, by torch 2.13; only the null GPU counts them."""
     found = result_of("launches", "124M", "mars_m", compiled, memory=85 * GB)
     assert 0 < sum(found.values()) <= most, found
