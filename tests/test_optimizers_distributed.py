@@ -13,6 +13,8 @@ from conftest import ROOT, environment, finish, launch
 from safetensors.torch import load_file
 from torch import nn
 
+from config.load import load_config
+from model import GPT
 from optimizers import (
     AdEMAMixConfig,
     MARSConfig,
@@ -23,6 +25,9 @@ from optimizers import (
     SOAPConfig,
     build_optimizer,
 )
+from optimizers.directions import summed
+from optimizers.matrices import Ownership, families
+from optimizers.newton_schulz import Orthogonal
 from optimizers.state import load_named_state, named_state, state_bytes
 from runtime.checkpoint import CheckpointConfig, Checkpointer
 from runtime.distributed import start_world
@@ -178,3 +183,18 @@ def test_training_on_two_processes_equals_one_and_resumes(dataset, tmp_path, opt
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+
+
+@pytest.mark.parametrize("size, ranks, most", [("xl", 8, 1.10), ("xl", 16, 1.10), ("small", 16, 1.35)])
+def test_the_work_on_matrices_is_balanced_over_the_ranks(size, ranks, most, monkeypatch):
+    """The largest share of Newton-Schulz's operations, relative to the mean share."""
+    with torch.device("meta"):
+        model = GPT(load_config(ROOT / "config" / f"gpt2_{size}.py", []).model)
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".h." in n]
+    work = Orthogonal(summed(0.95)).cost
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: ranks)
+    ownership = Ownership("a group")
+    ownership.assign(families(matrices, 1), lambda p: work(*p.shape))
+    shares = [sum(work(*p.shape) for p in matrices if ownership.owner[p] == rank) for rank in range(ranks)]
+    assert max(shares) * ranks <= most * sum(shares)
