@@ -111,7 +111,7 @@ class ComposedOptimizer(Optimizer):
         errors = self.settings.of(group).errors() + self._group_errors(group)
         if errors:
             self.param_groups.pop()
-            raise ValueError(f"{type(self).__name__}: {'; '.join(errors)}")
+            raise ValueError(f"{type(self).__name__}: {'; '.join(dict.fromkeys(errors))}")
         group["constructed_lr"] = float(group["lr"])
         for role in ROLES:
             members = [p for p in group["params"] if p.numel() and self._role(group, p) == role]
