@@ -15,8 +15,11 @@ sys.path.insert(0, str(ROOT))
 for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):  # read when the libraries are imported; no test needs a network
     os.environ[name] = "1"
 
-# A shell starts background jobs with SIGINT ignored. The processes that the tests start would inherit that.
+# A shell starts background jobs with SIGINT ignored, and nohup ignores SIGHUP. The processes that the tests start would
+# inherit that, but not a handler.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 from data.shards import write_manifest, write_shard  # noqa: E402
 
