@@ -97,7 +97,7 @@ def memory(*arguments: str) -> dict:
 
 
 def launches(size: str, optimizer: str, compiled: str) -> dict:
-    """Kernels that one step of an optimizer launches for all parameters of a GPT-2, by name."""
+    """What one step of an optimizer launches for all parameters of a GPT-2, by kernel, and the bytes that it needs."""
     run = load_config(f"config/{SIZES[size]}.py", [f"--optimizer={optimizer}"])
     with torch.device("meta"):
         model = GPT(run.model)
@@ -110,8 +110,10 @@ def launches(size: str, optimizer: str, compiled: str) -> dict:
         step()
     counters = null_gpu.Counters()
     counters.reset()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     step()
-    return counters.launches()
+    return dict(kernels=counters.launches(), scratch=torch.cuda.max_memory_allocated() - before)
 
 
 def scaled_step(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
