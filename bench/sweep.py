@@ -12,11 +12,11 @@ the same command continues an interrupted sweep.
 """
 
 import difflib
+import itertools
 import json
 import math
 import os
 import queue
-import re
 import runpy
 import shlex
 import statistics
@@ -33,11 +33,12 @@ import torch
 from tqdm import tqdm
 
 from bench.report import RESULTS, ROOT
-from config.load import load_config
-from config.plan import Plan
-from config.schema import RunConfig
+from config.load import load_config, to_dict
+from config.plan import Plan, folder_name
+from config.schema import RunConfig, changeable_keys, default_values
 from model import GPT
 from runtime.command import Parser, one_line
+from runtime.folder import CONFIG, differences
 from runtime.hardware import environment
 from runtime.logger import METRICS, read_metrics
 
@@ -48,15 +49,18 @@ T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2
 
 
 def load_plan(name: str) -> Plan:
-    """The plan in config/experiments/NAME.py or in a file of that path. Raises ValueError if there is none."""
+    """The plan in config/experiments/NAME.py or in a file of that path. Raises ValueError if it cannot be used."""
     path = Path(name) if name.endswith(".py") else PLANS / f"{name}.py"
     if not path.exists():
         raise ValueError(f"{name}: no such plan; nearest: {nearest(name, plan_names())}")
-    plan = runpy.run_path(str(path)).get("plan")
-    if not isinstance(plan, Plan) or plan.reference not in plan.arms:
-        raise ValueError(f"{path}: must define `plan`, a config.plan.Plan whose reference is one of its arms")
-    if single := [name for name, scale in plan.scales.items() if len(scale.multiples) < 2]:
-        raise ValueError(f"{path}: scale {single[0]} tries a single learning rate; give at least two multiples")
+    try:
+        plan = runpy.run_path(str(path)).get("plan")
+    except (SyntaxError, NameError, TypeError, ImportError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(plan, Plan):
+        raise ValueError(f"{path}: must define `plan`, a config.plan.Plan")
+    if errors := plan.errors():
+        raise ValueError(f"{path}: {'; '.join(errors)}")
     return plan
 
 
@@ -69,12 +73,15 @@ def plan_names() -> list[str]:
     return sorted(p.stem for p in PLANS.glob("*.py") if not p.stem.startswith("_"))
 
 
+def deviation(values: list[float]) -> float:
+    """The standard deviation over seeds; NaN for a single one, and if a run diverged."""
+    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
+
+
 def interval(differences: list[float]) -> float:
     """Half the width of the 95 % confidence interval of the mean of paired differences; NaN for a single one."""
     n = len(differences)
-    if n < 2:
-        return math.nan
-    return T975[min(n - 1, len(T975)) - 1] * statistics.stdev(differences) / math.sqrt(n)
+    return T975[min(max(n - 1, 1), len(T975)) - 1] * deviation(differences) / math.sqrt(n) if n else math.nan
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,11 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{re.sub(r'[^A-Za-z0-9.]+', '_', self.arm)}-lr{self.lr:g}-seed{self.seed}"
+        return f"{folder_name(self.arm)}-lr{self.lr:g}-seed{self.seed}"
+
+    @property
+    def path(self) -> Path:
+        return ROOT / self.sweep.folder / self.name
 
     @cached_property
     def arguments(self) -> list[str]:
@@ -109,9 +120,18 @@ class Run:
     def config(self) -> RunConfig:
         return load_config(ROOT / self.arguments[0], self.arguments[1:])
 
+    def changes(self) -> dict[str, tuple]:
+        """Settings with which the run folder was made and which the plan has changed since, as key: (old, new)."""
+        path = self.path / CONFIG
+        if not path.exists():
+            return {}
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = differences(before, to_dict(self.config), default_values(self.config))
+        return {key: values for key, values in changed.items() if key not in changeable_keys(self.config)}
+
     def records(self) -> list[dict]:
         """The evaluations of a finished run; empty if it is not finished."""
-        path = ROOT / self.sweep.folder / self.name / METRICS
+        path = self.path / METRICS
         found = read_metrics(path) if path.exists() else []
         values = [r for r in found if "val_loss" in r]
         if not values or values[-1]["step"] != self.config.total_steps:
@@ -122,7 +142,7 @@ class Run:
     @property
     def loss(self) -> float:
         """The last validation loss. A run that diverged has an infinite one."""
-        if (ROOT / self.sweep.folder / self.name / "diverged").exists():
+        if (self.path / "diverged").exists():
             return math.inf
         records = self.records()
         return records[-1]["val_loss"] if records else math.nan
@@ -134,7 +154,7 @@ class Run:
         variables = os.environ | ({"CUDA_VISIBLE_DEVICES": devices} if devices else {"OMP_NUM_THREADS": "1"})
         done = subprocess.run(self.command, cwd=ROOT, env=variables, capture_output=True, text=True)
         if done.returncode and "is not finite" in done.stdout + done.stderr:
-            (ROOT / self.sweep.folder / self.name / "diverged").touch()
+            (self.path / "diverged").touch()
         elif done.returncode:
             raise RuntimeError(f"{shlex.join(self.command)}\n{(done.stdout + done.stderr)[-2000:]}")
 
@@ -144,10 +164,16 @@ class Sweep:
 
     root = "runs/sweeps"  # folder of the run folders
 
-    def __init__(self, name: str, scale: str = "", arms: Sequence[str] = ()) -> None:
+    def __init__(self, name: str, scale: str = "", arms: Sequence[str] = (), reference: str = "") -> None:
         self.name, self.plan = Path(name).stem, load_plan(name)
-        if unknown := sorted(set(arms) - self.plan.arms.keys()):
-            raise ValueError(f"--arms={unknown[0]}: no such arm; nearest: {nearest(unknown[0], self.plan.arms)}")
+        for option, given in (("arms", arms), ("reference", [reference] if reference else [])):
+            if unknown := sorted(set(given) - self.plan.arms.keys()):
+                known = nearest(unknown[0], self.plan.arms)
+                raise ValueError(f"--{option}={unknown[0]}: no such arm; nearest: {known}")
+        self.file = f"sweep_{self.name}_{scale or next(iter(self.plan.scales))}"  # of results, without suffix
+        if reference and reference != self.plan.reference:
+            self.plan = replace(self.plan, reference=reference)
+            self.file += f"_vs_{folder_name(reference)}"
         if arms:
             wanted = {name: a for name, a in self.plan.arms.items() if name in (self.plan.reference, *arms)}
             self.plan = replace(self.plan, arms=wanted)
@@ -157,6 +183,19 @@ class Sweep:
             raise ValueError(f"--scale={scale}: {name} has {', '.join(self.plan.scales)}")
         self.scale = self.plan.scales[scale]
         self.folder = f"{self.root}/{self.name}-{scale}"
+
+    def changed_run(self) -> str:
+        """One line about a run folder that was made with other settings than the plan's; empty if there is none."""
+        for arm in self.plan.arms:
+            for lr, seed in itertools.product(self.rates(arm), self.scale.seeds):
+                run = Run(self, arm, lr, seed)
+                if changes := run.changes():
+                    old_and_new = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in changes.items())
+                    return (
+                        f"{self.folder}/{run.name}: the plan has changed since this run was made ({old_and_new}); "
+                        f"rename {self.folder}, or give the plan another name"
+                    )
+        return ""
 
     def rates(self, arm: str) -> list[float]:
         return [float(f"{self.plan.arms[arm].lr[self.scale_name] * m:.3g}") for m in self.scale.multiples]
@@ -238,9 +277,10 @@ def rows_of(sweep: Sweep) -> list[dict[str, Any]]:
                 best_lr=best,
                 tried={f"{run.lr:g}": round(run.loss, 4) for run in sweep.tuning(arm)},
                 seeds=len(losses),
-                loss=statistics.mean(losses),
-                deviation=statistics.stdev(losses) if len(losses) > 1 else math.nan,
-                difference=statistics.mean(pairs) if pairs else math.nan,
+                losses=losses,
+                loss=statistics.fmean(losses),
+                deviation=deviation(losses),
+                difference=statistics.fmean(pairs) if pairs else math.nan,
                 interval=interval(pairs),
                 at_edge=best in (min(rates), max(rates)),
             )
@@ -250,14 +290,20 @@ def rows_of(sweep: Sweep) -> list[dict[str, Any]]:
 
 def table(sweep: Sweep, rows: Iterable[dict[str, Any]]) -> str:
     """The rows in markdown."""
+
+    def cell(row: dict[str, Any], key: str, form: str = ".4f") -> str:
+        return format(row[key], form) if math.isfinite(row[key]) else "not known"
+
     reference = sweep.plan.reference
     lines = [f"| arm | best lr | loss | deviation over seeds | difference to {reference} | tries |", "|" + "---|" * 6]
     for row in rows:
-        difference = f"{row['difference']:+.4f} ± {row['interval']:.4f}" if row["arm"] != reference else "reference"
+        difference = f"{cell(row, 'difference', '+.4f')} ± {cell(row, 'interval')}"
         edge = " (edge of the grid)" if row["at_edge"] else ""
-        tries = ", ".join(f"{lr}: {loss:.4f}" for lr, loss in row["tried"].items())
-        cells = [row["arm"], f"{row['best_lr']:g}{edge}", f"{row['loss']:.4f}", f"{row['deviation']:.4f}"]
-        lines.append(f"| {' | '.join([*cells, difference, tries])} |")
+        diverged = row["losses"].count(math.inf)
+        loss = f"diverged on {diverged} of {row['seeds']} seeds" if diverged else cell(row, "loss")
+        tries = ", ".join(f"{lr}: {f'{x:.4f}' if x < math.inf else 'diverged'}" for lr, x in row["tried"].items())
+        cells = [row["arm"], f"{row['best_lr']:g}{edge}", loss, cell(row, "deviation")]
+        lines.append(f"| {' | '.join([*cells, 'reference' if row['arm'] == reference else difference, tries])} |")
     return "\n".join(lines)
 
 
@@ -269,15 +315,16 @@ def plots(sweep: Sweep, rows: list[dict[str, Any]], path: Path) -> None:
     (by_tokens, by_gradients), (by_lr, by_gamma) = figure.subplots(2, 2)
     for number, row in enumerate(rows):
         style = dict(color=f"C{number % 10}", linestyle=("-", "--", ":")[number // 10 % 3], label=row["arm"])
-        curves = [run.records() for run in sweep.reported(row["arm"])]
+        curves = [records for run in sweep.reported(row["arm"]) if (records := run.records())]
         means = [statistics.mean(r["val_loss"] for r in group) for group in zip(*curves, strict=False)]
         for axes, key in ((by_tokens, "tokens"), (by_gradients, "gradient_evaluations")):
-            axes.plot([r.get(key, math.nan) for r in curves[0]], means, **style)
+            axes.plot([r.get(key, math.nan) for r in curves[0]] if curves else [], means, **style)
         by_lr.plot([float(lr) for lr in row["tried"]], list(row["tried"].values()), marker="o", **style)
         gamma = sweep.plan.arms[row["arm"]].gamma
         if gamma is not None:
             by_gamma.errorbar(gamma, row["loss"], row["deviation"], fmt="o", color=style["color"], label=row["arm"])
-    low = min(row["loss"] for row in rows)
+    by_gamma.set_visible(by_gamma.has_data())
+    low = min((row["loss"] for row in rows if row["loss"] < math.inf), default=0.0)
     for axes, label in ((by_tokens, "tokens"), (by_gradients, "gradient evaluations"), (by_lr, "learning rate")):
         axes.set(xlabel=label, ylabel="validation loss", ylim=(low - 0.05, low + 0.8))
         axes.grid(alpha=0.25)
@@ -299,7 +346,7 @@ def report(sweep: Sweep, folder: Path) -> None:
     text = f"# {sweep.plan.question}\n\n{sweep.plan.source}; {sweep.scale_name} scale: "
     text += f"`{sweep.scale.config} {sweep.scale.options}`\n\n{table(sweep, rows)}\n"
     text += f"\nNot finished: {', '.join(missing)}\n" if missing else ""
-    path = folder / f"sweep_{sweep.name}_{sweep.scale_name}"
+    path = folder / sweep.file
     folder.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".md").write_text(f"{text}\n{facts['device']}, torch {facts['packages'].get('torch')}\n")
     path.with_suffix(".json").write_text(json.dumps(facts | dict(rows=rows), indent=1) + "\n")
@@ -309,13 +356,14 @@ def report(sweep: Sweep, folder: Path) -> None:
 
 def overview() -> str:
     """The experiments as a markdown table."""
-    lines = ["| plan | reproduces | question | runs | H100 hours, estimated | finished |", "|" + "---|" * 6]
+    lines = ["| plan | reproduces | question | runs | H100 hours, estimated | finished here |", "|" + "---|" * 6]
     for name in plan_names():
         plan = load_plan(name)
         for scale in plan.scales:
             sweep = Sweep(name, scale)
             done, hours = len(rows_of(sweep)), f"{sweep.gpu_hours():,.0f}" if scale.startswith("paper") else ""
             state = f"{done} of {len(plan.arms)} arms" if done else "no"
+            state = "runs of another plan" if sweep.changed_run() else state
             cells = (f"{name}, {scale}", plan.source, plan.question, str(sweep.count()), hours, state)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -327,8 +375,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--list", action="store_true", help="list the experiments")
     parser.add_argument("--scale", default="", help="scale of the plan (default: its first one)")
     parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these arms and the reference")
+    parser.add_argument("--reference", default="", metavar="ARM", help="compare with this arm (default: the plan's)")
     parser.add_argument("--workers", type=int, default=torch.cuda.device_count() or 2, help="runs at a time")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands and the estimated GPU hours")
+    parser.add_argument("--dry_run", action="store_true", help="as --commands, with the estimated GPU hours")
     parser.add_argument("--commands", action="store_true", help="print a command for each run that can start now")
     parser.add_argument("--report_only", action="store_true", help="report the finished arms without training")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="folder of results")
@@ -337,7 +386,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.list or not args.plan:
             print(overview())
             return
-        sweep = Sweep(args.plan, args.scale, args.arms)
+        sweep = Sweep(args.plan, args.scale, args.arms, args.reference)
+        if problem := sweep.changed_run():
+            raise ValueError(problem)
         if args.dry_run or args.commands:
             print("\n".join(shlex.join(run.command) for run in sweep.todo()))
             if args.dry_run:

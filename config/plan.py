@@ -1,5 +1,6 @@
 """The form of an experiment for `python -m bench.sweep`; the experiments are in config/experiments/."""
 
+import re
 from dataclasses import dataclass, field
 
 
@@ -34,3 +35,25 @@ class Plan:
     arms: dict[str, Arm]
     reference: str  # the arm that the others are compared with, seed by seed
     scales: dict[str, Scale]
+
+    def errors(self) -> list[str]:
+        """Everything wrong with this plan, one line each."""
+        out = []
+        if self.reference not in self.arms:
+            out.append(f"reference={self.reference!r}: must be one of the arms, {', '.join(self.arms)}")
+        names: dict[str, str] = {}
+        for arm in self.arms:
+            if (other := names.setdefault(folder_name(arm), arm)) != arm:
+                out.append(f"arms {other!r} and {arm!r}: would use the same run folders; use other letters or digits")
+        for name, scale in self.scales.items():
+            if len(set(scale.multiples)) < 2:
+                out.append(f"scale {name}: tries a single learning rate; give at least two multiples")
+            if len(set(scale.seeds)) < 2:
+                out.append(f"scale {name}: give at least two seeds; the first selects, and the others are reported")
+            out += [f"arm {arm!r}: has no lr for scale {name}" for arm, a in self.arms.items() if name not in a.lr]
+        return out
+
+
+def folder_name(arm: str) -> str:
+    """The name of an arm in the names of its run folders."""
+    return re.sub(r"[^A-Za-z0-9.]+", "_", arm)

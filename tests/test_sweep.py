@@ -111,11 +111,57 @@ def test_an_unknown_name_is_one_line(words, problem):
         sweep.main(words)
 
 
-def test_one_learning_rate_is_no_sweep(plan, tmp_path):
-    single = tmp_path / "single.py"
-    single.write_text(Path(plan).read_text().replace("multiples=(1.0, 2.0)", "multiples=(1.0,)"))
-    with pytest.raises(SystemExit, match="scale laptop tries a single learning rate; give at least two"):
-        sweep.main([str(single)])
+def test_a_run_that_diverges_is_a_result(plan, tmp_path):
+    """Muon diverges on seed 2; its other runs and those of AdamW end well."""
+    for arm in ("AdamW", "Muon"):
+        small = Sweep(plan)
+        for run in [sweep.Run(small, arm, lr, seed) for lr in small.rates(arm) for seed in (1, 2, 3)]:
+            run.path.mkdir(parents=True)
+            if (arm, run.seed) == ("Muon", 2):
+                (run.path / "diverged").touch()
+            else:
+                record = dict(step=run.config.total_steps, tokens=100, val_loss=run.lr + run.seed)
+                (run.path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    sweep.main([plan, "--folder", str(tmp_path / "results")])
+    text = (tmp_path / "results/sweep_small_laptop.md").read_text()
+    assert "| Muon | 0.02 (edge of the grid) | diverged on 1 of 2 seeds | not known | not known ± not known |" in text
+    assert "| AdamW | 0.01 (edge of the grid) | 2.5100 |" in text
+
+
+def test_runs_of_other_settings_are_not_taken_for_those_of_the_plan(plan, tmp_path, capsys):
+    sweep.main([plan, "--folder", str(tmp_path / "results")])
+    Path(plan).write_text(Path(plan).read_text().replace("--optimizer=muon", "--optimizer=muon --momentum=0.9"))
+    with pytest.raises(SystemExit, match=r"Muon-lr0.02-seed1: the plan has changed .*momentum: 0.95 -> 0.9\); rename"):
+        sweep.main([plan, "--folder", str(tmp_path / "results")])
+    assert not Sweep(plan, arms=["AdamW"]).changed_run()  # the runs of the other arm are as they were
+
+
+def test_another_reference_has_its_own_report(plan, tmp_path):
+    sweep.main([plan, "--folder", str(tmp_path), "--reference", "Muon"])
+    rows = {row["arm"]: row for row in json.loads((tmp_path / "sweep_small_laptop_vs_Muon.json").read_text())["rows"]}
+    assert rows["Muon"]["difference"] == 0
+    pairs = [a - b for a, b in zip(rows["AdamW"]["losses"], rows["Muon"]["losses"], strict=True)]
+    assert rows["AdamW"]["difference"] == pytest.approx(sum(pairs) / 2)
+
+
+@pytest.mark.parametrize(
+    "old, new, problem",
+    [
+        ("multiples=(1.0, 2.0)", "multiples=(1.0,)", "scale laptop: tries a single learning rate; give at least two"),
+        ("seeds=(1, 2, 3)", "seeds=(1,)", "scale laptop: give at least two seeds"),
+        ("AdamW=Arm", "**{'Muon ': Arm('', dict(laptop=1.0)), 'Muon_': Arm('', dict(laptop=1.0))}, AdamW=Arm",
+         "arms 'Muon ' and 'Muon_': would use the same run folders"),
+        ("dict(laptop=0.01)", "dict(paper=0.01)", "arm 'AdamW': has no lr for scale laptop"),
+        ('"AdamW", dict(laptop', '"Adam", dict(laptop', "reference='Adam': must be one of the arms, AdamW, Muon"),
+        ("plan = Plan", "plans = Plan", "must define `plan`, a config.plan.Plan"),
+        ("plan = Plan", "plan = Plam", "name 'Plam' is not defined"),
+        ("plan = Plan(", "plan = Plan((", "'\\(' was never closed"),
+    ],
+)  # fmt: skip
+def test_a_plan_that_cannot_be_used_is_one_line(plan, old, new, problem):
+    Path(plan).write_text(Path(plan).read_text().replace(old, new))
+    with pytest.raises(SystemExit, match=problem):
+        sweep.main([plan, "--dry_run"])
 
 
 def test_only_some_arms_and_the_reference(plan):
