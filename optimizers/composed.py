@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from itertools import accumulate
 from typing import Any, ClassVar
 
@@ -112,7 +113,7 @@ class ComposedOptimizer(Optimizer):
         if errors:
             self.param_groups.pop()
             raise ValueError(f"{type(self).__name__}: {'; '.join(dict.fromkeys(errors))}")
-        group["constructed_lr"] = float(group["lr"])
+        group["constructed_lr"] = float(self.defaults["lr"])
         for role in ROLES:
             members = [p for p in group["params"] if p.numel() and self._role(group, p) == role]
             if members:
@@ -120,13 +121,17 @@ class ComposedOptimizer(Optimizer):
 
     def _group_errors(self, group: dict[str, Any]) -> list[str]:
         blocks, out = group.get("blocks", 1), []
+        known = [*self.defaults, "role", "blocks", "params", "constructed_lr"]
+        for key in group.keys() - known:  # a group may hold keys of others, such as a scheduler's initial_lr
+            if likely := get_close_matches(key, known, n=1, cutoff=0.8):
+                return [f"{key}={group[key]!r}: a group has no such setting; is {likely[0]} meant?"]
         if group.get("role") not in (None, *ROLES):
             return [f"role={group['role']!r}: must be one of {', '.join(ROLES)}"]
         if type(blocks) is not int or blocks < 1:
             return [f"blocks={blocks}: must be a whole number of at least 1"]
         for p in group["params"]:
             if p.dtype not in DTYPES or p.dtype != group["params"][0].dtype:
-                out.append(f"parameter of dtype {p.dtype}: must be float32 or float64, one of them in a group")
+                out.append(f"parameter of dtype {p.dtype}: must be float32 or float64, the same in the whole group")
             elif hasattr(p, "device_mesh"):
                 out.append("parameter is a DTensor: sharded parameters are not supported; use DistributedDataParallel")
             elif self._role(group, p) == "matrix" and p.dim() < 2:
@@ -398,22 +403,20 @@ class ComposedOptimizer(Optimizer):
         dtype = direction.shared_dtype(job.params[0].device)
         factors = dict(zip((p for p in job.params if p in self.state), job.factors, strict=True))
         members = (p for p in job.group["params"] if p in self.ownership.owner)
-        alone = self.ownership.size == 1
-        parts = [
-            part
-            for family in families(members, blocks)
-            for part in (_batches([p for p in family if p in factors], self._calls) if alone else [family])
-        ]
-        for family in parts:
+        parts: list[tuple[list[Tensor], list[list[Tensor]]]] = []  # matrices that travel together, and their batches
+        for family in families(members, blocks):
+            batches = _batches([p for p in family if p in factors], self._calls)
+            parts += [(batch, [batch]) for batch in batches] if self.ownership.size == 1 else [(family, batches)]
+        for part, batches in parts:
             results: dict[Tensor, Tensor] = {}
-            for batch in _batches([p for p in family if p in factors], self._calls):
+            for batch in batches:
                 found = self._directions(job, batch, [factors[p] for p in batch], step, numbers)
                 results |= zip(batch, found.split(blocks), strict=True)
-            shape = as_wide_matrices(family[0], blocks).shape
-            work, shared = self.ownership.gather(family, results, shape, dtype)
+            shape = as_wide_matrices(part[0], blocks).shape
+            work, shared = self.ownership.gather(part, results, shape, dtype)
             rates: dict[float, Tensor] = {}
             updates = []
-            for p, result in zip(family, shared, strict=True):
+            for p, result in zip(part, shared, strict=True):
                 if p.grad is not None and result is not None:
                     scale = direction.scale(*matrix_shape(p, blocks))
                     if scale not in rates:

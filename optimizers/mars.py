@@ -71,9 +71,10 @@ class MARS(ComposedOptimizer):
     mars-lion and the matrices of mars-shampoo, 4 more in the exact form, 8 where AdamW is used.
 
     params: parameters or groups; a parameter of exactly two dimensions is corrected. The others get AdamW with
-    betas_1d, weight_decay_1d and the rate lr lr_1d / (lr at construction), unless optimize_1d gives them the MARS rule
-    at the group's own numbers. A group's "role" overrides the number of dimensions; "embedding" is corrected, too, but
-    never orthogonalized. At construction with lr = 0, lr_1d has no effect.
+    betas_1d and weight_decay_1d. Their rate is the present lr of their group times lr_1d / lr, both as the constructor
+    got them; a constructor's lr of 0 leaves the group's lr. A group's own weight_decay does not reach them.
+    optimize_1d gives them the MARS rule with the group's own numbers instead. A group's "role" overrides the number of
+    dimensions; "embedding" is corrected, too, but never orthogonalized.
     clip_c: scale the corrected gradient of each tensor to at most unit norm, as the official code does.
     """
 

@@ -37,7 +37,8 @@ class MARSMConfig(OrthogonalConfig):
     def rule(self, role: str, lr_factor: float) -> Rule:
         if role != "matrix":
             return self.adamw()
-        assert self.gamma is not None  # as_group has replaced auto
+        if self.gamma is None:  # as_group has replaced auto
+            raise ValueError("gamma=None: a parameter group needs a number; gamma=auto works in train_gpt.py")
         momentum = averaged(self.momentum)
         correction: tuple[float, float] | None = (self.gamma, self.momentum)
         if self.free_gamma:

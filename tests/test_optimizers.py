@@ -772,6 +772,16 @@ def test_any_number_may_be_a_tensor_even_inside_betas():
         assert torch.equal(one[n], two[n])
 
 
+def test_a_groups_own_learning_rate_reaches_its_vectors():
+    """As in the official class: lr_1d relates to the constructor's lr, and a group's lr scales it."""
+    own, given = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
+    vector = next(n for n, p in own.items() if p.dim() == 1)
+    grads = gradients(own, 3)
+    run(MARS([{"params": list(own.values()), "lr": 0.01}], lr=0.04, lr_1d=0.02), own, grads)
+    run(MARS(given.values(), lr=0.01, lr_1d=0.005), given, grads)
+    assert torch.equal(own[vector], given[vector])
+
+
 @every
 def test_a_model_may_be_converted_after_its_optimizer_was_made(make):
     """The state then has the dtype that it would have had from the start."""
@@ -886,6 +896,9 @@ def test_state_bytes_per_parameter(make, per_parameter):
         (lambda p: Muon([{"params": list(p), "role": "matrix"}]), r"shape \(16,\): has the role of a matrix"),
         (lambda p: Muon([{"params": list(p), "blocks": 0}]), "blocks=0: must be a whole number of at least 1"),
         (lambda p: MARSM(p, ns_steps=2.5), "ns_steps=2.5: must be a whole number"),
+        (lambda p: MARSM(p, gamma=None, clip_c=False), "gamma=None: a parameter group needs a number"),
+        (lambda p: MARSM([{"params": list(p), "rolle": "matrix"}]), "rolle='matrix': .* is role meant"),
+        (lambda p: MARS([{"params": list(p), "weight_decy": 1.0}]), "weight_decy=1.0: .* is weight_decay meant"),
         (lambda p: Muon([{"params": list(p), "blocks": 5}]), r"blocks=5: does not divide the rows of shape \(6, 24\)"),
         (lambda p: MARS([nn.Parameter(torch.zeros(2, dtype=torch.complex64))]), "dtype torch.complex64"),
         (lambda p: MARS([nn.Parameter(torch.zeros(2, dtype=torch.float16))]), "dtype torch.float16"),
@@ -898,7 +911,7 @@ def test_bad_hyperparameters_are_named(make, message):
 
 def test_parameters_of_two_dtypes_in_a_group_are_refused():
     params = [nn.Parameter(torch.zeros(2, dtype=d)) for d in (torch.float32, torch.float64)]
-    with pytest.raises(ValueError, match="must be float32 or float64, one of them in a group"):
+    with pytest.raises(ValueError, match="must be float32 or float64, the same in the whole group"):
         MARS(params)
 
 
