@@ -21,7 +21,7 @@ from typing import Any
 from config.published import published
 from config.schema import ALTERNATIVES, SECTIONS, RunConfig, all_keys, changeable_keys, value_of
 from optimizers import OPTIMIZERS, Settings
-from optimizers.options import Option, description
+from optimizers.options import Option, description, options_of
 from runtime.command import count, parse_number
 
 PATHS = ("data.path", "data.hellaswag", "log.folder")
@@ -219,6 +219,9 @@ def _full_key(key: str, keys: dict[str, Any]) -> str:
         return ends[0]
     if ends:
         raise ValueError(f"{key}: could be {' or '.join(ends)}; give the full key")
+    if key in {option for settings in OPTIMIZERS.values() for option in options_of(type(settings))}:
+        own = ", ".join(k.rpartition(".")[2] for k in keys if k.startswith("optim."))
+        raise ValueError(f"{key}: this optimizer has no such setting; it has {own}")
     short = {k.rpartition(".")[2]: k for k in keys}
     near = difflib.get_close_matches(key, [*keys, *short], n=3, cutoff=0.5)
     near = list(dict.fromkeys(short.get(k, k) for k in near))

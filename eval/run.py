@@ -94,14 +94,13 @@ def to_wandb(trained: Trained, scores: list[dict], mode: str) -> str | None:
 
 def score_model(
     args: argparse.Namespace, trained: Trained, tasks: Tasks, records: list[dict], world: World
-) -> tuple[list[dict], int]:
+) -> tuple[list[dict], dict[str, str]]:
     """Score one model on every task that the records do not have yet; returns all records of the model.
 
-    New records are appended, and rank 0 writes them to results.json at once.
-
-    A task whose data cannot be read is named and left out; the second value is the number of those.
+    New records are appended, and rank 0 writes them to results.json at once. A task whose data cannot be read is left
+    out; the second value names those tasks, with the reason.
     """
-    scorer, scores, failed = Scorer(trained.model, args.batch_tokens, world), [], 0
+    scorer, scores, failed = Scorer(trained.model, args.batch_tokens, world), [], {}
     facts = {"checkpoint": trained.name, "path": str(trained.path), "step": trained.state.get("step")}
     facts |= {"dtype": "float32", "device": str(world.device)}
     for shots, name in itertools.product(args.shots, tasks.names):
@@ -112,9 +111,7 @@ def score_model(
             try:
                 score = facts | key | score_task(trained, scorer, tasks, name, shots, args.limit)
             except ValueError as error:
-                failed += 1
-                if world.is_main:
-                    print(f"eval.run: {error}", file=sys.stderr)
+                failed[name] = str(error)
                 continue
             records.append(score)
             if world.is_main:
@@ -128,26 +125,29 @@ def score_model(
 
 
 def score_all(args: argparse.Namespace, world: World) -> int:
-    """Score every model on every task and write the tables; returns the number of scores that are missing."""
+    """Score every model on every task and write the tables; returns the number of tasks that could not be run."""
     tasks = Tasks(args.tasks, args.include_path, args.task_data)
     args.out.mkdir(parents=True, exist_ok=True)
     records = world.from_main(read_records(args.out / RESULTS))  # the same on all ranks: they score the same tasks
     scores: list[dict] = []
-    failed, sizes = 0, set()
+    failed: dict[str, str] = {}
+    sizes = set()
     for path in args.models:
         trained = open_trained(path, world.device, args.tokenizer, args.ranks, args.eot)
         if any(s["checkpoint"] == trained.name for s in scores):
             trained.name = path
         sizes.add(size_of(trained.model.num_params()))
         found, missing = score_model(args, trained, tasks, records, world)
-        scores, failed = scores + found, failed + missing
+        scores, failed = scores + found, failed | missing
     if scores and world.is_main:
         shown = [s for s in SIZES if args.published == s or (args.published == "auto" and s in sizes)]
         text = markdown(scores, shown)
         write_durably(args.out / "table.md", text.encode())
         write_durably(args.out / "table.csv", comma_separated(scores, shown).encode())
         print(f"\n{text}\nwritten to {args.out}: {RESULTS}, table.md, table.csv")
-    return failed
+    if world.is_main:
+        print("".join(f"eval.run: {reason}\n" for reason in failed.values()), end="", file=sys.stderr)
+    return len(failed)
 
 
 def describe(score: dict) -> str:

@@ -159,7 +159,7 @@ class ComposedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, parameters matched in the order of the groups, as torch does.
 
-        Raises ValueError, with nothing changed, if it is another optimizer's or of other shapes.
+        Raises ValueError, with nothing changed, if another kind of optimizer made it, or if shapes differ.
         """
         try:
             super().load_state_dict(state_dict)

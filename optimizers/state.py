@@ -40,7 +40,7 @@ def named_state(optimizer: Optimizer, model: nn.Module, rank: int = 0) -> dict[s
 def load_named_state(optimizer: Optimizer, model: nn.Module, saved: Mapping[str, Tensor]) -> None:
     """Put named state back into an optimizer over the same parameters, on any number of processes.
 
-    Each rank reads what it holds. Raises ValueError if the state is another optimizer's or of other shapes.
+    Each rank reads what it holds. Raises ValueError if another kind of optimizer made it, or if shapes differ.
     """
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     keys: dict[str, list[str]] = defaultdict(list)

@@ -108,7 +108,10 @@ def one_line(program: str, interrupted: str = "interrupted", memory: str = "use 
     except KeyboardInterrupt:
         sys.exit(f"{program}: {interrupted}")
     except (ValueError, ImportError, OSError) as error:
-        sys.exit(str(error) if getattr(error, "names_itself", False) else f"{program}: {error}")
+        text = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            text = f"{error.filename}: {error.strerror}"
+        sys.exit(text if getattr(error, "names_itself", False) else f"{program}: {text}")
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

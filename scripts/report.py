@@ -196,15 +196,15 @@ def draw(runs: list[Run], path: Path) -> None:
 
 
 def read_results(path: Path | None, *keys: str) -> dict | None:
-    """The values of `keys` in a JSON file; None without a path. ValueError for any other file."""
+    """The values of `keys` in a file of eval.run or eval.perplexity; None without a path. ValueError if it has none."""
     try:
         if path is None:
             return None
         content = json.loads(path.read_text(encoding="utf-8"))
         return {key: content[key] for key in keys}
     except (ValueError, KeyError, TypeError):
-        names = " and ".join(keys)
-        raise ValueError(f"{path}: no {names} in it; give a file of eval.run or eval.perplexity") from None
+        writer = "results.json of eval.run" if "scores" in keys else "file that eval.perplexity --out wrote"
+        raise ValueError(f"{path}: not a {writer}") from None
 
 
 def page(runs: list[Run], paired: dict | None, scores: dict | None) -> str:

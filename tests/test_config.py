@@ -72,18 +72,28 @@ def test_overrides_are_typed_by_the_schema():
 
 
 def test_all_errors_are_reported_together():
-    overrides = ["--optim.lrr=1", "--steps=1.5", "--bias=perhaps", "--dropout=2", "--betas=1", "--every=3", "warmup=3"]
+    overrides = [
+        "--optim.lrr=1",
+        "--momentum=0.9",
+        "--steps=1.5",
+        "--bias=perhaps",
+        "--dropout=2",
+        "--betas=1",
+        "--every=3",
+        "warmup=3",
+    ]
     with pytest.raises(ConfigError) as caught:
         load_config(CONFIG, overrides)
     text = str(caught.value)
     assert "optim.lrr: unknown key; nearest: optim.lr" in text
+    assert "momentum: this optimizer has no such setting; it has lr, betas, eps, weight_decay" in text
     assert "steps=1.5: expected a whole number" in text
     assert "bias=perhaps: expected true or false" in text
     assert "model.dropout=2.0: must be a number in [0, 1)" in text
     assert "betas=1: expected two numbers in [0, 1), for example 0.9,0.95" in text
     assert "every: could be checkpoint.every or log.every; give the full key" in text
     assert "warmup=3: expected --key=value" in text
-    assert len(text.splitlines()) == 7
+    assert len(text.splitlines()) == 8
 
 
 def test_a_switch_needs_no_value():

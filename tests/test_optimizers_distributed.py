@@ -181,10 +181,6 @@ def test_training_on_two_processes_equals_one_and_resumes(dataset, tmp_path, opt
         torch.testing.assert_close(weights, reference[name], atol=5e-4, rtol=5e-3)
 
 
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
-
-
 @pytest.mark.parametrize("size, ranks, most", [("xl", 8, 1.10), ("xl", 16, 1.10), ("small", 16, 1.35)])
 def test_the_work_on_matrices_is_balanced_over_the_ranks(size, ranks, most, monkeypatch):
     """The largest share of Newton-Schulz's operations, relative to the mean share."""
@@ -198,3 +194,7 @@ def test_the_work_on_matrices_is_balanced_over_the_ranks(size, ranks, most, monk
     ownership.assign(families(matrices, 1), lambda p: work(*p.shape))
     shares = [sum(work(*p.shape) for p in matrices if ownership.owner[p] == rank) for rank in range(ranks)]
     assert max(shares) * ranks <= most * sum(shares)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -139,7 +139,7 @@ def test_a_folder_that_is_no_run_is_one_clear_line(tmp_path, break_it):
 def test_files_without_results_are_one_clear_line(tmp_path):
     folder = run_folder(tmp_path / "a", {1e9: 3.6})
     (tmp_path / "x.json").write_text("[]")
-    with pytest.raises(SystemExit, match=r"x.json: no scores in it"):
+    with pytest.raises(SystemExit, match=r"x.json: not a results.json of eval.run"):
         report.main([str(folder), "--scores", str(tmp_path / "x.json"), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="name at least one run folder"):
         report.main([])
