@@ -79,7 +79,7 @@ class AdEMAMixConfig(Settings):
     beta3: float = option(0.9999, "decay of the slow average", least=0, below=1)
     alpha: float = option(8.0, "weight of the slow average", least=0)
     slow_warmup: int = option(0, "steps over which alpha and beta3 rise; the paper takes the whole run", least=0)
-    eps: float = option(1e-8, "added to sqrt(v_hat)", least=0)
+    eps: float = option(1e-8, "added to sqrt(v_hat)", above=0)
     weight_decay: float = option(0.1, "weight decay of matrices", least=0)
 
     def rule(self, role: str, lr_factor: float) -> Rule:

@@ -28,6 +28,7 @@ BLOCK = 1 << 16  # elements worked on at a time on a CPU: five such float32 bloc
 BATCH = 1 << 27  # elements of matrices worked on at a time on a GPU: bounds the memory beside the weights
 # updates that share only 0-d numbers become one kernel, too
 INDUCTOR: dict[str, Any] = {"score_fusion_memory_threshold": 1}
+AT_ONCE = 10  # tensors in a compiled update: the compiler does not fuse operations that are more than 64 apart
 DTYPES = (torch.float32, torch.float64)
 
 
@@ -365,7 +366,10 @@ class ComposedOptimizer(Optimizer):
         keys, pieces = ("previous", *direction.state_names), []
         for p, factor in zip(job.params, job.factors, strict=True):
             pieces += [(factor, *piece) for piece in self._cut((p, p.grad, *map(self.state[p].get, keys)))]
-        self._run(_update_all, pieces, job.numbers, job.remember, direction.update, numbers, kernel)
+        count = AT_ONCE if self._compiled else len(pieces)
+        for i in range(0, len(pieces), count):
+            some = pieces[i : i + count]
+            self._run(_update_all, some, job.numbers, job.remember, direction.update, numbers, kernel)
 
     def _cut(self, tensors: tuple[Tensor | None, ...]) -> list[tuple]:
         """Tensors of one shape as tuples of blocks, each with scratch memory that stays in the cache.
@@ -407,6 +411,7 @@ class ComposedOptimizer(Optimizer):
         for family in families(members, blocks):
             batches = _batches([p for p in family if p in factors], self._calls)
             parts += [(batch, [batch]) for batch in batches] if self.ownership.size == 1 else [(family, batches)]
+        rates: dict[float, Tensor] = {}
         for part, batches in parts:
             results: dict[Tensor, Tensor] = {}
             for batch in batches:
@@ -414,7 +419,6 @@ class ComposedOptimizer(Optimizer):
                 results |= zip(batch, found.split(blocks), strict=True)
             shape = as_wide_matrices(part[0], blocks).shape
             work, shared = self.ownership.gather(part, results, shape, dtype)
-            rates: dict[float, Tensor] = {}
             updates = []
             for p, result in zip(part, shared, strict=True):
                 if p.grad is not None and result is not None:

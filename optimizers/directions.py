@@ -117,7 +117,7 @@ class MatrixDirection(Direction):
         return small * small * (2 * large + small)
 
 
-LARGEST_SQUARED = 1e18  # gradients are cut off here before they are squared: an infinite average would never recover
+LARGEST_SQUARED = 1e18  # gradients are cut off here before they are squared; an infinite average would never recover
 
 
 class AdaptiveNumbers(NamedTuple):
@@ -187,6 +187,7 @@ class Adaptive(Direction):
 
         def kernel(p: Tensor, gradient: Tensor, state: list[Tensor]) -> None:
             m, v, *largest = ([t] for t in state)
+            gradient.clamp_(-LARGEST_SQUARED, LARGEST_SQUARED)
             torch._fused_adamw_([p], [gradient], m, v, largest[0] if largest else [], [count], **numbers)
 
         return kernel

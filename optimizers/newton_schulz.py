@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from optimizers.directions import MatrixDirection, Momentum, MomentumNumbers, State, Step, mix, momentum_numbers
+from optimizers.norms import norms_of_matrices
 
 # K. Jordan, "Muon" (2024): steepest at zero. Singular values end between about 0.7 and 1.2, not at 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -72,12 +73,8 @@ def orthogonalize(G: Tensor, steps: int = 5, eps: float = 1e-7, dtype: torch.dty
     """
     transposed = G.size(-2) > G.size(-1)
     X = G.mT if transposed else G
-    wide = torch.promote_types(X.dtype, torch.float32)
-    # divided by the largest element first, so that the norm of neither huge nor tiny matrices overflows
-    largest = X.abs().amax((-2, -1), keepdim=True).to(wide).clamp(min=torch.finfo(torch.float32).tiny)
-    X = X / largest.to(X.dtype)
-    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=wide)
-    X = X.div_((norm + eps / largest).to(X.dtype)).to(dtype)
+    divisor = (norms_of_matrices(X) + eps).to(X.dtype)
+    X = torch.div(X, divisor, out=torch.empty_like(X, dtype=dtype))
     gram = dtype == torch.float32 and X.size(-1) >= GRAM_FROM_ASPECT * X.size(-2)
     X = (_iterate_on_gram if gram else _iterate)(X, steps)
     return X.mT if transposed else X

@@ -18,6 +18,15 @@ def norm_of(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dtype=torch.float64)
 
 
+def norms_of_matrices(x: Tensor) -> Tensor:
+    """Norms of a stack of matrices (count, m, n), as (count, 1, 1); 0 only for matrices of zeros."""
+    if x.device.type == "cpu":
+        norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+        if bool(((norms > 1e-15) & (norms < torch.inf)).all()):  # smaller squares underflow
+            return norms
+    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+
+
 def norms_of_rows(x: Tensor) -> Tensor:
     """Norms of the rows of a tensor in float64, (rows,); a vector is one row."""
     return torch.linalg.vector_norm(x.reshape(x.shape[0] if x.dim() > 1 else 1, -1), dim=1, dtype=torch.float64)

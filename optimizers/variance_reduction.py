@@ -54,7 +54,7 @@ def clipped_gradient(
     remember: bool,
     scratch: Scratch,
 ) -> Tensor:
-    """The corrected gradient times its clipping factor (0-d; None: 1), and zero if the step is skipped.
+    """The corrected gradient times its clipping factor (0-d); without clipping, zero if the step is skipped.
 
     remember: keep a copy of the raw gradient in `previous` for the next step.
     """

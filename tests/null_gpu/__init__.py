@@ -7,6 +7,7 @@ import ctypes
 import os
 import subprocess
 import tempfile
+from collections import Counter
 from hashlib import sha256
 from pathlib import Path
 
@@ -70,8 +71,11 @@ class Counters:
         return self.library.null_gpu_peak(device)
 
     def launches(self) -> dict[str, int]:
-        """Launches of each kernel by name."""
+        """Launches of each kernel by name. Compiled kernels of different graphs may share a name."""
         with tempfile.NamedTemporaryFile("r") as file:
             self.library.null_gpu_write_launches(file.name.encode())
             lines = [line.rstrip("\n").split(" ", 1) for line in file]
-        return {name: int(number) for number, name in lines}
+        launches: Counter[str] = Counter()
+        for number, name in lines:
+            launches[name] += int(number)
+        return launches
