@@ -175,6 +175,7 @@ class Sweep:
             self.plan = replace(self.plan, reference=reference)
             self.file += f"_vs_{folder_name(reference)}"
         if arms:
+            self.file += f"_only_{'_'.join(map(folder_name, sorted(set(arms))))}"
             wanted = {name: a for name, a in self.plan.arms.items() if name in (self.plan.reference, *arms)}
             self.plan = replace(self.plan, arms=wanted)
         self.failed: dict[str, str] = {}  # runs that ended with an error, and the error
@@ -255,6 +256,8 @@ class Sweep:
                 bar.update()
                 free.put(devices)
 
+        for arm in self.plan.arms:  # an arm with wrong settings shows before the others have trained
+            _ = [run.config for run in self.tuning(arm)]
         with tqdm(total=self.count(), initial=self.count() - len(self.todo()), unit="run", disable=None) as bar:
             while runs := self.todo():  # first all learning rates, then the other seeds of the best
                 with ThreadPoolExecutor(workers) as pool:
@@ -346,12 +349,12 @@ def report(sweep: Sweep, folder: Path) -> None:
     text = f"# {sweep.plan.question}\n\n{sweep.plan.source}; {sweep.scale_name} scale: "
     text += f"`{sweep.scale.config} {sweep.scale.options}`\n\n{table(sweep, rows)}\n"
     text += f"\nNot finished: {', '.join(missing)}\n" if missing else ""
-    path = folder / sweep.file
     folder.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".md").write_text(f"{text}\n{facts['device']}, torch {facts['packages'].get('torch')}\n")
-    path.with_suffix(".json").write_text(json.dumps(facts | dict(rows=rows), indent=1) + "\n")
-    plots(sweep, rows, path.with_suffix(".png"))
-    print(f"{text}\nwritten to {path}.md, .json and .png")
+    device_and_torch = f"{facts['device']}, torch {facts['packages'].get('torch')}"
+    (folder / f"{sweep.file}.md").write_text(f"{text}\n{device_and_torch}\n")
+    (folder / f"{sweep.file}.json").write_text(json.dumps(facts | dict(rows=rows), indent=1) + "\n")
+    plots(sweep, rows, folder / f"{sweep.file}.png")
+    print(f"{text}\nwritten to {folder / sweep.file}.md, .json and .png")
 
 
 def overview() -> str:

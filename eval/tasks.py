@@ -120,7 +120,9 @@ class Tasks:
     def _data_problem(self, name: str, remote: list[str], reason: str) -> str:
         """A message for data that could not be read. remote: the parts of the task that read the hub."""
         if not remote:
-            return f"task {name}: its data could not be read ({reason}); check data_files in its task file or --data"
+            return (
+                f"task {name}: its data could not be read ({reason}); check data_files in its task file or --task_data"
+            )
         task = self.settings(remote[0])
         files = f"{remote[0]}/{{{','.join(splits_of(task))}}}.jsonl"
         files += f" and the same of {len(remote) - 1} more" if len(remote) > 1 else ""

@@ -142,6 +142,16 @@ def test_another_reference_has_its_own_report(plan, tmp_path):
     assert rows["Muon"]["difference"] == 0
     pairs = [a - b for a, b in zip(rows["AdamW"]["losses"], rows["Muon"]["losses"], strict=True)]
     assert rows["AdamW"]["difference"] == pytest.approx(sum(pairs) / 2)
+    sweep.main([plan, "--folder", str(tmp_path), "--arms", "AdamW"])
+    assert (tmp_path / "sweep_small_laptop_only_AdamW.png").exists()
+    assert not (tmp_path / "sweep_small_laptop.md").exists()  # the report of the whole plan is not overwritten
+
+
+def test_an_arm_with_wrong_settings_stops_the_sweep_before_any_run(plan, tmp_path):
+    Path(plan).write_text(Path(plan).read_text().replace("--optimizer=muon", "--optimizer=muonn"))
+    with pytest.raises(SystemExit, match='optimizer="muonn": unknown; nearest: muon'):
+        sweep.main([plan, "--folder", str(tmp_path)])
+    assert not (tmp_path / "sweeps").exists()
 
 
 @pytest.mark.parametrize(
