@@ -19,6 +19,7 @@ from bench import (
     generation,
     gpu_page,
     ladder,
+    memory,
     micro,
     micro_optimizers,
     optimizer_step,
@@ -216,6 +217,12 @@ def test_idle_time_and_kernels_of_a_trace(tmp_path):
     assert len(on_gpu) == 4
     assert idle_fraction(on_gpu) == pytest.approx(1 - (50 + 30.2 + 0.5) / 100)
     assert by_kernel(on_gpu) == pytest.approx({"gemm": 80 / 90.7, "Memcpy DtoH": 10.2 / 90.7})
+
+
+def test_memory_reports_the_estimate_of_every_optimizer(tmp_path):
+    found = {r["optimizer"]: r for r in smoke_rows(memory, tmp_path)}
+    assert found.keys() == {"adamw", "mars_m"}
+    assert all(row["size"] == "tiny" and 0 < row["estimate"] < 0.01 for row in found.values())
 
 
 def test_ladder(tmp_path):
