@@ -24,7 +24,7 @@ from config.load import ConfigError, describe_keys, load_config, to_dict
 from config.schema import RunConfig, changeable_keys, default_values, largest_divisor
 from data.hellaswag import HellaSwag
 from data.loader import TrainLoader, ValidationSet, prefetch, to_device
-from data.shards import open_dataset
+from data.shards import Dataset, open_dataset
 from data.tokenizer import copy_own
 from model import GPT
 from optimizers import MARSMConfig, build_optimizer
@@ -73,18 +73,7 @@ class Trainer:
         self.lookahead: Any = self.optimizer if exact else None
         self.clipper = GradientClipper(self.model, self.optimizer, run.grad_clip)
 
-        self.folder = Path(run.log.folder) / run.name
-        settings = to_dict(run) | {"dataset": dataset.fingerprint()}
-        comparison = Comparison(
-            changeable_keys(run, accept_changes), default_values(run), dataset.fingerprint(raw=True)
-        )
-        open_run_folder(self.folder, settings, comparison, environment(world.device, world.size), fresh, world)
-        self.tokenizer = dataset.tokenizer
-        if world.is_main:
-            copy_own(dataset.tokenizer, dataset.folder, self.folder)
-        self.checkpoints = Checkpointer(self.folder / "checkpoints", run.checkpoint, world)
-        if run.branch_from:
-            branch(run.branch_from, self.folder, world)
+        settings = self.open_folder(dataset, fresh, accept_changes)
         state = self.restore()
         # val_loss is None until the present step has been evaluated
         self.step, self.val_loss, self.best_val_loss = state["step"], state.get("val_loss"), state.get("best_val_loss")
@@ -112,6 +101,22 @@ class Trainer:
         self.log = RunLogger(self.folder, run.log, settings, run.name, self.steps, self.step, world)
         self.batches = prefetch(self.loader, self.step, pin=world.device.type == "cuda")
         self.pairs = pairwise(self.batches)
+
+    def open_folder(self, dataset: Dataset, fresh: bool, accept_changes: bool) -> dict[str, Any]:
+        """Create the run folder, or reopen it if its run has the same settings; returns the settings."""
+        run, world = self.run, self.world
+        self.folder = Path(run.log.folder) / run.name
+        settings = to_dict(run) | {"dataset": dataset.fingerprint()}
+        may_change, before_manifest = changeable_keys(run, accept_changes), dataset.fingerprint(raw=True)
+        comparison = Comparison(may_change, default_values(run), before_manifest)
+        open_run_folder(self.folder, settings, comparison, environment(world.device, world.size), fresh, world)
+        self.tokenizer = dataset.tokenizer
+        if world.is_main:
+            copy_own(dataset.tokenizer, dataset.folder, self.folder)
+        self.checkpoints = Checkpointer(self.folder / "checkpoints", run.checkpoint, world)
+        if run.branch_from:
+            branch(run.branch_from, self.folder, world)
+        return settings
 
     def divide_batch(self, per_process: int) -> None:
         """Choose the micro-batch and the number of them for a step's per_process sequences of this process."""
