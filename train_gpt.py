@@ -31,7 +31,7 @@ from optimizers import MARSMConfig, build_optimizer
 from optimizers.state import load_named_state, named_state, state_problem
 from runtime import compute, console
 from runtime.average import WeightAverage
-from runtime.checkpoint import Checkpointer, CheckpointError, branch
+from runtime.checkpoint import Checkpointer, CheckpointError, branch_origin, start_branch
 from runtime.clipping import GradientClipper, NonFiniteError
 from runtime.command import Parser, join_values, one_line
 from runtime.distributed import StopRequest, World, start_world
@@ -106,6 +106,7 @@ class Trainer:
         """Create the run folder, or reopen it if its run has the same settings; returns the settings."""
         run, world = self.run, self.world
         self.folder = Path(run.log.folder) / run.name
+        origin = branch_origin(run.branch_from, self.folder, fresh, world) if run.branch_from else None
         settings = to_dict(run) | {"dataset": dataset.fingerprint()}
         may_change, before_manifest = changeable_keys(run, accept_changes), dataset.fingerprint(raw=True)
         comparison = Comparison(may_change, default_values(run), before_manifest)
@@ -114,8 +115,8 @@ class Trainer:
         if world.is_main:
             copy_own(dataset.tokenizer, dataset.folder, self.folder)
         self.checkpoints = Checkpointer(self.folder / "checkpoints", run.checkpoint, world)
-        if run.branch_from:
-            branch(run.branch_from, self.folder, world)
+        if origin:
+            start_branch(origin, self.folder, world)
         return settings
 
     def divide_batch(self, per_process: int) -> None:

@@ -145,8 +145,7 @@ def bench_ce(s: Session, size: str, c: GPTConfig) -> None:
         s.row(partial(inductor_chunks, chunks), **names, what=f"Inductor's auto-chunker, {chunks} chunks")
     for rows in (n // 4, n // 2):
         s.row(partial(own_chunks, rows), **names, what=f"own chunks of {rows} tokens")
-    if hasattr(newest_nn, "LinearCrossEntropyOptions"):
-        s.row(partial(torch_chunks, n // 4), **names, what=f"torch's linear_cross_entropy, chunks of {n // 4} tokens")
+    s.row(partial(torch_chunks, n // 4), **names, what=f"torch's linear_cross_entropy, chunks of {n // 4} tokens")
 
 
 BLOCKS = {"gemm": bench_gemm, "sdpa": bench_sdpa, "ce": bench_ce, "ns": bench_ns, "optim": bench_optim}

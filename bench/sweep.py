@@ -66,7 +66,7 @@ def load_plan(name: str) -> Plan:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The known names that are most like a wrong one; all of them if none is like it."""
-    return ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known)
+    return ", ".join(map(repr, difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known))
 
 
 def plan_names() -> list[str]:

@@ -31,6 +31,14 @@ LOCAL = (None, "json", "parquet", "csv", "text")  # dataset_path of tasks that r
 ENDINGS = (".jsonl", ".json", ".parquet")
 
 
+def reason_of(error: Exception) -> str:
+    """Why the data of a task could not be read, in one line."""
+    if isinstance(error, KeyError):
+        return f"a record has no column {error}"
+    hides_its_cause = type(error).__name__ == "DatasetGenerationError"
+    return first_line(error.__cause__ if hides_its_cause and isinstance(error.__cause__, Exception) else error)
+
+
 class Tasks:
     """Finds and loads tasks by name.
 
@@ -75,7 +83,7 @@ class Tasks:
         try:
             loaded = self._manager.load([name])
         except Exception as error:  # datasets, the hub's client and its HTTP library raise many types
-            raise ValueError(self._data_problem(name, remote, problem or first_line(error))) from None
+            raise ValueError(self._data_problem(name, remote, problem or reason_of(error))) from None
         for task in loaded["tasks"].values():
             task.set_config(key="num_fewshot", value=shots)
             task.set_fewshot_seed(seed=FEWSHOT_SEED)

@@ -108,7 +108,7 @@ class ComposedOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group and allocate its state. Raises ValueError for bad hyperparameters or parameters."""
-        super().add_param_group(param_group)
+        super().add_param_group(dict(param_group))  # a copy, so that the caller's dict can serve another optimizer
         group = self.param_groups[-1]
         errors = self.settings.of(group).errors() + self._group_errors(group)
         if errors:

@@ -259,31 +259,41 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return found
 
 
-def branch(source: str, run_folder: Path, world: World) -> None:
-    """Copy the checkpoint "RUN@STEP" and the metrics up to it into a run folder that has no checkpoint yet.
+def branch_origin(source: str, run_folder: Path, fresh: bool, world: World) -> Path | None:
+    """The checkpoint "RUN@STEP" that a run branches from; None if its folder has a checkpoint already.
 
-    Raises CheckpointError on every rank if there is no such checkpoint, or it is damaged.
+    fresh: the run starts over in a new folder. Raises CheckpointError on every rank if there is no such checkpoint, or
+    it is damaged.
     """
-    path, _, step = source.rpartition("@")
-    problem = None
-    if world.is_main and not any(run_folder.glob("checkpoints/step_*")):
-        origin = Path(path).expanduser() / "checkpoints" / f"step_{int(step) if step.isdigit() else 0:07d}"
-        final = run_folder / "checkpoints" / origin.name
-        if not path or not origin.is_dir():
+    origin = problem = None
+    if world.is_main and (fresh or not any(run_folder.glob("checkpoints/step_*"))):
+        path, _, step = source.rpartition("@")
+        path, step = (path, step) if step.isdigit() else (source, "")
+        origin = Path(path).expanduser() / "checkpoints" / f"step_{int(step or 0):07d}"
+        if not step or not origin.is_dir():
             kept = sorted(int(p.name[5:]) for p in origin.parent.glob("step_*") if p.name[5:].isdigit())
-            near = sorted(kept, key=lambda s: abs(s - int(step)))[:5] if step.isdigit() else kept[-5:]
+            near = sorted(kept, key=lambda s: abs(s - int(step)))[:5] if step else kept[-5:]
             has = f"nearest steps: {', '.join(map(str, sorted(near)))}" if near else "it has none"
-            problem = f"branch_from={source}: no checkpoint {origin}; give RUN@STEP with a step that was kept ({has})"
+            wrong = f"no checkpoint {origin}" if step else "names no step"
+            problem = f"branch_from={source}: {wrong}; give RUN@STEP with a step that was kept ({has})"
         elif reason := damage(origin):
             problem = f"branch_from={source}: {origin} is damaged ({reason})"
-        else:
-            temporary = final.with_name(f"tmp-{final.name}")
-            shutil.copytree(origin, temporary, dirs_exist_ok=True)
-            if (Path(path) / "metrics.jsonl").exists():  # the logger drops the records after this step
-                shutil.copy(Path(path) / "metrics.jsonl", run_folder)
-            temporary.rename(final)
-    if problem := world.from_main(problem):
+    origin, problem = world.from_main((origin, problem))
+    if problem:
         raise CheckpointError(problem)
+    return origin
+
+
+def start_branch(origin: Path, run_folder: Path, world: World) -> None:
+    """Copy a checkpoint of another run, and that run's metrics, into a run folder without checkpoints."""
+    if world.is_main:
+        final, metrics = run_folder / "checkpoints" / origin.name, origin.parent.parent / "metrics.jsonl"
+        temporary = final.with_name(f"tmp-{final.name}")
+        shutil.copytree(origin, temporary, dirs_exist_ok=True)
+        if metrics.exists():  # the logger drops the records after this step
+            shutil.copy(metrics, run_folder)
+        temporary.rename(final)
+    world.from_main(None)  # the other ranks wait
 
 
 def damage(folder: Path) -> str | None:

@@ -174,7 +174,7 @@ def compared(need: float, limit: float) -> str:
     """A need in comparison with the available bytes; empty without a limit."""
     if need > limit:
         return f", exceeds the {gb(limit)} available"
-    return f" of {gb(limit)}" if limit < math.inf else ""
+    return f"; {gb(limit)} are available" if limit < math.inf else ""
 
 
 def time_needed(tokens: int, rate: float | None) -> str:

@@ -73,7 +73,8 @@ def test_a_branch_from_nothing_is_one_line(dataset, tmp_path, source):
     run = train(dataset, tmp_path, "run", "--steps=4")
     text = message(dataset, tmp_path, "branch", f"--branch_from={source.format(run=run)}")
     assert "branch_from=" in text
-    assert ("nearest steps: 4" if "{run}@" in source else "it has none") in text
+    assert ("nearest steps: 4" if "{run}" in source else "it has none") in text
+    assert not (run.parent / "branch").exists()  # so that the corrected command starts
     assert "give RUN@STEP with a step that was kept" in text
 
 

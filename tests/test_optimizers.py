@@ -774,6 +774,13 @@ def test_any_number_may_be_a_tensor_even_inside_betas():
         assert torch.equal(one[n], two[n])
 
 
+def test_groups_can_serve_another_optimizer():
+    groups = [{"params": list(parameters().values())}]
+    MARSM(groups, lr=1e-3)
+    second = MARSM(groups, lr=6e-3, is_approx=False).param_groups[0]
+    assert (second["lr"], second["is_approx"]) == (6e-3, False)
+
+
 def test_a_groups_own_learning_rate_reaches_its_vectors():
     """As in the official class: lr_1d relates to the constructor's lr, and a group's lr scales it."""
     own, given = parameters(dtype=torch.float32), parameters(dtype=torch.float32)

@@ -123,7 +123,7 @@ def test_the_preflight_creates_no_folder(arguments, capsys, tmp_path):
     ]
     assert "2,304 in 12 steps: 0.12 epochs of 20,000" in lines[3]
     assert lines[4] == "  shards   headers, counts and sha256 agree"
-    assert "for 4 checkpoints of" in lines[5]
+    assert "for 4 checkpoints; " in lines[5]
     assert lines[6] == "  time     0:02:00 at 19 tokens/s"
     assert not (tmp_path / "runs").exists()
 

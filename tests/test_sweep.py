@@ -100,10 +100,10 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(plan, tmp_path, capsys, 
 @pytest.mark.parametrize(
     "words, problem",
     [
-        (["gama"], "gama: no such plan; nearest: gamma"),
-        (["zzz"], "zzz: no such plan; nearest: benchmark, exact"),
+        (["gama"], "gama: no such plan; nearest: 'gamma'"),
+        (["zzz"], "zzz: no such plan; nearest: 'benchmark', 'exact'"),
         (["gamma", "--scale=laptp"], "--scale=laptp: gamma has laptop, paper"),
-        (["gamma", "--dry_run", "--arms", "Muonn"], "--arms=Muonn: no such arm; nearest: Muon"),
+        (["gamma", "--dry_run", "--arms", "Muonn"], "--arms=Muonn: no such arm; nearest: 'Muon"),
     ],
 )
 def test_an_unknown_name_is_one_line(words, problem):
