@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -41,6 +42,8 @@ class Report:
         import torch  # not at the top, because the worker processes of bench.prepare do not need it
 
         hardware = torch.cuda.get_device_name() if device == "cuda" else f"cpu-{platform.machine()}"
+        if "NULL_GPU_COUNT" in os.environ:  # the stand-in of tests/null_gpu has the name of a real GPU
+            hardware = "null GPU"
         date = time.strftime("%Y-%m-%d")
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{name}_{hardware.replace(' ', '-')}_{date}.jsonl"

@@ -36,6 +36,7 @@ from bench.report import RESULTS, ROOT
 from config.load import load_config, to_dict
 from config.plan import Plan, folder_name
 from config.schema import RunConfig, changeable_keys, default_values
+from eval.table import published
 from model import GPT
 from runtime.command import Parser, one_line
 from runtime.folder import CONFIG, differences
@@ -310,30 +311,44 @@ def table(sweep: Sweep, rows: Iterable[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def published_points(sweep: Sweep) -> list[dict[str, Any]]:
+    """Published losses of this experiment, each with its setting, and its learning rate or gamma; paper scale only."""
+    points = [p for p in published()["sweeps"] if p["plan"] == sweep.name]
+    return points if sweep.scale_name.startswith("paper") else []
+
+
 def plots(sweep: Sweep, rows: list[dict[str, Any]], path: Path) -> None:
-    """Loss against tokens, gradient evaluations, learning rate and gamma."""
+    """Loss against tokens, time, gradient evaluations, learning rate and gamma; published losses are stars."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 8.5), layout="constrained")
-    (by_tokens, by_gradients), (by_lr, by_gamma) = figure.subplots(2, 2)
+    figure = Figure(figsize=(16, 8.5), layout="constrained")
+    (by_tokens, by_time, by_gradients), (by_lr, by_gamma, legend) = figure.subplots(2, 3)
+    means_over_runs = dict(tokens=by_tokens, train_s=by_time, gradient_evaluations=by_gradients)
     for number, row in enumerate(rows):
         style = dict(color=f"C{number % 10}", linestyle=("-", "--", ":")[number // 10 % 3], label=row["arm"])
         curves = [records for run in sweep.reported(row["arm"]) if (records := run.records())]
         means = [statistics.mean(r["val_loss"] for r in group) for group in zip(*curves, strict=False)]
-        for axes, key in ((by_tokens, "tokens"), (by_gradients, "gradient_evaluations")):
-            axes.plot([r.get(key, math.nan) for r in curves[0]] if curves else [], means, **style)
+        for key, axes in means_over_runs.items():
+            places = [statistics.fmean(r.get(key, math.nan) for r in group) for group in zip(*curves, strict=False)]
+            axes.plot(places, means, **style)
         by_lr.plot([float(lr) for lr in row["tried"]], list(row["tried"].values()), marker="o", **style)
         gamma = sweep.plan.arms[row["arm"]].gamma
         if gamma is not None:
             by_gamma.errorbar(gamma, row["loss"], row["deviation"], fmt="o", color=style["color"], label=row["arm"])
+    for point in published_points(sweep):
+        for axes, key in ((by_lr, "lr"), (by_gamma, "gamma")):
+            if key in point:
+                axes.plot(point[key], point["loss"], "k*", markersize=10)
     by_gamma.set_visible(by_gamma.has_data())
     low = min((row["loss"] for row in rows if row["loss"] < math.inf), default=0.0)
-    for axes, label in ((by_tokens, "tokens"), (by_gradients, "gradient evaluations"), (by_lr, "learning rate")):
+    labels = ("tokens", "training time, seconds", "gradient evaluations", "learning rate")
+    for axes, label in zip((*means_over_runs.values(), by_lr), labels, strict=True):
         axes.set(xlabel=label, ylabel="validation loss", ylim=(low - 0.05, low + 0.8))
         axes.grid(alpha=0.25)
     by_lr.set_xscale("log")
     by_gamma.set(xlabel="gamma", ylabel="validation loss, deviation over seeds")
-    by_tokens.legend(fontsize=7)
+    legend.axis("off")
+    legend.legend(*by_tokens.get_legend_handles_labels(), loc="center", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -349,6 +364,9 @@ def report(sweep: Sweep, folder: Path) -> None:
     text = f"# {sweep.plan.question}\n\n{sweep.plan.source}; {sweep.scale_name} scale: "
     text += f"`{sweep.scale.config} {sweep.scale.options}`\n\n{table(sweep, rows)}\n"
     text += f"\nNot finished: {', '.join(missing)}\n" if missing else ""
+    if points := published_points(sweep):
+        losses = "; ".join(f"{p['setting']}: {p['loss']}" for p in points)
+        text += f"\nPublished: {losses} ({points[0]['source']})\n"
     folder.mkdir(parents=True, exist_ok=True)
     device_and_torch = f"{facts['device']}, torch {facts['packages'].get('torch')}"
     (folder / f"{sweep.file}.md").write_text(f"{text}\n{device_and_torch}\n")
@@ -359,7 +377,8 @@ def report(sweep: Sweep, folder: Path) -> None:
 
 def overview() -> str:
     """The experiments as a markdown table."""
-    lines = ["| plan | reproduces | question | runs | H100 hours, estimated | finished here |", "|" + "---|" * 6]
+    lines = ["| plan | reproduces | question | runs | H100 hours, estimated | in bench/results | finished here |"]
+    lines += ["|" + "---|" * 7]
     for name in plan_names():
         plan = load_plan(name)
         for scale in plan.scales:
@@ -367,7 +386,9 @@ def overview() -> str:
             done, hours = len(rows_of(sweep)), f"{sweep.gpu_hours():,.0f}" if scale.startswith("paper") else ""
             state = f"{done} of {len(plan.arms)} arms" if done else "no"
             state = "runs of another plan" if sweep.changed_run() else state
-            cells = (f"{name}, {scale}", plan.source, plan.question, str(sweep.count()), hours, state)
+            file = RESULTS / f"{sweep.file}.json"
+            results = f"{len(json.loads(file.read_text())['rows'])} of {len(plan.arms)} arms" if file.exists() else "no"
+            cells = (f"{name}, {scale}", plan.source, plan.question, str(sweep.count()), hours, results, state)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -174,6 +174,14 @@ def test_a_plan_that_cannot_be_used_is_one_line(plan, old, new, problem):
         sweep.main([plan, "--dry_run"])
 
 
+def test_published_losses_belong_to_arms_of_the_paper_scale():
+    for name in ("learning_rates", "gamma_schedules"):
+        points = sweep.published_points(Sweep(name, "paper"))
+        assert points
+        assert all(2.8 < p["loss"] < 2.9 and "MARS paper" in p["source"] for p in points)
+        assert sweep.published_points(Sweep(name, "laptop")) == []
+
+
 def test_only_some_arms_and_the_reference(plan):
     assert Sweep(plan, "laptop", ["Muon"]).plan.arms.keys() == {"AdamW", "Muon"}
     assert Sweep(plan, "laptop", ["AdamW"]).plan.arms.keys() == {"AdamW"}
