@@ -122,7 +122,10 @@ def open_dataset(folder: str | Path, vocab_size: int) -> Dataset:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"dataset folder {folder}: not found; prepare one, for example: python -m data.prepare pydocs")
+        corpus = folder.name if folder.parent.name == "tokens" else "pydocs"
+        raise DataError(
+            f"dataset folder {folder}: not found; prepare one, for example: python -m data.prepare {corpus}"
+        )
     manifest: dict = {}
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder / MANIFEST)
