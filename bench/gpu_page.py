@@ -96,8 +96,9 @@ def main(argv: list[str] | None = None) -> None:
         rows, checked = speeds(args.folder, args.any_hardware), checks(args.folder, args.any_hardware)
         if all(row["tokens/s"] == "not measured" for row in rows):
             raise ValueError(f"{args.folder}: no result of bench.ladder on a GPU; run scripts/first_gpu_hour.sh there")
-        sweep = args.folder / f"sweep_first_gpu_{'smoke' if args.any_hardware else 'gpu'}.md"
-        comparison = sweep.read_text(encoding="utf-8").partition("\n")[2] if sweep.exists() else ""
+        # the report of the whole sweep, or else of some of its arms
+        sweeps = sorted(args.folder.glob(f"sweep_first_gpu_{'smoke' if args.any_hardware else 'gpu'}*.md"))
+        comparison = sweeps[0].read_text(encoding="utf-8").partition("\n")[2] if sweeps else ""
         (args.folder / "gpu.md").write_text(page(rows, checked, comparison), encoding="utf-8")
         plot(rows, args.folder / "gpu.png")
         if not args.keep_readme:
