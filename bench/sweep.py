@@ -169,8 +169,9 @@ class Sweep:
         self.name, self.plan = Path(name).stem, load_plan(name)
         for option, given in (("arms", arms), ("reference", [reference] if reference else [])):
             if unknown := sorted(set(given) - self.plan.arms.keys()):
-                known = nearest(unknown[0], self.plan.arms)
-                raise ValueError(f"--{option}={unknown[0]}: no such arm; nearest: {known}")
+                raise ValueError(
+                    f"--{option}={unknown[0]}: no such arm; nearest: {nearest(unknown[0], self.plan.arms)}"
+                )
         self.file = f"sweep_{self.name}_{scale or next(iter(self.plan.scales))}"  # of results, without suffix
         if reference and reference != self.plan.reference:
             self.plan = replace(self.plan, reference=reference)
