@@ -173,7 +173,12 @@ class Adaptive(Direction):
         m.lerp_(gradient, n.weight1)
         v.lerp_(torch.mul(gradient, gradient, out=gradient), n.weight2)
         v_used = torch.maximum(largest[0], v, out=largest[0]) if largest else v
-        denominator = torch.sqrt(v_used, out=scratch).mul_(n.root_factor).add_(n.eps_term)
+        Adaptive.move(p, m, v_used, n, scratch)
+
+    @staticmethod
+    def move(p: Tensor, m: Tensor, v: Tensor, n: AdaptiveNumbers, scratch: Tensor | None) -> None:
+        """Decay p and move it by both averages."""
+        denominator = torch.sqrt(v, out=scratch).mul_(n.root_factor).add_(n.eps_term)
         p.mul_(n.decay).addcdiv_(m, denominator, value=-1)
 
     def cpu_kernel(self, step: Step) -> Callable[[Tensor, Tensor, list[Tensor]], None] | None:
@@ -191,6 +196,28 @@ class Adaptive(Direction):
             torch._fused_adamw_([p], [gradient], m, v, largest[0] if largest else [], [count], **numbers)
 
         return kernel
+
+
+@dataclass(frozen=True)
+class AdaptiveByRaw(Adaptive):
+    """Adam whose m averages the corrected gradient and whose v averages the square of the raw one.
+
+    The raw gradient is the state "previous", where the approximate form of MARS has just put it for the next step.
+    """
+
+    label = "adaptive by raw"
+    state_names = ("exp_avg", "exp_avg_sq", "previous")
+
+    @staticmethod
+    def update(p: Tensor, gradient: Tensor, state: list[Tensor], n: AdaptiveNumbers, scratch: Tensor | None) -> None:
+        m, v, raw = state
+        m.lerp_(gradient.clamp_(-LARGEST_SQUARED, LARGEST_SQUARED), n.weight1)
+        torch.clamp(raw, -LARGEST_SQUARED, LARGEST_SQUARED, out=gradient)
+        v.lerp_(gradient.mul_(gradient), n.weight2)
+        Adaptive.move(p, m, v, n, scratch)
+
+    def cpu_kernel(self, step: Step) -> None:
+        return None
 
 
 @dataclass(frozen=True)

@@ -2,24 +2,26 @@
 
 c = g + gamma beta1/(1-beta1) (g - previous), clipped to unit norm per tensor
 mars-adamw    m, v averages of c, c^2;   p <- p - lr (wd p + m_hat / (sqrt(v_hat) + eps))
+              second_moment="raw": v averages g^2
 mars-lion     m average of c;            p <- p - lr (wd p + sign(m))
 mars-shampoo  m average of c;            p <- p - lr (wd p + sqrt(max(1, rows/columns)) NewtonSchulz(m))
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from optimizers.composed import ComposedOptimizer
-from optimizers.directions import Adaptive, Direction, Sign, averaged, summed
+from optimizers.directions import Adaptive, AdaptiveByRaw, Direction, Sign, averaged, summed
 from optimizers.newton_schulz import NSDtype, Orthogonal
 from optimizers.options import option
 from optimizers.settings import Rule, Settings
 
 MARSType = Literal["mars-adamw", "mars-lion", "mars-shampoo"]
+SecondMoment = Literal["corrected", "raw"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ class MARSConfig(Settings):
     weight_decay_1d: float = option(0.0, "weight decay of vectors; 0.1 as published", least=0)
     amsgrad: bool = option(False, "divide by the largest second moment so far")
     ns_dtype: NSDtype = option("auto", "dtype of Newton-Schulz; auto: bfloat16 on a GPU, float32 on a CPU")
+    second_moment: SecondMoment = option(
+        "corrected", "gradient whose square mars-adamw averages: corrected (as published), or raw and never clipped"
+    )
+    added_later: ClassVar = ("second_moment",)
 
     def rule(self, role: str, lr_factor: float) -> Rule:
         if role == "vector" and not self.optimize_1d:
@@ -60,7 +66,16 @@ class MARSConfig(Settings):
         if self.mars_type == "mars-shampoo" and role == "matrix":
             # the official code divides the average by 1 - beta1 before Newton-Schulz: it is a sum
             return Orthogonal(summed(self.betas[0]), "original", self.eps, ns_dtype=self.ns_dtype)
+        if self.second_moment == "raw":
+            return AdaptiveByRaw(self.betas, self.eps)
         return Adaptive(self.betas, self.eps, self.amsgrad)
+
+    def errors(self) -> list[str]:
+        """Everything wrong with these settings, one line each."""
+        out = super().errors()
+        if self.second_moment == "raw" and (self.mars_type != "mars-adamw" or self.amsgrad or not self.is_approx):
+            out.append("second_moment=raw: needs mars_type=mars-adamw, amsgrad=false and is_approx=true")
+        return out
 
     def moving(self) -> dict[str, float]:
         return {} if self.gamma_end is None else {"gamma": self.gamma_end}
@@ -76,6 +91,7 @@ class MARS(ComposedOptimizer):
     optimize_1d gives them the MARS rule with the group's own numbers instead. A group's "role" overrides the number of
     dimensions; "embedding" is corrected, too, but never orthogonalized.
     clip_c: scale the corrected gradient of each tensor to at most unit norm, as the official code does.
+    second_moment: "raw" averages the squares of raw gradients (SuperAdam's choice, remark 3.2 of the paper), unclipped.
     """
 
     settings = MARSConfig
@@ -97,6 +113,7 @@ class MARS(ComposedOptimizer):
         weight_decay_1d: float = 0.1,
         clip_c: bool = True,
         ns_dtype: NSDtype = "auto",
+        second_moment: SecondMoment = "corrected",
         *,
         process_group: ProcessGroup | None = None,
         compiled: bool = False,

@@ -79,8 +79,11 @@ def newton_schulz(G, steps=5, eps=0.0):
 # ---- the papers' equations in float64
 
 
-def recurrence(kind, p, grads, previous_grads, *, lr, wd, betas, gamma, clip, eps=1e-8):
-    """One tensor through the equations of the papers; previous_grads: None for the approximate form."""
+def recurrence(kind, p, grads, previous_grads, *, lr, wd, betas, gamma, clip, eps=1e-8, raw=False):
+    """One tensor through the equations of the papers; previous_grads: None for the approximate form.
+
+    raw: v averages the squares of raw gradients.
+    """
     beta1, beta2 = betas
     m = v = previous = torch.zeros_like(p)
     for t, g in enumerate(grads, start=1):
@@ -89,7 +92,7 @@ def recurrence(kind, p, grads, previous_grads, *, lr, wd, betas, gamma, clip, ep
             c = c / c.norm()
         previous = g if previous_grads is None else previous_grads[t - 1]
         m = beta1 * m + (1 - beta1) * c
-        v = beta2 * v + (1 - beta2) * c * c
+        v = beta2 * v + (1 - beta2) * (g * g if raw else c * c)
         if kind == "adamw":
             u = m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + eps)
         elif kind == "lion":
@@ -120,6 +123,23 @@ def test_mars_agrees_with_its_equations(kind, clip, exact):
         common = dict(lr=3e-3, wd=0.1, betas=(0.9, 0.98), gamma=0.05, clip=clip)
         expected = recurrence(rule, start[n], [g[n] for g in grads], previous, **common)
         close(p, expected, orthogonal=rule == "shampoo")
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_the_second_moment_of_mars_may_be_that_of_raw_gradients(clip):
+    """The other choice that remark 3.2 of the MARS paper names; without correction both are one."""
+    params = parameters()
+    start = {n: p.detach().clone() for n, p in params.items()}
+    grads = gradients(params, 50)
+    settings = dict(lr=3e-3, betas=(0.9, 0.98), weight_decay=0.1, clip_c=clip, optimize_1d=True)
+    run(MARS(params.values(), **settings, gamma=0.05, second_moment="raw"), params, grads)
+    for n, p in params.items():
+        common = dict(lr=3e-3, wd=0.1, betas=(0.9, 0.98), gamma=0.05, clip=clip)
+        close(p, recurrence("adamw", start[n], [g[n] for g in grads], None, **common, raw=True))
+        assert (p - recurrence("adamw", start[n], [g[n] for g in grads], None, **common)).abs().max() > 1e-4
+    if not clip:
+        raw = dict(settings, gamma=0.0, second_moment="raw")
+        two_runs(lambda p: MARS(p, **settings, gamma=0.0), lambda p: MARS(p, **raw))
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -383,6 +403,7 @@ EVERY = {
     "lion": lambda p, **k: Lion(p, lr=1e-2, **k),
     "muon": lambda p, **k: Muon(p, lr=1e-2, **k),
     "mars": lambda p, **k: MARS(p, lr=1e-2, **k),
+    "mars-raw": lambda p, **k: MARS(p, lr=1e-2, second_moment="raw", clip_c=False, **k),
     "mars-exact": lambda p, **k: MARS(p, lr=1e-2, is_approx=False, **k),
     "mars-lion": lambda p, **k: MARS(p, lr=1e-2, mars_type="mars-lion", **k),
     "mars-shampoo": lambda p, **k: MARS(p, lr=1e-2, mars_type="mars-shampoo", amsgrad=True, **k),
@@ -895,6 +916,7 @@ def test_state_bytes_per_parameter(make, per_parameter):
         (lambda p: MARS(p, gamma=float("nan")), "gamma=nan"),
         (lambda p: MARS(p, betas=(0.9, 1.0)), r"betas=\(0.9, 1.0\): must be two numbers in \[0, 1\)"),
         (lambda p: MARS(p, mars_type="mars-sgd"), "mars_type='mars-sgd': must be one of mars-adamw, mars-lion"),
+        (lambda p: MARS(p, second_moment="raw", amsgrad=True), "second_moment=raw: needs mars_type=mars-adamw"),
         (lambda p: MARS(p, eps=float("inf"), weight_decay_1d=-1), "eps=inf.*weight_decay_1d=-1"),
         (lambda p: MARSM(p, momentum=1.0), "momentum=1.0: must be a number in"),
         (lambda p: MARSM(p, ns_steps=0), "ns_steps=0: must be a whole number of at least 1"),

@@ -1,0 +1,24 @@
+"""The second moment of MARS-AdamW, from corrected gradients (as published) or from raw ones."""
+
+from config.experiments._scales import LAPTOP, PAPER_SMALL
+from config.plan import Arm, Plan
+
+
+def mars(options: str) -> Arm:
+    return Arm(f"--optimizer=mars {options}", dict(laptop=1e-2, paper=6e-3), lr_1d=0.5)
+
+
+plan = Plan(
+    question="Does it matter whether v averages the squares of corrected or of raw gradients?",
+    source="MARS paper, remark 3.2, which names the choice and shows no run",
+    arms={
+        f"gamma {gamma:g}, v from {v}, {'clipped' if clip == 'true' else 'unclipped'}": mars(
+            f"--gamma={gamma:g} --second_moment={v} --clip_c={clip}"
+        )
+        for gamma in (0.025, 0.1)
+        for clip in ("true", "false")
+        for v in ("corrected", "raw")
+    },
+    reference="gamma 0.025, v from corrected, clipped",
+    scales=dict(laptop=LAPTOP, paper=PAPER_SMALL),
+)
