@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -188,6 +189,10 @@ class StopRequest:
     A signal may reach only some ranks, at different steps. Every rank calls `agreed` once a step. It returns the
     result of the exchange that the previous step started, so all ranks stop at the same step and no step waits for
     the network. A signal that the process ignores, as under nohup, stays ignored.
+
+    A thread of its own listens, so a second signal ends the process while the main thread waits in a library, too.
+    The main thread blocks the signals, and the programs that it starts inherit that. So a signal to the whole process
+    group does not kill a C++ compiler whose result the step needs.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -198,9 +203,20 @@ class StopRequest:
         self._received = 0.0  # time of that signal
         self._exchange = Exchange(world)
         handled = [s for s in self.SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
-        self._handlers_before = {s: signal.signal(s, self._receive) for s in handled}
+        self._handlers_before = {s: signal.signal(s, lambda number, frame: None) for s in handled}
+        numbers, self._wakeup = os.pipe()
+        os.set_blocking(self._wakeup, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._wakeup)
+        threading.Thread(target=self._listen, args=(numbers,), daemon=True).start()
+        self._blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, handled)
 
-    def _receive(self, number: int, frame: object) -> None:
+    def _listen(self, numbers: int) -> None:
+        with open(numbers, "rb", buffering=0) as arriving:
+            while number := arriving.read(1):
+                if number[0] in self._handlers_before:
+                    self._receive(number[0])
+
+    def _receive(self, number: int) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
         if self.signal is None:
             if self.world.is_main:
@@ -220,6 +236,9 @@ class StopRequest:
         self._exchange.close()
         for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked_before)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._wakeup)  # the thread ends
 
 
 @contextmanager

@@ -4,11 +4,15 @@ import copy
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
+from conftest import ROOT
 
 from optimizers import MARSM, AdamWConfig, build_optimizer
 from runtime import distributed, hardware
@@ -110,6 +114,35 @@ def test_an_ignored_signal_stays_ignored(number):
         assert signal.getsignal(number) is signal.SIG_IGN
     finally:
         signal.signal(number, before)
+
+
+def test_programs_that_a_run_starts_outlive_the_signals_that_stop_it():
+    """As the C++ compiler, when a scheduler signals the whole process group."""
+    stop = distributed.StopRequest(ALONE)
+    child = subprocess.Popen(["sleep", "0.5"])
+    child.terminate()
+    assert child.wait() == 0
+    stop.close()
+    child = subprocess.Popen(["sleep", "60"])
+    child.terminate()
+    assert child.wait() == -signal.SIGTERM
+
+
+def test_a_second_signal_ends_a_process_that_waits_in_a_library():
+    program = """if True:
+        import ctypes
+        from runtime.distributed import StopRequest, World
+        stop = StopRequest(World(0, 1, None))
+        print("waits", flush=True)
+        ctypes.CDLL(None).sleep(60)"""
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"waits\n"
+    process.terminate()
+    time.sleep(distributed.REPEATED + 0.2)
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    process.stdout.close()
 
 
 def test_one_process_needs_no_process_group(monkeypatch):
