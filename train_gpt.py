@@ -27,7 +27,7 @@ from data.loader import TrainLoader, ValidationSet, prefetch, to_device
 from data.shards import Dataset, open_dataset
 from data.tokenizer import copy_own
 from model import GPT
-from optimizers import MARSMConfig, build_optimizer
+from optimizers import build_optimizer
 from optimizers.state import load_named_state, named_state, state_problem
 from runtime import compute, console
 from runtime.average import WeightAverage
@@ -82,7 +82,7 @@ class Trainer:
             raise ValueError(f"a budget of {self.steps} steps is smaller than the {self.step} that are done")
 
         self.tuner = None  # of gamma
-        if isinstance(run.optim, MARSMConfig) and run.optim.gamma is None:
+        if run.chooses_gamma:
             self.tuner = GammaTuner(self.model, self.optimizer, world, state.get("gamma_tuner"))
         self.autocast = compute.autocast(run.dtype, world.device)
         self.compiled: Any = torch.compile(self.model, fullgraph=True, dynamic=False) if compiles else self.model
@@ -141,7 +141,8 @@ class Trainer:
             return peak_of_pass(partial(loss, micro_batch), self.model.parameters(), reserve, self.world.device)
 
         need = memory_estimate(self.run, self.model, self.optimizer, self.world)
-        reserve = 0 if self.optimizer.state else need.optimizer  # torch optimizers allocate state at their first step
+        late = 0 if self.optimizer.state else need.optimizer  # torch optimizers allocate state at their first step
+        reserve = need.halves + late
         return choose_micro_batch(need, per_process, self.world, attempt)
 
     def restore(self) -> dict[str, Any]:

@@ -92,6 +92,11 @@ class RunConfig:
         return out
 
     @property
+    def chooses_gamma(self) -> bool:
+        """Whether gamma is chosen during training (gamma=auto)."""
+        return isinstance(self.optim, MARSMConfig) and self.optim.gamma is None
+
+    @property
     def sequences(self) -> int:
         """Sequences per step over all processes."""
         return self.batch_size if self.batch_size is not None else (self.batch_tokens or 0) // self.model.block_size

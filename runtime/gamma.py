@@ -33,6 +33,12 @@ def best_gamma(a: float, beta: float) -> float:
     return min(1.0, max(0.0, (a - (1 - beta)) / (a - 2 * (1 - beta) + 1)))
 
 
+def copied_bytes(optimizer: Optimizer) -> int:
+    """Bytes of the gradients that this rank copies in a step with an estimate."""
+    matrices = (p for group in optimizer.param_groups if group["role"] == "matrix" for p in group["params"])
+    return sum(p.nbytes for p in matrices if p in optimizer.state)
+
+
 class GammaTuner:
     """Estimates A and sets the gamma of every parameter group that has one.
 

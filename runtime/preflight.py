@@ -22,6 +22,7 @@ from optimizers.state import state_bytes
 from runtime.command import parse_number
 from runtime.compute import apply_compute, wants_bf16, wants_compile
 from runtime.distributed import World
+from runtime.gamma import copied_bytes
 from runtime.hardware import available_memory
 from runtime.logger import METRICS, read_metrics
 from runtime.memory import MemoryEstimate, estimated_micro_batch
@@ -50,6 +51,7 @@ def memory_estimate(run: RunConfig, model: GPT, optimizer: Optimizer, world: Wor
         gradients=4 * params * (2 if world.size > 1 else 1),  # the accumulated ones, and the all-reduce buckets
         optimizer=state_bytes(optimizer),
         activations=round(c.block_size * (blocks * c.n_embd + logits * c.padded_vocab_size)),
+        halves=copied_bytes(optimizer) if run.chooses_gamma else 0,
     )
 
 
@@ -149,8 +151,9 @@ def report(run: RunConfig, world: World, verify: bool, rate: float | None) -> tu
     seconds = all_reduce_seconds(world)
     lines = [
         f"preflight of {run.name} on {world.size} x {world.device.type}",
-        f"  memory   at least {gb(total)} a process: weights {gb(need.weights)}, gradients {gb(need.gradients)}, "
-        f"optimizer {gb(need.optimizer)}, activations {gb(micro_batch * need.activations)}{compared(total, limit)}",
+        f"  memory   at least {gb(total)} a process: weights {gb(need.weights)}, "
+        f"gradients {gb(need.gradients + need.halves)}, optimizer {gb(need.optimizer)}, "
+        f"activations {gb(micro_batch * need.activations)}{compared(total, limit)}",
         f"  batch    {run.sequences} sequences = {world.size} processes x {micro_batch} x "
         f"{per_process // micro_batch}{estimated}",
         f"  tokens   {tokens:,} in {steps:,} steps: {epochs:.2f} epochs of {dataset.tokens('train'):,} "
