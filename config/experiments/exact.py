@@ -4,8 +4,8 @@ from config.experiments._scales import LAPTOP, PAPER_SMALL
 from config.plan import Arm, Plan
 
 
-def mars(options: str) -> Arm:
-    return Arm(f"--optimizer=mars {options}", dict(laptop=1e-2, paper=6e-3), lr_1d=0.5)
+def mars(options: str, laptop: float = 1e-2) -> Arm:
+    return Arm(f"--optimizer=mars {options}", dict(laptop=laptop, paper=6e-3), lr_1d=0.5)
 
 
 def mars_m(options: str) -> Arm:
@@ -17,7 +17,7 @@ plan = Plan(
     source="MARS paper, figure 5",
     arms={
         "MARS-AdamW": mars(""),
-        "MARS-AdamW exact": mars("--is_approx=false"),
+        "MARS-AdamW exact": mars("--is_approx=false", laptop=2.5e-3),
         "MARS-M": mars_m(""),
         "MARS-M exact": mars_m("--is_approx=false"),
     },

@@ -6,7 +6,8 @@ from config.plan import Arm, Plan
 
 def mars(first: float, last: float | None = None) -> Arm:
     moving = "" if last is None else f" --gamma_end={last:g}"
-    return Arm(f"--optimizer=mars --gamma={first:g}{moving}", dict(laptop=2e-2, paper=6e-3), lr_1d=0.5)
+    laptop = 1e-2 if first == 0.025 else 2e-2
+    return Arm(f"--optimizer=mars --gamma={first:g}{moving}", dict(laptop=laptop, paper=6e-3), lr_1d=0.5)
 
 
 plan = Plan(

@@ -4,17 +4,16 @@ from config.experiments._scales import LAPTOP, PAPER_SMALL
 from config.plan import Arm, Plan
 
 
-def mars(options: str) -> Arm:
-    return Arm(f"--optimizer=mars {options}", dict(laptop=1e-2, paper=6e-3), lr_1d=0.5)
+def mars(gamma: float, v: str, clip: str) -> Arm:
+    options = f"--optimizer=mars --gamma={gamma:g} --second_moment={v} --clip_c={clip}"
+    return Arm(options, dict(laptop=1e-2 if v == "corrected" else 5e-3, paper=6e-3), lr_1d=0.5)
 
 
 plan = Plan(
     question="Does it matter whether v averages the squares of corrected or of raw gradients?",
     source="MARS paper, remark 3.2, which names the choice and shows no run",
     arms={
-        f"gamma {gamma:g}, v from {v}, {'clipped' if clip == 'true' else 'unclipped'}": mars(
-            f"--gamma={gamma:g} --second_moment={v} --clip_c={clip}"
-        )
+        f"gamma {gamma:g}, v from {v}, {'clipped' if clip == 'true' else 'unclipped'}": mars(gamma, v, clip)
         for gamma in (0.025, 0.1)
         for clip in ("true", "false")
         for v in ("corrected", "raw")
