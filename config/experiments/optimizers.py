@@ -28,7 +28,7 @@ plan = Plan(
         "MARS-M": Arm("--optimizer=mars_m", dict(laptop=2e-2, paper=6e-3), ORTHOGONAL),
         "NorMuon": Arm("--optimizer=normuon", dict(laptop=2e-2, paper=6e-3), ORTHOGONAL),
         "SOAP": Arm("--optimizer=soap", dict(laptop=1e-2, paper=3e-3)),
-        "AdEMAMix": Arm("--optimizer=ademamix", dict(laptop=6.25e-4, paper=6e-4), dict(laptop="--slow_warmup=1200")),
+        "AdEMAMix": Arm("--optimizer=ademamix", dict(laptop=6.4e-4, paper=6e-4), dict(laptop="--slow_warmup=1200")),
     },
     reference="AdamW (0.9, 0.95)",
     scales=dict(laptop=LAPTOP, paper=PAPER_SMALL),
