@@ -16,10 +16,7 @@ mfu_palm counts masked attention, mfu_causal counts only what causal attention h
 
 import io
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from contextlib import redirect_stdout
@@ -34,8 +31,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from bench.peers import PlainGPT, plain_loss, published_mars_m
-from bench.report import ROOT, bench_parser
-from bench.runs import MICRO, opened, run_arguments
+from bench.report import bench_parser
+from bench.runs import MICRO, in_own_process, opened, run_arguments
 from bench.timing import SIZES, TINY, Session, compiler, elapsed, mark, shape_of
 from model import GPT, GPTConfig
 from runtime.hardware import memory_gb, peak_flops
@@ -198,23 +195,16 @@ def measure(name: str, size: str, smoke: bool, micro: Any) -> dict:
     return measure_peer(name, size, smoke, sequences, micro, steps)
 
 
-def in_own_process(name: str, size: str, smoke: bool, micro: int | str) -> dict:
-    """The numbers of one rung, measured in a new process. Raises RuntimeError or OutOfMemoryError if that fails."""
-    command = [sys.executable, "-m", "bench.ladder", f"--size={size}", f"--one={name}", f"--micro={micro}"]
-    command += ["--smoke"] if smoke else []
-    environment = os.environ | ENVIRONMENT.get(name, {})
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        lines = done.stderr.splitlines() or [f"exit status {done.returncode}"]
-        reason = ([line for line in lines if "error" in line.lower()] or lines)[-1]
-        raise (torch.OutOfMemoryError if "OutOfMemoryError" in reason else RuntimeError)(reason)
-    return json.loads(done.stdout.splitlines()[-1])
+def measure_elsewhere(name: str, size: str, smoke: bool, micro: int | str) -> dict:
+    """The numbers of one rung, measured in a new process."""
+    words = [f"--size={size}", f"--one={name}", f"--micro={micro}", *(["--smoke"] if smoke else [])]
+    return in_own_process("ladder", *words, **ENVIRONMENT.get(name, {}))
 
 
 def climb(s: Session, name: str, size: str, micro: Any) -> dict:
     """Report a rung and return its numbers. While memory does not suffice, the micro-batch is halved."""
     names: dict[str, Any] = dict(rung=name, size="tiny" if s.smoke else size)
-    run = measure if s.smoke else in_own_process
+    run = measure if s.smoke else measure_elsewhere
     while True:
         numbers = s.row(partial(run, name, size, s.smoke, micro), BUDGET[size], **names)
         if s.report.rows[-1]["note"] != "out of memory" or micro in (1, "auto"):

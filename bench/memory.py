@@ -7,43 +7,38 @@ the largest sum of the allocator's blocks in use in the last step, "estimate" is
 
 import itertools
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
-from bench.report import ROOT, Report, bench_parser, results_folder
-from bench.runs import MICRO, batch_of, opened, run_arguments, take_step
+from bench.report import Report, bench_parser, results_folder
+from bench.runs import MICRO, batch_of, in_own_process, opened, run_arguments, take_step
 from bench.timing import SIZES
 from runtime.preflight import memory_estimate
+from train_gpt import Trainer
+
+
+def step_memory(t: Trainer) -> tuple[int, int]:
+    """Bytes at the allocator's peak in the third step, 0 on a CPU, where nothing counts them; and as estimated."""
+    gpu = t.world.device.type == "cuda"
+    for step in range(3):
+        batch = batch_of(t, step)
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+        take_step(t, batch)
+    estimate = memory_estimate(t.run, t.model, t.optimizer, t.world).total(t.micro_batch)
+    return torch.cuda.max_memory_allocated() if gpu else 0, estimate
 
 
 def measure(size: str, optimizer: str, compile: str, micro: int, smoke: bool = False) -> dict:
-    """Peak and estimate of one run in this process; on a CPU, where nothing counts, the estimate alone."""
+    """Peak and estimate of one run in this process; on a CPU the estimate alone."""
     settings = [f"optimizer={optimizer}", f"compile={compile}", f"batch_size={2 * micro}", f"micro_batch={micro}"]
     with tempfile.TemporaryDirectory() as folder, opened(run_arguments(Path(folder), size, smoke, *settings)) as t:
-        for step in range(3):
-            batch = batch_of(t, step)
-            if t.world.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            take_step(t, batch)
-        estimate = memory_estimate(t.run, t.model, t.optimizer, t.world).total(t.micro_batch)
-        if t.world.device.type == "cpu":
-            return dict(estimate=estimate / 1e9)
-        peak = torch.cuda.max_memory_allocated()
-        return dict(peak=peak / 1e9, estimate=estimate / 1e9, error=100 * (estimate / peak - 1))
-
-
-def in_own_process(*arguments: object) -> dict:
-    """The numbers of one run in a new process. Raises RuntimeError if it fails."""
-    command = [sys.executable, "-m", "bench.memory", "--one", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        lines = done.stderr.splitlines() or [f"exit status {done.returncode}"]
-        raise RuntimeError("out of memory" if "out of memory" in done.stderr else lines[-1])
-    return json.loads(done.stdout.splitlines()[-1])
+        peak, estimate = step_memory(t)
+    numbers = dict(estimate=estimate / 1e9)
+    return dict(peak=peak / 1e9) | numbers | dict(error=100 * (estimate / peak - 1)) if peak else numbers
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,7 +60,12 @@ def main(argv: list[str] | None = None) -> None:
         for micro in (2,) if args.smoke else (MICRO[size] // 4, MICRO[size] // 2, MICRO[size]):
             row = dict(size=size, optimizer=optimizer, compile=compile, micro_batch=micro)
             try:
-                row |= measure(size, optimizer, compile, micro, True) if args.smoke else in_own_process(*row.values())
+                if args.smoke:
+                    row |= measure(size, optimizer, compile, micro, smoke=True)
+                else:
+                    row |= in_own_process("memory", "--one", *row.values())
+            except torch.OutOfMemoryError:
+                row |= dict(note="out of memory")
             except RuntimeError as error:
                 row |= dict(note=str(error))
             report.add(**row | dict(size="tiny" if args.smoke else size))

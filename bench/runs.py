@@ -1,5 +1,9 @@
 """Training steps for the benches: real runs of the trainer on random tokens, and one step without the trainer."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +28,20 @@ MICRO = {"124M": 60, "355M": 40, "774M": 24, "1558M": 16}  # sequences per forwa
 SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 SMOKE = (*(f"{key}={getattr(TINY, key)}" for key in SHAPE_KEYS), "device=cpu", "batch_size=4", "micro_batch=2")
 QUIET = ("val_windows=2", "eval_every=1000000", "checkpoint.every=1000000", "log.every=1000000")
+
+
+def in_own_process(bench: str, *words: object, **variables: str) -> dict:
+    """The numbers that `python -m bench.BENCH WORDS` prints as JSON in its last line.
+
+    variables: of the environment, beside this process's. Raises RuntimeError, or OutOfMemoryError, if it fails.
+    """
+    command = [sys.executable, "-m", f"bench.{bench}", *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.splitlines() or [f"exit status {done.returncode}"]
+        reason = ([line for line in lines if "error" in line.lower()] or lines)[-1]
+        raise (torch.OutOfMemoryError if "OutOfMemoryError" in reason else RuntimeError)(reason)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def write_tokens(folder: Path, vocab_size: int, tokens: int) -> Path:

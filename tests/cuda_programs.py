@@ -17,6 +17,7 @@ from torch import Tensor
 
 import train_gpt
 from bench.correctness import compilations
+from bench.memory import step_memory
 from bench.runs import batch_of, opened, take_step
 from bench.timing import SIZES
 from config.load import load_config
@@ -24,7 +25,6 @@ from model import GPT
 from optimizers import build_optimizer
 from runtime.clipping import GradientClipper
 from runtime.compute import ComputeConfig, torch_settings
-from runtime.preflight import memory_estimate
 
 WARM_UP = 3  # steps
 
@@ -87,13 +87,8 @@ def attention(setting: str) -> list[str]:
 def memory(*arguments: str) -> dict:
     """Bytes at the allocator's peak in a step after the first ones, and as the trainer estimates them."""
     with opened(list(arguments)) as t:
-        batch = batch_of(t, 0)
-        for _ in range(WARM_UP):
-            torch.cuda.reset_peak_memory_stats()
-            take_step(t, batch)
-        estimate = memory_estimate(t.run, t.model, t.optimizer, t.world).total(t.micro_batch)
-        peak, total = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
-        return dict(peak=peak, estimate=estimate, total=total, micro_batch=t.micro_batch)
+        peak, estimate = step_memory(t)
+        return dict(peak=peak, estimate=estimate, total=torch.cuda.mem_get_info()[1], micro_batch=t.micro_batch)
 
 
 def launches(size: str, optimizer: str, compiled: str) -> dict:

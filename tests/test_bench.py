@@ -245,11 +245,11 @@ def test_ladder(tmp_path):
 
 
 def test_a_rung_runs_in_its_own_process(tmp_path):
-    figures = ladder.in_own_process("nanogpt", "124M", smoke=True, micro=2)
+    figures = ladder.measure_elsewhere("nanogpt", "124M", smoke=True, micro=2)
     assert figures["tokens_per_s"] > 0
     session = session_in(tmp_path)
-    session.row(lambda: ladder.in_own_process("best", "124M", True, "x"), rung="fails")
-    session.row(lambda: ladder.in_own_process("best", "124M", True, 2), budget=0.5, rung="late")
+    session.row(lambda: ladder.measure_elsewhere("best", "124M", True, "x"), rung="fails")
+    session.row(lambda: ladder.measure_elsewhere("best", "124M", True, 2), budget=0.5, rung="late")
     notes = [r["note"] for r in session.report.rows]
     assert "argument --micro: invalid micro_batch value: 'x'" in notes[0]
     assert notes[1] == "not measured: took longer than 0.5 s"
