@@ -234,9 +234,9 @@ class StopRequest:
     def close(self) -> None:
         """Finish the pending exchange and restore the previous signal handlers."""
         self._exchange.close()
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked_before)
         for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked_before)
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._wakeup)  # the thread ends
 
