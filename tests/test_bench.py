@@ -107,9 +107,12 @@ def test_micro(tmp_path):
     for row in losses:
         assert row["loss"] == pytest.approx(losses[0]["loss"], rel=4e-3)  # one variant rounds the loss to bf16
         assert row["grad_norm"] == pytest.approx(losses[0]["grad_norm"], rel=1e-2)
-    assert all(r["to_floor"] > 0 for r in found.values() if "to_floor" in r)
-    optimizers = {what for block, what, _ in found if block == "optim" and "copy" not in what}
-    assert micro_optimizers.BYTES.keys() == optimizers
+    updates = {what: r for (block, what, _), r in found.items() if block == "optim" and "copy" not in what}
+    assert micro_optimizers.BYTES.keys() == updates.keys()
+    alone = found["optim", "copy, and Newton-Schulz alone", None]["newton_schulz_ms"]
+    for what, r in updates.items():  # a busy machine may measure more for Newton-Schulz alone than for a whole step
+        elementwise = r["ms"] - (alone if what in micro_optimizers.ORTHOGONAL else 0)
+        assert r["to_floor"] == pytest.approx(elementwise / r["floor_ms"])
 
 
 def test_plain_newton_schulz_is_the_same_iteration():
