@@ -128,6 +128,8 @@ def _first_states(optimizer: Optimizer) -> list[tuple[Tensor, int, dict[str, Any
             probe, twin = copy.copy(optimizer), torch.zeros_like(smallest, requires_grad=True)
             twin.grad = torch.zeros_like(twin)
             probe.param_groups, probe.state = [{**group, "params": [twin]}], defaultdict(dict)
+            # a copy lacks this mark; without it, torch looks for "capturable" on GPU machines, and Adafactor has none
+            probe._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]
             probe.step()
             out.append((smallest, sum(p.numel() for p in members), dict(probe.state[twin])))
     return out

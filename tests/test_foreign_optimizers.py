@@ -102,6 +102,19 @@ def test_clipping_reaches_an_optimizer_that_knows_nothing_of_it(foreign, dataset
     torch.testing.assert_close(moved, torch.tensor(0.01), atol=1e-6, rtol=1e-4)
 
 
+def test_the_state_of_a_first_step_is_known_on_a_machine_with_a_gpu(monkeypatch):
+    """There, torch's check before a step reads a key that Adafactor lacks, unless an object has this mark."""
+
+    def check(self):
+        assert self._warned_capturable_if_run_uncaptured
+
+    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
+        monkeypatch.setattr(torch.optim.Optimizer, name, check, raising=False)
+    model = nn.Linear(8, 4)
+    assert state_bytes(torch.optim.Adafactor(model.parameters())) > 0
+    assert state_problem(torch.optim.Adafactor(model.parameters()), model) is None
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_nan_gradient_stops_before_the_update(foreign, dataset, tmp_path, kind):
     run = load_config(foreign, words(foreign, dataset, tmp_path, f"--optimizer={kind}")[1:])
