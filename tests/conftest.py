@@ -23,6 +23,13 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 
 from data.shards import write_manifest, write_shard  # noqa: E402
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs of the machine: only the tests that scripts/test_cuda.sh selects use them."""
+    if "not cuda" in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 CONFIG = ROOT / "tests" / "tiny_config.py"
 VOCAB = 60
 

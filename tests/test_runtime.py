@@ -83,6 +83,7 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_and_not_a_run_on_the_cpu(monkey
     script.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-1)'\n")
     script.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)  # a CPU build
     assert resolve_device("auto") == torch.device("cpu")

@@ -49,7 +49,8 @@ static const char *setting(const char *name, const char *otherwise) {
 }
 
 __attribute__((constructor)) static void read_settings(void) {
-    device_count = atoi(setting("NULL_GPU_COUNT", "1"));
+    const char *visible = setting("CUDA_VISIBLE_DEVICES", "all");
+    device_count = *visible ? atoi(setting("NULL_GPU_COUNT", "1")) : 0;
     device_memory = strtoull(setting("NULL_GPU_MEMORY", "85029158912"), NULL, 10);
     sm_version = atoi(setting("NULL_GPU_SM", "90"));
     snprintf(device_name, sizeof device_name, "%s", setting("NULL_GPU_NAME", "NVIDIA H100 80GB HBM3"));
