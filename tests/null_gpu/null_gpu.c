@@ -49,8 +49,7 @@ static const char *setting(const char *name, const char *otherwise) {
 }
 
 __attribute__((constructor)) static void read_settings(void) {
-    const char *visible = setting("CUDA_VISIBLE_DEVICES", "all");
-    device_count = *visible ? atoi(setting("NULL_GPU_COUNT", "1")) : 0;
+    device_count = atoi(setting("NULL_GPU_COUNT", "1"));
     device_memory = strtoull(setting("NULL_GPU_MEMORY", "85029158912"), NULL, 10);
     sm_version = atoi(setting("NULL_GPU_SM", "90"));
     snprintf(device_name, sizeof device_name, "%s", setting("NULL_GPU_NAME", "NVIDIA H100 80GB HBM3"));
@@ -302,7 +301,10 @@ int cudaGetDeviceProperties(struct device_properties *p, int device) {
     return SUCCESS;
 }
 
-int cudaGetDeviceCount(int *count) { return *count = device_count, device_count ? SUCCESS : fail(NO_DEVICE); }
+int cudaGetDeviceCount(int *count) {
+    if (!*setting("CUDA_VISIBLE_DEVICES", "all")) device_count = 0;  // a process may hide the devices before it uses one
+    return *count = device_count, device_count ? SUCCESS : fail(NO_DEVICE);
+}
 
 int cudaSetDevice(int device) {
     if (device < 0 || device >= device_count) return fail(INVALID_DEVICE);
