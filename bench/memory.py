@@ -37,8 +37,9 @@ def measure(size: str, optimizer: str, compile: str, micro: int, smoke: bool = F
     settings = [f"optimizer={optimizer}", f"compile={compile}", f"batch_size={2 * micro}", f"micro_batch={micro}"]
     with tempfile.TemporaryDirectory() as folder, opened(run_arguments(Path(folder), size, smoke, *settings)) as t:
         peak, estimate = step_memory(t)
-    numbers = dict(estimate=estimate / 1e9)
-    return dict(peak=peak / 1e9) | numbers | dict(error=100 * (estimate / peak - 1)) if peak else numbers
+    if not peak:
+        return dict(estimate=estimate / 1e9)
+    return dict(peak=peak / 1e9, estimate=estimate / 1e9, error=100 * (estimate / peak - 1))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -91,7 +91,7 @@ class MARS(ComposedOptimizer):
     optimize_1d gives them the MARS rule with the group's own numbers instead. A group's "role" overrides the number of
     dimensions; "embedding" is corrected, too, but never orthogonalized.
     clip_c: scale the corrected gradient of each tensor to at most unit norm, as the official code does.
-    second_moment: "raw" averages the squares of raw gradients (SuperAdam's choice, remark 3.2 of the paper), unclipped.
+    second_moment: "raw" averages the squares of raw gradients, which are not clipped (see remark 3.2 of the paper).
     """
 
     settings = MARSConfig

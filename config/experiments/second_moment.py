@@ -11,7 +11,7 @@ def mars(gamma: float, v: str, clip: str) -> Arm:
 
 plan = Plan(
     question="Does it matter whether v averages the squares of corrected or of raw gradients?",
-    source="MARS paper, remark 3.2, which names the choice and shows no run",
+    source="MARS paper, remark 3.2",
     arms={
         f"gamma {gamma:g}, v from {v}, {'clipped' if clip == 'true' else 'unclipped'}": mars(gamma, v, clip)
         for gamma in (0.025, 0.1)
