@@ -1,4 +1,8 @@
-"""Image sets for bench.vision: read from local files, split, and augmented in batches. No file is downloaded."""
+"""Image sets for bench.vision: read from local files, split, and augmented in batches. No file is downloaded.
+
+torchvision is not used: its random crop moves all images of a batch alike, its reader of idx files takes no packed
+ones, and it can be imported only beside the build of torch that it was made for.
+"""
 
 import gzip
 import hashlib

@@ -8,7 +8,8 @@
 Each arm is tried at several learning rates on the first seed of the plan. The best rate then runs on the other seeds,
 and only those are reported, so the selection of the rate does not favour any arm. A seed gives all arms equal initial
 weights and equal batches, so differences are taken seed by seed. The runs are ordinary run folders under runs/sweeps;
-the same command continues an interrupted sweep.
+the same command continues an interrupted sweep. Runs of bench.vision are selected by held-out images, and reported by
+test images; the lowest test error of any epoch and try stands beside it only because published tables report it.
 """
 
 import difflib
@@ -26,20 +27,19 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from bench.report import RESULTS, ROOT
-from config.load import load_config, to_dict
+from bench.programs import PROGRAMS, Program
+from bench.report import RESULTS, ROOT, markdown
 from config.plan import Plan, folder_name
-from config.schema import RunConfig, changeable_keys, default_values
 from eval.table import published
-from model import GPT
 from runtime.command import Parser, one_line
-from runtime.folder import CONFIG, differences
+from runtime.folder import CONFIG
 from runtime.hardware import environment
 from runtime.logger import METRICS, read_metrics
 
@@ -92,11 +92,18 @@ class Run:
     sweep: "Sweep"
     arm: str
     lr: float
+    decay: float | None  # weight decay; None: the arm's own
     seed: int
 
     @property
+    def tried(self) -> str:
+        """What the arm tries with this run."""
+        return f"{self.lr:g}" if self.decay is None else f"{self.lr:g}, decay {self.decay:g}"
+
+    @property
     def name(self) -> str:
-        return f"{folder_name(self.arm)}-lr{self.lr:g}-seed{self.seed}"
+        decay = "" if self.decay is None else f"-decay{self.decay:g}"
+        return f"{folder_name(self.arm)}-lr{self.lr:g}{decay}-seed{self.seed}"
 
     @property
     def path(self) -> Path:
@@ -104,49 +111,51 @@ class Run:
 
     @cached_property
     def arguments(self) -> list[str]:
-        """The arguments of train_gpt.py."""
+        """The arguments of the program."""
         arm, scale = self.sweep.plan.arms[self.arm], self.sweep.scale
         words = [scale.config, *scale.options.split(), *arm.options.split()]
         words += arm.more.get(self.sweep.scale_name, "").split()
         words += [f"--optim.lr={self.lr:g}", *([f"--lr_1d={self.lr * arm.lr_1d:g}"] if arm.lr_1d else [])]
+        words += [] if self.decay is None else [f"--optim.weight_decay={self.decay:g}"]
         return [*words, f"--seed={self.seed}", f"--name={self.name}", f"--log.folder={self.sweep.folder}"]
 
     @property
     def command(self) -> list[str]:
         processes = self.sweep.scale.processes
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        return [sys.executable, *(torchrun if processes > 1 else []), "train_gpt.py", *self.arguments]
+        return [sys.executable, *(torchrun if processes > 1 else []), *self.sweep.program.words, *self.arguments]
 
     @cached_property
-    def config(self) -> RunConfig:
-        return load_config(ROOT / self.arguments[0], self.arguments[1:])
+    def config(self) -> Any:
+        return self.sweep.program.configuration(self.arguments)
 
     def changes(self) -> dict[str, tuple]:
         """Settings with which the run folder was made and which the plan has changed since, as key: (old, new)."""
         path = self.path / CONFIG
-        if not path.exists():
-            return {}
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = differences(before, to_dict(self.config), default_values(self.config))
-        return {key: values for key, values in changed.items() if key not in changeable_keys(self.config)}
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return self.sweep.program.changed(before, self.config) if before else {}
 
     def records(self) -> list[dict]:
         """The evaluations of a finished run; empty if it is not finished."""
         path = self.path / METRICS
         found = read_metrics(path) if path.exists() else []
-        values = [r for r in found if "val_loss" in r]
-        if not values or values[-1]["step"] != self.config.total_steps:
+        values = [r for r in found if self.sweep.program.reports in r]
+        if not values or not self.sweep.program.is_last(values[-1], self.config):
             return []
         evaluations = {r["step"]: r for r in found if "gradient_evaluations" in r}
         return [evaluations.get(r["step"], {}) | r for r in values]
 
-    @property
-    def loss(self) -> float:
-        """The last validation loss. A run that diverged has an infinite one."""
+    def final(self, metric: str) -> float:
+        """The last value of a metric: infinite for a run that diverged, NaN for one that is not finished."""
         if (self.path / "diverged").exists():
             return math.inf
         records = self.records()
-        return records[-1]["val_loss"] if records else math.nan
+        return records[-1][metric] if records else math.nan
+
+    @property
+    def loss(self) -> float:
+        """The metric that selects learning rates."""
+        return self.final(self.sweep.program.selects)
 
     def train(self, devices: str) -> None:
         """Do the run, unless it is finished. Raises RuntimeError if it fails; a loss that is not finite is a result."""
@@ -185,13 +194,18 @@ class Sweep:
         if scale not in self.plan.scales:
             raise ValueError(f"--scale={scale}: {name} has {', '.join(self.plan.scales)}")
         self.scale = self.plan.scales[scale]
+        self.program: Program = PROGRAMS[self.scale.program]
+        self.grid = [
+            attrgetter("lr"),
+            *([attrgetter("decay")] if self.scale.decays else []),
+        ]  # what the tries differ in
         self.folder = f"{self.root}/{self.name}-{scale}"
 
     def changed_run(self) -> str:
         """One line about a run folder that was made with other settings than the plan's; empty if there is none."""
         for arm in self.plan.arms:
-            for lr, seed in itertools.product(self.rates(arm), self.scale.seeds):
-                run = Run(self, arm, lr, seed)
+            for first, seed in itertools.product(self.tuning(arm), self.scale.seeds):
+                run = replace(first, seed=seed)
                 if changes := run.changes():
                     old_and_new = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in changes.items())
                     return (
@@ -204,16 +218,17 @@ class Sweep:
         return [float(f"{self.plan.arms[arm].lr[self.scale_name] * m:.3g}") for m in self.scale.multiples]
 
     def tuning(self, arm: str) -> list[Run]:
-        """The runs that select the learning rate of an arm."""
-        return [Run(self, arm, lr, self.scale.seeds[0]) for lr in self.rates(arm)]
+        """The runs that select the learning rate of an arm, and its weight decay if the scale tries several."""
+        tries = itertools.product(self.rates(arm), self.scale.decays or (None,))
+        return [Run(self, arm, lr, decay, self.scale.seeds[0]) for lr, decay in tries]
 
     def reported(self, arm: str) -> list[Run]:
         """The runs of an arm that are reported; empty until its learning rate is selected."""
-        losses = {run.lr: run.loss for run in self.tuning(arm)}
+        losses = {run: run.loss for run in self.tuning(arm)}
         if any(map(math.isnan, losses.values())):
             return []
         best = min(losses, key=losses.__getitem__)
-        return [Run(self, arm, best, seed) for seed in self.scale.seeds[1:]]
+        return [replace(best, seed=seed) for seed in self.scale.seeds[1:]]
 
     def todo(self) -> list[Run]:
         """The runs that are not finished and can start now."""
@@ -222,18 +237,13 @@ class Sweep:
 
     def count(self) -> int:
         """Number of runs in all."""
-        return len(self.plan.arms) * (len(self.scale.multiples) + len(self.scale.seeds) - 1)
+        tries = len(self.scale.multiples) * max(len(self.scale.decays), 1)
+        return len(self.plan.arms) * (tries + len(self.scale.seeds) - 1)
 
     def gpu_hours(self) -> float:
-        """Hours of one H100 for all runs, at the assumed speed."""
-        total = 0.0
-        for arm in self.plan.arms:
-            config = self.tuning(arm)[0].config
-            with torch.device("meta"):
-                flops = GPT(config.model).flops_per_token() * config.tokens_per_step * config.total_steps
-            exact = not getattr(config.optim, "is_approx", True)
-            total += (2 if exact else 1) * flops * self.count() / len(self.plan.arms)
-        return total / H100_FLOPS / 3600
+        """Hours of one H100 for all runs, at the assumed speed; NaN if the number of operations does not tell them."""
+        flops = statistics.fmean(self.program.flops(self.tuning(arm)[0].config) for arm in self.plan.arms)
+        return flops * self.count() / H100_FLOPS / 3600
 
     def train(self, workers: int) -> None:
         """Do all runs, `workers` at a time; on a machine with GPUs, each has GPUs of its own.
@@ -253,7 +263,7 @@ class Sweep:
                 tqdm.write(f"{run.name}  {run.loss:.4f}")
             except RuntimeError as error:
                 self.failed[run.name] = str(error)
-                tqdm.write(f"{run.name}  failed")
+                tqdm.write(f"{run.name}  failed: {str(error).strip().splitlines()[-1]}")
             finally:
                 bar.update()
                 free.put(devices)
@@ -269,87 +279,105 @@ class Sweep:
 
 def rows_of(sweep: Sweep) -> list[dict[str, Any]]:
     """A row for each finished arm: best rate, mean and spread over seeds, paired difference to the reference."""
-    plan, rows = sweep.plan, []
-    finals = {arm: [run.loss for run in sweep.reported(arm)] for arm in plan.arms}
+    plan, metric, rows = sweep.plan, sweep.program.reports, []
+    finals = {arm: [run.final(metric) for run in sweep.reported(arm)] for arm in plan.arms}
+    points = {p["arm"]: p for p in published_points(sweep) if "arm" in p}
     for arm, losses in finals.items():
         if not losses or any(map(math.isnan, losses)):
             continue
-        best, rates = sweep.reported(arm)[0].lr, sweep.rates(arm)
+        best, tuning = sweep.reported(arm)[0], sweep.tuning(arm)
         pairs = [a - b for a, b in zip(losses, finals[plan.reference], strict=False)]
-        rows.append(
-            dict(
-                arm=arm,
-                best_lr=best,
-                tried={f"{run.lr:g}": round(run.loss, 4) for run in sweep.tuning(arm)},
-                seeds=len(losses),
-                losses=losses,
-                loss=statistics.fmean(losses),
-                deviation=deviation(losses),
-                difference=statistics.fmean(pairs) if pairs else math.nan,
-                interval=interval(pairs),
-                at_edge=best in (min(rates), max(rates)),
-            )
+        row = dict(
+            arm=arm,
+            best_lr=best.lr,
+            tried={run.tried: round(run.loss, 4) for run in tuning},
+            seeds=len(losses),
+            losses=losses,
+            loss=statistics.fmean(losses),
+            deviation=deviation(losses),
+            difference=statistics.fmean(pairs) if pairs else math.nan,
+            interval=interval(pairs),
+            at_edge=any(of(best) in (min(map(of, tuning)), max(map(of, tuning))) for of in sweep.grid),
         )
+        if best.decay is not None:
+            row["best_decay"] = best.decay
+        if metric != sweep.program.selects:
+            every = (record for run in (*tuning, *sweep.reported(arm)) for record in run.records())
+            row["lowest"] = min((record[metric] for record in every), default=math.inf)
+        if points:
+            row["published"] = points.get(arm, {}).get(metric, math.nan)
+        rows.append(row)
     return sorted(rows, key=lambda row: row["loss"])
 
 
 def table(sweep: Sweep, rows: Iterable[dict[str, Any]]) -> str:
     """The rows in markdown."""
 
-    def cell(row: dict[str, Any], key: str, form: str = ".4f") -> str:
-        return format(row[key], form) if math.isfinite(row[key]) else "not known"
+    reference, program = sweep.plan.reference, sweep.program
 
-    reference = sweep.plan.reference
-    lines = [f"| arm | best lr | loss | deviation over seeds | difference to {reference} | tries |", "|" + "---|" * 6]
-    for row in rows:
-        difference = f"{cell(row, 'difference', '+.4f')} ± {cell(row, 'interval')}"
-        edge = " (edge of the grid)" if row["at_edge"] else ""
+    def text(value: float, sign: str = "") -> str:
+        return format(value, f"{sign}.{program.decimals}f") if math.isfinite(value) else "not known"
+
+    def cells(row: dict[str, Any]) -> dict[str, str]:
         diverged = row["losses"].count(math.inf)
-        loss = f"diverged on {diverged} of {row['seeds']} seeds" if diverged else cell(row, "loss")
-        tries = ", ".join(f"{lr}: {f'{x:.4f}' if x < math.inf else 'diverged'}" for lr, x in row["tried"].items())
-        cells = [row["arm"], f"{row['best_lr']:g}{edge}", loss, cell(row, "deviation")]
-        lines.append(f"| {' | '.join([*cells, 'reference' if row['arm'] == reference else difference, tries])} |")
-    return "\n".join(lines)
+        decay = f", decay {row['best_decay']:g}" if "best_decay" in row else ""
+        tries = {tried: text(x) if x < math.inf else "diverged" for tried, x in row["tried"].items()}
+        out = {"arm": row["arm"]}
+        out["best lr"] = f"{row['best_lr']:g}{decay}{' (edge of the grid)' if row['at_edge'] else ''}"
+        out[program.label] = f"diverged on {diverged} of {row['seeds']} seeds" if diverged else text(row["loss"])
+        out["deviation over seeds"] = text(row["deviation"])
+        difference = f"{text(row['difference'], '+')} ± {text(row['interval'])}"
+        out[f"difference to {reference}"] = "reference" if row["arm"] == reference else difference
+        out |= {"lowest of any epoch and try": text(row["lowest"])} if "lowest" in row else {}
+        out |= {"published": text(row["published"])} if "published" in row else {}
+        return out | {f"tries ({program.selects})": ", ".join(map(": ".join, tries.items()))}
+
+    return markdown([cells(row) for row in rows])
 
 
 def published_points(sweep: Sweep) -> list[dict[str, Any]]:
-    """Published losses of this experiment, each with its setting, and its learning rate or gamma; paper scale only."""
-    points = [p for p in published()["sweeps"] if p["plan"] == sweep.name]
-    return points if sweep.scale_name.startswith("paper") else []
+    """Published results of this experiment at this scale, each with its setting, learning rate, gamma or arm."""
+    of_plan = [p for p in published()["sweeps"] if p["plan"] == sweep.name]
+    return [p for p in of_plan if p["scale"] == sweep.scale_name.partition("_")[0]]
 
 
 def plots(sweep: Sweep, rows: list[dict[str, Any]], path: Path) -> None:
-    """Loss against tokens, time, gradient evaluations, learning rate and gamma; published losses are stars."""
+    """The metric against data, time, gradient evaluations, learning rate and gamma; published values are stars."""
     from matplotlib.figure import Figure
 
+    program = sweep.program
+
     figure = Figure(figsize=(16, 8.5), layout="constrained")
-    (by_tokens, by_time, by_gradients), (by_lr, by_gamma, legend) = figure.subplots(2, 3)
-    means_over_runs = dict(tokens=by_tokens, train_s=by_time, gradient_evaluations=by_gradients)
+    (by_amount, by_time, by_gradients), (by_lr, by_gamma, legend) = figure.subplots(2, 3)
+    means_over_runs = {program.amount: by_amount, "train_s": by_time, "gradient_evaluations": by_gradients}
     for number, row in enumerate(rows):
         style = dict(color=f"C{number % 10}", linestyle=("-", "--", ":")[number // 10 % 3], label=row["arm"])
         curves = [records for run in sweep.reported(row["arm"]) if (records := run.records())]
-        means = [statistics.mean(r["val_loss"] for r in group) for group in zip(*curves, strict=False)]
+        means = [statistics.mean(r[program.reports] for r in group) for group in zip(*curves, strict=False)]
         for key, axes in means_over_runs.items():
             places = [statistics.fmean(r.get(key, math.nan) for r in group) for group in zip(*curves, strict=False)]
             axes.plot(places, means, **style)
-        by_lr.plot([float(lr) for lr in row["tried"]], list(row["tried"].values()), marker="o", **style)
+        rates = sweep.rates(row["arm"])
+        lowest = [min(run.loss for run in sweep.tuning(row["arm"]) if run.lr == lr) for lr in rates]
+        by_lr.plot(rates, lowest, marker="o", **style)
         gamma = sweep.plan.arms[row["arm"]].gamma
         if gamma is not None:
             by_gamma.errorbar(gamma, row["loss"], row["deviation"], fmt="o", color=style["color"], label=row["arm"])
     for point in published_points(sweep):
         for axes, key in ((by_lr, "lr"), (by_gamma, "gamma")):
             if key in point:
-                axes.plot(point[key], point["loss"], "k*", markersize=10)
+                axes.plot(point[key], point[program.reports], "k*", markersize=10)
     by_gamma.set_visible(by_gamma.has_data())
     low = min((row["loss"] for row in rows if row["loss"] < math.inf), default=0.0)
-    labels = ("tokens", "training time, seconds", "gradient evaluations", "learning rate")
+    labels = (program.amount, "training time, seconds", "gradient evaluations", "learning rate")
     for axes, label in zip((*means_over_runs.values(), by_lr), labels, strict=True):
-        axes.set(xlabel=label, ylabel="validation loss", ylim=(low - 0.05, low + 0.8))
+        bottom = low - 0.06 * program.height
+        axes.set(xlabel=label, ylabel=program.label, ylim=(bottom, bottom + program.height))
         axes.grid(alpha=0.25)
-    by_lr.set_xscale("log")
-    by_gamma.set(xlabel="gamma", ylabel="validation loss, deviation over seeds")
+    by_lr.set(xscale="log", ylabel=program.selects)
+    by_gamma.set(xlabel="gamma", ylabel=f"{program.label}, deviation over seeds")
     legend.axis("off")
-    legend.legend(*by_tokens.get_legend_handles_labels(), loc="center", fontsize=8)
+    legend.legend(*by_amount.get_legend_handles_labels(), loc="center", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -366,8 +394,8 @@ def report(sweep: Sweep, folder: Path) -> None:
     text += f"`{sweep.scale.config} {sweep.scale.options}`\n\n{table(sweep, rows)}\n"
     text += f"\nNot finished: {', '.join(missing)}\n" if missing else ""
     if points := published_points(sweep):
-        losses = "; ".join(f"{p['setting']}: {p['loss']}" for p in points)
-        text += f"\nPublished: {losses} ({points[0]['source']})\n"
+        results = "; ".join(f"{p['setting']}: {p[sweep.program.reports]}" for p in points)
+        text += f"\nPublished: {results} ({points[0]['source']})\n"
     folder.mkdir(parents=True, exist_ok=True)
     device_and_torch = f"{facts['device']}, torch {facts['packages'].get('torch')}"
     (folder / f"{sweep.file}.md").write_text(f"{text}\n{device_and_torch}\n")
@@ -384,12 +412,13 @@ def overview() -> str:
         plan = load_plan(name)
         for scale in plan.scales:
             sweep = Sweep(name, scale)
-            done, hours = len(rows_of(sweep)), f"{sweep.gpu_hours():,.0f}" if scale.startswith("paper") else ""
+            done, hours = len(rows_of(sweep)), sweep.gpu_hours() if scale.startswith("paper") else math.nan
             state = f"{done} of {len(plan.arms)} arms" if done else "no"
             state = "runs of another plan" if sweep.changed_run() else state
             file = RESULTS / f"{sweep.file}.json"
             results = f"{len(json.loads(file.read_text())['rows'])} of {len(plan.arms)} arms" if file.exists() else "no"
-            cells = (f"{name}, {scale}", plan.source, plan.question, str(sweep.count()), hours, results, state)
+            hours_text = "" if math.isnan(hours) else f"{hours:,.0f}"
+            cells = (f"{name}, {scale}", plan.source, plan.question, str(sweep.count()), hours_text, results, state)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -417,12 +446,14 @@ def main(argv: list[str] | None = None) -> None:
         if args.dry_run or args.commands:
             print("\n".join(shlex.join(run.command) for run in sweep.todo()))
             if args.dry_run:
-                print(f"{sweep.count()} runs, about {sweep.gpu_hours():,.1f} hours of an H100 at 40 % of its peak")
+                hours = f", about {sweep.gpu_hours():,.2g} hours of an H100 at 40 % of its peak"
+                print(f"{sweep.count()} runs{'' if math.isnan(sweep.gpu_hours()) else hours}")
             return
         if not args.report_only:
             sweep.train(args.workers)
         if sweep.failed:
-            print("\n".join(["", "runs that failed:", *sweep.failed.values(), ""]), file=sys.stderr)
+            by_reason = {error.strip().splitlines()[-1]: error for error in sweep.failed.values()}
+            print("\n".join(["", "runs that failed, one of each kind:", *by_reason.values(), ""]), file=sys.stderr)
         report(sweep, args.folder)
         if sweep.failed:
             raise ValueError(f"{len(sweep.failed)} runs failed, see above; the same command tries them again")

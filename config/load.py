@@ -77,6 +77,25 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), as_published: b
     return config
 
 
+def optimizer_settings(name: str, overrides: Sequence[str] = ()) -> Settings:
+    """The settings of an optimizer with `--key=value` overrides, for programs without a config file.
+
+    Raises ConfigError with every error found.
+    """
+    given, errors = _split(overrides)
+    keys = {f"optim.{key}": declared for key, declared in options_of(type(OPTIMIZERS[name])).items()}
+    changes: dict[str, Any] = {}
+    for key, text in given.items():
+        try:
+            changes |= _read(key, text, keys)
+        except ValueError as error:
+            errors.append(str(error))
+    settings = OPTIMIZERS[name].changed(**{key.partition(".")[2]: value for key, value in changes.items()})
+    if errors := errors + settings.errors():
+        raise ConfigError(errors)
+    return settings
+
+
 def apply(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
     """A RunConfig with dotted keys changed."""
     for key, value in changes.items():

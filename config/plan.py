@@ -2,13 +2,14 @@
 
 import re
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class Arm:
     """One of the things that are compared: an optimizer with its settings."""
 
-    options: str  # of train_gpt.py
+    options: str  # of the program that does the runs
     lr: dict[str, float]  # middle of the learning rates that are tried, by scale
     more: dict[str, str] = field(default_factory=dict)  # further options, by scale
     lr_1d: float | None = None  # MARS: learning rate of vectors as a multiple of lr
@@ -19,11 +20,13 @@ class Arm:
 class Scale:
     """How large the runs are."""
 
-    config: str  # config file
-    options: str  # of train_gpt.py, for every arm
+    config: str  # first argument of the program: a config file, or the images of bench.vision
+    options: str  # of the program, for every arm
     seeds: tuple[int, ...]  # the first one selects learning rates; the others are reported
     processes: int = 1  # GPUs of a run
     multiples: tuple[float, ...] = (0.5, 1.0, 2.0)  # learning rates that each arm tries, as multiples of its own
+    decays: tuple[float, ...] = ()  # weight decays that each arm tries with each rate; empty: the arm's own
+    program: Literal["train_gpt", "vision"] = "train_gpt"  # what does a run: train_gpt.py or bench.vision
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Plan:
         for name, scale in self.scales.items():
             if len(set(scale.multiples)) < 2:
                 out.append(f"scale {name}: tries a single learning rate; give at least two multiples")
+            if len(set(scale.decays)) == 1:
+                out.append(f"scale {name}: tries a single weight decay; write it into the options")
             if len(set(scale.seeds)) < 2:
                 out.append(f"scale {name}: give at least two seeds; the first selects, and the others are reported")
             out += [f"arm {arm!r}: has no lr for scale {name}" for arm, a in self.arms.items() if name not in a.lr]

@@ -19,7 +19,9 @@ SCALES = [(name, scale) for name in plan_names() for scale in load_plan(name).sc
 def test_every_run_of_every_plan_has_a_valid_configuration(name, scale):
     plan = Sweep(name, scale)
     for arm in plan.plan.arms:
-        rates = [run.config.optim.lr for run in plan.tuning(arm)]
+        tries = [(run.config.optim.lr, run.config.optim.weight_decay) for run in plan.tuning(arm)]
+        assert len(set(tries)) == len(tries)
+        rates = sorted({lr for lr, _ in tries})
         assert rates == plan.rates(arm)
         assert all(b / a <= 2.001 for a, b in pairwise(rates))
 
@@ -115,7 +117,7 @@ def test_a_run_that_diverges_is_a_result(plan, tmp_path):
     """Muon diverges on seed 2; its other runs and those of AdamW end well."""
     for arm in ("AdamW", "Muon"):
         small = Sweep(plan)
-        for run in [sweep.Run(small, arm, lr, seed) for lr in small.rates(arm) for seed in (1, 2, 3)]:
+        for run in [sweep.Run(small, arm, lr, None, seed) for lr in small.rates(arm) for seed in (1, 2, 3)]:
             run.path.mkdir(parents=True)
             if (arm, run.seed) == ("Muon", 2):
                 (run.path / "diverged").touch()
@@ -158,6 +160,7 @@ def test_an_arm_with_wrong_settings_stops_the_sweep_before_any_run(plan, tmp_pat
     "old, new, problem",
     [
         ("multiples=(1.0, 2.0)", "multiples=(1.0,)", "scale laptop: tries a single learning rate; give at least two"),
+        ("multiples=", "decays=(0.1,), multiples=", "scale laptop: tries a single weight decay; write it into"),
         ("seeds=(1, 2, 3)", "seeds=(1,)", "scale laptop: give at least two seeds"),
         ("AdamW=Arm", "**{'Muon ': Arm('', dict(laptop=1.0)), 'Muon_': Arm('', dict(laptop=1.0))}, AdamW=Arm",
          "arms 'Muon ' and 'Muon_': would use the same run folders"),
@@ -178,7 +181,7 @@ def test_published_losses_belong_to_arms_of_the_paper_scale():
     for name in ("learning_rates", "gamma_schedules"):
         points = sweep.published_points(Sweep(name, "paper"))
         assert points
-        assert all(2.8 < p["loss"] < 2.9 and "MARS paper" in p["source"] for p in points)
+        assert all(2.8 < p["val_loss"] < 2.9 and "MARS paper" in p["source"] for p in points)
         assert sweep.published_points(Sweep(name, "laptop")) == []
 
 

@@ -1,4 +1,4 @@
-"""bench.vision: the network, the image files, the selection on held-out images, and the report."""
+"""bench.vision: the network, the image files, the runs, and their comparison by bench.sweep."""
 
 import gzip
 import hashlib
@@ -15,8 +15,13 @@ import torch
 from bench import images, vision
 from bench.images import DATASETS, load_images, read_idx
 from bench.resnet import ResNet18
-from bench.vision import ARMS, PUBLISHED, Result, Run
-from optimizers import OPTIMIZERS, build_optimizer
+from bench.sweep import Sweep, load_plan, rows_of, table
+from bench.sweep import main as sweep_main
+from eval.table import published as published_results
+from optimizers import build_optimizer
+from runtime.logger import read_metrics
+
+PLAN = load_plan("vision")
 
 
 def test_the_network_has_the_published_tensors():
@@ -37,10 +42,10 @@ def test_the_network_takes_every_image_size(shape):
     assert ResNet18(10, width=2, channels=shape[1])(torch.randn(shape)).shape == (2, 10)
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", PLAN.arms)
 def test_every_arm_treats_filters_as_matrices(arm):
     model = ResNet18(10, width=2)
-    optimizer = build_optimizer(model, ARMS[arm].settings)
+    optimizer = build_optimizer(model, digits(arm).optim)
     if arm == "AdamW":
         return  # torch's class, which has no roles
     group = next(g for g in optimizer.param_groups if any(p is model.layer1[0].conv1.weight for p in g["params"]))
@@ -51,10 +56,10 @@ def test_every_arm_treats_filters_as_matrices(arm):
         assert of_gain.correction is None
 
 
-def test_every_optimizer_has_an_arm():
-    used = {type(arm.settings): arm for arm in ARMS.values()}
-    assert {type(settings) for settings in OPTIMIZERS.values()} == used.keys()
-    assert all(arms.keys() <= ARMS.keys() for arms in PUBLISHED.values())
+def test_published_errors_belong_to_arms():
+    published = [p for p in published_results()["sweeps"] if p["plan"] == "vision"]
+    assert len(published) == 20
+    assert {p["arm"] for p in published} <= PLAN.arms.keys()
 
 
 # ---- image files
@@ -110,7 +115,7 @@ def cifar_archive(folder, kind):
 
 
 @pytest.mark.parametrize("name, train", [("cifar10", 100), ("cifar100", 20)])
-def test_cifar_archives_are_read_and_others_refused(name, train, tmp_path, monkeypatch, capsys):
+def test_cifar_archives_are_read_and_others_refused(name, train, tmp_path, monkeypatch):
     kind = DATASETS[name]
     with pytest.raises(FileNotFoundError, match="python.tar.gz: no such file; get it from"):
         load_images(name, str(tmp_path))
@@ -122,10 +127,8 @@ def test_cifar_archives_are_read_and_others_refused(name, train, tmp_path, monke
     found = load_images(name, str(tmp_path))
     assert len(found.train[1]) + len(found.validation[1]) == train
     assert found.test[0].shape == (20, 3, 32, 32)
-    vision.main(
-        [name, f"--data={tmp_path}", "--smoke", "--workers=1", f"--folder={tmp_path}", "--arms", "Muon", "MARS"]
-    )
-    assert "the same in the MARS paper" in capsys.readouterr().out  # published numbers stand beside
+    vision.main([name, f"--data={tmp_path}", "--width=2", "--epochs=1", "--name=run", f"--log.folder={tmp_path}"])
+    assert len(read_metrics(tmp_path / "run/metrics.jsonl")) == 1
 
 
 def test_augmentation_moves_and_flips_but_keeps_the_image():
@@ -149,51 +152,109 @@ def test_held_out_images_are_not_trained_on():
     assert not parts[1] & parts[2]
 
 
-# ---- the comparison
+# ---- runs
 
 
-@pytest.mark.parametrize("arm", ARMS)
+def digits(arm, *words):
+    """The configuration of a small run of an arm, at the first of its learning rates."""
+    run = Sweep("vision", "digits").tuning(arm)[2]
+    return vision.parse([*run.arguments, "--width=4", "--epochs=3", *words])[0]
+
+
+@pytest.mark.parametrize("arm", PLAN.arms)
 def test_every_arm_learns_digits(arm):
-    """Far above the 10 % of chance after 3 epochs of a network of width 4."""
-    result = vision.train("", "cpu", Run("digits", 4, 3, 0, arm, 5 * ARMS[arm].lr, 0.1, 1))
-    assert result.best_test >= result.test > 40
+    """Far better than chance, an error of 90 %, after 3 epochs of a network of width 4."""
+    records = list(vision.train(digits(arm), load_images("digits")))
+    assert [r["epoch"] for r in records] == [1, 2, 3]
+    assert (records[-1]["step"], records[-1]["images"]) == (30, 3600)
+    assert records[-1]["gradient_evaluations"] == (60 if "exact" in arm else 30)
+    assert min(records[-1]["test_error"], records[-1]["val_error"]) < 65
 
 
-def test_equal_seeds_give_equal_results_and_batches():
-    run = Run("digits", 2, 1, 0, "Muon", 0.01, 0.1, 3)
-    assert vision.train("", "cpu", run) == vision.train("", "cpu", run)
+def test_equal_seeds_give_equal_runs():
+    config = digits("Muon", "--width=2", "--epochs=1", "--seed=3")
+    first, second = (next(vision.train(config, load_images("digits"))) for _ in range(2))
+    assert first | dict(train_s=0) == second | dict(train_s=0)
 
 
-def results(validation, test):
-    """Results by (arm, lr, seed)."""
+def test_the_learning_rate_falls_to_a_tenth_twice(monkeypatch):
+    rates = []
+    monkeypatch.setattr(vision, "score", lambda *_: (1.0, 50.0))
+    monkeypatch.setattr(
+        vision, "train_step", lambda m, optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]) or 1
+    )
+    images = load_images("digits").limited(128)
+    list(vision.train(digits("AdamW", "--epochs=8", "--lr=1"), images))
+    assert rates == pytest.approx([1.0] * 4 + [0.1] * 2 + [0.01] * 2)
 
-    def train(data, device, run):
-        key = (run.arm, run.lr, run.seed)
-        return Result(1.0, validation.get(key, 50.0), 0.5, test.get(key, 50.0), 0.4, 99.0)
 
-    return train
+def test_a_run_that_diverges_says_so():
+    config = digits("AdamW", "--lr=1e30")
+    with pytest.raises(ValueError, match="epoch 1: the validation loss is not finite"):
+        list(vision.train(config, load_images("digits").limited(128)))
 
 
-def test_the_rate_is_selected_on_validation_images_and_other_seeds_are_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(vision, "RUNS", tmp_path / "runs")
-    validation = {("AdamW", 0.002, 1): 90.0, ("Muon", 0.01, 1): 90.0}
-    test = {("AdamW", 0.001, 1): 100.0}  # a try that is best on the test images is not chosen
-    test |= {("AdamW", 0.002, 2): 80.0, ("AdamW", 0.002, 3): 82.0, ("Muon", 0.01, 2): 81.0, ("Muon", 0.01, 3): 84.0}
-    monkeypatch.setattr(vision, "train", results(validation, test))
-    words = ["digits", "--arms", "AdamW", "Muon", "--seeds=2", "--workers=1", f"--folder={tmp_path}"]
-    vision.main(words)
-    (path,) = tmp_path.glob("vision_digits_*.jsonl")
-    facts, *rows = map(json.loads, path.read_text().splitlines())
-    assert (facts["width"], facts["epochs"]) == (8, 6)
-    muon, adamw = rows
-    assert (adamw["lr"], muon["lr"]) == ("0.002 (edge)", "0.01")
-    assert adamw["test %"] == "81.00 ± 1.41"
-    # differences -1 and -2: mean -1.5, deviation 0.707, t = 12.706 for one degree of freedom
-    assert adamw["difference to Muon"] == "-1.50 ± 6.35"
-    assert adamw["best-of-test, loss and %"] == "0.400, 99.00"
-    assert "the same in the MARS paper" not in adamw
-    monkeypatch.setattr(vision, "train", results)  # everything is kept; a new run would raise TypeError
-    vision.main(words)
+def test_a_run_writes_its_configuration_and_a_record_per_epoch(tmp_path, capsys):
+    words = ["digits", "--width=2", "--epochs=2", "--limit=130", "--optimizer=mars_m", "--gamma=0.1", "--name=a"]
+    vision.main([*words, f"--log.folder={tmp_path}"])
+    saved = json.loads((tmp_path / "a/config.json").read_text())
+    assert (saved["width"], saved["optimizer"], saved["optim"]["gamma"]) == (2, "mars_m", 0.1)
+    records = read_metrics(tmp_path / "a/metrics.jsonl")
+    assert [r["step"] for r in records] == [2, 4]
+    assert capsys.readouterr().out.count("% (test)") == 2
+
+
+# ---- the comparison by bench.sweep
+
+
+def test_the_tries_are_selected_on_held_out_images_and_test_images_are_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(Sweep, "root", str(tmp_path / "sweeps"))
+    found = Sweep("vision", "cifar10", ["AdamW"])
+    assert (found.count(), len(found.tuning("Muon"))) == (46, 20)  # 5 learning rates times 4 decays, then 3 seeds
+    assert found.tuning("AdamW")[1].arguments[-5:-3] == ["--optim.lr=0.00025", "--optim.weight_decay=0.01"]
+
+    def write(run, *errors):
+        """Errors (validation, test) of the epochs; the last epoch is the 200th."""
+        run.path.mkdir(parents=True)
+        for epoch, (val_error, test_error) in enumerate(errors, start=201 - len(errors)):
+            record = dict(step=epoch, epoch=epoch, val_error=val_error, test_error=test_error)
+            with open(run.path / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    for arm in ("AdamW", "Muon"):
+        for run in found.tuning(arm):
+            best = (run.lr, run.decay) == (found.rates(arm)[2], 0.1)
+            write(run, (9.0, 1.0) if best else (10.0, 0.5))  # those that are best on the test images are not chosen
+    for seed, (of_adamw, of_muon) in {2: (20.0, 19.0), 3: (18.0, 16.0), 4: (22.0, 19.0)}.items():
+        write(replace(found.tuning("AdamW")[10], seed=seed), (5.0, 0.25), (50.0, of_adamw))
+        write(replace(found.tuning("Muon")[10], seed=seed), (50.0, of_muon))
+    muon, adamw = rows_of(found)
+    assert (adamw["best_lr"], adamw["best_decay"], adamw["at_edge"]) == (0.001, 0.1, False)
+    assert (muon["losses"], adamw["losses"]) == ([19, 16, 19], [20, 18, 22])
+    assert (adamw["difference"], adamw["lowest"], muon["lowest"]) == (2, 0.25, 0.5)
+    assert (adamw["published"], muon["published"]) == (pytest.approx(100 - 94.81), pytest.approx(100 - 95.08))
+    text = table(found, [muon, adamw])
+    assert "| lowest of any epoch and try | published |" in text
+    assert "| AdamW | 0.001, decay 0.1 | 20.00 | 2.00 | +2.00 ± 2.48 | 0.25 | 5.19 |" in text
+
+
+def test_a_sweep_over_images_trains_and_reports(tmp_path, monkeypatch):
+    monkeypatch.setattr(Sweep, "root", str(tmp_path / "sweeps"))
+    path = tmp_path / "images.py"
+    path.write_text(
+        """
+from config.plan import Arm, Plan, Scale
+small = Scale("digits", "--width=2 --epochs=1 --limit=130", seeds=(1, 2), multiples=(1.0, 2.0), program="vision")
+plan = Plan("Which is better?", "nothing", dict(AdamW=Arm("--optimizer=adamw", dict(small=0.01)),
+    Wild=Arm("--optimizer=adamw", dict(small=1e30))), "AdamW", dict(small=small))
+"""
+    )
+    sweep_main([str(path), "--folder", str(tmp_path), "--workers", "2"])
+    text = (tmp_path / "sweep_images_small.md").read_text()
+    assert "test error in %" in text
+    assert "| Wild | 1e+30 (edge of the grid) | diverged on 1 of 1 seeds |" in text
+    sweep_main([str(path), "--commands"])  # nothing is left to do
+    assert (tmp_path / "sweep_images_small.png").stat().st_size > 10_000
 
 
 def test_missing_scikit_learn_is_one_line(monkeypatch):
@@ -203,8 +264,19 @@ def test_missing_scikit_learn_is_one_line(monkeypatch):
     assert stopped.value.code == "bench.vision: digits needs scikit-learn: pip install scikit-learn"
 
 
-def test_bad_options_are_one_line(capsys):
-    for words, part in ((["digits", "--width=0"], "--width=0: must be at least 1"), (["mnist"], "invalid choice")):
-        with pytest.raises(SystemExit) as stopped:
-            vision.main(words)
-        assert part in stopped.value.code
+@pytest.mark.parametrize(
+    "words, problem",
+    [
+        (["digits", "--width=0"], "--width=0: must be at least 1"),
+        (["mnist"], "invalid choice: 'mnist'"),
+        (["digits", "--optimizer=muon", "--gama=0.1"], "config: gama: unknown key; nearest: "),
+        (["digits", "--optimizer=adamw", "--gamma=0.1"], "config: gamma: this optimizer has no such setting"),
+        (["digits", "--weight_decay=much"], "config: weight_decay=much: expected a number"),
+        (["digits", "--lr=-1"], "config: lr=-1.0: must be a number of at least 0"),
+    ],
+)
+def test_bad_options_are_one_line(words, problem):
+    with pytest.raises(SystemExit) as stopped:
+        vision.main(words)
+    assert problem in stopped.value.code
+    assert "\n" not in stopped.value.code

@@ -1,0 +1,78 @@
+"""The programs whose runs bench.sweep compares: what it must know about each."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from bench import vision
+from bench.report import ROOT
+from config.load import load_config, to_dict
+from config.schema import RunConfig, changeable_keys, default_values
+from model import GPT
+from runtime.folder import differences
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program that trains, and how to read its run folders. Of the metrics, lower values are better."""
+
+    words: tuple[str, ...]  # after `python`
+    configuration: Callable[[Sequence[str]], Any]  # of the run with these arguments; it has `optim`
+    changed: Callable[[dict, Any], dict[str, tuple]]  # settings by which a config.json differs from a configuration
+    is_last: Callable[[dict, Any], bool]  # whether a record is the last one of a run
+    flops: Callable[[Any], float]  # of a whole run; NaN if they do not tell its time
+    selects: str  # metric that selects learning rates
+    reports: str  # metric of the report
+    label: str  # what the report calls it
+    amount: str  # key of the amount of data that was trained on
+    decimals: int  # of its values in tables
+    height: float  # of the plots, in its unit
+
+
+def _of_gpt(arguments: Sequence[str]) -> RunConfig:
+    return load_config(ROOT / arguments[0], arguments[1:])
+
+
+def _changed_gpt(before: dict, config: RunConfig) -> dict[str, tuple]:
+    changed = differences(before, to_dict(config), default_values(config))
+    return {key: values for key, values in changed.items() if key not in changeable_keys(config)}
+
+
+def _flops_of_gpt(config: RunConfig) -> float:
+    """The exact form of MARS takes two gradients a step."""
+    with torch.device("meta"):
+        flops = GPT(config.model).flops_per_token() * config.tokens_per_step * config.total_steps
+    return flops * (1 if getattr(config.optim, "is_approx", True) else 2)
+
+
+PROGRAMS = {
+    "train_gpt": Program(
+        words=("train_gpt.py",),
+        configuration=_of_gpt,
+        changed=_changed_gpt,
+        is_last=lambda record, config: record["step"] == config.total_steps,
+        flops=_flops_of_gpt,
+        selects="val_loss",
+        reports="val_loss",
+        label="validation loss",
+        amount="tokens",
+        decimals=4,
+        height=0.85,
+    ),
+    "vision": Program(
+        words=("-m", "bench.vision"),
+        configuration=lambda arguments: vision.parse(arguments)[0],
+        changed=lambda before, config: differences(before, asdict(config), {}),
+        is_last=lambda record, config: record["epoch"] == config.epochs,
+        flops=lambda config: math.nan,
+        selects="val_error",
+        reports="test_error",
+        label="test error in %",
+        amount="images",
+        decimals=2,
+        height=25.0,
+    ),
+}
