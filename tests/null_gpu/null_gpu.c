@@ -161,6 +161,7 @@ static int release(void *start) {
 }
 
 int cudaMalloc(void **start, size_t size) {
+    if (!size) return *start = NULL, SUCCESS;  // as the real function
     size = (size + GRANULARITY - 1) / GRANULARITY * GRANULARITY;
     size_t *in_use = &used[current_device], *highest = &peak[current_device];
     pthread_mutex_lock(&lock);
@@ -468,35 +469,7 @@ int cublasLtMatmulAlgoGetHeuristic(void *handle, void *product, void *a, void *b
 
 // ---- cuSOLVER: eigenvectors and QR decompositions for SOAP, each one launch that needs no workspace
 
-// torch reads the status, which is in device memory, and fails unless it is zero.
-static int decompose(const char *function, int *status, long matrices) {
-    memset(status, 0, matrices * sizeof *status);
-    return count_launch_of_library(function);
-}
-
-int cusolverDnXsyevd(void *handle, void *params, int vectors, int part, long n, int type, void *matrix, long stride,
-                     int value_type, void *values, int compute, void *on_device, size_t device, void *on_host,
-                     size_t host, int *status) {
-    return decompose("cusolverDnXsyevd", status, 1);
-}
-
-int cusolverDnXsyevBatched(void *handle, void *params, int vectors, int part, long n, int type, void *matrix,
-                           long stride, int value_type, void *values, int compute, void *on_device, size_t device,
-                           void *on_host, size_t host, int *status, long batch) {
-    return decompose("cusolverDnXsyevBatched", status, batch);
-}
-
-int cusolverDnXgeqrf(void *handle, void *params, long rows, long columns, int type, void *matrix, long stride,
-                     int tau_type, void *tau, int compute, void *on_device, size_t device, void *on_host, size_t host,
-                     int *status) {
-    return decompose("cusolverDnXgeqrf", status, 1);
-}
-
-int cusolverDnSorgqr(void *handle, int rows, int columns, int reflectors, void *matrix, int stride, void *tau,
-                     void *work, int size, int *status) {
-    return decompose("cusolverDnSorgqr", status, 1);
-}
-
+LAUNCHES(cusolverDnXsyevd) LAUNCHES(cusolverDnXsyevBatched) LAUNCHES(cusolverDnXgeqrf) LAUNCHES(cusolverDnSorgqr)
 NEW_HANDLE(cusolverDnCreate) NEW_HANDLE(cusolverDnCreateParams)
 NOTHING(cusolverDnDestroy) NOTHING(cusolverDnDestroyParams) NOTHING(cusolverDnSetStream)
 
