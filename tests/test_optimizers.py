@@ -23,8 +23,6 @@ from optimizers import (
     MARSMConfig,
     Muon,
     MuonConfig,
-    NorMuon,
-    Shampoo,
     build_optimizer,
 )
 from optimizers.newton_schulz import COEFFICIENTS, orthogonalize
@@ -399,20 +397,15 @@ def test_zero_huge_tiny_and_rank_deficient_matrices_stay_finite(dtype):
 # ---- being an ordinary optimizer
 
 
-EVERY = {
-    "lion": lambda p, **k: Lion(p, lr=1e-2, **k),
-    "muon": lambda p, **k: Muon(p, lr=1e-2, **k),
-    "mars": lambda p, **k: MARS(p, lr=1e-2, **k),
-    "mars-raw": lambda p, **k: MARS(p, lr=1e-2, second_moment="raw", clip_c=False, **k),
-    "mars-exact": lambda p, **k: MARS(p, lr=1e-2, is_approx=False, **k),
-    "mars-lion": lambda p, **k: MARS(p, lr=1e-2, mars_type="mars-lion", **k),
-    "mars-shampoo": lambda p, **k: MARS(p, lr=1e-2, mars_type="mars-shampoo", amsgrad=True, **k),
-    "mars-m": lambda p, **k: MARSM(p, lr=1e-2, **k),
-    "mars-m-one-buffer": lambda p, **k: MARSM(p, lr=1e-2, clip_c=False, **k),
-    "shampoo": lambda p, **k: Shampoo(p, lr=1e-2, **k),
-    "ademamix": lambda p, **k: AdEMAMix(p, lr=1e-2, slow_warmup=5, **k),
-    "soap": lambda p, **k: SOAP(p, lr=1e-2, refresh_every=1, **k),
-    "normuon": lambda p, **k: NorMuon(p, lr=1e-2, **k),
+OURS = {settings.optimizer for settings in OPTIMIZERS.values() if settings.optimizer}
+EVERY = {cls.__name__.lower(): partial(cls, lr=1e-2) for cls in sorted(OURS, key=lambda cls: cls.__name__)} | {
+    "mars-raw": partial(MARS, lr=1e-2, second_moment="raw", clip_c=False),
+    "mars-exact": partial(MARS, lr=1e-2, is_approx=False),
+    "mars-lion": partial(MARS, lr=1e-2, mars_type="mars-lion"),
+    "mars-shampoo": partial(MARS, lr=1e-2, mars_type="mars-shampoo", amsgrad=True),
+    "marsm-one-buffer": partial(MARSM, lr=1e-2, clip_c=False),
+    "ademamix": partial(AdEMAMix, lr=1e-2, slow_warmup=5),
+    "soap": partial(SOAP, lr=1e-2, refresh_every=1),
 }
 every = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY.keys())
 APPROXIMATE = {name: make for name, make in EVERY.items() if name != "mars-exact"}
@@ -729,7 +722,7 @@ def test_a_group_may_set_every_number_for_itself():
 
 
 # the compiler's own kernels for three; for the others only what it captures, which takes a tenth of the time
-COMPILED = [(name, "inductor" if name in ("mars", "mars-m", "ademamix") else "aot_eager") for name in APPROXIMATE]
+COMPILED = [(name, "inductor" if name in ("mars", "marsm", "ademamix") else "aot_eager") for name in APPROXIMATE]
 
 
 @pytest.mark.parametrize("name, backend", COMPILED)
@@ -837,7 +830,7 @@ def test_a_model_may_be_converted_after_its_optimizer_was_made(make):
         optimizer.step()
 
 
-BOUNDED = {name: EVERY[name] for name in ("lion", "muon", "mars", "mars-lion", "mars-shampoo", "mars-m", "normuon")}
+BOUNDED = {name: EVERY[name] for name in ("lion", "muon", "mars", "mars-lion", "mars-shampoo", "marsm", "normuon")}
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -15,33 +15,19 @@ from torch import nn
 
 from config.load import load_config
 from model import GPT
-from optimizers import (
-    AdEMAMixConfig,
-    MARSConfig,
-    MARSMConfig,
-    MuonConfig,
-    NorMuonConfig,
-    ShampooConfig,
-    SOAPConfig,
-    build_optimizer,
-)
-from optimizers.directions import summed
+from optimizers import OPTIMIZERS, MARSConfig, MARSMConfig, MuonConfig, build_optimizer
+from optimizers.directions import MatrixDirection, summed
 from optimizers.matrices import Ownership, families
 from optimizers.newton_schulz import Orthogonal
 from optimizers.state import load_named_state, named_state, state_bytes
 from runtime.checkpoint import CheckpointConfig, Checkpointer
 from runtime.distributed import start_world
 
-CONFIGS = {
+CONFIGS = {name: settings for name, settings in OPTIMIZERS.items() if settings.optimizer} | {  # without torch's own
     "muon": MuonConfig(split_qkv=True),
-    "mars_m": MARSMConfig(),
     "mars_m_exact": MARSMConfig(is_approx=False),
     "mars_m_one_buffer": MARSMConfig(clip_c=False),
     "mars_shampoo": MARSConfig(mars_type="mars-shampoo", optimize_1d=True),
-    "shampoo": ShampooConfig(),
-    "ademamix": AdEMAMixConfig(),
-    "soap": SOAPConfig(),
-    "normuon": NorMuonConfig(),
 }
 
 
@@ -139,10 +125,11 @@ def test_weights_and_state_are_bitwise_those_of_one_process(n, single, tmp_path)
     held = processes(n, tmp_path, 0, 4)
     assert_same_checkpoints(single, tmp_path, 4)
     for name, (whole,) in json.loads((single / "held.json").read_text()).items():
-        if name == "ademamix":  # elementwise: every rank holds all of it
-            assert held[name] == [whole] * n
-        else:  # the state of matrices is divided, and every rank holds that of the table and the gain
+        if isinstance(CONFIGS[name].rule("matrix", 1.0).direction, MatrixDirection):
+            # the state of matrices is divided, and every rank holds that of the table and the gain
             assert max(held[name]) < whole < sum(held[name]), name
+        else:  # every rank holds all of it
+            assert held[name] == [whole] * n
 
 
 def test_saved_on_three_and_continued_on_one_and_two(single, tmp_path):
