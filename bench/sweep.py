@@ -368,10 +368,10 @@ def plots(sweep: Sweep, rows: list[dict[str, Any]], path: Path) -> None:
             if key in point:
                 axes.plot(point[key], point[program.reports], "k*", markersize=10)
     by_gamma.set_visible(by_gamma.has_data())
-    low = min((row["loss"] for row in rows if row["loss"] < math.inf), default=0.0)
+    finite = [x for row in rows for x in (row["loss"], *row["tried"].values()) if x < math.inf]
+    bottom = min(finite, default=0.0) - 0.06 * program.height
     labels = (program.amount, "training time, seconds", "gradient evaluations", "learning rate")
     for axes, label in zip((*means_over_runs.values(), by_lr), labels, strict=True):
-        bottom = low - 0.06 * program.height
         axes.set(xlabel=label, ylabel=program.label, ylim=(bottom, bottom + program.height))
         axes.grid(alpha=0.25)
     by_lr.set(xscale="log", ylabel=program.selects)
