@@ -11,7 +11,6 @@ import gc
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,13 +34,12 @@ from runtime.checkpoint import Checkpointer, CheckpointError, branch_origin, sta
 from runtime.clipping import GradientClipper, NonFiniteError
 from runtime.command import Parser, join_values, one_line
 from runtime.distributed import StopRequest, World, start_world
-from runtime.evaluation import validation_loss
+from runtime.evaluation import Evaluator, bad_samples
 from runtime.folder import CONFIG, INIT_SHA256, Comparison, add_facts, open_run_folder, run_lock
 from runtime.gamma import GammaTuner
 from runtime.hardware import environment, memory_gb, peak_flops
 from runtime.logger import Meter, RunLogger
-from runtime.memory import MicroBatch, choose_micro_batch, peak_of_pass
-from runtime.preflight import memory_estimate, preflight
+from runtime.preflight import fitting_micro_batch, preflight
 from runtime.schedule import set_rates
 
 
@@ -55,8 +53,7 @@ class Trainer:
         sizes = dict(block_size=run.model.block_size, vocab_size=run.model.vocab_size, seed=run.seed)
         ranks = dict(rank=world.rank, world_size=world.size)
         self.loader = TrainLoader(dataset, run.data, batch_size=run.sequences, **sizes, **ranks)
-        self.bytes_per_token = dataset.bytes_per_token("val")
-        self.hellaswag = HellaSwag.of_run(run.data, dataset) if run.data.hellaswag else None
+        hellaswag = HellaSwag.of_run(run.data, dataset) if run.data.hellaswag else None
 
         torch.manual_seed(run.seed)
         self.model = GPT(run.model).to(world.device)
@@ -91,7 +88,8 @@ class Trainer:
             buckets = compute.bucket_size(self.model, run.compute)
             self.forward = DistributedDataParallel(self.compiled, bucket_cap_mb=buckets, gradient_as_bucket_view=True)
         self.divide_batch(per_process)
-        self.validation = ValidationSet(dataset, run.data, micro_batch=self.micro_batch, **sizes)
+        validation = ValidationSet(dataset, run.data, micro_batch=self.micro_batch, **sizes)
+        self.evaluator = Evaluator(self, validation, hellaswag, dataset.bytes_per_token("val"))
         add_facts(self.folder, dict(micro_batch=self.micro_batch, accumulation=self.accumulation), world)
 
         self.passes = 2 if self.lookahead else 1  # gradient evaluations per step
@@ -125,25 +123,9 @@ class Trainer:
             raise ValueError(f"gamma=auto: needs an even number of sequences per process, and there are {per_process}")
         divided = per_process // 2 if self.tuner else per_process  # a micro-batch lies in one half of the batch
         given = self.run.micro_batch
-        self.chosen = None if given else self.try_micro_batches(divided)
+        self.chosen = None if given else fitting_micro_batch(self, divided)
         self.micro_batch = self.chosen.size if self.chosen else largest_divisor(divided, given or 1)
         self.accumulation = per_process // self.micro_batch
-
-    def try_micro_batches(self, per_process: int) -> MicroBatch:
-        """The largest micro-batch that fits: measured on a GPU, estimated on a CPU."""
-
-        def loss(micro_batch: int) -> Tensor:
-            tokens = torch.zeros(micro_batch, self.run.model.block_size + 1, dtype=torch.uint16)
-            with self.unsynchronized(), self.autocast:
-                return self.forward(*to_device(tokens, self.world.device))
-
-        def attempt(micro_batch: int) -> int:
-            return peak_of_pass(partial(loss, micro_batch), self.model.parameters(), reserve, self.world.device)
-
-        need = memory_estimate(self.run, self.model, self.optimizer, self.world)
-        late = 0 if self.optimizer.state else need.optimizer  # torch optimizers allocate state at their first step
-        reserve = need.halves + late
-        return choose_micro_batch(need, per_process, self.world, attempt)
 
     def restore(self) -> dict[str, Any]:
         """Load the newest good checkpoint, if there is one; returns its state.json."""
@@ -256,24 +238,11 @@ class Trainer:
             return
         with self.meter.excluded():
             gc.collect()  # automatic garbage collection is off between evaluations
-            numbers = dict(step=self.step, tokens=self.step * self.run.tokens_per_step, val_loss=self.evaluate(stop))
-            if self.average:
-                with self.average.in_model():
-                    numbers["val_loss_average"] = self.evaluate(stop)
-            if None in numbers.values():
-                return
-            self.val_loss = numbers["val_loss"]
-            self.best_val_loss = min(x for x in (self.val_loss, self.best_val_loss) if x is not None)
-            if self.bytes_per_token:
-                numbers["val_bits_per_byte"] = console.bits_per_byte(self.val_loss, self.bytes_per_token)
-            number = self.step // self.run.eval_every
-            if self.hellaswag and (number % self.run.data.hellaswag_every == 0 or self.step == self.steps):
-                numbers |= self.hellaswag.score(self.model, self.world, self.autocast)
-            self.log.record(numbers, console.validation_line(numbers))
-
-    def evaluate(self, stop: StopRequest) -> float | None:
-        """Mean loss over the validation set, computed by all ranks together; None if a stop request came."""
-        return validation_loss(self.validation, self.step, self.compiled, self.world, self.autocast, stop)
+            if scores := self.evaluator.scores(self.step, stop):
+                self.val_loss = scores["val_loss"]
+                self.best_val_loss = min(x for x in (self.val_loss, self.best_val_loss) if x is not None)
+                numbers = dict(step=self.step, tokens=self.step * self.run.tokens_per_step) | scores
+                self.log.record(numbers, console.validation_line(numbers))
 
     def save_if_due(self, last: bool = False) -> None:
         """Save a checkpoint if one is due. If that fails, on a full disk for example, training continues.
@@ -313,17 +282,6 @@ class Trainer:
             self.saved_step = -1
             self.log.say(f"{error}; training goes on, earlier checkpoints are untouched")
 
-    @torch.no_grad()
-    def bad_samples(self, step: int) -> str:
-        """The sequences of a step's batch whose loss is not finite, as text."""
-
-        def loss_of(row: Tensor) -> Tensor:
-            with self.autocast:
-                return self.model(*to_device(row[None], self.world.device))
-
-        bad = [name for names in self.world.gather(self.loader.bad_samples(step, loss_of)) for name in names]
-        return ", ".join(bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "") if bad else "none by itself"
-
 
 def train(t: Trainer) -> None:
     """Run steps until the budget is spent or somebody asks to stop."""
@@ -362,7 +320,7 @@ def train_run(run: RunConfig, world: World, fresh: bool, accept_changes: bool) -
         with compute.collector_paused():
             train(t)
     except NonFiniteError as error:
-        samples = f"; sequences: {t.bad_samples(error.step)}" if error.step >= 0 else ""
+        samples = f"; sequences: {bad_samples(t, error.step)}" if error.step >= 0 else ""
         raise NonFiniteError(f"{error}{samples}") from None
     finally:
         t.log.close()

@@ -1,7 +1,7 @@
 """Image sets for bench.vision: read from local files, split, and augmented in batches. No file is downloaded.
 
-torchvision is not used: its random crop moves all images of a batch alike, its reader of idx files takes no packed
-ones, and it can be imported only beside the build of torch that it was made for.
+torchvision is not used: its random crop moves all images of a batch alike, its reader of idx files cannot read .gz
+files, and each version of it needs one exact build of torch.
 """
 
 import gzip

@@ -108,8 +108,8 @@ class TimedTrainer(Trainer):
         super().update()
         self.times.at("end")
 
-    def evaluate(self, stop: object) -> None:
-        return None
+    def evaluate_if_due(self, stop: object) -> None:
+        pass
 
     def save(self) -> None:
         self.saved_step = self.step

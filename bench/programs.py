@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ class Program:
     configuration: Callable[[Sequence[str]], Any]  # of the run with these arguments; it has `optim`
     changed: Callable[[dict, Any], dict[str, tuple]]  # settings by which a config.json differs from a configuration
     is_last: Callable[[dict, Any], bool]  # whether a record is the last one of a run
-    flops: Callable[[Any], float]  # of a whole run; NaN if they do not tell its time
-    selects: str  # metric that selects learning rates
+    flops: Callable[[Any], float]  # of a whole run; NaN if they are not known
+    selects: tuple[str, ...]  # metric that selects learning rates, and metrics that decide between equal values
     reports: str  # metric of the report
     label: str  # what the report calls it
     amount: str  # key of the amount of data that was trained on
@@ -55,7 +55,7 @@ PROGRAMS = {
         changed=_changed_gpt,
         is_last=lambda record, config: record["step"] == config.total_steps,
         flops=_flops_of_gpt,
-        selects="val_loss",
+        selects=("val_loss",),
         reports="val_loss",
         label="validation loss",
         amount="tokens",
@@ -65,10 +65,10 @@ PROGRAMS = {
     "vision": Program(
         words=("-m", "bench.vision"),
         configuration=lambda arguments: vision.parse(arguments)[0],
-        changed=lambda before, config: differences(before, asdict(config), {}),
+        changed=vision.changed,
         is_last=lambda record, config: record["epoch"] == config.epochs,
         flops=lambda config: math.nan,
-        selects="val_error",
+        selects=("val_error", "val_loss"),
         reports="test_error",
         label="test error in %",
         amount="images",

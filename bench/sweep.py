@@ -18,6 +18,7 @@ import json
 import math
 import os
 import queue
+import re
 import runpy
 import shlex
 import statistics
@@ -27,7 +28,6 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,7 @@ class Run:
     @property
     def loss(self) -> float:
         """The metric that selects learning rates."""
-        return self.final(self.sweep.program.selects)
+        return self.final(self.sweep.program.selects[0])
 
     def train(self, devices: str) -> None:
         """Do the run, unless it is finished. Raises RuntimeError if it fails; a loss that is not finite is a result."""
@@ -167,6 +167,13 @@ class Run:
             (self.path / "diverged").touch()
         elif done.returncode:
             raise RuntimeError(f"{shlex.join(self.command)}\n{(done.stdout + done.stderr)[-2000:]}")
+
+
+def reason(output: str) -> str:
+    """The line in the output of a failed run that says why: the program's own message, or else the last with words."""
+    lines = [line for line in output.splitlines() if re.search("[a-z]", line)]
+    messages = [line for line in lines if re.match(r"(train_gpt|config|bench\.vision): ", line)]
+    return (messages or lines or ["no output"])[-1]
 
 
 class Sweep:
@@ -195,10 +202,6 @@ class Sweep:
             raise ValueError(f"--scale={scale}: {name} has {', '.join(self.plan.scales)}")
         self.scale = self.plan.scales[scale]
         self.program: Program = PROGRAMS[self.scale.program]
-        self.grid = [
-            attrgetter("lr"),
-            *([attrgetter("decay")] if self.scale.decays else []),
-        ]  # what the tries differ in
         self.folder = f"{self.root}/{self.name}-{scale}"
 
     def changed_run(self) -> str:
@@ -224,10 +227,10 @@ class Sweep:
 
     def reported(self, arm: str) -> list[Run]:
         """The runs of an arm that are reported; empty until its learning rate is selected."""
-        losses = {run: run.loss for run in self.tuning(arm)}
-        if any(map(math.isnan, losses.values())):
+        tuning = self.tuning(arm)
+        if any(math.isnan(run.loss) for run in tuning):
             return []
-        best = min(losses, key=losses.__getitem__)
+        best = min(tuning, key=lambda run: [run.final(metric) for metric in self.program.selects])
         return [replace(best, seed=seed) for seed in self.scale.seeds[1:]]
 
     def todo(self) -> list[Run]:
@@ -241,7 +244,7 @@ class Sweep:
         return len(self.plan.arms) * (tries + len(self.scale.seeds) - 1)
 
     def gpu_hours(self) -> float:
-        """Hours of one H100 for all runs, at the assumed speed; NaN if the number of operations does not tell them."""
+        """Hours of one H100 for all runs, at the assumed speed; NaN if the program gives no number of operations."""
         flops = statistics.fmean(self.program.flops(self.tuning(arm)[0].config) for arm in self.plan.arms)
         return flops * self.count() / H100_FLOPS / 3600
 
@@ -263,7 +266,7 @@ class Sweep:
                 tqdm.write(f"{run.name}  {run.loss:.4f}")
             except RuntimeError as error:
                 self.failed[run.name] = str(error)
-                tqdm.write(f"{run.name}  failed: {str(error).strip().splitlines()[-1]}")
+                tqdm.write(f"{run.name}  failed: {reason(str(error))}")
             finally:
                 bar.update()
                 free.put(devices)
@@ -286,6 +289,7 @@ def rows_of(sweep: Sweep) -> list[dict[str, Any]]:
         if not losses or any(map(math.isnan, losses)):
             continue
         best, tuning = sweep.reported(arm)[0], sweep.tuning(arm)
+        rates, decays = sweep.rates(arm), sweep.scale.decays
         pairs = [a - b for a, b in zip(losses, finals[plan.reference], strict=False)]
         row = dict(
             arm=arm,
@@ -297,11 +301,11 @@ def rows_of(sweep: Sweep) -> list[dict[str, Any]]:
             deviation=deviation(losses),
             difference=statistics.fmean(pairs) if pairs else math.nan,
             interval=interval(pairs),
-            at_edge=any(of(best) in (min(map(of, tuning)), max(map(of, tuning))) for of in sweep.grid),
+            at_edge=best.lr in (min(rates), max(rates)),
         )
         if best.decay is not None:
-            row["best_decay"] = best.decay
-        if metric != sweep.program.selects:
+            row |= dict(best_decay=best.decay, decay_at_edge=best.decay in (min(decays), max(decays)))
+        if metric not in sweep.program.selects:
             every = (record for run in (*tuning, *sweep.reported(arm)) for record in run.records())
             row["lowest"] = min((record[metric] for record in every), default=math.inf)
         if points:
@@ -312,7 +316,6 @@ def rows_of(sweep: Sweep) -> list[dict[str, Any]]:
 
 def table(sweep: Sweep, rows: Iterable[dict[str, Any]]) -> str:
     """The rows in markdown."""
-
     reference, program = sweep.plan.reference, sweep.program
 
     def text(value: float, sign: str = "") -> str:
@@ -320,17 +323,18 @@ def table(sweep: Sweep, rows: Iterable[dict[str, Any]]) -> str:
 
     def cells(row: dict[str, Any]) -> dict[str, str]:
         diverged = row["losses"].count(math.inf)
-        decay = f", decay {row['best_decay']:g}" if "best_decay" in row else ""
         tries = {tried: text(x) if x < math.inf else "diverged" for tried, x in row["tried"].items()}
         out = {"arm": row["arm"]}
-        out["best lr"] = f"{row['best_lr']:g}{decay}{' (edge of the grid)' if row['at_edge'] else ''}"
+        edge = {True: " (edge of the grid)", False: ""}
+        out["best lr"] = f"{row['best_lr']:g}{edge[row['at_edge']]}"
+        out |= {"best decay": f"{row['best_decay']:g}{edge[row['decay_at_edge']]}"} if "best_decay" in row else {}
         out[program.label] = f"diverged on {diverged} of {row['seeds']} seeds" if diverged else text(row["loss"])
         out["deviation over seeds"] = text(row["deviation"])
         difference = f"{text(row['difference'], '+')} ± {text(row['interval'])}"
         out[f"difference to {reference}"] = "reference" if row["arm"] == reference else difference
         out |= {"lowest of any epoch and try": text(row["lowest"])} if "lowest" in row else {}
         out |= {"published": text(row["published"])} if "published" in row else {}
-        return out | {f"tries ({program.selects})": ", ".join(map(": ".join, tries.items()))}
+        return out | {f"tries ({program.selects[0]})": ", ".join(map(": ".join, tries.items()))}
 
     return markdown([cells(row) for row in rows])
 
@@ -374,7 +378,7 @@ def plots(sweep: Sweep, rows: list[dict[str, Any]], path: Path) -> None:
     for axes, label in zip((*means_over_runs.values(), by_lr), labels, strict=True):
         axes.set(xlabel=label, ylabel=program.label, ylim=(bottom, bottom + program.height))
         axes.grid(alpha=0.25)
-    by_lr.set(xscale="log", ylabel=program.selects)
+    by_lr.set(xscale="log", ylabel=program.selects[0])
     by_gamma.set(xlabel="gamma", ylabel=f"{program.label}, deviation over seeds")
     legend.axis("off")
     legend.legend(*by_amount.get_legend_handles_labels(), loc="center", fontsize=8)
@@ -446,13 +450,14 @@ def main(argv: list[str] | None = None) -> None:
         if args.dry_run or args.commands:
             print("\n".join(shlex.join(run.command) for run in sweep.todo()))
             if args.dry_run:
-                hours = f", about {sweep.gpu_hours():,.2g} hours of an H100 at 40 % of its peak"
-                print(f"{sweep.count()} runs{'' if math.isnan(sweep.gpu_hours()) else hours}")
+                hours = sweep.gpu_hours()
+                about = f", about {hours:,.{0 if hours >= 10 else 4}f} hours of an H100 at 40 % of its peak"
+                print(f"{sweep.count()} runs{'' if math.isnan(hours) else about}")
             return
         if not args.report_only:
             sweep.train(args.workers)
         if sweep.failed:
-            by_reason = {error.strip().splitlines()[-1]: error for error in sweep.failed.values()}
+            by_reason = {reason(error): error for error in sweep.failed.values()}
             print("\n".join(["", "runs that failed, one of each kind:", *by_reason.values(), ""]), file=sys.stderr)
         report(sweep, args.folder)
         if sweep.failed:

@@ -1,12 +1,12 @@
 """Train a ResNet-18 on images: python -m bench.vision DATASET --optimizer=NAME
 
-    python -m bench.vision digits --optimizer=muon --lr=0.01                  seconds; scikit-learn brings the images
+    python -m bench.vision digits --optimizer=muon --lr=0.01 --width=8 --epochs=6          takes seconds
     python -m bench.vision fashion --data=FOLDER --optimizer=mars_m --gamma=0.05 --weight_decay=0.01
-    python -m bench.sweep vision --scale cifar10                              all optimizers; needs a GPU
+    python -m bench.sweep vision --scale cifar10                                           all optimizers; needs a GPU
 
 A run holds a part of the training images out. Learning rates are selected by the error on these; the test images are
 for the report alone. A seed gives all optimizers equal weights, batches and augmentation. The optimizers have the
-settings of train_gpt.py. A run that ends early starts again.
+settings of train_gpt.py. A run that ends early starts again; a finished one is not repeated.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from config.load import optimizer_settings
 from optimizers import OPTIMIZERS, Settings, build_optimizer
 from runtime.command import Parser, one_line
 from runtime.files import write_json
-from runtime.folder import CONFIG
-from runtime.logger import METRICS
+from runtime.folder import CONFIG, differences
+from runtime.logger import METRICS, read_metrics
 
 BATCH = 128
 DROPS = (0.5, 0.75)  # parts of the run after which the learning rate falls to a tenth: epochs 100 and 150 of 200
@@ -139,7 +139,26 @@ def parse(argv: Sequence[str] | None) -> tuple[VisionConfig, argparse.Namespace]
             parser.error(f"--{key}={getattr(args, key)}: must be at least {least}")
     args.name = args.name or f"{args.dataset}-{args.optimizer}-seed{args.seed}"
     optim = optimizer_settings(args.optimizer, settings)
+    if optim.moving() or getattr(optim, "gamma", 0.0) is None:
+        parser.error("a gamma that moves or is chosen (--gamma_end, --gamma=auto) works only in train_gpt.py")
     return VisionConfig(args.dataset, args.width, args.epochs, args.limit, args.seed, args.optimizer, optim), args
+
+
+def changed(before: dict[str, Any], config: VisionConfig) -> dict[str, tuple]:
+    """The settings of a config.json that differ from a configuration, as key: (before, now)."""
+    defaults = {f"optim.{key}": value for key, value in asdict(OPTIMIZERS[config.optimizer]).items()}  # type: ignore[call-overload]
+    return differences(before, asdict(config), defaults)
+
+
+def is_finished(folder: Path, config: VisionConfig) -> bool:
+    """Whether a folder holds this run, finished. Raises ValueError if it holds a run with other settings."""
+    if not (folder / CONFIG).exists():
+        return False
+    if found := changed(json.loads((folder / CONFIG).read_text(encoding="utf-8")), config):
+        settings = ", ".join(f"{key}: {before} -> {now}" for key, (before, now) in found.items())
+        raise ValueError(f"{folder}: holds a run with other settings ({settings}); give another --name")
+    records = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
+    return bool(records) and records[-1]["epoch"] == config.epochs
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -147,8 +166,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         config, args = parse(argv)
         if args.device == "cpu":
             torch.set_num_threads(1)  # on small images, more threads wait for each other
-        images = load_images(config.dataset, args.data).limited(config.limit).to(args.device)
         folder = Path(getattr(args, "log.folder"), args.name)
+        if is_finished(folder, config):
+            print(f"{folder}: this run is finished")
+            return
+        images = load_images(config.dataset, args.data).limited(config.limit).to(args.device)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / CONFIG, asdict(config))
         with open(folder / METRICS, "w", encoding="utf-8") as file:

@@ -61,8 +61,7 @@ def conclude(t: "Trainer") -> None:
     except (ImportError, ValueError, OSError) as error:
         t.log.say(f"no curves: {error}")
     if t.step == t.steps and t.val_loss is not None:
-        bits = bits_per_byte(t.val_loss, t.bytes_per_token) if t.bytes_per_token else None
-        t.log.say(f"final   {loss_text(t.val_loss, bits)}")
+        t.log.say(f"final   {loss_text(t.val_loss, t.evaluator.bits_per_byte(t.val_loss))}")
     t.log.say(f"run     {t.folder}")
 
 
@@ -79,7 +78,7 @@ def step_line(numbers: dict, steps: int) -> str:
 
 def validation_line(numbers: dict) -> str:
     """The line of an evaluation."""
-    text = f"step {numbers['step']:>6}  {loss_text(numbers['val_loss'], numbers.get('val_bits_per_byte'))}"
+    text = f"step {numbers['step']:>6}  {loss_text(numbers['val_loss'], numbers.get('val_bits_per_byte', math.nan))}"
     if (average := numbers.get("val_loss_average")) is not None:
         text += f", {average:.4f} with averaged weights"
     if "hellaswag_items" in numbers:
@@ -88,11 +87,6 @@ def validation_line(numbers: dict) -> str:
     return text
 
 
-def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """A loss in nats per token as bits per byte of text."""
-    return loss / bytes_per_token / math.log(2)
-
-
-def loss_text(loss: float, bits: float | None) -> str:
-    """A validation loss per token and, if the dataset counts its bytes, per byte."""
-    return f"validation loss {loss:.4f} nats/token" + (f", {bits:.4f} bits/byte" if bits is not None else "")
+def loss_text(loss: float, bits: float) -> str:
+    """A validation loss per token and, unless it is NaN, per byte."""
+    return f"validation loss {loss:.4f} nats/token" + ("" if math.isnan(bits) else f", {bits:.4f} bits/byte")

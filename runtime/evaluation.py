@@ -1,46 +1,90 @@
-"""The validation loss, computed by all ranks together."""
+"""What the trainer measures between steps, by all ranks together: validation loss, HellaSwag, bad sequences."""
 
 import math
-from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from data.loader import ValidationSet
+from data.hellaswag import HellaSwag
+from data.loader import ValidationSet, to_device
 from runtime.clipping import NonFiniteError
-from runtime.distributed import StopRequest, World
+from runtime.distributed import StopRequest
+
+if TYPE_CHECKING:
+    from train_gpt import Trainer
+
+
+class Evaluator:
+    """Scores the present weights of a run.
+
+    hellaswag: items to score, if the run wants them. bytes_per_token: of the validation data; None if not known.
+    """
+
+    def __init__(
+        self, t: "Trainer", validation: ValidationSet, hellaswag: HellaSwag | None, bytes_per_token: float | None
+    ) -> None:
+        self.t, self.validation, self.hellaswag, self.bytes_per_token = t, validation, hellaswag, bytes_per_token
+
+    def scores(self, step: int, stop: StopRequest) -> dict[str, float] | None:
+        """val_loss, and where the run has them val_loss_average, val_bits_per_byte and the numbers of HellaSwag.
+
+        Returns None if a stop request interrupted the evaluation.
+        """
+        t, data = self.t, self.t.run.data
+        losses = {"val_loss": self.loss(step, stop)}
+        if t.average:
+            with t.average.in_model():
+                losses["val_loss_average"] = self.loss(step, stop)
+        found = {key: loss for key, loss in losses.items() if loss is not None}
+        if len(found) < len(losses):
+            return None
+        if self.bytes_per_token:
+            found["val_bits_per_byte"] = self.bits_per_byte(found["val_loss"])
+        if self.hellaswag and (step // t.run.eval_every % data.hellaswag_every == 0 or step == t.steps):
+            found |= self.hellaswag.score(t.model, t.world, t.autocast)
+        return found
+
+    def bits_per_byte(self, loss: float) -> float:
+        """A validation loss in nats per token as bits per byte of text; NaN if the dataset does not count its bytes."""
+        return loss / (self.bytes_per_token or math.nan) / math.log(2)
+
+    @torch.no_grad()
+    def loss(self, step: int, stop: StopRequest) -> float | None:
+        """Mean loss in nats per token over the validation windows. Each rank computes a part of the batches.
+
+        Returns None if a stop request interrupted a rank. Raises NonFiniteError if the loss is not finite.
+        """
+        validation, world, model = self.validation, self.t.world, self.t.compiled
+        # one place per batch, so that the order of the sum does not depend on the number of ranks
+        sums = torch.zeros(2, len(validation), dtype=torch.float64, device=world.device)
+        model.eval()
+        for number in range(world.rank, len(validation), world.size):
+            if stop.signal:
+                break
+            idx, targets, windows = validation.inputs(number, step, world.device)
+            with self.t.autocast:
+                sums[0, number] = model(idx, targets).double() * windows
+            sums[1, number] = windows
+        model.train()
+        loss_sum, windows = world.sum(sums).sum(dim=1).tolist()
+        if windows < validation.count:
+            return None
+        if not math.isfinite(loss_sum):
+            raise NonFiniteError(
+                f"the validation loss of step {step} is not finite; this step is not saved, "
+                "and the checkpoints before it are good; use a smaller --lr, or --fresh to start over"
+            )
+        return loss_sum / windows
 
 
 @torch.no_grad()
-def validation_loss(
-    validation: ValidationSet,
-    step: int,
-    model: nn.Module,
-    world: World,
-    autocast: AbstractContextManager,
-    stop: StopRequest,
-) -> float | None:
-    """Mean loss in nats per token over the validation windows. Each rank computes a part of the batches.
+def bad_samples(t: "Trainer", step: int) -> str:
+    """The sequences of a step's batch whose loss is not finite, as text."""
 
-    Returns None if a stop request interrupted a rank. Raises NonFiniteError if the loss is not finite.
-    """
-    # one place per batch, so that the order of the sum does not depend on the number of ranks
-    sums = torch.zeros(2, len(validation), dtype=torch.float64, device=world.device)
-    model.eval()
-    for number in range(world.rank, len(validation), world.size):
-        if stop.signal:
-            break
-        idx, targets, windows = validation.inputs(number, step, world.device)
-        with autocast:
-            sums[0, number] = model(idx, targets).double() * windows
-        sums[1, number] = windows
-    model.train()
-    loss_sum, windows = world.sum(sums).sum(dim=1).tolist()
-    if windows < validation.count:
-        return None
-    if not math.isfinite(loss_sum):
-        raise NonFiniteError(
-            f"the validation loss of step {step} is not finite; this step is not saved, "
-            "and the checkpoints before it are good; use a smaller --lr, or --fresh to start over"
-        )
-    return loss_sum / windows
+    def loss_of(row: Tensor) -> Tensor:
+        with t.autocast:
+            return t.model(*to_device(row[None], t.world.device))
+
+    bad = [name for names in t.world.gather(t.loader.bad_samples(step, loss_of)) for name in names]
+    return ", ".join(bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "") if bad else "none by itself"

@@ -7,14 +7,17 @@ import statistics
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from config.schema import RunConfig, largest_divisor
 from data.hellaswag import HellaSwag
-from data.loader import TrainLoader
+from data.loader import TrainLoader, to_device
 from data.shards import MANIFEST, Dataset, open_dataset, shard_problems
 from model import GPT
 from optimizers import build_optimizer
@@ -25,7 +28,10 @@ from runtime.distributed import World
 from runtime.gamma import copied_bytes
 from runtime.hardware import available_memory
 from runtime.logger import METRICS, read_metrics
-from runtime.memory import MemoryEstimate, estimated_micro_batch
+from runtime.memory import MemoryEstimate, MicroBatch, choose_micro_batch, estimated_micro_batch, peak_of_pass
+
+if TYPE_CHECKING:
+    from train_gpt import Trainer
 
 
 def memory_estimate(run: RunConfig, model: GPT, optimizer: Optimizer, world: World) -> MemoryEstimate:
@@ -53,6 +59,23 @@ def memory_estimate(run: RunConfig, model: GPT, optimizer: Optimizer, world: Wor
         activations=round(c.block_size * (blocks * c.n_embd + logits * c.padded_vocab_size)),
         halves=copied_bytes(optimizer) if run.chooses_gamma else 0,
     )
+
+
+def fitting_micro_batch(t: "Trainer", sequences: int) -> MicroBatch:
+    """The largest micro-batch that fits and divides `sequences`: measured on a GPU, estimated on a CPU."""
+
+    def loss(micro_batch: int) -> Tensor:
+        tokens = torch.zeros(micro_batch, t.run.model.block_size + 1, dtype=torch.uint16)
+        with t.unsynchronized(), t.autocast:
+            return t.forward(*to_device(tokens, t.world.device))
+
+    def attempt(micro_batch: int) -> int:
+        return peak_of_pass(partial(loss, micro_batch), t.model.parameters(), reserve, t.world.device)
+
+    need = memory_estimate(t.run, t.model, t.optimizer, t.world)
+    late = 0 if t.optimizer.state else need.optimizer  # torch optimizers allocate state at their first step
+    reserve = need.halves + late
+    return choose_micro_batch(need, sequences, t.world, attempt)
 
 
 def on_meta_device(run: RunConfig, world: World) -> tuple[GPT, Optimizer]:

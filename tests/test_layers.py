@@ -27,8 +27,8 @@ ALLOWED = {  # a name allows itself and everything in it
 }
 ON_TOP = {  # parts of a room that stand above the others
     "data/prepare/command.py": {"config"},
-    "runtime/evaluation.py": {"data.loader"},
-    "runtime/preflight.py": {"config", "data", "model", "optimizers"},
+    "runtime/evaluation.py": {"data", "train_gpt"},
+    "runtime/preflight.py": {"config", "data", "model", "optimizers", "train_gpt"},
     "runtime/console.py": {"config", "data.tokenizer", "optimizers", "train_gpt"},
 }
 FILES = sorted(p for room in ROOMS for p in [*ROOT.glob(f"{room}.py"), *ROOT.glob(f"{room}/**/*.py")])

@@ -11,6 +11,7 @@ from conftest import ROOT, environment
 import train_gpt
 from config.load import load_config
 from model import GPT, GPTConfig
+from runtime import preflight
 from runtime.distributed import ALONE, World, start_world
 from runtime.logger import read_metrics
 from runtime.memory import (
@@ -127,7 +128,7 @@ def test_a_measured_micro_batch_trains_like_a_given_one(arguments, optimizer, mo
     arguments = [*arguments, f"--optimizer={optimizer}"]
     train_gpt.main([*arguments, "--micro_batch=4"])
     expected = train_metrics(arguments)
-    monkeypatch.setattr(train_gpt, "choose_micro_batch", measured)
+    monkeypatch.setattr(preflight, "choose_micro_batch", measured)
     train_gpt.main([*arguments, "--micro_batch=auto", "--fresh"])
     assert train_metrics(arguments) == expected
     assert "chosen     micro-batch 4 x accumulation 3: about 4 of 1 GB; 12, 6 did not fit" in capsys.readouterr().out

@@ -1,7 +1,11 @@
 """Sweeps: the plans can run, every arm gets equal tries, and the report compares seed by seed."""
 
+import fcntl
 import json
 import math
+import os
+import re
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -41,7 +45,12 @@ def test_the_interval_of_paired_differences():
 @pytest.fixture
 def plan(dataset, tmp_path, monkeypatch):
     """A plan of two arms with the tiny model; its runs are in the temporary folder."""
-    path = tmp_path / "small.py"
+    monkeypatch.setattr(Sweep, "root", str(tmp_path / "sweeps"))
+    return write_plan(tmp_path, dataset)
+
+
+def write_plan(folder, dataset):
+    path = folder / "small.py"
     path.write_text(
         f"""
 from config.plan import Arm, Plan, Scale
@@ -51,25 +60,55 @@ plan = Plan("Which is better?", "nothing", dict(AdamW=Arm("--optimizer=adamw", d
     Muon=Arm("--optimizer=muon", dict(laptop=0.02), gamma=0.05)), "AdamW", dict(laptop=scale))
 """
     )
-    monkeypatch.setattr(Sweep, "root", str(tmp_path / "sweeps"))
     return str(path)
 
 
-def test_a_sweep_tries_reports_and_continues(plan, tmp_path, capsys):
-    sweep.main([plan, "--folder", str(tmp_path / "results"), "--workers", "2"])
-    text = (tmp_path / "results/sweep_small_laptop.md").read_text()
+@pytest.fixture(scope="module")
+def swept(dataset, tmp_path_factory):
+    """A folder with the finished runs of the plan in `sweeps`, and their report in `results`.
+
+    The test processes of pytest-xdist share it: the first one makes it, and the others wait.
+    """
+    folder = tmp_path_factory.mktemp("swept")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = tmp_path_factory.getbasetemp().parent / "swept"
+        folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock, pytest.MonkeyPatch.context() as patch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "results").exists():
+            patch.setattr(Sweep, "root", str(folder / "sweeps"))
+            sweep.main([write_plan(folder, dataset), "--folder", str(folder / "results"), "--workers", "2"])
+    return folder
+
+
+@pytest.fixture
+def finished(plan, swept, tmp_path):
+    """The plan, whose runs are finished."""
+    shutil.copytree(swept / "sweeps", tmp_path / "sweeps")
+    return plan
+
+
+def test_a_sweep_tries_and_reports(finished, swept):
+    text = (swept / "results/sweep_small_laptop.md").read_text()
     assert "difference to AdamW" in text
-    assert (tmp_path / "results/sweep_small_laptop.png").stat().st_size > 10_000
-    rows = {row["arm"]: row for row in json.loads((tmp_path / "results/sweep_small_laptop.json").read_text())["rows"]}
+    assert (swept / "results/sweep_small_laptop.png").stat().st_size > 10_000
+    rows = {row["arm"]: row for row in json.loads((swept / "results/sweep_small_laptop.json").read_text())["rows"]}
     assert rows.keys() == {"AdamW", "Muon"}
     assert all(len(row["tried"]) == 2 and row["seeds"] == 2 for row in rows.values())
     assert rows["AdamW"]["difference"] == 0
-    finals = {arm: [run.loss for run in Sweep(plan, "laptop").reported(arm)] for arm in rows}
+    finals = {arm: [run.loss for run in Sweep(finished, "laptop").reported(arm)] for arm in rows}
     pairs = [b - a for a, b in zip(finals["AdamW"], finals["Muon"], strict=True)]
     assert rows["Muon"]["difference"] == pytest.approx(sum(pairs) / 2)
-    capsys.readouterr()
-    sweep.main([plan, "--commands"])
+
+
+def test_a_sweep_continues(finished, tmp_path, capsys):
+    sweep.main([finished, "--commands"])
     assert capsys.readouterr().out.strip() == ""  # nothing is left to do
+    shutil.rmtree(tmp_path / "sweeps/small-laptop/Muon-lr0.02-seed1")
+    sweep.main([finished, "--commands"])
+    assert [line.split("--name=")[1].split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "Muon-lr0.02-seed1"
+    ]
 
 
 def test_the_commands_of_a_sweep_are_those_of_its_unfinished_runs(plan, capsys):
@@ -130,21 +169,20 @@ def test_a_run_that_diverges_is_a_result(plan, tmp_path):
     assert "| AdamW | 0.01 (edge of the grid) | 2.5100 |" in text
 
 
-def test_runs_of_other_settings_are_not_taken_for_those_of_the_plan(plan, tmp_path, capsys):
-    sweep.main([plan, "--folder", str(tmp_path / "results")])
-    Path(plan).write_text(Path(plan).read_text().replace("--optimizer=muon", "--optimizer=muon --momentum=0.9"))
+def test_runs_of_other_settings_are_not_taken_for_those_of_the_plan(finished, tmp_path):
+    Path(finished).write_text(Path(finished).read_text().replace("--optimizer=muon", "--optimizer=muon --momentum=0.9"))
     with pytest.raises(SystemExit, match=r"Muon-lr0.02-seed1: the plan has changed .*momentum: 0.95 -> 0.9\); rename"):
-        sweep.main([plan, "--folder", str(tmp_path / "results")])
-    assert not Sweep(plan, arms=["AdamW"]).changed_run()  # the runs of the other arm are as they were
+        sweep.main([finished, "--folder", str(tmp_path / "results")])
+    assert not Sweep(finished, arms=["AdamW"]).changed_run()  # the runs of the other arm are as they were
 
 
-def test_another_reference_has_its_own_report(plan, tmp_path):
-    sweep.main([plan, "--folder", str(tmp_path), "--reference", "Muon"])
+def test_another_reference_has_its_own_report(finished, tmp_path):
+    sweep.main([finished, "--folder", str(tmp_path), "--reference", "Muon"])
     rows = {row["arm"]: row for row in json.loads((tmp_path / "sweep_small_laptop_vs_Muon.json").read_text())["rows"]}
     assert rows["Muon"]["difference"] == 0
     pairs = [a - b for a, b in zip(rows["AdamW"]["losses"], rows["Muon"]["losses"], strict=True)]
     assert rows["AdamW"]["difference"] == pytest.approx(sum(pairs) / 2)
-    sweep.main([plan, "--folder", str(tmp_path), "--arms", "AdamW"])
+    sweep.main([finished, "--folder", str(tmp_path), "--arms", "AdamW"])
     assert (tmp_path / "sweep_small_laptop_only_AdamW.png").exists()
     assert not (tmp_path / "sweep_small_laptop.md").exists()  # the report of the whole plan is not overwritten
 
@@ -175,6 +213,25 @@ def test_a_plan_that_cannot_be_used_is_one_line(plan, old, new, problem):
     Path(plan).write_text(Path(plan).read_text().replace(old, new))
     with pytest.raises(SystemExit, match=problem):
         sweep.main([plan, "--dry_run"])
+
+
+def test_the_hours_of_a_gpu_are_estimated(capsys):
+    sweep.main(["gamma", "--scale", "paper", "--dry_run"])
+    assert re.search(r"\d+ runs, about \d,\d{3} hours of an H100", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "output, line",
+    [
+        (
+            "train_gpt: no data\n\nTraceback\nChildFailedError:\n====\n",
+            "train_gpt: no data",
+        ),
+        ("Traceback\nKeyError: 'a'\n=====\n", "KeyError: 'a'"),
+    ],
+)
+def test_the_reason_of_a_failed_run(output, line):
+    assert sweep.reason(output) == line
 
 
 def test_published_losses_belong_to_arms_of_the_paper_scale():

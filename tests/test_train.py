@@ -27,7 +27,7 @@ from data.prepare.pretokenized import index_in_place
 from data.shards import open_dataset
 from model import GPT
 from optimizers import MARSM
-from runtime import checkpoint
+from runtime import checkpoint, preflight
 from runtime.checkpoint import Checkpointer, write_tensors
 from runtime.distributed import ALONE
 from runtime.folder import run_lock
@@ -169,7 +169,7 @@ def test_compiled_training_equals_eager(arguments, monkeypatch):
         return loss
 
     eager = series(run_in_process(arguments, *changes))
-    monkeypatch.setattr(train_gpt, "choose_micro_batch", tried)
+    monkeypatch.setattr(preflight, "choose_micro_batch", tried)
     monkeypatch.setattr(train_gpt.Trainer, "accumulate", counted)
     counters.clear()
     compiled = series(run_in_process(arguments, *changes, "--compile=true", "--micro_batch=auto", "--fresh"))
@@ -294,13 +294,13 @@ def wait_for_metrics(folder: Path, process: subprocess.Popen):
 
 
 def test_a_last_evaluation_that_was_cut_short_is_made_when_the_run_continues(arguments, straight, monkeypatch):
-    evaluate = train_gpt.Trainer.evaluate
+    scores = train_gpt.Evaluator.scores
 
-    def interrupted(self, stop):
-        stop.signal = "SIGTERM" if self.step == 12 else None
-        return evaluate(self, stop)
+    def interrupted(self, step, stop):
+        stop.signal = "SIGTERM" if step == 12 else None
+        return scores(self, step, stop)
 
-    monkeypatch.setattr(train_gpt.Trainer, "evaluate", interrupted)
+    monkeypatch.setattr(train_gpt.Evaluator, "scores", interrupted)
     folder = run_in_process(arguments)
     assert 12 not in series(folder, "val_loss")
     monkeypatch.undo()
@@ -603,12 +603,12 @@ def test_weights_that_overflow_in_the_last_step_are_not_saved(arguments):
     assert [p.name for p in (folder_of(arguments) / "checkpoints").iterdir()] == ["step_0000003"]
 
 
-@pytest.mark.parametrize("when", ["try_micro_batches", "restore"])
-def test_ctrl_c_before_the_loop_is_one_line(arguments, monkeypatch, when):
+@pytest.mark.parametrize("owner, when", [(train_gpt, "fitting_micro_batch"), (train_gpt.Trainer, "restore")])
+def test_ctrl_c_before_the_loop_is_one_line(arguments, monkeypatch, owner, when):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_gpt.Trainer, when, interrupt)
+    monkeypatch.setattr(owner, when, interrupt)
     assert "interrupted; the checkpoints so far are untouched" in stops(arguments, "--micro_batch=auto")
 
 
