@@ -89,7 +89,7 @@ class Trainer:
             self.forward = DistributedDataParallel(self.compiled, bucket_cap_mb=buckets, gradient_as_bucket_view=True)
         self.divide_batch(per_process)
         validation = ValidationSet(dataset, run.data, micro_batch=self.micro_batch, **sizes)
-        self.evaluator = Evaluator(self, validation, hellaswag, dataset.bytes_per_token("val"))
+        self.evaluator = Evaluator(validation, hellaswag, dataset.bytes_per_token("val"))
         add_facts(self.folder, dict(micro_batch=self.micro_batch, accumulation=self.accumulation), world)
 
         self.passes = 2 if self.lookahead else 1  # gradient evaluations per step
@@ -238,7 +238,7 @@ class Trainer:
             return
         with self.meter.excluded():
             gc.collect()  # automatic garbage collection is off between evaluations
-            if scores := self.evaluator.scores(self.step, stop):
+            if scores := self.evaluator.scores(self, stop):
                 self.val_loss = scores["val_loss"]
                 self.best_val_loss = min(x for x in (self.val_loss, self.best_val_loss) if x is not None)
                 numbers = dict(step=self.step, tokens=self.step * self.run.tokens_per_step) | scores

@@ -21,27 +21,25 @@ class Evaluator:
     hellaswag: items to score, if the run wants them. bytes_per_token: of the validation data; None if not known.
     """
 
-    def __init__(
-        self, t: "Trainer", validation: ValidationSet, hellaswag: HellaSwag | None, bytes_per_token: float | None
-    ) -> None:
-        self.t, self.validation, self.hellaswag, self.bytes_per_token = t, validation, hellaswag, bytes_per_token
+    def __init__(self, validation: ValidationSet, hellaswag: HellaSwag | None, bytes_per_token: float | None) -> None:
+        self.validation, self.hellaswag, self.bytes_per_token = validation, hellaswag, bytes_per_token
 
-    def scores(self, step: int, stop: StopRequest) -> dict[str, float] | None:
+    def scores(self, t: "Trainer", stop: StopRequest) -> dict[str, float] | None:
         """val_loss, and where the run has them val_loss_average, val_bits_per_byte and the numbers of HellaSwag.
 
         Returns None if a stop request interrupted the evaluation.
         """
-        t, data = self.t, self.t.run.data
-        losses = {"val_loss": self.loss(step, stop)}
+        losses = {"val_loss": self.loss(t, stop)}
         if t.average:
             with t.average.in_model():
-                losses["val_loss_average"] = self.loss(step, stop)
+                losses["val_loss_average"] = self.loss(t, stop)
         found = {key: loss for key, loss in losses.items() if loss is not None}
         if len(found) < len(losses):
             return None
         if self.bytes_per_token:
             found["val_bits_per_byte"] = self.bits_per_byte(found["val_loss"])
-        if self.hellaswag and (step // t.run.eval_every % data.hellaswag_every == 0 or step == t.steps):
+        is_due = t.step // t.run.eval_every % t.run.data.hellaswag_every == 0 or t.step == t.steps
+        if self.hellaswag and is_due:
             found |= self.hellaswag.score(t.model, t.world, t.autocast)
         return found
 
@@ -50,20 +48,20 @@ class Evaluator:
         return loss / (self.bytes_per_token or math.nan) / math.log(2)
 
     @torch.no_grad()
-    def loss(self, step: int, stop: StopRequest) -> float | None:
+    def loss(self, t: "Trainer", stop: StopRequest) -> float | None:
         """Mean loss in nats per token over the validation windows. Each rank computes a part of the batches.
 
         Returns None if a stop request interrupted a rank. Raises NonFiniteError if the loss is not finite.
         """
-        validation, world, model = self.validation, self.t.world, self.t.compiled
+        validation, world, model = self.validation, t.world, t.compiled
         # one place per batch, so that the order of the sum does not depend on the number of ranks
         sums = torch.zeros(2, len(validation), dtype=torch.float64, device=world.device)
         model.eval()
         for number in range(world.rank, len(validation), world.size):
             if stop.signal:
                 break
-            idx, targets, windows = validation.inputs(number, step, world.device)
-            with self.t.autocast:
+            idx, targets, windows = validation.inputs(number, t.step, world.device)
+            with t.autocast:
                 sums[0, number] = model(idx, targets).double() * windows
             sums[1, number] = windows
         model.train()
@@ -72,7 +70,7 @@ class Evaluator:
             return None
         if not math.isfinite(loss_sum):
             raise NonFiniteError(
-                f"the validation loss of step {step} is not finite; this step is not saved, "
+                f"the validation loss of step {t.step} is not finite; this step is not saved, "
                 "and the checkpoints before it are good; use a smaller --lr, or --fresh to start over"
             )
         return loss_sum / windows

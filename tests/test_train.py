@@ -296,9 +296,9 @@ def wait_for_metrics(folder: Path, process: subprocess.Popen):
 def test_a_last_evaluation_that_was_cut_short_is_made_when_the_run_continues(arguments, straight, monkeypatch):
     scores = train_gpt.Evaluator.scores
 
-    def interrupted(self, step, stop):
-        stop.signal = "SIGTERM" if step == 12 else None
-        return scores(self, step, stop)
+    def interrupted(self, t, stop):
+        stop.signal = "SIGTERM" if t.step == 12 else None
+        return scores(self, t, stop)
 
     monkeypatch.setattr(train_gpt.Evaluator, "scores", interrupted)
     folder = run_in_process(arguments)
