@@ -4,6 +4,8 @@ On a CPU float64 is used only where float32 overflowed. On other devices a look 
 device, and float64 costs nothing beside the reading of memory.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
@@ -13,7 +15,7 @@ def norm_of(x: Tensor) -> Tensor:
     """Norm of a tensor, 0-d; not finite only if an element is not."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         norm = torch.linalg.vector_norm(x)
-        if torch.isfinite(norm):
+        if math.isfinite(norm.item()):
             return norm
     return torch.linalg.vector_norm(x, dtype=torch.float64)
 
@@ -36,7 +38,7 @@ def total_norm(tensors: list[Tensor]) -> Tensor:
     """Norm of all elements of all tensors, 0-d; not finite only if an element is not."""
     if not tensors or tensors[0].device.type == "cpu":
         norm = get_total_norm(tensors)
-        if torch.isfinite(norm):
+        if math.isfinite(norm.item()):
             return norm
     norms = torch._foreach_norm(tensors, 2, dtype=torch.float64)
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
