@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Scale:
     processes: int = 1  # GPUs of a run
     multiples: tuple[float, ...] = (0.5, 1.0, 2.0)  # learning rates that each arm tries, as multiples of its own
     decays: tuple[float, ...] = ()  # weight decays that each arm tries with each rate; empty: the arm's own
-    program: Literal["train_gpt", "vision"] = "train_gpt"  # what does a run: train_gpt.py or bench.vision
+    program: str = "train_gpt"  # what does a run: "train_gpt" for train_gpt.py, or "vision" for bench.vision
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,10 @@ class Plan:
                 out.append(f"scale {name}: tries a single learning rate; give at least two multiples")
             if len(set(scale.decays)) == 1:
                 out.append(f"scale {name}: tries a single weight decay; write it into the options")
+            if scale.program not in ("train_gpt", "vision"):
+                out.append(f"scale {name}: program={scale.program!r}: must be 'train_gpt' or 'vision'")
+            if scale.program == "vision" and scale.processes > 1:
+                out.append(f"scale {name}: processes={scale.processes}: bench.vision uses one process")
             if len(set(scale.seeds)) < 2:
                 out.append(f"scale {name}: give at least two seeds; the first selects, and the others are reported")
             out += [f"arm {arm!r}: has no lr for scale {name}" for arm, a in self.arms.items() if name not in a.lr]

@@ -199,6 +199,8 @@ def test_an_arm_with_wrong_settings_stops_the_sweep_before_any_run(plan, tmp_pat
     [
         ("multiples=(1.0, 2.0)", "multiples=(1.0,)", "scale laptop: tries a single learning rate; give at least two"),
         ("multiples=", "decays=(0.1,), multiples=", "scale laptop: tries a single weight decay; write it into"),
+        ("multiples=", "program='visoin', multiples=", "program='visoin': must be 'train_gpt' or 'vision'"),
+        ("multiples=", "program='vision', processes=2, multiples=", "processes=2: bench.vision uses one process"),
         ("seeds=(1, 2, 3)", "seeds=(1,)", "scale laptop: give at least two seeds"),
         ("AdamW=Arm", "**{'Muon ': Arm('', dict(laptop=1.0)), 'Muon_': Arm('', dict(laptop=1.0))}, AdamW=Arm",
          "arms 'Muon ' and 'Muon_': would use the same run folders"),
