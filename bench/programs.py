@@ -66,7 +66,7 @@ PROGRAMS = {
         words=("-m", "bench.vision"),
         configuration=lambda arguments: vision.parse(arguments)[0],
         changed=vision.changed,
-        is_last=lambda record, config: record["epoch"] == config.epochs,
+        is_last=vision.is_last,
         flops=lambda config: math.nan,
         selects=("val_error", "val_loss"),
         reports="test_error",

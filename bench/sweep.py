@@ -135,15 +135,17 @@ class Run:
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
         return self.sweep.program.changed(before, self.config) if before else {}
 
-    def records(self) -> list[dict]:
-        """The evaluations of a finished run; empty if it is not finished."""
+    def evaluations(self) -> list[dict]:
+        """The evaluations so far, each with the other numbers of its step."""
         path = self.path / METRICS
         found = read_metrics(path) if path.exists() else []
-        values = [r for r in found if self.sweep.program.reports in r]
-        if not values or not self.sweep.program.is_last(values[-1], self.config):
-            return []
-        evaluations = {r["step"]: r for r in found if "gradient_evaluations" in r}
-        return [evaluations.get(r["step"], {}) | r for r in values]
+        steps = {r["step"]: r for r in found if "gradient_evaluations" in r}
+        return [steps.get(r["step"], {}) | r for r in found if self.sweep.program.reports in r]
+
+    def records(self) -> list[dict]:
+        """The evaluations of a finished run; empty if it is not finished."""
+        found = self.evaluations()
+        return found if found and self.sweep.program.is_last(found[-1], self.config) else []
 
     def final(self, metric: str) -> float:
         """The last value of a metric: infinite for a run that diverged, NaN for one that is not finished."""
@@ -227,10 +229,10 @@ class Sweep:
 
     def reported(self, arm: str) -> list[Run]:
         """The runs of an arm that are reported; empty until its learning rate is selected."""
-        tuning = self.tuning(arm)
-        if any(math.isnan(run.loss) for run in tuning):
+        values = {run: [run.final(metric) for metric in self.program.selects] for run in self.tuning(arm)}
+        if any(math.isnan(first) for first, *_ in values.values()):
             return []
-        best = min(tuning, key=lambda run: [run.final(metric) for metric in self.program.selects])
+        best = min(values, key=values.__getitem__)
         return [replace(best, seed=seed) for seed in self.scale.seeds[1:]]
 
     def todo(self) -> list[Run]:
@@ -283,12 +285,13 @@ class Sweep:
 def rows_of(sweep: Sweep) -> list[dict[str, Any]]:
     """A row for each finished arm: best rate, mean and spread over seeds, paired difference to the reference."""
     plan, metric, rows = sweep.plan, sweep.program.reports, []
-    finals = {arm: [run.final(metric) for run in sweep.reported(arm)] for arm in plan.arms}
+    reported = {arm: sweep.reported(arm) for arm in plan.arms}
+    finals = {arm: [run.final(metric) for run in runs] for arm, runs in reported.items()}
     points = {p["arm"]: p for p in published_points(sweep) if "arm" in p}
     for arm, losses in finals.items():
         if not losses or any(map(math.isnan, losses)):
             continue
-        best, tuning = sweep.reported(arm)[0], sweep.tuning(arm)
+        best, tuning = reported[arm][0], sweep.tuning(arm)
         rates, decays = sweep.rates(arm), sweep.scale.decays
         pairs = [a - b for a, b in zip(losses, finals[plan.reference], strict=False)]
         row = dict(
@@ -306,7 +309,7 @@ def rows_of(sweep: Sweep) -> list[dict[str, Any]]:
         if best.decay is not None:
             row |= dict(best_decay=best.decay, decay_at_edge=best.decay in (min(decays), max(decays)))
         if metric not in sweep.program.selects:
-            every = (record for run in (*tuning, *sweep.reported(arm)) for record in run.records())
+            every = (record for run in (*tuning, *reported[arm]) for record in run.evaluations())
             row["lowest"] = min((record[metric] for record in every), default=math.inf)
         if points:
             row["published"] = points.get(arm, {}).get(metric, math.nan)

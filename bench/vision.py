@@ -150,6 +150,11 @@ def changed(before: dict[str, Any], config: VisionConfig) -> dict[str, tuple]:
     return differences(before, asdict(config), defaults)
 
 
+def is_last(record: dict[str, Any], config: VisionConfig) -> bool:
+    """Whether a record is that of the last epoch."""
+    return record["epoch"] == config.epochs
+
+
 def is_finished(folder: Path, config: VisionConfig) -> bool:
     """Whether a folder holds this run, finished. Raises ValueError if it holds a run with other settings."""
     if not (folder / CONFIG).exists():
@@ -158,7 +163,7 @@ def is_finished(folder: Path, config: VisionConfig) -> bool:
         settings = ", ".join(f"{key}: {before} -> {now}" for key, (before, now) in found.items())
         raise ValueError(f"{folder}: holds a run with other settings ({settings}); give another --name")
     records = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
-    return bool(records) and records[-1]["epoch"] == config.epochs
+    return bool(records) and is_last(records[-1], config)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

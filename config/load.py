@@ -55,12 +55,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), as_published: b
     if as_published:
         config = published(config)
 
-    changes: dict[str, Any] = {}
-    for key, text in given.items():
-        try:
-            changes |= _read(key, text, all_keys(config))
-        except ValueError as error:
-            errors.append(str(error))
+    changes = _read_all(given, all_keys(config), errors)
     for pair in ALTERNATIVES:  # an override of one of the two replaces the other one of the config file
         for key, other in (pair, pair[::-1]):
             if key in changes and other not in changes:
@@ -84,12 +79,7 @@ def optimizer_settings(name: str, overrides: Sequence[str] = ()) -> Settings:
     """
     given, errors = _split(overrides)
     keys = {f"optim.{key}": declared for key, declared in options_of(type(OPTIMIZERS[name])).items()}
-    changes: dict[str, Any] = {}
-    for key, text in given.items():
-        try:
-            changes |= _read(key, text, keys)
-        except ValueError as error:
-            errors.append(str(error))
+    changes = _read_all(given, keys, errors)
     settings = OPTIMIZERS[name].changed(**{key.partition(".")[2]: value for key, value in changes.items()})
     if errors := errors + settings.errors():
         raise ConfigError(errors)
@@ -213,6 +203,17 @@ def _split(overrides: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
         else:
             errors.append(f"{argument}: expected --key=value")
     return given, errors
+
+
+def _read_all(given: dict[str, str | None], keys: dict[str, Any], errors: list[str]) -> dict[str, Any]:
+    """The full keys and the values of all overrides; what is wrong with the others is added to `errors`."""
+    changes: dict[str, Any] = {}
+    for key, text in given.items():
+        try:
+            changes |= _read(key, text, keys)
+        except ValueError as error:
+            errors.append(str(error))
+    return changes
 
 
 def _read(key: str, text: str | None, keys: dict[str, Any]) -> dict[str, Any]:

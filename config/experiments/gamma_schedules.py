@@ -6,6 +6,7 @@ from config.plan import Arm, Plan
 
 def mars(first: float, last: float | None = None) -> Arm:
     moving = "" if last is None else f" --gamma_end={last:g}"
+    # the middle of the rates, so that the best one lies inside the grid
     laptop = 1e-2 if last is None and first in (0.025, 0.05) else 2e-2
     return Arm(f"--optimizer=mars --gamma={first:g}{moving}", dict(laptop=laptop, paper=6e-3), lr_1d=0.5)
 
