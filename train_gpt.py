@@ -232,17 +232,20 @@ class Trainer:
         self.log.record(numbers, console.step_line(numbers, self.steps))
         self.logged_step = self.step
 
-    def evaluate_if_due(self, stop: StopRequest) -> None:
-        """Evaluate, unless this step is evaluated already. The resumed run repeats what a stop request interrupts."""
+    def evaluate_if_due(self, stop: StopRequest) -> bool:
+        """Evaluate, unless this step is evaluated already; False if a stop request interrupted it, on every rank."""
         if not self.due(self.run.eval_every) or self.val_loss is not None:
-            return
+            return True
         with self.meter.excluded():
             gc.collect()  # automatic garbage collection is off between evaluations
-            if scores := self.evaluator.scores(self, stop):
-                self.val_loss = scores["val_loss"]
-                self.best_val_loss = min(x for x in (self.val_loss, self.best_val_loss) if x is not None)
-                numbers = dict(step=self.step, tokens=self.step * self.run.tokens_per_step) | scores
-                self.log.record(numbers, console.validation_line(numbers))
+            scores = self.evaluator.scores(self, stop)
+            if scores is None:
+                return False
+            self.val_loss = scores["val_loss"]
+            self.best_val_loss = min(x for x in (self.val_loss, self.best_val_loss) if x is not None)
+            numbers = dict(step=self.step, tokens=self.step * self.run.tokens_per_step) | scores
+            self.log.record(numbers, console.validation_line(numbers))
+        return True
 
     def save_if_due(self, last: bool = False) -> None:
         """Save a checkpoint if one is due. If that fails, on a full disk for example, training continues.
@@ -285,18 +288,18 @@ class Trainer:
 
 def train(t: Trainer) -> None:
     """Run steps until the budget is spent or somebody asks to stop."""
-    stop = StopRequest(t.world)
+    stop, goes_on = StopRequest(t.world), True
     try:
         if t.due(t.run.eval_every) and t.val_loss is None:  # the evaluation was cut short by a stop request
-            t.evaluate_if_due(stop)
             t.saved_step = -1
-        while t.step < t.steps and not stop.agreed():
+            goes_on = t.evaluate_if_due(stop)
+        while goes_on and t.step < t.steps and not stop.agreed():
             batch = t.next_batch()
             t.set_rates()
             loss, norm = t.gradients(batch)
             t.update()
             t.log_if_due(loss, norm)
-            t.evaluate_if_due(stop)
+            goes_on = t.evaluate_if_due(stop)  # the resumed run repeats what a stop request interrupts
             t.save_if_due()
         t.clipper.check()
         t.log_step()

@@ -84,9 +84,14 @@ class RunConfig:
             out.append(f"batch_tokens={self.batch_tokens}: must be a multiple of block_size={size}, as {near}")
         if (self.schedule.min_lr or 0.0) > self.optim.lr:
             out.append(f"schedule.min_lr={self.schedule.min_lr}: is above optim.lr={self.optim.lr}, the peak")
-        numbers = [key for key, value in self.optim.as_group().items() if isinstance(value, float)]
-        for key in parse_moves(self.schedule.moves).keys() - numbers:
-            out.append(f'schedule.moves: {self.optimizer} has no number "{key}"; it has {", ".join(numbers)}')
+        moves = parse_moves(self.schedule.moves)
+        # the learning rate follows schedule.shape, and gamma=auto is no number
+        numbers = [key for key in self.optim.as_group() if isinstance(getattr(self.optim, key), float) and key != "lr"]
+        if unknown := moves.keys() - numbers:
+            for key in sorted(unknown):
+                out.append(f'schedule.moves: {self.optimizer} cannot move "{key}"; it can move {", ".join(numbers)}')
+        else:
+            out += [f"schedule.moves: final {error}" for error in self.optim.changed(**moves).errors()]
         if not out and self.schedule.warmup > self.total_steps:
             out.append(f"schedule.warmup={self.schedule.warmup}: is longer than the run of {self.total_steps} steps")
         return out

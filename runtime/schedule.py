@@ -67,8 +67,11 @@ def learning_rate(config: ScheduleConfig, step: int, steps: int, peak: float) ->
 
 
 def moved(start: float, end: float, step: int, steps: int) -> float:
-    """A hyperparameter that changes linearly from start to end, at update number `step` (from 0) of `steps`."""
-    progress = step / max(1, steps - 1)
+    """A hyperparameter that changes linearly from start to end, at update number `step` (from 0) of `steps`.
+
+    After the last update it stays at the end.
+    """
+    progress = min(1.0, step / max(1, steps - 1))
     return end + (1 - progress) * (start - end) if progress else start
 
 

@@ -60,6 +60,7 @@ def test_moves_are_names_and_final_values():
     assert parse_moves("gamma:0.05, momentum:9.8e-1") == {"gamma": 0.05, "momentum": 0.98}
     assert [moved(0.02, 0.1, step, 5) for step in range(5)] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
     assert moved(0.02, 0.1, 0, 1) == 0.02
+    assert moved(0.02, 0.1, 9, 5) == 0.1  # a bench may train beyond the end
 
 
 def test_any_number_of_an_optimizer_moves_and_groups_keep_their_proportion():
