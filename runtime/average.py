@@ -7,6 +7,17 @@ import torch
 from torch import Tensor, nn
 
 
+@contextmanager
+def weights_in_model(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the model has other weights, given by name. Holds a copy of its own ones meanwhile."""
+    present = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.load_state_dict(weights)  # also refreshes bfloat16 copies of the weights, which copy_ would not
+    try:
+        yield
+    finally:
+        model.load_state_dict(present)
+
+
 class WeightAverage:
     """average <- d average + (1 - d) weights after every update, with d = min(decay, (1 + step) / (10 + step)).
 
@@ -16,7 +27,7 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float, saved: Mapping[str, Tensor] | None) -> None:
         """saved: the average of the run that is resumed; None: start with the present weights."""
-        self.model, self.decay = model, decay
+        self.decay = decay
         self.weights: list[Tensor] = list(model.parameters())
         self.tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
         for name, tensor in (saved or {}).items():
@@ -27,13 +38,3 @@ class WeightAverage:
         """Include the weights after `step` updates: one pass over the weights."""
         d = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.tensors.values()), self.weights, weight=1 - d)
-
-    @contextmanager
-    def in_model(self) -> Iterator[None]:
-        """Inside, the model has the averaged weights. Holds another copy of the weights meanwhile."""
-        present = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        self.model.load_state_dict(self.tensors)
-        try:
-            yield
-        finally:
-            self.model.load_state_dict(present)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from data.hellaswag import HellaSwag
 from data.loader import ValidationSet, to_device
+from runtime.average import weights_in_model
 from runtime.clipping import NonFiniteError
 from runtime.distributed import StopRequest
 
@@ -31,7 +32,7 @@ class Evaluator:
         """
         losses = {"val_loss": self.loss(t, stop)}
         if t.average:
-            with t.average.in_model():
+            with weights_in_model(t.model, t.average.tensors):
                 losses["val_loss_average"] = self.loss(t, stop)
         found = {key: loss for key, loss in losses.items() if loss is not None}
         if len(found) < len(losses):

@@ -22,6 +22,7 @@ import train_gpt
 from config.load import ConfigError, describe_keys, load_config
 from config.schema import RunConfig, changeable_keys
 from model import GPT, GPTConfig
+from runtime.average import weights_in_model
 from runtime.compute import (
     BACKENDS,
     ComputeConfig,
@@ -191,6 +192,27 @@ def test_weights_cast_once_per_step_need_one_graph_and_are_not_in_the_state():
     assert (
         torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     )  # one for each model: updates need no recompilation
+
+
+@torch.no_grad()
+def loss_of(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(*tokens())
+
+
+def test_other_weights_reach_the_copies_that_are_cast_once_per_step():
+    losses = []
+    for when in ("micro_batch", "step"):
+        model = model_with(cast_weights=when)
+        if when == "step":
+            cast_per_step(model, torch.optim.SGD(model.parameters()))
+        others = {name: 1.5 * p.detach() for name, p in model.named_parameters()}
+        before = loss_of(model)
+        with weights_in_model(model, others):
+            losses.append(loss_of(model))
+        assert torch.equal(loss_of(model), before)
+        assert not torch.equal(losses[-1], before)
+    assert torch.equal(*losses)
 
 
 # ---- DDP
