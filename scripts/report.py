@@ -10,6 +10,7 @@ inside the published band at its present token count.
 import itertools
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,14 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"{folder}: not a run folder (no {Path(error.filename).name})") from None
     except ValueError:
         raise ValueError(f"{folder / CONFIG}: not readable as JSON") from None
+    try:
+        return run_of(folder, config, records)
+    except (KeyError, TypeError):
+        raise ValueError(f"{folder}: not a run of train_gpt.py") from None
+
+
+def run_of(folder: Path, config: dict, records: list[dict]) -> Run:
+    """A run from its config.json and metrics.jsonl. Raises KeyError or TypeError for those of another program."""
     points: list[dict] = []
     latest: dict = {}
     for record in records:  # records of training steps have the time, those of evaluations the validation loss
@@ -85,8 +94,8 @@ def read_run(folder: Path) -> Run:
     with torch.device("meta"):
         parameters = GPT(GPTConfig(**config["model"])).num_params()
     path = Path(config["data"]["path"]).name.lower()
-    known = {"openwebtext": "openwebtext", "owt": "openwebtext", "fineweb": "fineweb-edu"}
-    data = next((name for word, name in known.items() if word in path), path)
+    known = {r"(openwebtext|owt)(?![a-z])": "openwebtext", r"fineweb.?edu": "fineweb-edu"}
+    data = next((name for pattern, name in known.items() if re.match(pattern, path)), path)
     size, method, budget = size_of(parameters), method_of(config), budget_of(config)
     return Run(folder.resolve().name, size, parameters, data, method, budget, points, latest.get("mfu"))
 

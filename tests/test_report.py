@@ -121,14 +121,32 @@ def test_published_rows_are_complete_and_name_their_sources():
     assert {p["source"] for p in published()["losses"]} | {"downstream"} == set(published()["sources"])
 
 
-@pytest.mark.parametrize("break_it", ["config", "metrics", "torn", "no evaluation"])
+@pytest.mark.parametrize("path", ["openwebtext", "owt_1B", "OpenWebText-2"])
+def test_a_corpus_is_known_by_the_name_of_its_folder(tmp_path, path):
+    assert read_run(run_folder(tmp_path / "a", {1e9: 3.6}, data=f"data/{path}")).data == "openwebtext"
+
+
+def test_other_corpora_are_not_compared_with_published_losses(tmp_path):
+    names = {"fineweb_edu_100B": "fineweb-edu", "fineweb_10B": "fineweb_10b", "growth": "growth", "owts": "owts"}
+    for path, name in names.items():
+        assert read_run(run_folder(tmp_path / path, {1e9: 3.6}, data=f"data/{path}")).data == name
+
+
+@pytest.mark.parametrize("break_it", ["config", "metrics", "torn", "no evaluation", "vision"])
 def test_a_folder_that_is_no_run_is_one_clear_line(tmp_path, break_it):
     folder = run_folder(tmp_path / "a", {1e9: 3.6})
-    messages = {"config": "no config.json", "metrics": "no metrics.jsonl", "torn": "not readable as JSON"}
+    messages = {
+        "config": "no config.json",
+        "metrics": "no metrics.jsonl",
+        "torn": "not readable as JSON",
+        "vision": "not a run of train_gpt.py",
+    }
     if break_it in ("config", "metrics"):
         next(folder.glob(f"{break_it}*")).unlink()
     elif break_it == "torn":
         (folder / "config.json").write_text("{")
+    elif break_it == "vision":  # a run of bench.vision
+        (folder / "metrics.jsonl").write_text('{"step": 4, "epoch": 1, "val_loss": 0.5}\n')
     else:
         (folder / "metrics.jsonl").write_text('{"step": 1, "tokens": 5, "loss": 3}\n')
     with pytest.raises(SystemExit, match=messages.get(break_it, "no evaluation in metrics.jsonl yet")) as error:
