@@ -70,6 +70,9 @@ def locked(path: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # some network file systems cannot lock files
                 raise
+        # a process that ended since `open` has deleted this file, and another one may hold the lock of a new file
+        if not path.exists() or not os.path.samestat(os.fstat(f.fileno()), path.stat()):
+            raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK), str(path))
         try:
             yield
         finally:

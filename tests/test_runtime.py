@@ -1,6 +1,7 @@
 """Devices, gradient clipping, and the run folder."""
 
 import copy
+import fcntl
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from runtime.clipping import GradientClipper, NonFiniteError
 from runtime.compute import start_compile_workers
 from runtime.console import aligned
 from runtime.distributed import ALONE, resolve_device, start_world
+from runtime.files import locked
 from runtime.folder import Comparison, RunFolderError, differences, open_run_folder
 
 
@@ -252,6 +254,22 @@ def test_a_new_folder_is_created_and_an_existing_one_is_compared(tmp_path):
     (tmp_path / "r" / "config.json").write_text("{")
     with pytest.raises(RunFolderError, match="config.json is not readable"):
         open_run_folder(tmp_path / "r", run, Comparison(set(), {}), {}, False, ALONE)
+
+
+def test_a_lock_file_that_its_owner_deletes_meanwhile_is_not_locked_twice(tmp_path, monkeypatch):
+    """Between opening and locking the file, its owner ends and deletes it, and another process starts."""
+    path, flock = tmp_path / "lock", fcntl.flock
+    path.touch()
+
+    def replaced(f, how):
+        path.unlink()
+        path.touch()
+        flock(f, how)
+
+    monkeypatch.setattr(fcntl, "flock", replaced)
+    with pytest.raises(BlockingIOError), locked(path):
+        raise AssertionError("two processes would be inside")
+    assert path.exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
