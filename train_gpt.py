@@ -48,7 +48,7 @@ class Trainer:
 
     def __init__(self, run: RunConfig, world: World, fresh: bool, accept_changes: bool = False) -> None:
         self.run, self.world, self.steps = run, world, run.total_steps
-        per_process = run.per_process(world.size)  # raises ValueError for a batch that does not divide
+        run.divided(world.size)  # raises ValueError for a batch that does not divide
         dataset = open_dataset(run.data.path, run.model.vocab_size)
         sizes = dict(block_size=run.model.block_size, vocab_size=run.model.vocab_size, seed=run.seed)
         ranks = dict(rank=world.rank, world_size=world.size)
@@ -87,7 +87,7 @@ class Trainer:
         if world.size > 1:
             buckets = compute.bucket_size(self.model, run.compute)
             self.forward = DistributedDataParallel(self.compiled, bucket_cap_mb=buckets, gradient_as_bucket_view=True)
-        self.divide_batch(per_process)
+        self.divide_batch()
         validation = ValidationSet(dataset, run.data, micro_batch=self.micro_batch, **sizes)
         self.evaluator = Evaluator(validation, hellaswag, dataset.bytes_per_token("val"))
         add_facts(self.folder, dict(micro_batch=self.micro_batch, accumulation=self.accumulation), world)
@@ -117,15 +117,12 @@ class Trainer:
             start_branch(origin, self.folder, world)
         return settings
 
-    def divide_batch(self, per_process: int) -> None:
-        """Choose the micro-batch and the number of them for a step's per_process sequences of this process."""
-        if self.tuner and per_process % 2:
-            raise ValueError(f"gamma=auto: needs an even number of sequences per process, and there are {per_process}")
-        divided = per_process // 2 if self.tuner else per_process  # a micro-batch lies in one half of the batch
-        given = self.run.micro_batch
+    def divide_batch(self) -> None:
+        """Choose the micro-batch and the number of them in a step of this process."""
+        divided, given = self.run.divided(self.world.size), self.run.micro_batch
         self.chosen = None if given else fitting_micro_batch(self, divided)
         self.micro_batch = self.chosen.size if self.chosen else largest_divisor(divided, given or 1)
-        self.accumulation = per_process // self.micro_batch
+        self.accumulation = self.run.per_process(self.world.size) // self.micro_batch
 
     def restore(self) -> dict[str, Any]:
         """Load the newest good checkpoint, if there is one; returns its state.json."""
@@ -350,7 +347,10 @@ def main(argv: list[str] | None = None) -> None:
     flags = [name for a in parser._actions if a.nargs == 0 for name in a.option_strings]
     args, overrides = parser.parse_known_args(join_values(sys.argv[1:] if argv is None else argv, flags))
     if not args.config:
-        sys.exit(parser.format_help())
+        if not args.help:
+            sys.exit(parser.format_help())
+        print(parser.format_help())
+        return
     interrupted = "interrupted; the checkpoints so far are untouched, and the same command continues"
     with one_line("train_gpt", interrupted, "use a smaller --micro_batch or model"):
         if len(args.config) > 1:

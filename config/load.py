@@ -7,6 +7,7 @@ one key ends with it (`--min_lr=1e-5`).
 
 import dataclasses
 import difflib
+import itertools
 import json
 import os
 import re
@@ -106,7 +107,7 @@ def run_name(config: RunConfig, changes: dict[str, Any], as_published: bool) -> 
     already_named = {"steps", "tokens", "data.path", *changeable_keys(RunConfig())}
     for key, value in changes.items():
         value = "auto" if key == "optim.gamma" and value is None else value
-        if key not in already_named and value is not None:
+        if key not in already_named and (value is not None or key not in itertools.chain(*ALTERNATIVES)):
             text = "x".join(map(_text, value)) if isinstance(value, tuple) else _text(value)
             parts.append(f"{key.rpartition('.')[2]}{text}")
     return re.sub(r"[^A-Za-z0-9._+-]", "_", "-".join(parts))
@@ -188,7 +189,7 @@ def _number(text: str, kind: type, expected: str) -> int | float:
 def _text(value: object) -> str:
     if isinstance(value, tuple):
         return ",".join(map(_text, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _split(overrides: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:

@@ -131,6 +131,16 @@ class RunConfig:
             f"use {' or '.join(advice)}"
         )
 
+    def divided(self, world_size: int) -> int:
+        """Sequences that the micro-batch must divide: those of one process, and with gamma=auto half of them.
+
+        gamma=auto compares the gradients of two halves of the batch. Raises ValueError, with advice, for other numbers.
+        """
+        count = self.per_process(world_size)
+        if self.chooses_gamma and count % 2:
+            raise ValueError(f"gamma=auto: needs an even number of sequences per process, and there are {count}")
+        return count // 2 if self.chooses_gamma else count
+
 
 def largest_divisor(total: int, most: int) -> int:
     """The largest divisor of `total` that is at most `most`."""

@@ -35,14 +35,12 @@ class MicroBatch:
     """A selected micro-batch, the bytes it needs, and the bytes that the device has."""
 
     size: int
-    accumulation: int
     needed: int
     total: int
     failed: tuple[int, ...] = ()  # larger sizes that ran out of memory
 
     def __str__(self) -> str:
-        text = f"micro-batch {self.size} x accumulation {self.accumulation}: "
-        text += f"about {self.needed / 1e9:.3g} of {self.total / 1e9:.3g} GB"
+        text = f"micro-batch {self.size}: about {self.needed / 1e9:.3g} of {self.total / 1e9:.3g} GB"
         return text + (f"; {', '.join(map(str, self.failed))} did not fit" if self.failed else "")
 
 
@@ -75,7 +73,7 @@ def choose_micro_batch(
     memory = available_memory(world.device)
     estimate = estimated_micro_batch(need, per_process, world, memory)
     if world.device.type == "cpu":
-        return MicroBatch(estimate, per_process // estimate, need.total(estimate), memory[1])
+        return MicroBatch(estimate, need.total(estimate), memory[1])
     world.sum(torch.zeros(1, device=world.device))  # communication allocates its memory before the attempts
     return measured_micro_batch(per_process, estimate, world, memory[1], attempt)
 
@@ -104,7 +102,7 @@ def measured_micro_batch(
         peaks = [p for p in world.gather(peak) if p is not None]
         if len(peaks) == world.size:
             torch.cuda.empty_cache()  # gives the margin back to communication and cuBLAS
-            return MicroBatch(m, per_process // m, max(peaks), total, tuple(failed))
+            return MicroBatch(m, max(peaks), total, tuple(failed))
         failed.append(m)
         torch.compiler.reset()  # no other size can use the graph that was compiled for this one
         gc.collect()

@@ -22,7 +22,7 @@ from data.shards import MANIFEST, Dataset, open_dataset, shard_problems
 from model import GPT
 from optimizers import build_optimizer
 from optimizers.state import state_bytes
-from runtime.command import parse_number
+from runtime.command import first_line, parse_number
 from runtime.compute import apply_compute, wants_bf16, wants_compile
 from runtime.distributed import World
 from runtime.gamma import copied_bytes
@@ -134,7 +134,7 @@ def all_reduce_seconds(world: World, elements: int = 1 << 22) -> float | None:
         x[0].item()
     except RuntimeError as error:
         raise ValueError(
-            f"an all-reduce over {world.size} processes failed ({str(error).splitlines()[0]}); name the network "
+            f"an all-reduce over {world.size} processes failed ({first_line(error)}); name the network "
             "interface between the machines with NCCL_SOCKET_IFNAME (GLOO_SOCKET_IFNAME on a CPU), or switch "
             "InfiniBand off with NCCL_IB_DISABLE=1"
         ) from None
@@ -163,9 +163,8 @@ def report(run: RunConfig, world: World, verify: bool, rate: float | None) -> tu
     model, optimizer = on_meta_device(run, world)
     need, memory = memory_estimate(run, model, optimizer, world), available_memory(world.device)
     estimated = "" if run.micro_batch else ", estimated to fit"
-    micro_batch = largest_divisor(
-        per_process, run.micro_batch or estimated_micro_batch(need, per_process, world, memory)
-    )
+    divided = run.divided(world.size)
+    micro_batch = largest_divisor(divided, run.micro_batch or estimated_micro_batch(need, divided, world, memory))
     total, limit = need.total(micro_batch), memory[1] if world.device.type == "cuda" else math.inf
 
     weights, all_state = (8 if run.ema else 4) * model.num_params(), state_bytes(build_optimizer(model, run.optim))

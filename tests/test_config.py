@@ -175,6 +175,8 @@ def test_run_names_contain_budget_and_overrides():
     assert load_config(CONFIG, ["--tokens=5e6"]).name == "tiny_config-adamw-missing-5M"
     changed = load_config(CONFIG, ["--lr=0.003", "--seed=2", "--device=cpu", "--log.every=5"])
     assert changed.name == "tiny_config-adamw-missing-2.3k-lr0.003-seed2"
+    assert load_config(CONFIG, ["--min_lr=none"]).name == "tiny_config-adamw-missing-2.3k-min_lrnone"
+    assert load_config(CONFIG, ["--steps=none", "--tokens=5e6"]).name == "tiny_config-adamw-missing-5M"
     for name in ("../elsewhere", "two\nlines", "\udcff"):
         with pytest.raises(ConfigError, match="must be a plain folder name"):
             load_config(CONFIG, [f"--name={name}"])

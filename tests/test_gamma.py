@@ -115,6 +115,20 @@ def test_two_processes_choose_the_gamma_of_one(dataset, tmp_path):
 )
 def test_what_gamma_auto_cannot_do_is_one_line(dataset, tmp_path, words, problem):
     assert problem in message(dataset, tmp_path, "run", *AUTO, *words)
+    assert problem in message(dataset, tmp_path, "run", *AUTO, *words, "--preflight")
+
+
+def test_the_preflight_divides_the_halves_of_the_batch_as_the_run_does(dataset, tmp_path, capsys):
+    run = train(dataset, tmp_path, "run", *AUTO, "--batch_size=12", "--micro_batch=12")
+    train(dataset, tmp_path, "run", *AUTO, "--batch_size=12", "--micro_batch=12", "--preflight")
+    assert json.loads((run / "environment.json").read_text())["micro_batch"] == 6
+    assert "12 sequences = 1 processes x 6 x 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "x"])
+def test_numbers_of_the_bench_are_checked(value):
+    with pytest.raises(SystemExit, match="argument --points: "):
+        gradient_noise.main(["run", f"--points={value}"])
 
 
 def test_the_lowest_point_of_a_parabola():
@@ -159,6 +173,7 @@ def test_the_bench_measures_every_checkpoint_of_a_run(tmp_path, capsys):
     [
         ([], "RUN: give the folder of a run"),
         (["nothing"], "nothing: has no checkpoint"),
+        (["nothing", "--checkpoints=last"], "nothing: has no checkpoint"),
     ],
 )
 def test_a_missing_run_is_one_line(words, problem):

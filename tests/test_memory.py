@@ -69,7 +69,7 @@ def test_a_size_that_runs_out_of_memory_is_followed_by_the_next_divisor(capsys):
     choice = measured_micro_batch(480, estimate, ALONE, 80 * GB, fits(30, tried))
     assert estimate == 48
     assert tried == [60, 48, 40, 32, 30]  # one above the estimate first
-    assert str(choice) == "micro-batch 30 x accumulation 16: about 30 of 80 GB; 60, 48, 40, 32 did not fit"
+    assert str(choice) == "micro-batch 30: about 30 of 80 GB; 60, 48, 40, 32 did not fit"
     assert capsys.readouterr().err.splitlines() == [f"trying a micro-batch of {m}" for m in tried]
 
 
@@ -86,7 +86,7 @@ def test_too_little_memory_for_one_sequence_is_an_error():
 
 def test_a_cpu_makes_no_attempt():
     choice = choose_micro_batch(MemoryEstimate(10, 10, 20, 1), 480, ALONE, fits(0))
-    assert (choice.size, choice.accumulation, choice.needed) == (8, 60, 48)
+    assert (choice.size, choice.needed) == (8, 48)
 
 
 def test_a_pass_does_not_change_weights_gradients_and_generator():
@@ -131,7 +131,7 @@ def test_a_measured_micro_batch_trains_like_a_given_one(arguments, optimizer, mo
     monkeypatch.setattr(preflight, "choose_micro_batch", measured)
     train_gpt.main([*arguments, "--micro_batch=auto", "--fresh"])
     assert train_metrics(arguments) == expected
-    assert "chosen     micro-batch 4 x accumulation 3: about 4 of 1 GB; 12, 6 did not fit" in capsys.readouterr().out
+    assert "chosen     micro-batch 4: about 4 of 1 GB; 12, 6 did not fit" in capsys.readouterr().out
 
 
 def folder_of(arguments):
@@ -148,7 +148,7 @@ def test_the_chosen_micro_batch_is_printed_and_recorded_and_may_change(arguments
     train_gpt.main([*arguments, "--micro_batch=auto", "--steps=4"])
     output = capsys.readouterr().out
     assert "batch      12 sequences = 1 processes x 6 x 2 accumulated" in output
-    assert "chosen     micro-batch 6 x accumulation 2: about" in output
+    assert "chosen     micro-batch 6: about" in output
     facts = json.loads((folder_of(arguments) / "environment.json").read_text())
     assert (facts["micro_batch"], facts["accumulation"], facts["processes"]) == (6, 2, 1)
     assert json.loads((folder_of(arguments) / "config.json").read_text())["micro_batch"] is None

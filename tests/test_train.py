@@ -161,7 +161,7 @@ def test_compiled_training_equals_eager(arguments, monkeypatch):
     def tried(footprint, share, world, attempt):
         attempt(3)
         graphs.append(counters["stats"]["unique_graphs"])
-        return MicroBatch(3, share // 3, 0, 0)
+        return MicroBatch(3, 0, 0)
 
     def counted(self, batch, step):
         loss = accumulate(self, batch, step)
@@ -619,6 +619,8 @@ def test_usage_and_help(capsys):
     assert "usage: train_gpt.py CONFIG" in stops([])
     train_gpt.main([str(CONFIG), "--help"])
     assert "--optim.lr=0.01  peak learning rate" in capsys.readouterr().out
+    train_gpt.main(["--help"])
+    assert "usage: train_gpt.py CONFIG" in capsys.readouterr().out
 
 
 def test_from_the_command_line_errors_are_one_line(dataset):
