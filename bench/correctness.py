@@ -29,8 +29,9 @@ from torch._dynamo.utils import counters
 import train_gpt
 from bench.report import bench_parser
 from bench.runs import MICRO, batch_of, opened, run_arguments, take_step
-from bench.timing import SIZES, Session, first_line
+from bench.timing import SIZES, Session
 from bench.trace import by_kernel, idle_fraction, trace_of
+from runtime.command import first_line, one_line
 from train_gpt import Trainer
 
 NO_GPU = "needs a CUDA GPU"
@@ -204,6 +205,7 @@ def check_steady(s: Session, arguments: list[str], folder: Path) -> None:
         s.report.add(block="kernel", name=name[:100], fraction=fraction)
 
 
+@one_line("bench.correctness")
 def main(argv: list[str] | None = None) -> None:
     parser = bench_parser("correctness", __doc__)
     parser.add_argument("--size", choices=SIZES, default="124M")

@@ -14,6 +14,7 @@ from bench.report import Report, bench_parser, interleaved, results_folder
 from bench.timing import TINY
 from eval.scoring import greedy
 from model import GPT, GPTConfig
+from runtime.command import one_line
 
 PROMPT = [1, 2, 3, 4]
 
@@ -28,6 +29,7 @@ def without_cache(model: GPT, tokens: int) -> list[int]:
     return ids[len(PROMPT) :]
 
 
+@one_line("bench.generation")
 def main(argv: list[str] | None = None) -> None:
     parser = bench_parser("generation", __doc__)
     args = parser.parse_args(argv)

@@ -17,8 +17,6 @@ batches, so they are unbiased. Gradients are not clipped. The bench holds about 
 import math
 import statistics
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,8 @@ from torch import Tensor
 from bench.report import Report, bench_parser, results_folder
 from bench.runs import batch_of, opened, run_arguments
 from config.load import saved_config
-from runtime.command import one_line
+from runtime.average import weights_in_model
+from runtime.command import at_least, one_line
 from runtime.gamma import best_gamma
 from train_gpt import Trainer, train
 
@@ -69,7 +68,7 @@ class Follower:
         self.average = [torch.zeros_like(p) for p in self.matrices]  # of gradients
         self.change = [torch.zeros_like(p) for p in self.matrices]  # X of the exact form
         self.ahead: Gradients | None = None  # the coming batch's gradient at the previous weights
-        self.previous = [p.detach().clone() for p in t.model.parameters()]
+        self.previous = {name: p.detach().clone() for name, p in t.model.named_parameters()}
 
     def gradient(self, step: int) -> Gradients:
         """Gradient of a step's batch at the present weights."""
@@ -91,18 +90,9 @@ class Follower:
         if self.ahead is not None:
             torch._foreach_add_(self.change, combined((1.0, now), (-1.0, self.ahead)), alpha=beta)
         self.count += 1
-        torch._foreach_copy_(self.previous, list(t.model.parameters()))
+        torch._foreach_copy_(list(self.previous.values()), list(t.model.parameters()))
         t.update()
         self.ahead = ahead
-
-    @contextmanager
-    def at_previous_weights(self) -> Iterator[None]:
-        """Inside, the model has the weights before the last step."""
-        params = [p.data for p in self.t.model.parameters()]
-        present = [p.clone() for p in params]
-        torch._foreach_copy_(params, self.previous)
-        yield
-        torch._foreach_copy_(params, present)
 
     def momentum(self, gamma: float, g: Gradients, change: Gradients | None) -> Gradients:
         """The momentum after a step with the gradient g: approximate, or exact with g's change by the last step."""
@@ -134,7 +124,7 @@ def measure(f: Follower, draws: int) -> Measurement:
     noise = 0.0
     for step in range(second + draws, second + 2 * draws):
         g = f.gradient(step)
-        with f.at_previous_weights():
+        with weights_in_model(f.t.model, f.previous):
             before = f.gradient(step)
         noise += dot(combined((1.0, g), (-1.0, full)), combined((1.0, g), (-1.0, full))) / draws
         for form in forms:
@@ -168,12 +158,12 @@ def kept_steps(folder: Path, wanted: str) -> list[int]:
     kept = sorted(int(p.name[5:]) for p in folder.glob("checkpoints/step_*"))
     if not kept:
         raise ValueError(f"{folder}: has no checkpoint; give the folder of a run")
-    chosen = [int(s) for s in wanted.split(",")] if wanted else kept
-    if missing := sorted(set(chosen) - set(kept)):
+    chosen = wanted.split(",") if wanted else [*map(str, kept)]
+    if missing := [s for s in chosen if s not in map(str, kept)]:
         raise ValueError(
             f"--checkpoints={wanted}: {folder} has not kept {missing[0]}; it has {', '.join(map(str, kept))}"
         )
-    return chosen
+    return [*map(int, chosen)]
 
 
 def measurements(folder: Path, step: int, follow: int, points: int, draws: int) -> tuple[list[Measurement], float]:
@@ -224,9 +214,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = bench_parser("gradient_noise", __doc__ or "")
     parser.add_argument("run", nargs="?", help="folder of a run")
     parser.add_argument("--checkpoints", default="", help="steps, with commas; default: all that the run has kept")
-    parser.add_argument("--follow", type=int, default=100, help="steps from a checkpoint to its first measurement")
-    parser.add_argument("--points", type=int, default=4, help="measurements near each checkpoint")
-    parser.add_argument("--draws", type=int, default=32, help="batches for each of three estimates of a measurement")
+    parser.add_argument(
+        "--follow", type=at_least(1), default=100, help="steps from a checkpoint to its first measurement"
+    )
+    parser.add_argument("--points", type=at_least(1), default=4, help="measurements near each checkpoint")
+    parser.add_argument(
+        "--draws", type=at_least(1), default=32, help="batches for each of three estimates of a measurement"
+    )
     args = parser.parse_args(argv)
     memory = "the measurement keeps about eight copies of the weights; use --device=cpu, or measure a smaller model"
     with one_line("bench.gradient_noise", memory=memory), tempfile.TemporaryDirectory() as temporary:

@@ -35,6 +35,7 @@ from bench.report import bench_parser
 from bench.runs import MICRO, in_own_process, opened, run_arguments
 from bench.timing import SIZES, TINY, Session, compiler, elapsed, mark, shape_of
 from model import GPT, GPTConfig
+from runtime.command import at_least, one_line
 from runtime.hardware import memory_gb, peak_flops
 from runtime.logger import METRICS, read_metrics
 from train_gpt import Trainer, train
@@ -108,8 +109,8 @@ class TimedTrainer(Trainer):
         super().update()
         self.times.at("end")
 
-    def evaluate_if_due(self, stop: object) -> None:
-        pass
+    def evaluate_if_due(self, stop: object) -> bool:
+        return True
 
     def save(self) -> None:
         self.saved_step = self.step
@@ -170,7 +171,7 @@ def measure_peer(peer: str, size: str, smoke: bool, sequences: int, micro: int, 
 
 def micro_batch(text: str) -> int | str:
     """A number of sequences, or "auto" for the trainer's choice; for argparse."""
-    return text if text == "auto" else int(text)
+    return text if text == "auto" else at_least(1)(text)
 
 
 def sequences_of(name: str, size: str, micro: Any) -> int:
@@ -212,6 +213,7 @@ def climb(s: Session, name: str, size: str, micro: Any) -> dict:
         micro //= 2
 
 
+@one_line("bench.ladder")
 def main(argv: list[str] | None = None) -> None:
     parser = bench_parser("ladder", __doc__)
     parser.add_argument("--size", choices=SIZES, default="124M")
@@ -222,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     size = args.size
     if args.one:
         with compiler(args.smoke):
-            print(json.dumps(measure(args.one, size, args.smoke, args.micro[0])))
+            print(json.dumps(measure(args.one, size, args.smoke, (args.micro or [default_micro(args.one, size)])[0])))
         return
     session = Session("_".join(["ladder", size, *map(str, [*(args.rungs or []), *(args.micro or [])])]), args)
     rungs = args.rungs or (["best"] if size in ("355M", "774M") else list(RUNGS))

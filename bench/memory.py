@@ -16,6 +16,7 @@ import torch
 from bench.report import Report, bench_parser, results_folder
 from bench.runs import MICRO, batch_of, in_own_process, opened, run_arguments, take_step
 from bench.timing import SIZES
+from runtime.command import one_line
 from runtime.preflight import memory_estimate
 from train_gpt import Trainer
 
@@ -42,6 +43,7 @@ def measure(size: str, optimizer: str, compile: str, micro: int, smoke: bool = F
     return dict(peak=peak / 1e9, estimate=estimate / 1e9, error=100 * (estimate / peak - 1))
 
 
+@one_line("bench.memory")
 def main(argv: list[str] | None = None) -> None:
     parser = bench_parser("memory", __doc__)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))

@@ -20,6 +20,7 @@ from bench.micro_optimizers import bench_ns, bench_optim
 from bench.report import bench_parser
 from bench.timing import SIZES, TINY, Session, compiled, shape_of
 from model import GPTConfig, newest_nn
+from runtime.command import one_line
 from runtime.hardware import memory_gb
 
 TOKENS = 32 * 1024
@@ -152,6 +153,7 @@ BLOCKS = {"gemm": bench_gemm, "sdpa": bench_sdpa, "ce": bench_ce, "ns": bench_ns
 ENDS = {"sdpa", "ce", "optim"}  # by default only the smallest and the largest size
 
 
+@one_line("bench.micro")
 def main(argv: list[str] | None = None) -> None:
     parser = bench_parser("micro", __doc__)
     parser.add_argument("blocks", nargs="*", help=f"any of {', '.join(BLOCKS)}; default: all")

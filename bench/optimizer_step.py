@@ -18,6 +18,7 @@ from bench.runs import split_parameters
 from model import GPT, GPTConfig
 from optimizers import MARSConfig, MARSMConfig, MuonConfig, build_optimizer
 from runtime.average import WeightAverage
+from runtime.command import at_least, one_line
 
 
 def torch_muon(matrices: list[Tensor], rest: list[Tensor]) -> Callable[[], None]:
@@ -67,9 +68,10 @@ def bench(shape: GPTConfig, rounds: int, compiled: bool, report: Report) -> None
         report.add(optimizer=name, seconds=s, to_torch_muon=s / seconds["Muon + AdamW (torch)"])
 
 
+@one_line("bench.optimizer_step")
 def main(argv: list[str] | None = None) -> None:
     parser = bench_parser("optimizer_step", __doc__)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=at_least(1), default=6)
     parser.add_argument("--compiled", action="store_true", help="also the compiled update; compiling takes minutes")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -33,6 +33,7 @@ from data.prepare.sources import Files, LocalFolder
 from data.prepare.split import FirstShard
 from data.prepare.workers import Recipe
 from data.tokenizer import GPT2Tokenizer, Tokenizer, get_tokenizer
+from runtime.command import at_least, one_line
 
 CORPORA = {"OpenWebText": 9e9, "FineWeb-Edu 100BT": 100e9}  # tokens
 
@@ -194,12 +195,13 @@ def bench_memory(report: Report, megabytes: float, ranks: str | None) -> None:
             report.add(side=f"memory: {side}", MB=part * megabytes, **peaks)
 
 
+@one_line("bench.prepare")
 def main(argv: list[str] | None = None) -> None:
     parser = bench_parser("prepare", __doc__)
     parser.add_argument("--memory", action="store_true", help="measure memory instead of time")
     parser.add_argument("--ranks", help="GPT-2 ranks file, for machines without a network")
     parser.add_argument("--megabytes", type=float, help="default: 50, with --memory 1000")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=at_least(1), default=3)
     args = parser.parse_args(argv)
     report = Report("prepare_memory" if args.memory else "prepare", results_folder(args))
     if args.memory:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from bench.report import Report, bench_parser, in_processes, results_folder
 from optimizers import MARSM, Muon
-from runtime.command import one_line
+from runtime.command import at_least, one_line
 
 ROWS, COLUMNS = 8, 16
 NOISES = ("symmetric", "skewed")
@@ -292,13 +292,14 @@ def plot(findings: dict[str, Finding], path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = bench_parser("rates", __doc__)
     parser.add_argument("--tune", action="store_true", help="print the tuning of the constants")
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread (default: %(default)s)")
-    parser.add_argument("--longest", type=int, default=LONGEST, help="steps of the longest run (default: %(default)s)")
+    parser.add_argument("--workers", type=at_least(1), default=2, help="processes of one thread (default: %(default)s)")
+    parser.add_argument(
+        "--longest",
+        type=at_least(2 * SHORTEST),
+        default=LONGEST,
+        help="steps of the longest run (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
-    if args.workers < 1:
-        parser.error(f"--workers={args.workers}: must be at least 1")
-    if args.longest < 2 * SHORTEST:
-        parser.error(f"--longest={args.longest}: must be at least {2 * SHORTEST}")
     with one_line("bench.rates"):
         if args.tune:
             tune(args.workers)

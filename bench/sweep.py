@@ -38,7 +38,7 @@ from bench.programs import PROGRAMS, Program
 from bench.report import RESULTS, ROOT, markdown
 from config.plan import Plan, folder_name
 from eval.table import published
-from runtime.command import Parser, one_line
+from runtime.command import Parser, at_least, one_line
 from runtime.folder import CONFIG
 from runtime.hardware import environment
 from runtime.logger import METRICS, read_metrics
@@ -437,7 +437,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scale", default="", help="scale of the plan (default: its first one)")
     parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these arms and the reference")
     parser.add_argument("--reference", default="", metavar="ARM", help="compare with this arm (default: the plan's)")
-    parser.add_argument("--workers", type=int, default=torch.cuda.device_count() or 2, help="runs at a time")
+    parser.add_argument("--workers", type=at_least(1), default=torch.cuda.device_count() or 2, help="runs at a time")
     parser.add_argument("--dry_run", action="store_true", help="as --commands, with the estimated GPU hours")
     parser.add_argument("--commands", action="store_true", help="print a command for each run that can start now")
     parser.add_argument("--report_only", action="store_true", help="report the finished arms without training")

@@ -18,6 +18,7 @@ from torch import Tensor
 from bench.report import ROOT, Report, results_folder
 from config.load import load_config
 from model import GPTConfig
+from runtime.command import first_line
 
 SIZES = {"124M": "gpt2_small", "355M": "gpt2_medium", "774M": "gpt2_large", "1558M": "gpt2_xl"}
 TINY = GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=64, vocab_size=500)
@@ -103,10 +104,6 @@ class Session:
 
     def randn(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=self.device)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 def compiler(smoke: bool) -> AbstractContextManager:

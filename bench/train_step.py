@@ -21,6 +21,7 @@ from data.loader import DataConfig, TrainLoader
 from data.shards import open_dataset
 from model import GPT, GPTConfig
 from optimizers import AdamWConfig, MARSConfig, build_optimizer
+from runtime.command import at_least, one_line
 from train_gpt import Trainer, train
 
 
@@ -69,8 +70,8 @@ class SleepingTrainer(Trainer):
         self.step += 1
         self.saved_step = self.step
 
-    def evaluate(self, stop: object) -> None:
-        return None
+    def evaluate_if_due(self, stop: object) -> bool:
+        return True
 
 
 def bench_overhead(steps: int, report: Report) -> None:
@@ -116,9 +117,10 @@ def bench_start(report: Report) -> None:
     report.add(what="start to first step of the quickstart", value=seconds, unit="s", wanted="< 15")
 
 
+@one_line("bench.train_step")
 def main(argv: list[str] | None = None) -> None:
     parser = bench_parser("train_step", __doc__)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=at_least(1), default=9)
     args = parser.parse_args(argv)
     report = Report("train_step", results_folder(args))
     shape, batch, rounds = GPTConfig(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=50304), 16, args.rounds

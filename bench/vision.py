@@ -26,7 +26,7 @@ from bench.images import DATASETS, Images, load_images
 from bench.resnet import ResNet18
 from config.load import optimizer_settings
 from optimizers import OPTIMIZERS, Settings, build_optimizer
-from runtime.command import Parser, one_line
+from runtime.command import Parser, at_least, one_line
 from runtime.files import write_json
 from runtime.folder import CONFIG, differences
 from runtime.logger import METRICS, read_metrics
@@ -125,18 +125,17 @@ def parse(argv: Sequence[str] | None) -> tuple[VisionConfig, argparse.Namespace]
     parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument("--data", default=".", help="folder of the image files (default: this folder)")
     parser.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS, metavar="NAME", help=", ".join(OPTIMIZERS))
-    parser.add_argument("--width", type=int, default=64, help="channels of the first stage (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=200, help="default: %(default)s")
-    parser.add_argument("--limit", type=int, default=0, help="images of each split; 0: all (default)")
-    parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
+    parser.add_argument(
+        "--width", type=at_least(1), default=64, help="channels of the first stage (default: %(default)s)"
+    )
+    parser.add_argument("--epochs", type=at_least(1), default=200, help="default: %(default)s")
+    parser.add_argument("--limit", type=at_least(0), default=0, help="images of each split; 0: all (default)")
+    parser.add_argument("--seed", type=at_least(0), default=1, help="default: %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--name", help="run folder (default: dataset, optimizer and seed)")
     parser.add_argument("--log.folder", default="runs/vision", help="folder of run folders (default: %(default)s)")
     parser.epilog = "Every setting of the optimizer is an option, too: --lr, --weight_decay, --gamma, ..."
     args, settings = parser.parse_known_args(argv)
-    for key, least in dict(width=1, epochs=1, limit=0, seed=0).items():
-        if getattr(args, key) < least:
-            parser.error(f"--{key}={getattr(args, key)}: must be at least {least}")
     args.name = args.name or f"{args.dataset}-{args.optimizer}-seed{args.seed}"
     optim = optimizer_settings(args.optimizer, settings)
     if optim.moving() or getattr(optim, "gamma", 0.0) is None:

@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data.prepare.formats import first_line
 from data.shards import MANIFEST, read_manifest
 from data.tokenizer import PADDING, Tokenizer, Unloaded, facts_by_size, get_tokenizer, tokenizer_of
 from model import GPT, GPTConfig
 from runtime.checkpoint import AVERAGE, MODEL, STATE, open_checkpoint
+from runtime.command import first_line
 from runtime.files import sha256_of
 
 AVERAGED = ":average"  # after the path of a run or a checkpoint: its averaged weights, see --ema

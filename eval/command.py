@@ -1,9 +1,6 @@
 """Options that the commands of eval/ share."""
 
-from argparse import ArgumentTypeError
-from collections.abc import Callable
-
-from runtime.command import Parser, count
+from runtime.command import Parser
 
 
 def model_parser(program: str, description: str) -> Parser:
@@ -14,14 +11,3 @@ def model_parser(program: str, description: str) -> Parser:
     parser.add_argument("--ranks", help="local GPT-2 ranks file, for machines without a network")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """An argparse type: a whole number that is not below `least`."""
-
-    def whole_number(text: str) -> int:
-        if (number := count(text)) < least:
-            raise ArgumentTypeError(f"{number}: must be at least {least}")
-        return number
-
-    return whole_number

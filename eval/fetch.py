@@ -7,9 +7,8 @@ Existing files are kept, so the same command continues an interrupted one.
 import sys
 from pathlib import Path
 
-from data.prepare.formats import first_line
 from eval.tasks import Tasks, splits_of
-from runtime.command import Parser, one_line
+from runtime.command import Parser, first_line, one_line
 
 AGAIN = "the same command continues"
 

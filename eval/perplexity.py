@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from data.shards import open_dataset
 from eval.checkpoint import Trained, open_trained
-from eval.command import at_least, model_parser
+from eval.command import model_parser
 from eval.scoring import Scorer
-from runtime.command import one_line
+from runtime.command import at_least, one_line
 from runtime.distributed import World, start_world
 from runtime.files import write_json
 

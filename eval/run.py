@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 from eval.checkpoint import Trained, open_trained
-from eval.command import at_least, model_parser
+from eval.command import model_parser
 from eval.scoring import Scorer, harness_model
 from eval.table import SIZES, comma_separated, markdown, size_of
 from eval.tasks import Tasks, factor, metric_of
-from runtime.command import one_line
+from runtime.command import at_least, one_line
 from runtime.distributed import World, start_world
 from runtime.files import write_durably, write_json
 from runtime.logger import WANDB_ID

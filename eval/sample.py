@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from eval.checkpoint import open_trained
-from eval.command import at_least, model_parser
+from eval.command import model_parser
 from model import GPT, KVCache
-from runtime.command import one_line
+from runtime.command import at_least, one_line
 from runtime.distributed import resolve_device
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from data.prepare.formats import first_line
 from data.prepare.hub import hub_problem
+from runtime.command import first_line
 
 # task: column in the papers' tables, metric. The papers do not name their metrics, but they give rows of OpenAI's
 # GPT-2, which are published lm-eval scores: acc_norm (HellaSwag 31.14, PIQA 62.51, SciQ 64.40), and acc for three.

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from optimizers.options import errors_of, option
+from runtime.command import first_line
 from runtime.distributed import ALONE, Exchange, World
 from runtime.files import sha256_of, sync, write_json
 
@@ -134,7 +135,7 @@ class Checkpointer:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
         except FAILURES as error:
-            problem = _reason(error)
+            problem = first_line(error)
         self._raise_if_any(self.world.gather(problem), state, temporary)
         self._pending = PendingSave(temporary, final, state, self._thread.submit(_write_files, temporary, files))
         return None if self.config.background else self.finish()
@@ -161,7 +162,7 @@ class Checkpointer:
         try:
             hashes = pending.written.result()
         except FAILURES as error:
-            problem = _reason(error)
+            problem = first_line(error)
         reports = self.world.gather((hashes, problem))
         problems = [problem for _, problem in reports]
         if self.world.is_main and not any(problems):
@@ -318,10 +319,6 @@ def _read_state(folder: Path) -> dict | None:
         return state if good and MODEL in state["sha256"] and isinstance(state["sha256"], dict) else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
-
-
-def _reason(error: BaseException) -> str:
-    return str(error) or type(error).__name__
 
 
 def _write_files(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:

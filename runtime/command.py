@@ -5,7 +5,7 @@ import io
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
 from fractions import Fraction
@@ -68,6 +68,19 @@ def count(text: str) -> int:
     return number
 
 
+def at_least(least: int, most: int | None = None) -> Callable[[str], int]:
+    """An argparse type: a whole number that is not below `least`, and not above `most` if that is given."""
+    allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+
+    def whole_number(text: str) -> int:
+        number = count(text)
+        if number < least or (most is not None and number > most):
+            raise argparse.ArgumentTypeError(f"{number}: must be {allowed}")
+        return number
+
+    return whole_number
+
+
 def join_values(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
     """Write `--key value` as `--key=value`.
 
@@ -93,6 +106,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return is_known_class or any(part in str(error) for part in OUT_OF_MEMORY)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its class name."""
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+
+
 @contextmanager
 def one_line(program: str, interrupted: str = "interrupted", memory: str = "use a smaller model") -> Iterator[None]:
     """End the program with one line after Ctrl-C, an error that the user can correct, or too little memory.
@@ -115,5 +133,4 @@ def one_line(program: str, interrupted: str = "interrupted", memory: str = "use 
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = (str(error).splitlines() or ["no memory left"])[0]
-        sys.exit(f"{program}: out of memory; {memory} ({reason})")
+        sys.exit(f"{program}: out of memory; {memory} ({first_line(error)})")

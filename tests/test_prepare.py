@@ -672,7 +672,7 @@ def test_local_shards_are_indexed_in_place(tmp_path, capsys):
     write_shard(tmp_path / "x_train_2.bin", np.array([60_000], dtype=np.uint16), None)
     assert "holds token 60000, which gpt2 with 50257 ids lacks" in stops(["pretokenized", "--source", str(tmp_path)])
     assert "name one of fineweb_10B" in stops(["pretokenized", "nothing"])
-    assert "--shards 0: must be from 1 to" in stops(["pretokenized", "fineweb_10B", "--shards", "0"])
+    assert "--shards: 0: must be from 1 to" in stops(["pretokenized", "fineweb_10B", "--shards", "0"])
     assert "--repo and --pattern go together" in stops(["pretokenized", "--repo", "some/data"])
 
 
@@ -753,7 +753,7 @@ def test_a_compressed_file_that_was_cut_off(tmp_path):
 def test_sources_that_cannot_be_used(tmp_path):
     assert "--source /nowhere: no such folder" in stops(command("openwebtext", Path("/nowhere"), tmp_path / "out"))
     assert f"--source {tmp_path}: holds no .parquet" in stops(command("openwebtext", tmp_path, tmp_path / "out"))
-    assert "--workers 0: must be from 1 to 4096" in stops(command("openwebtext", tmp_path, tmp_path, "--workers", "0"))
+    assert "--workers: 0: must be from 1 to 4096" in stops(command("openwebtext", tmp_path, tmp_path, "--workers", "0"))
     (tmp_path / "a.txt").write_text("short")
     message = stops(command("fineweb_edu", tmp_path, tmp_path / "out"))
     assert "no document fell into the train split; give more text or a smaller --shard_tokens" in message

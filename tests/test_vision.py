@@ -283,7 +283,7 @@ def test_missing_scikit_learn_is_one_line(monkeypatch):
 @pytest.mark.parametrize(
     "words, problem",
     [
-        (["digits", "--width=0"], "--width=0: must be at least 1"),
+        (["digits", "--width=0"], "--width: 0: must be at least 1"),
         (["mnist"], "invalid choice: 'mnist'"),
         (["digits", "--optimizer=muon", "--gama=0.1"], "config: gama: unknown key; nearest: "),
         (["digits", "--optimizer=adamw", "--gamma=0.1"], "config: gamma: this optimizer has no such setting"),

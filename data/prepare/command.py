@@ -25,7 +25,7 @@ from data.prepare.verify import describe, info, verify
 from data.prepare.workers import Recipe
 from data.shards import DataError, open_dataset
 from data.tokenizer import get_tokenizer
-from runtime.command import Parser, count, join_values, one_line, parse_number
+from runtime.command import Parser, at_least, join_values, one_line, parse_number
 
 MOST_IDS = 1 << 16  # tokens in shards are uint16
 
@@ -59,7 +59,7 @@ def arguments() -> argparse.ArgumentParser:
     ready.add_argument("--repo", help="any other repository with such shards")
     ready.add_argument("--pattern", help="which files in it")
     ready.add_argument("--revision", help="commit, tag or branch (default: main)")
-    ready.add_argument("--shards", type=count, help="only this many training shards")
+    ready.add_argument("--shards", type=at_least(1, 2**31), help="only this many training shards")
     for p in (pydocs, text, *corpora, ready):
         kinds = "byte, gpt2, a tokenizer.json or a character map in JSON"
         p.add_argument("--tokenizer", help=f"{kinds}; of shards with --source, too (default: %(default)s)")
@@ -67,8 +67,8 @@ def arguments() -> argparse.ArgumentParser:
     ready.set_defaults(tokenizer="gpt2")
     for p in (pydocs, text, *corpora):
         p.add_argument("--ranks", help="local GPT-2 ranks file, for machines without a network")
-        p.add_argument("--shard_tokens", type=count, default=100_000_000, help="tokens per shard")
-        p.add_argument("--workers", type=count, default=cores(), help="processes (default: all cores)")
+        p.add_argument("--shard_tokens", type=at_least(1, 2**31 - 1), default=100_000_000, help="tokens per shard")
+        p.add_argument("--workers", type=at_least(1, 4096), default=cores(), help="processes (default: all cores)")
         skipped = "stop when over 100 documents, and over this fraction, cannot be read (default: %(default)s)"
         p.add_argument("--max_skipped", type=float, default=0.1, help=skipped)
     for p in (text, *corpora):
@@ -158,10 +158,6 @@ def check(args: argparse.Namespace) -> None:
         raise DataError(f"--val_fraction {args.val_fraction}: must be between 0 and 1")
     if not 0 <= getattr(args, "max_skipped", 0.5) <= 1:
         raise DataError(f"--max_skipped {args.max_skipped}: must be from 0 to 1")
-    for key, most in (("shard_tokens", 2**31 - 1), ("workers", 4096), ("shards", 2**31)):
-        value = getattr(args, key, None)
-        if value is not None and not 1 <= value <= most:
-            raise DataError(f"--{key} {value}: must be from 1 to {most}")
 
 
 def coverage(folder: Path, config: str, overrides: list[str]) -> str:

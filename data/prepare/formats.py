@@ -10,6 +10,7 @@ from pathlib import PurePath
 from typing import Any, BinaryIO, TypeVar
 
 from data.shards import DataError
+from runtime.command import first_line
 
 CHUNK_BYTES = 1 << 20  # a chunk takes about 0.1 s to tokenize, far longer than it takes to send to a worker
 CHUNK_DOCUMENTS = 512
@@ -33,11 +34,6 @@ class SourceFile:
     def kind(self) -> str:
         """The name in small letters, whose suffix says how the file is read."""
         return self.name.lower()
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its class name."""
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
 def library(module: str) -> Any:

@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data.prepare.formats import SourceFile, first_line, library
+from data.prepare.formats import SourceFile, library
 from data.shards import DataError
+from runtime.command import first_line
 
 BLOCK_BYTES = 1 << 25  # fetched at a time
 REFUSALS = {  # by the class of huggingface_hub's error
