@@ -225,17 +225,11 @@ class GPT(nn.Module):
         """Number of parameters, the tied table once; without the position table if positions is off."""
         return sum(p.numel() for p in self.parameters()) - (0 if positions else self.transformer.wpe.weight.numel())
 
-    def flops_per_token(self, convention: str = "palm") -> float:
-        """Training FLOPs (forward and backward) per token at full context.
+    def flops_per_token(self) -> float:
+        """Training FLOPs (forward and backward) per token at full context: 6 N + 12 L C T.
 
-        "palm": 6 N + 12 L C T with N without the position table (Chowdhery et al. 2022, appendix B),
-        which counts masked attention; the convention of published MFU figures.
-        "causal": 6 (12 L C^2 + V C) + 6 L C (T + 1), only what has to be computed.
+        N: parameters without the position table. Masked attention is counted, as in published MFU figures
+        (Chowdhery et al. 2022, appendix B).
         """
         c = self.config
-        if convention == "palm":
-            return 6.0 * self.num_params(positions=False) + 12.0 * c.n_layer * c.n_embd * c.block_size
-        if convention == "causal":
-            weights = 12 * c.n_layer * c.n_embd**2 + c.padded_vocab_size * c.n_embd
-            return 6.0 * weights + 6.0 * c.n_layer * c.n_embd * (c.block_size + 1)
-        raise ValueError(f'convention="{convention}": must be "palm" or "causal"')
+        return 6.0 * self.num_params(positions=False) + 12.0 * c.n_layer * c.n_embd * c.block_size

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from config.load import ConfigError, describe_keys, load_config, to_dict
-from config.schema import RunConfig, changeable_keys, default_values, largest_divisor
+from config.schema import RunConfig, changeable_keys, default_values
 from data.hellaswag import HellaSwag
 from data.loader import TrainLoader, ValidationSet, prefetch, to_device
 from data.shards import Dataset, open_dataset
@@ -32,13 +32,14 @@ from runtime import compute, console
 from runtime.average import WeightAverage
 from runtime.checkpoint import Checkpointer, CheckpointError, branch_origin, start_branch
 from runtime.clipping import GradientClipper, NonFiniteError
-from runtime.command import Parser, join_values, one_line
+from runtime.command import Parser, one_line
 from runtime.distributed import StopRequest, World, start_world
 from runtime.evaluation import Evaluator, bad_samples
 from runtime.folder import CONFIG, INIT_SHA256, Comparison, add_facts, open_run_folder, run_lock
 from runtime.gamma import GammaTuner
 from runtime.hardware import environment, memory_gb, peak_flops
 from runtime.logger import Meter, RunLogger
+from runtime.memory import divisors
 from runtime.preflight import fitting_micro_batch, preflight
 from runtime.schedule import set_rates
 
@@ -93,7 +94,7 @@ class Trainer:
         add_facts(self.folder, dict(micro_batch=self.micro_batch, accumulation=self.accumulation), world)
 
         self.passes = 2 if self.lookahead else 1  # gradient evaluations per step
-        flops = self.passes * self.model.flops_per_token("palm") * run.tokens_per_step
+        flops = self.passes * self.model.flops_per_token() * run.tokens_per_step
         peak = world.size * (peak_flops(world.device) or 0)
         self.meter = Meter(state.get("train_seconds", 0.0), run.tokens_per_step, flops, peak)
         self.log = RunLogger(self.folder, run.log, settings, run.name, self.steps, self.step, world)
@@ -121,7 +122,7 @@ class Trainer:
         """Choose the micro-batch and the number of them in a step of this process."""
         divided, given = self.run.divided(self.world.size), self.run.micro_batch
         self.chosen = None if given else fitting_micro_batch(self, divided)
-        self.micro_batch = self.chosen.size if self.chosen else largest_divisor(divided, given or 1)
+        self.micro_batch = self.chosen.size if self.chosen else divisors(divided, given or 1)[0]
         self.accumulation = self.run.per_process(self.world.size) // self.micro_batch
 
     def restore(self) -> dict[str, Any]:
@@ -344,8 +345,7 @@ def arguments() -> Parser:
 
 def main(argv: list[str] | None = None) -> None:
     parser = arguments()
-    flags = [name for a in parser._actions if a.nargs == 0 for name in a.option_strings]
-    args, overrides = parser.parse_known_args(join_values(sys.argv[1:] if argv is None else argv, flags))
+    args, overrides = parser.parse_with_settings(argv)
     if not args.config:
         if not args.help:
             sys.exit(parser.format_help())

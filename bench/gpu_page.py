@@ -36,7 +36,7 @@ def speeds(folder: Path, any_hardware: bool) -> list[dict]:
         best, ratio = newest.get((size, "best"), {}), newest.get((size, "best against nanogpt"), {})
         row = {"size": size, "tokens/s": "not measured"}
         if "tokens_per_s" in best:
-            row |= {"tokens/s": f"{best['tokens_per_s']:,.0f}", "MFU": _percent(best["mfu_palm"])}
+            row |= {"tokens/s": f"{best['tokens_per_s']:,.0f}", "MFU": _percent(best["mfu"])}
             row |= {
                 "memory": f"{best['memory_gb']:.1f} GB",
                 "MARS-M's part of a step": _percent(best["optimizer_share"]),

@@ -10,8 +10,8 @@ The peers are plain PyTorch: nanogpt is written as nanoGPT is. loss_outside comp
 materialized computes the whole attention matrix and updates with MARS-M tensor by tensor.
 
 Every rung runs in its own process and has its own time limit. Tokens/s, MFU and optimizer_share are those of a step of
-480 sequences, computed from the measured times of forward and backward passes and of an update. MFU has two forms:
-mfu_palm counts masked attention, mfu_causal counts only what causal attention has to compute.
+480 sequences, computed from the measured times of forward and backward passes and of an update. MFU counts masked
+attention, as published figures do.
 """
 
 import io
@@ -89,9 +89,9 @@ class StepTimes:
         rate, peak = STEP * c.block_size / whole, peak_flops(self.device)
         with torch.device("meta"):
             model = GPT(c)
-        mfu = {f"mfu_{n}": rate * model.flops_per_token(n) / peak if peak else None for n in ("palm", "causal")}
+        mfu = rate * model.flops_per_token() / peak if peak else None
         times = dict(step_ms=1e3 * step, optimizer_ms=1e3 * update, optimizer_share=update / whole)
-        return dict(tokens_per_s=rate, **mfu, memory_gb=memory_gb(self.device), compile_s=self.first - step, **times)
+        return dict(tokens_per_s=rate, mfu=mfu, memory_gb=memory_gb(self.device), compile_s=self.first - step, **times)
 
 
 class TimedTrainer(Trainer):

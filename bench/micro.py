@@ -84,28 +84,6 @@ def with_backward(loss_of: Callable, x: Tensor, w: Tensor, targets: Tensor) -> T
     return loss.detach()
 
 
-def sum_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of the cross-entropies of logits (n, V), and its gradient with the dtype of the logits."""
-    z = logits.float()
-    log_sum = z.logsumexp(1, keepdim=True)
-    one_hot = torch.arange(z.size(1), device=z.device) == targets[:, None]
-    loss = (log_sum - z.gather(1, targets[:, None])).sum()
-    return loss, ((z - log_sum).exp() - one_hot.float()).to(logits.dtype)
-
-
-@torch.no_grad()
-def in_chunks(of_chunk: Callable, rows: int, x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
-    """The same loss and gradients, with the logits of only `rows` tokens in memory at a time."""
-    total, dw, dx = x.new_zeros((), dtype=torch.float32), torch.zeros_like(w, dtype=torch.float32), torch.empty_like(x)
-    for xs, ts, out in zip(x.split(rows), targets.split(rows), dx.split(rows), strict=True):
-        loss, gradient = of_chunk(F.linear(xs, w), ts)
-        total += loss
-        torch.mm(gradient, w, out=out)
-        dw += gradient.mT @ xs
-    w.grad, x.grad = (dw / len(x)).to(w.dtype), dx / len(x)
-    return total / len(x)
-
-
 def bench_ce(s: Session, size: str, c: GPTConfig) -> None:
     """Output layer and loss, forward and backward. `loss` and `grad_norm` (of w) show that all variants agree."""
     n, d, v = 256 if s.smoke else TOKENS, c.n_embd, c.padded_vocab_size
@@ -132,9 +110,6 @@ def bench_ce(s: Session, size: str, c: GPTConfig) -> None:
         with inductor.patch({"auto_chunker.enable": True, "auto_chunker.num_chunk": chunks}):
             return whole()
 
-    def own_chunks(rows: int) -> dict:
-        return measure(partial(in_chunks, compiled(sum_and_gradient), rows))
-
     def torch_chunks(rows: int) -> dict:
         options = newest_nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
         return measure(partial(with_backward, partial(newest_nn.functional.linear_cross_entropy, options=options)))
@@ -144,8 +119,6 @@ def bench_ce(s: Session, size: str, c: GPTConfig) -> None:
     s.row(partial(measure, partial(with_backward, mean_loss)), **names, what="fp32 logits, not compiled")
     for chunks in (4, 8):
         s.row(partial(inductor_chunks, chunks), **names, what=f"Inductor's auto-chunker, {chunks} chunks")
-    for rows in (n // 4, n // 2):
-        s.row(partial(own_chunks, rows), **names, what=f"own chunks of {rows} tokens")
     s.row(partial(torch_chunks, n // 4), **names, what=f"torch's linear_cross_entropy, chunks of {n // 4} tokens")
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,27 +93,33 @@ def take_step(t: Trainer, batch: Tensor) -> None:
     t.update()
 
 
-def step_function(model: nn.Module, optimizer: Any, idx: Tensor, targets: Tensor) -> Callable[[], None]:
-    """A function that trains on one batch with gradient clipping. The exact form of MARS takes two gradients."""
-    clipper = GradientClipper(model, optimizer, 1.0)
-    exact = getattr(optimizer, "needs_lookahead", False)
+def optimizer_step(optimizer: Any, gradient: Callable[[Any], None], batch: Any, upcoming: Any) -> int:
+    """One step; returns the number of gradients taken. The exact form of MARS first takes that of the upcoming batch.
 
-    def gradient() -> None:
-        model(idx, targets).backward()
+    gradient: adds the gradients of a batch to the parameters.
+    """
+    exact = getattr(optimizer, "needs_lookahead", False)
+    if exact:
+        gradient(upcoming)
+        optimizer.update_previous_grad()
+        optimizer.zero_grad(set_to_none=True)
+    gradient(batch)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if exact:
+        optimizer.update_last_grad()
+    return 2 if exact else 1
+
+
+def step_function(model: nn.Module, optimizer: Any, idx: Tensor, targets: Tensor) -> Callable[[], int]:
+    """A function that trains on one batch with gradient clipping."""
+    clipper = GradientClipper(model, optimizer, 1.0)
+
+    def gradient(batch: tuple[Tensor, Tensor]) -> None:
+        model(*batch).backward()
         clipper.clip(0)
 
-    def step() -> None:
-        if exact:
-            gradient()
-            optimizer.update_previous_grad()
-            optimizer.zero_grad(set_to_none=True)
-        gradient()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if exact:
-            optimizer.update_last_grad()
-
-    return step
+    return partial(optimizer_step, optimizer, gradient, (idx, targets), (idx, targets))
 
 
 def split_parameters(model: GPT) -> tuple[list[Tensor], list[Tensor]]:

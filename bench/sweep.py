@@ -344,8 +344,7 @@ def table(sweep: Sweep, rows: Iterable[dict[str, Any]]) -> str:
 
 def published_points(sweep: Sweep) -> list[dict[str, Any]]:
     """Published results of this experiment at this scale, each with its setting, learning rate, gamma or arm."""
-    of_plan = [p for p in published()["sweeps"] if p["plan"] == sweep.name]
-    return [p for p in of_plan if p["scale"] == sweep.scale_name.partition("_")[0]]
+    return [p for p in published()["sweeps"] if (p["plan"], p["scale"]) == (sweep.name, sweep.scale_name)]
 
 
 def plots(sweep: Sweep, rows: list[dict[str, Any]], path: Path) -> None:
@@ -413,8 +412,7 @@ def report(sweep: Sweep, folder: Path) -> None:
 
 def overview() -> str:
     """The experiments as a markdown table."""
-    lines = ["| plan | reproduces | question | runs | H100 hours, estimated | in bench/results | finished here |"]
-    lines += ["|" + "---|" * 7]
+    rows = []
     for name in plan_names():
         plan = load_plan(name)
         for scale in plan.scales:
@@ -424,10 +422,10 @@ def overview() -> str:
             state = "runs of another plan" if sweep.changed_run() else state
             file = RESULTS / f"{sweep.file}.json"
             results = f"{len(json.loads(file.read_text())['rows'])} of {len(plan.arms)} arms" if file.exists() else "no"
-            hours_text = "" if math.isnan(hours) else f"{hours:,.0f}"
-            cells = (f"{name}, {scale}", plan.source, plan.question, str(sweep.count()), hours_text, results, state)
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            row = dict(plan=f"{name}, {scale}", reproduces=plan.source, question=plan.question, runs=sweep.count())
+            row |= {"H100 hours, estimated": "" if math.isnan(hours) else f"{hours:,.0f}"}
+            rows.append(row | {"in bench/results": results, "finished here": state})
+    return markdown(rows)
 
 
 def main(argv: list[str] | None = None) -> None:

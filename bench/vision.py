@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from bench.images import DATASETS, Images, load_images
 from bench.resnet import ResNet18
+from bench.runs import optimizer_step
 from config.load import optimizer_settings
 from optimizers import OPTIMIZERS, Settings, build_optimizer
 from runtime.command import Parser, at_least, one_line
@@ -60,6 +61,11 @@ def train(config: VisionConfig, images: Images) -> Iterator[dict[str, float]]:
     rates = [group["lr"] for group in optimizer.param_groups]
     stream = batches(images, config.seed, config.epochs)
     batch, steps, seconds, gradients = next(stream), math.ceil(len(labels) / BATCH), 0.0, 0
+
+    def gradient(batch: tuple[Tensor, Tensor]) -> None:
+        pixels, labels = batch
+        F.cross_entropy(model(pixels), labels).backward()
+
     for epoch in range(config.epochs):
         start = time.perf_counter()
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -67,7 +73,7 @@ def train(config: VisionConfig, images: Images) -> Iterator[dict[str, float]]:
         model.train()
         for _ in range(steps):
             upcoming = next(stream, batch)
-            gradients += train_step(model, optimizer, batch, upcoming)
+            gradients += optimizer_step(optimizer, gradient, batch, upcoming)
             batch = upcoming
         val_loss, val_error = score(model, images, *images.validation)  # which waits for the device
         seconds += time.perf_counter() - start
@@ -87,24 +93,6 @@ def batches(images: Images, seed: int, epochs: int) -> Iterator[tuple[Tensor, Te
         for chosen in torch.randperm(len(labels), generator=random).split(BATCH):
             chosen = chosen.to(labels.device)
             yield images.augmented(pixels[chosen], random), labels[chosen]
-
-
-def train_step(model: nn.Module, optimizer: Any, batch: tuple[Tensor, Tensor], upcoming: tuple[Tensor, Tensor]) -> int:
-    """One step; returns the number of gradients taken. The exact form first takes that of the upcoming batch."""
-    exact = getattr(optimizer, "needs_lookahead", False)
-
-    def gradient(pixels: Tensor, labels: Tensor) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(model(pixels), labels).backward()
-
-    if exact:
-        gradient(*upcoming)
-        optimizer.update_previous_grad()
-    gradient(*batch)
-    optimizer.step()
-    if exact:
-        optimizer.update_last_grad()
-    return 2 if exact else 1
 
 
 @torch.no_grad()
@@ -135,7 +123,7 @@ def parse(argv: Sequence[str] | None) -> tuple[VisionConfig, argparse.Namespace]
     parser.add_argument("--name", help="run folder (default: dataset, optimizer and seed)")
     parser.add_argument("--log.folder", default="runs/vision", help="folder of run folders (default: %(default)s)")
     parser.epilog = "Every setting of the optimizer is an option, too: --lr, --weight_decay, --gamma, ..."
-    args, settings = parser.parse_known_args(argv)
+    args, settings = parser.parse_with_settings(argv)
     args.name = args.name or f"{args.dataset}-{args.optimizer}-seed{args.seed}"
     optim = optimizer_settings(args.optimizer, settings)
     if optim.moving() or getattr(optim, "gamma", 0.0) is None:

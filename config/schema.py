@@ -1,4 +1,4 @@
-"""The configuration of a run: each room declares its section; this module assembles and checks them."""
+"""The configuration of a run: each package declares its section; this module assembles and checks them."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from optimizers.options import errors_of, option, options_of
 from runtime.checkpoint import CheckpointConfig
 from runtime.compute import ComputeConfig
 from runtime.logger import LogConfig
+from runtime.memory import divisors
 from runtime.schedule import ScheduleConfig, parse_moves
 
 SECTIONS = ("model", "data", "optim", "schedule", "compute", "checkpoint", "log")
@@ -124,7 +125,7 @@ class RunConfig:
         count, rest = divmod(self.sequences, world_size)
         if not rest:
             return count
-        advice = [f"{largest_divisor(self.sequences, world_size)} processes"]
+        advice = [f"{divisors(self.sequences, world_size)[0]} processes"]
         advice += [f"--batch_size={world_size * k}" for k in (count, count + 1) if k]
         raise ValueError(
             f"a batch of {self.sequences} sequences does not divide into {world_size} processes; "
@@ -140,11 +141,6 @@ class RunConfig:
         if self.chooses_gamma and count % 2:
             raise ValueError(f"gamma=auto: needs an even number of sequences per process, and there are {count}")
         return count // 2 if self.chooses_gamma else count
-
-
-def largest_divisor(total: int, most: int) -> int:
-    """The largest divisor of `total` that is at most `most`."""
-    return next(d for d in range(min(total, most), 0, -1) if total % d == 0)
 
 
 def all_keys(config: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -1,6 +1,6 @@
 """Settings declared once: a default, its meaning, and the values it may take.
 
-Every room of the repository declares its settings as a dataclass whose fields are made by `option`. The command
+Every package of the repository declares its settings as a dataclass whose fields are made by `option`. The command
 line, `--help`, the checks, and the question whether a continued run may change a setting all read this declaration.
 The module lives in this folder because the folder can be installed and used on its own.
 """

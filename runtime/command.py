@@ -36,6 +36,11 @@ class Parser(argparse.ArgumentParser):
     ) -> Any:
         return super().parse_known_args([spelled(a) for a in (sys.argv[1:] if args is None else args)], namespace)
 
+    def parse_with_settings(self, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+        """The options of this parser, and all others as settings `--key=value`, which may be written `--key value`."""
+        flags = [name for action in self._actions if action.nargs == 0 for name in action.option_strings]
+        return self.parse_known_args(join_values(sys.argv[1:] if argv is None else argv, flags))
+
     def error(self, message: str) -> NoReturn:
         sys.exit(f"{self.prog}: {message}; --help lists the options")
 

@@ -161,7 +161,7 @@ def apply_compute(model: Any, config: ComputeConfig, bf16: bool) -> None:
     model.recompute_blocks = config.activation_checkpointing
 
 
-class _InPlaceOf(torch.autograd.Function):
+class _ForwardCopy(torch.autograd.Function):
     """Uses a weight's copy in the forward pass, and gives the gradient to the weight."""
 
     @staticmethod
@@ -179,7 +179,7 @@ class _CastLinear(nn.Linear):
     cast: Tensor  # not a buffer, because checkpoints and DDP would include buffers
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, _InPlaceOf.apply(self.weight, self.cast), self.bias)
+        return F.linear(x, _ForwardCopy.apply(self.weight, self.cast), self.bias)
 
 
 def cast_per_step(model: nn.Module, optimizer: Optimizer) -> None:

@@ -86,4 +86,6 @@ def bad_samples(t: "Trainer", step: int) -> str:
             return t.model(*to_device(row[None], t.world.device))
 
     bad = [name for names in t.world.gather(t.loader.bad_samples(step, loss_of)) for name in names]
-    return ", ".join(bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "") if bad else "none by itself"
+    if not bad:
+        return "none alone has a loss that is not finite"
+    return ", ".join(bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")

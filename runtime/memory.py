@@ -46,7 +46,7 @@ class MicroBatch:
 
 def divisors(total: int, most: int) -> list[int]:
     """The divisors of `total` that are at most `most`, largest first."""
-    return [m for m in range(min(total, most), 0, -1) if total % m == 0]
+    return [d for d in range(min(total, most), 0, -1) if total % d == 0]
 
 
 def estimated_micro_batch(need: MemoryEstimate, per_process: int, world: World, memory: tuple[int, int]) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from config.schema import RunConfig, largest_divisor
+from config.schema import RunConfig
 from data.hellaswag import HellaSwag
 from data.loader import TrainLoader, to_device
 from data.shards import MANIFEST, Dataset, open_dataset, shard_problems
@@ -28,7 +28,14 @@ from runtime.distributed import World
 from runtime.gamma import copied_bytes
 from runtime.hardware import available_memory
 from runtime.logger import METRICS, read_metrics
-from runtime.memory import MemoryEstimate, MicroBatch, choose_micro_batch, estimated_micro_batch, peak_of_pass
+from runtime.memory import (
+    MemoryEstimate,
+    MicroBatch,
+    choose_micro_batch,
+    divisors,
+    estimated_micro_batch,
+    peak_of_pass,
+)
 
 if TYPE_CHECKING:
     from train_gpt import Trainer
@@ -164,7 +171,8 @@ def report(run: RunConfig, world: World, verify: bool, rate: float | None) -> tu
     need, memory = memory_estimate(run, model, optimizer, world), available_memory(world.device)
     estimated = "" if run.micro_batch else ", estimated to fit"
     divided = run.divided(world.size)
-    micro_batch = largest_divisor(divided, run.micro_batch or estimated_micro_batch(need, divided, world, memory))
+    most = run.micro_batch or estimated_micro_batch(need, divided, world, memory)
+    micro_batch = divisors(divided, most)[0]
     total, limit = need.total(micro_batch), memory[1] if world.device.type == "cuda" else math.inf
 
     weights, all_state = (8 if run.ema else 4) * model.num_params(), state_bytes(build_optimizer(model, run.optim))

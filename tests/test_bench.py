@@ -95,7 +95,7 @@ def test_prepare_memory(tmp_path):
 def test_micro(tmp_path):
     found = {(r["block"], r["what"], r.get("kind")): r for r in smoke_rows(micro, tmp_path)}
     count = {block: sum(b == block for b, *_ in found) for block in micro.BLOCKS}
-    assert count == {"gemm": 15, "sdpa": 4, "ce": 7, "ns": 4, "optim": 7}
+    assert count == {"gemm": 15, "sdpa": 4, "ce": 5, "ns": 4, "optim": 7}
     for key, row in found.items():
         if row["note"]:
             assert key[1].split()[0] in ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "flex_attention,", "torch's")
@@ -103,7 +103,7 @@ def test_micro(tmp_path):
         elif "copy" not in key[1]:
             assert 0 < row["ms"] < math.inf
     losses = [r for r in found.values() if r["block"] == "ce" and not r["note"]]
-    assert len(losses) >= 6
+    assert len(losses) >= 4
     for row in losses:
         assert row["loss"] == pytest.approx(losses[0]["loss"], rel=4e-3)  # one variant rounds the loss to bf16
         assert row["grad_norm"] == pytest.approx(losses[0]["grad_norm"], rel=1e-2)
@@ -239,7 +239,7 @@ def test_ladder(tmp_path):
         assert all(0 < r[key] < math.inf for key in numbers), name
         assert r["optimizer_ms"] < r["step_ms"]
         assert r["note"] == ""
-        assert (r["mfu_palm"], r["mfu_causal"]) == (None, None)  # unknown for a CPU
+        assert r["mfu"] is None  # unknown for a CPU
         assert ("data_wait_ms" in r) == (name not in ladder.PEERS)
         # tokens/s of a step of 480 sequences, computed from a step of `sequences`
         whole = (r["step_ms"] - r["optimizer_ms"]) * 480 / r["sequences"] + r["optimizer_ms"]
@@ -295,7 +295,7 @@ def test_rungs_are_settings_of_the_trainer():
 def gpu_results(folder, size="124M", tokens=612_345.6, date="2026-11-25", hardware="NVIDIA H100"):
     """Result files as bench.ladder and bench.correctness write them on a GPU."""
     facts = dict(bench=f"ladder_{size}_best_nanogpt", hardware=hardware, torch="2.13.0", threads=1, date=date)
-    best = dict(rung="best", size=size, tokens_per_s=tokens, mfu_palm=0.5, memory_gb=61.2, optimizer_share=0.006)
+    best = dict(rung="best", size=size, tokens_per_s=tokens, mfu=0.5, memory_gb=61.2, optimizer_share=0.006)
     rows = [facts, best | dict(note=""), dict(rung="best against nanogpt", size=size, speed_ratio=1.2)]
     write = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / f"ladder_{size}_best_nanogpt_{hardware.replace(' ', '-')}_{date}.jsonl").write_text(write)

@@ -10,11 +10,12 @@ from conftest import CONFIG, ROOT
 
 from config.load import ConfigError, describe_keys, load_config, parse
 from config.published import published
-from config.schema import SECTIONS, RunConfig, all_keys, largest_divisor
+from config.schema import SECTIONS, RunConfig, all_keys
 from data.loader import DataConfig
 from model import GPT
 from optimizers import OPTIMIZERS, build_optimizer
 from runtime.command import parse_number
+from runtime.memory import divisors
 from runtime.schedule import learning_rate
 
 SHIPPED = sorted(p for p in (ROOT / "config").glob("*.py") if "\nconfig = " in p.read_text())
@@ -157,8 +158,9 @@ def test_the_largest_micro_batch_that_divides_is_used():
     config = load_config(CONFIG, ["--batch_size=480", "--micro_batch=15"])
     counts = [config.per_process(w) for w in (1, 2, 4, 8, 16, 32, 48, 60)]
     assert counts == [480, 240, 120, 60, 30, 15, 10, 8]
-    assert [largest_divisor(count, 15) for count in counts] == [15, 15, 15, 15, 15, 15, 10, 8]
-    assert largest_divisor(7, 4) == 1
+    assert [divisors(count, 15)[0] for count in counts] == [15, 15, 15, 15, 15, 15, 10, 8]
+    assert divisors(60, 8) == [6, 5, 4, 3, 2, 1]
+    assert divisors(7, 4) == [1]
 
 
 def test_a_batch_that_does_not_divide_is_an_error_with_advice():

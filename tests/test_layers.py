@@ -18,7 +18,7 @@ ALLOWED = {  # a name allows itself and everything in it
         "model",
         "data.loader",
         "optimizers",
-        *(f"runtime.{m}" for m in ("checkpoint", "compute", "logger", "schedule")),
+        *(f"runtime.{m}" for m in ("checkpoint", "compute", "logger", "memory", "schedule")),
     },
     "train_gpt": {"model", "data", "optimizers", "runtime", "config", "eval.checkpoint"},
     "eval": {"model", "data", "optimizers", "runtime", "config"},

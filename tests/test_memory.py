@@ -18,7 +18,6 @@ from runtime.memory import (
     MARGIN,
     MemoryEstimate,
     choose_micro_batch,
-    divisors,
     estimated_micro_batch,
     measured_micro_batch,
     peak_of_pass,
@@ -40,12 +39,6 @@ def fits(most: int, tried: list | None = None):
         return m * GB
 
     return attempt
-
-
-def test_divisors_come_largest_first():
-    assert divisors(60, 60) == [60, 30, 20, 15, 12, 10, 6, 5, 4, 3, 2, 1]
-    assert divisors(60, 8) == [6, 5, 4, 3, 2, 1]
-    assert divisors(7, 8) == [7, 1]
 
 
 @pytest.mark.parametrize("gb", [2, 8, 24, 40, 80, 141, 1000])

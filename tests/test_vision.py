@@ -179,7 +179,7 @@ def test_the_learning_rate_falls_to_a_tenth_twice(monkeypatch):
     rates = []
     monkeypatch.setattr(vision, "score", lambda *_: (1.0, 50.0))
     monkeypatch.setattr(
-        vision, "train_step", lambda m, optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]) or 1
+        vision, "optimizer_step", lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]) or 1
     )
     images = load_images("digits").limited(128)
     list(vision.train(digits("AdamW", "--epochs=8", "--lr=1"), images))
@@ -298,3 +298,8 @@ def test_bad_options_are_one_line(words, problem):
         vision.main(words)
     assert problem in stopped.value.code
     assert "\n" not in stopped.value.code
+
+
+def test_settings_may_be_written_with_a_space():
+    config, options = vision.parse(["digits", "--epochs", "3", "--optimizer", "muon", "--lr", "0.5", "--name", "run"])
+    assert (config.epochs, config.optimizer, config.optim.lr, options.name) == (3, "muon", 0.5, "run")

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.prepare.output import PROGRESS, progress, published
+from data.prepare.output import PROGRESS, progress, staged
 from data.prepare.sources import Chunk, Source
 from data.prepare.workers import Encoded, Recipe, encoded
 from data.shards import SPLITS, DataError, ShardEntry, listed_shard, write_manifest, write_shard
@@ -164,7 +164,7 @@ def build(out: Path, source: Source, settings: dict, recipe: Recipe) -> None:
     """
     tokenizer = get_tokenizer(recipe.tokenizer, recipe.ranks, recipe.separator)
     ends: int | None = tokenizer.eot
-    with published(out) as folder:
+    with staged(out) as folder:
         if isinstance(tokenizer, OwnTokenizer):
             ends = None  # its texts may contain the separator
             write_durably(folder / TOKENIZER_FILE, tokenizer.path.read_bytes())

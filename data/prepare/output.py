@@ -85,7 +85,7 @@ def unfinished(out: Path, settings: dict, fresh: bool) -> dict | None:
         if not (folder / MANIFEST).exists():
             print(f"continuing {folder}")
             return before
-        with published(out):
+        with staged(out):
             pass  # it is complete and needs only its name
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return {}
@@ -135,8 +135,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def published(out: Path) -> Iterator[Path]:
-    """The temporary folder of a dataset, locked for writing and published at the end."""
+def staged(out: Path) -> Iterator[Path]:
+    """The temporary folder of a dataset, locked for writing and staged at the end."""
     folder = temporary(out)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):

@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data.prepare.hub import HubFolder
-from data.prepare.output import FETCHED, PROGRESS, published
+from data.prepare.output import FETCHED, PROGRESS, staged
 from data.shards import MANIFEST, SPLITS, DataError, examine, names_split, read_shard_header, write_manifest
 from data.tokenizer import TOKENIZER_FILE, GPT2Tokenizer, OwnTokenizer, facts_of, get_tokenizer
 from runtime.files import sha256_of, write_durably
@@ -66,7 +66,7 @@ def fetch(out: Path, settings: dict, pinned: dict) -> None:
     names = [Path(f.name).name for f in files]
     if len(set(names)) < len(names):
         raise DataError(f'{repo}: "{pattern}" matches files of one name in several folders; narrow it')
-    with published(out) as folder:
+    with staged(out) as folder:
         source = settings | {"revision": hub.revision}
         state = {"source": source, "files": names}
         write_durably(folder / PROGRESS, (json.dumps(state) + "\n").encode())
