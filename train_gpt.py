@@ -24,7 +24,7 @@ from config.schema import RunConfig, changeable_keys, default_values
 from data.hellaswag import HellaSwag
 from data.loader import TrainLoader, ValidationSet, prefetch, to_device
 from data.shards import Dataset, open_dataset
-from data.tokenizer import copy_own
+from data.tokenizer import copy_custom
 from model import GPT
 from optimizers import build_optimizer
 from optimizers.state import load_named_state, named_state, state_problem
@@ -112,7 +112,7 @@ class Trainer:
         open_run_folder(self.folder, settings, comparison, environment(world.device, world.size), fresh, world)
         self.tokenizer = dataset.tokenizer
         if world.is_main:
-            copy_own(dataset.tokenizer, dataset.folder, self.folder)
+            copy_custom(dataset.tokenizer, dataset.folder, self.folder)
         self.checkpoints = Checkpointer(self.folder / "checkpoints", run.checkpoint, world)
         if origin:
             start_branch(origin, self.folder, world)

@@ -1,7 +1,7 @@
-"""Tokenizers: bytes, GPT-2's byte pairs through tiktoken, and own ones: a tokenizer.json or a character map.
+"""Tokenizers: bytes, GPT-2's byte pairs through tiktoken, and custom ones: a tokenizer.json or a character map.
 
 Training reads token ids only. A tokenizer is needed to prepare text and to print it. A dataset's manifest describes
-its tokenizer by facts: name, vocab_size, eot and, for an own one, the file in the dataset's folder and its sha256.
+its tokenizer by facts: name, vocab_size, eot and, for a custom one, the file in the dataset's folder and its sha256.
 """
 
 import base64
@@ -23,7 +23,7 @@ RANKS_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tikt
 RANKS_VARIABLE = "GPT2_TIKTOKEN"  # environment variable: path of a local GPT-2 ranks file
 SIZES = {257: "byte", 320: "byte", 50257: "gpt2", 50304: "gpt2"}  # vocabularies, some padded to a multiple of 64
 PADDING = 128  # a model may have fewer than this many ids beyond those of its tokenizer
-TOKENIZER_FILE = "tokenizer.json"  # an own tokenizer, in the folders of datasets and runs
+TOKENIZER_FILE = "tokenizer.json"  # a custom tokenizer, in the folders of datasets and runs
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")  # end-of-text tokens, the first counts
 
 
@@ -135,7 +135,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     return {base64.b64decode(token): int(rank) for token, rank in pairs}
 
 
-class OwnTokenizer:
+class CustomTokenizer:
     """A tokenizer of a file of the user. Its name holds a part of the file's sha256."""
 
     def __init__(self, path: Path, kind: str, ids: dict[str, int], eot: str | None, usual: tuple[str, ...]) -> None:
@@ -161,7 +161,7 @@ class OwnTokenizer:
         return np.array(self.encode(text), dtype=np.uint16)
 
 
-class CharacterTokenizer(OwnTokenizer):
+class CharacterTokenizer(CustomTokenizer):
     """One id for each character of a map, such as nanoGPT's. A newline separates documents, unless --eot names another.
 
     Raises ValueError, which names the character and its place, for one that is not in the map.
@@ -187,7 +187,7 @@ class CharacterTokenizer(OwnTokenizer):
         return "".join(self.characters[i] for i in ids)
 
 
-class FileTokenizer(OwnTokenizer):
+class FileTokenizer(CustomTokenizer):
     """A tokenizer.json of Hugging Face. Special tokens in text are read as plain text, and none are added."""
 
     def __init__(self, path: Path, content: str, eot: str | None = None) -> None:
@@ -267,10 +267,10 @@ def _character_ids(content: dict, path: Path) -> dict[str, Any]:
         raise ValueError(f'{path}: not a character map {{"stoi": {{"a": 0, ...}}}}') from None
 
 
-def facts_of(tokenizer: "Tokenizer | OwnTokenizer") -> dict:
+def facts_of(tokenizer: "Tokenizer | CustomTokenizer") -> dict:
     """What a manifest says of a tokenizer."""
     facts = {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot}
-    if isinstance(tokenizer, OwnTokenizer):
+    if isinstance(tokenizer, CustomTokenizer):
         facts |= {"separator": tokenizer.separator, "file": TOKENIZER_FILE, "sha256": tokenizer.sha256}
     return facts
 
@@ -282,7 +282,7 @@ def facts_by_size(vocab_size: int) -> dict | None:
 
 
 def tokenizer_of(facts: dict, folders: tuple[Path, ...], ranks_file: str | None = None) -> Tokenizer:
-    """The tokenizer that facts describe. The file of an own one is in one of the folders; ValueError if it is not."""
+    """The tokenizer that facts describe. The file of a custom one is in one of the folders; ValueError if it is not."""
     if "file" not in facts:
         return get_tokenizer(facts["name"], ranks_file)
     for path in (folder / facts["file"] for folder in folders):
@@ -292,8 +292,8 @@ def tokenizer_of(facts: dict, folders: tuple[Path, ...], ranks_file: str | None 
     raise ValueError(f"tokenizer {facts['name']}: {places} has no such {facts['file']}; name it with --tokenizer FILE")
 
 
-def copy_own(facts: dict | None, source: Path, folder: Path) -> None:
-    """Copy the file of an own tokenizer, if facts name one, from a dataset to a folder."""
+def copy_custom(facts: dict | None, source: Path, folder: Path) -> None:
+    """Copy the file of a custom tokenizer, if facts name one, from a dataset to a folder."""
     if facts and "file" in facts:
         write_durably(folder / facts["file"], (source / facts["file"]).read_bytes())
 

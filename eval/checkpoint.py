@@ -65,7 +65,7 @@ class Source:
     tokenizer: dict | Path | None  # its facts, or the folder that holds its Hugging Face files
     sha256: str
     state: dict
-    folders: tuple[Path, ...] = ()  # where the file of an own tokenizer may be
+    folders: tuple[Path, ...] = ()  # where the file of a custom tokenizer may be
 
 
 def open_trained(
@@ -87,7 +87,7 @@ def open_trained(
     source = read_source(path)
     if eot is not None and not tokenizer:
         raise ValueError(f"--eot {eot!r}: belongs to a tokenizer file; give --tokenizer FILE, too")
-    chosen = get_tokenizer(tokenizer, ranks, eot) if tokenizer else own_tokenizer(source, ranks, text)
+    chosen = get_tokenizer(tokenizer, ranks, eot) if tokenizer else known_tokenizer(source, ranks, text)
     size, padded_size = chosen.vocab_size, source.config.vocab_size
     if not size <= padded_size < size + PADDING:
         raise ValueError(f"{path}: tokenizer {chosen.name}, {size} ids, does not fit vocab_size={padded_size}")
@@ -132,7 +132,7 @@ def load_weights(model: GPT, path: str) -> str:
     return source.sha256
 
 
-def own_tokenizer(source: Source, ranks: str | None, text: str) -> Tokenizer:
+def known_tokenizer(source: Source, ranks: str | None, text: str) -> Tokenizer:
     """The tokenizer that a source names, or that its vocabulary's size tells. `text` is that of `open_trained`."""
     if isinstance(source.tokenizer, Path):
         return FolderTokenizer(source.tokenizer)

@@ -89,7 +89,7 @@ def hugging_face_tokenizer(tokenizer: Tokenizer, block_size: int) -> Any:
 
 
 def encoding(tokenizer: CharacterTokenizer | FileTokenizer) -> Any:
-    """An own tokenizer as an object of the tokenizers library."""
+    """A custom tokenizer as an object of the tokenizers library."""
     from tokenizers import Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Encoding
 

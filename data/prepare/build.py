@@ -19,7 +19,7 @@ from data.prepare.output import PROGRESS, progress, staged
 from data.prepare.sources import Chunk, Source
 from data.prepare.workers import Encoded, Recipe, encoded
 from data.shards import SPLITS, DataError, ShardEntry, listed_shard, write_manifest, write_shard
-from data.tokenizer import TOKENIZER_FILE, OwnTokenizer, Tokenizer, facts_of, get_tokenizer
+from data.tokenizer import TOKENIZER_FILE, CustomTokenizer, Tokenizer, facts_of, get_tokenizer
 from runtime.files import sha256_of, write_durably
 
 NOTICES = 20  # unreadable documents that are named; all are counted
@@ -165,7 +165,7 @@ def build(out: Path, source: Source, settings: dict, recipe: Recipe) -> None:
     tokenizer = get_tokenizer(recipe.tokenizer, recipe.ranks, recipe.separator)
     ends: int | None = tokenizer.eot
     with staged(out) as folder:
-        if isinstance(tokenizer, OwnTokenizer):
+        if isinstance(tokenizer, CustomTokenizer):
             ends = None  # its texts may contain the separator
             write_durably(folder / TOKENIZER_FILE, tokenizer.path.read_bytes())
         preparation = Preparation(folder, settings, recipe, ends)

@@ -31,7 +31,7 @@ class SourceFile:
     sha256: str | None = None  # if the hub states it
 
     @property
-    def kind(self) -> str:
+    def lower_name(self) -> str:
         """The name in small letters, whose suffix says how the file is read."""
         return self.name.lower()
 
@@ -47,7 +47,7 @@ def library(module: str) -> Any:
 @contextmanager
 def opened(file: SourceFile) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """The content of a file, decompressed according to its suffix, and the file itself; DataError if it is damaged."""
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(PurePath(file.kind).suffix)
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(PurePath(file.lower_name).suffix)
     try:
         with file.open() as raw:
             stream = library("pyarrow").CompressedInputStream(raw, compression) if compression else None

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from data.prepare.hub import HubFolder
 from data.prepare.output import FETCHED, PROGRESS, staged
 from data.shards import MANIFEST, SPLITS, DataError, examine, names_split, read_shard_header, write_manifest
-from data.tokenizer import TOKENIZER_FILE, GPT2Tokenizer, OwnTokenizer, facts_of, get_tokenizer
+from data.tokenizer import TOKENIZER_FILE, CustomTokenizer, GPT2Tokenizer, facts_of, get_tokenizer
 from runtime.files import sha256_of, write_durably
 
 GPT2: dict[str, Any] = {"name": "gpt2", "vocab_size": GPT2Tokenizer.vocab_size, "eot": GPT2Tokenizer.eot}
@@ -46,7 +46,7 @@ def index_in_place(folder: Path, tokenizer: str = "gpt2", separator: str | None 
     if (tokenizer, separator) != ("gpt2", None):
         chosen = get_tokenizer(tokenizer, eot=separator)
         facts = facts_of(chosen)
-        if isinstance(chosen, OwnTokenizer) and not (copy.exists() and sha256_of(copy) == chosen.sha256):
+        if isinstance(chosen, CustomTokenizer) and not (copy.exists() and sha256_of(copy) == chosen.sha256):
             if copy.exists():
                 raise DataError(f"{copy} is another tokenizer than {chosen.path}; move it away")
             write_durably(copy, chosen.path.read_bytes())

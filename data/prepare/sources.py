@@ -142,26 +142,26 @@ class Files:
 
 def documents_in(file: SourceFile, column: str) -> int:
     """Number of documents in a file: rows of parquet, lines of JSON, or one for a text file."""
-    if file.kind.endswith(".parquet"):
+    if file.lower_name.endswith(".parquet"):
         with opened_parquet(file, column) as parquet:
             return parquet.metadata.num_rows
-    return sum(len(lines) for lines, _ in line_groups(file, 0)) if file.kind.endswith(LINES) else 1
+    return sum(len(lines) for lines, _ in line_groups(file, 0)) if file.lower_name.endswith(LINES) else 1
 
 
 def chunks_of(file: SourceFile, column: str, start: int) -> Chunks:
     """Chunks of a file from row or line `start` on. Raises DataError if it cannot be read."""
-    if file.kind.endswith(".parquet"):
+    if file.lower_name.endswith(".parquet"):
         with opened_parquet(file, column) as parquet:
             for values in grouped(parquet_values(parquet, column, start), lambda value: len(value or b"")):
                 texts = partial(decode_rows, file.title, start, values)
                 start += len(values)
                 yield Chunk((start,), start / parquet.metadata.num_rows, texts)
-    elif file.kind.endswith(LINES):
+    elif file.lower_name.endswith(LINES):
         for lines, fraction in line_groups(file, start):
             texts = partial(decode_lines, file.title, column, start, lines)
             start += len(lines)
             yield Chunk((start,), fraction, texts)
-    elif file.kind.endswith(TEXT) and start == 0:
+    elif file.lower_name.endswith(TEXT) and start == 0:
         yield Chunk((1,), 1.0, partial(decode_file, file))
     elif start == 0:
         raise DataError(f"{file.title}: not a {', '.join(SUFFIXES)} file")

@@ -16,7 +16,7 @@ import numpy as np
 from data.prepare.sources import Chunk, Undecodable
 from data.prepare.split import Split
 from data.shards import DataError
-from data.tokenizer import OwnTokenizer, get_tokenizer, pieces
+from data.tokenizer import CustomTokenizer, get_tokenizer, pieces
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ def encode(chunk: Chunk, name: str, ranks: str | None, separator: str | None, eo
         if isinstance(text, Undecodable):
             unreadable.append(text.where)
         else:
-            # pieces avoid a second copy of an enormous document; an own tokenizer may have tokens across their ends
-            for piece in [text] if isinstance(tokenizer, OwnTokenizer) else pieces(text):
+            # pieces avoid a second copy of an enormous document; a custom tokenizer may have tokens across their ends
+            for piece in [text] if isinstance(tokenizer, CustomTokenizer) else pieces(text):
                 # JSON can hold lone surrogates, UTF-8 cannot; they become replacement characters
                 piece = piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
                 try:

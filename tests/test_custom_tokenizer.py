@@ -65,7 +65,7 @@ def stops(main, *arguments) -> str:
 
 @pytest.fixture(scope="module", params=["tokenizer.json", "map"])
 def prepared(request, tmp_path_factory):
-    """A dataset with an own tokenizer, which is named once; then the file that it came from is deleted."""
+    """A dataset with a custom tokenizer, which is named once; then the file that it came from is deleted."""
     root = tmp_path_factory.mktemp("own")
     file = (bpe_file if request.param == "tokenizer.json" else map_file)(root / "own.json")
     arguments = ["text", "--root", str(text_folder(root / "text")), "--out", str(root / "tokens"), "--workers", "2"]
