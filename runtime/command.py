@@ -3,6 +3,7 @@
 import argparse
 import io
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -131,6 +132,8 @@ def one_line(program: str, interrupted: str = "interrupted", memory: str = "use 
     except KeyboardInterrupt:
         sys.exit(f"{program}: {interrupted}")
     except (ValueError, ImportError, OSError) as error:
+        if getattr(error, "equal_on_all_ranks", False) and os.environ.get("LOCAL_RANK", "0") != "0":
+            sys.exit(1)  # the first process of this machine prints it
         text = str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:
             text = f"{error.filename}: {error.strerror}"

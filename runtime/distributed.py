@@ -1,6 +1,6 @@
 """The processes of a run: rank, device, small exchanges between ranks, and the signals that stop a run.
 
-Only this module reads the environment variables of torchrun.
+Only this module and runtime/command.py read the environment variables of torchrun.
 """
 
 import ctypes

@@ -628,6 +628,10 @@ def test_from_the_command_line_errors_are_one_line(dataset):
     output, _ = process.communicate()
     assert process.returncode == 1
     assert output == "config: n_heads: unknown key; nearest: model.n_head, model.n_embd\n"
+    process = launch([str(CONFIG), f"--data.path={dataset}", "--n_heads=3"], processes=2)
+    output, _ = process.communicate()
+    assert process.returncode == 1
+    assert output.count("config: n_heads: unknown key") == 1
 
 
 def test_shards_that_get_a_manifest_midway_do_not_refuse_the_resume(tmp_path):
