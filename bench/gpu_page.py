@@ -18,33 +18,39 @@ BEGIN, END = "<!-- speed: written by python -m bench.gpu_page -->", "<!-- end of
 
 def results(folder: Path, bench: str, any_hardware: bool) -> Iterator[tuple[dict, list[dict]]]:
     """Facts and rows of the result files of a bench, the oldest first; only those of a GPU, unless any_hardware."""
-    for path in sorted(folder.glob(f"{bench}_*.jsonl"), key=lambda p: p.stem[-10:]):
+    for path in sorted(folder.glob(f"{bench}_*.jsonl"), key=lambda p: (p.stem[-10:], p.stat().st_mtime)):
         facts, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         if any_hardware or not facts["hardware"].startswith("cpu"):
             yield facts, rows
 
 
-def speeds(folder: Path, any_hardware: bool) -> list[dict]:
-    """A row for each size: the newest numbers of the rung `best` and its ratio to nanoGPT's way."""
-    newest: dict[tuple[str, str], dict] = {}
+def speeds(folder: Path, any_hardware: bool) -> dict[str, dict]:
+    """The newest numbers of the rung `best` of each size that was measured, and its ratio to nanoGPT's way."""
+    best: dict[str, dict] = {}
+    ratios: dict[str, float] = {}
     for facts, rows in results(folder, "ladder", any_hardware):
         size = facts["bench"].split("_")[1]
         for row in rows:
-            newest[size, row["rung"]] = row | facts
-    out = []
+            if row["rung"] == "best" and "tokens_per_s" in row:
+                best[size] = row | facts
+            elif row["rung"] == "best against nanogpt":
+                ratios[size] = row["speed_ratio"]
+    return {size: best[size] | dict(ratio=ratios.get(size)) for size in SIZES if size in best}
+
+
+def table(found: dict[str, dict]) -> str:
+    """The speeds in markdown, a row for each size."""
+    rows = []
     for size in SIZES:
-        best, ratio = newest.get((size, "best"), {}), newest.get((size, "best against nanogpt"), {})
         row = {"size": size, "tokens/s": "not measured"}
-        if "tokens_per_s" in best:
-            row |= {"tokens/s": f"{best['tokens_per_s']:,.0f}", "MFU": _percent(best["mfu"])}
-            row |= {
-                "memory": f"{best['memory_gb']:.1f} GB",
-                "MARS-M's part of a step": _percent(best["optimizer_share"]),
-            }
-            row |= {"against nanoGPT's way": f"{ratio['speed_ratio']:.2f}x" if ratio else "not measured"}
-            row |= {"hardware": best["hardware"], "torch": best["torch"], "date": best["date"]}
-        out.append(row)
-    return out
+        if numbers := found.get(size):
+            row |= {"tokens/s": f"{numbers['tokens_per_s']:,.0f}", "MFU": _percent(numbers["mfu"])}
+            row |= {"memory": f"{numbers['memory_gb']:.1f} GB"}
+            row |= {"MARS-M's part of a step": _percent(numbers["optimizer_share"])}
+            row |= {"against nanoGPT's way": f"{numbers['ratio']:.2f}x" if numbers["ratio"] else "not measured"}
+            row |= {key: numbers[key] for key in ("hardware", "torch", "date")}
+        rows.append(row)
+    return markdown(rows)
 
 
 def _percent(part: float | None) -> str:
@@ -57,33 +63,32 @@ def checks(folder: Path, any_hardware: bool) -> list[dict]:
     return [{key: row[key] for key in ("what", "bound", "found", "result")} for row in newest if "result" in row]
 
 
-def page(rows: list[dict], checked: list[dict], comparison: str) -> str:
+def page(speed: str, checked: list[dict], comparison: str) -> str:
     """The page in markdown."""
-    text = f"# Measured on a GPU\n\n## Training speed\n\nSteps of 480 sequences, MARS-M.\n\n{markdown(rows)}\n"
+    text = f"# Measured on a GPU\n\n## Training speed\n\nSteps of 480 sequences, MARS-M.\n\n{speed}\n"
     text += f"\n![tokens/s](gpu.png)\n\n## Correctness\n\n{markdown(checked) if checked else 'Not measured.'}\n"
     return text + f"\n## A short comparison\n\n{comparison or 'Not measured.'}\n"
 
 
-def plot(rows: list[dict], path: Path) -> None:
+def plot(found: dict[str, dict], path: Path) -> None:
     """Tokens per second by size."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
-    measured = [row for row in rows if row["tokens/s"] != "not measured"]
-    bars = axes.bar([row["size"] for row in measured], [float(row["tokens/s"].replace(",", "")) for row in measured])
-    axes.bar_label(bars, [row["tokens/s"] for row in measured])
-    axes.set(ylabel="tokens/s", title=" ".join({row["hardware"] for row in measured}))
+    bars = axes.bar(list(found), [numbers["tokens_per_s"] for numbers in found.values()])
+    axes.bar_label(bars, fmt="{:,.0f}")
+    axes.set(ylabel="tokens/s", title=" ".join({numbers["hardware"] for numbers in found.values()}))
     figure.savefig(path, dpi=110)
 
 
-def fill(readme: Path, rows: list[dict]) -> None:
+def fill(readme: Path, speed: str) -> None:
     """Put the table between the two marks of the README. Raises ValueError if it has none."""
     text = readme.read_text(encoding="utf-8")
     if not re.search(f"{BEGIN}.*{END}", text, re.DOTALL):
         raise ValueError(f"{readme}: has no lines {BEGIN} and {END}")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{markdown(rows)}\n{END}{after}", encoding="utf-8")
+    readme.write_text(f"{before}{BEGIN}\n{speed}\n{END}{after}", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -93,16 +98,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--keep_readme", action="store_true", help="do not change the README")
     args = parser.parse_args(argv)
     with one_line("bench.gpu_page"):
-        rows, checked = speeds(args.folder, args.any_hardware), checks(args.folder, args.any_hardware)
-        if all(row["tokens/s"] == "not measured" for row in rows):
+        found, checked = speeds(args.folder, args.any_hardware), checks(args.folder, args.any_hardware)
+        if not found:
             raise ValueError(f"{args.folder}: no result of bench.ladder on a GPU; run scripts/first_gpu_hour.sh there")
         # the report of the whole sweep, or else of some of its arms
         sweeps = sorted(args.folder.glob(f"sweep_first_gpu_{'smoke' if args.any_hardware else 'gpu'}*.md"))
         comparison = sweeps[0].read_text(encoding="utf-8").partition("\n")[2] if sweeps else ""
-        (args.folder / "gpu.md").write_text(page(rows, checked, comparison), encoding="utf-8")
-        plot(rows, args.folder / "gpu.png")
+        (args.folder / "gpu.md").write_text(page(table(found), checked, comparison), encoding="utf-8")
+        plot(found, args.folder / "gpu.png")
         if not args.keep_readme:
-            fill(ROOT / "README.md", rows)
+            fill(ROOT / "README.md", table(found))
         print(f"written to {args.folder / 'gpu.md'} and .png")
 
 
