@@ -35,7 +35,7 @@ from runtime.clipping import GradientClipper, NonFiniteError
 from runtime.command import Parser, one_line
 from runtime.distributed import StopRequest, World, start_world
 from runtime.evaluation import Evaluator, bad_samples
-from runtime.folder import CONFIG, INIT_SHA256, Comparison, add_facts, open_run_folder, run_lock
+from runtime.folder import CONFIG, INIT_SHA256, Comparison, add_facts, open_run_folder, run_lock, undone_on_error
 from runtime.gamma import GammaTuner
 from runtime.hardware import environment, memory_gb, peak_flops
 from runtime.logger import Meter, RunLogger
@@ -315,7 +315,9 @@ def train(t: Trainer) -> None:
 
 def train_run(run: RunConfig, world: World, fresh: bool, accept_changes: bool) -> None:
     """Build the parts, train, and say how it ended."""
-    t = Trainer(run, world, fresh, accept_changes)
+    # a fresh run starts in a folder of its own, so there is nothing to undo
+    with nullcontext() if fresh else undone_on_error(Path(run.log.folder) / run.name, world):
+        t = Trainer(run, world, fresh, accept_changes)
     console.introduce(t)
     try:
         with compute.collector_paused():

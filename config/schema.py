@@ -93,6 +93,8 @@ class RunConfig:
                 out.append(f'schedule.moves: {self.optimizer} cannot move "{key}"; it can move {", ".join(numbers)}')
         else:
             out += [f"schedule.moves: final {error}" for error in self.optim.changed(**moves).errors()]
+        if self.chooses_gamma and "momentum" in moves:
+            out.append("gamma=auto: needs a momentum that does not move")
         if not out and self.schedule.warmup > self.total_steps:
             out.append(f"schedule.warmup={self.schedule.warmup}: is longer than the run of {self.total_steps} steps")
         return out
@@ -165,7 +167,7 @@ def changeable_keys(run: RunConfig, accept_changes: bool = False) -> set[str]:
     """
     keys = all_keys(run)
     if accept_changes:
-        return {key for key in keys if not key.startswith("model.")}
+        return {"dataset", *(key for key in keys if not key.startswith("model."))}
     goes_on = run.schedule.shape in ("constant", "wsd") and not run.moves
     budget = {"steps", "tokens"} if goes_on else set()
     return budget | {key for key, (_, declared) in keys.items() if declared.free_on_resume}

@@ -54,6 +54,8 @@ class MARSMConfig(OrthogonalConfig):
             out.append("gamma=auto and free_gamma=true: need clip_c=false and is_approx=true")
         if self.gamma is None and self.gamma_end is not None:
             out.append("gamma=auto: excludes gamma_end")
+        if self.gamma is None and self.momentum == 0:
+            out.append("gamma=auto: needs a momentum above 0")
         return out
 
     def as_group(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from runtime.distributed import World
-from runtime.files import locked, write_json
+from runtime.files import locked, write_durably, write_json
+from runtime.logger import METRICS
 
 CONFIG, ENVIRONMENT = "config.json", "environment.json"
 INIT_SHA256 = "init_sha256"  # key of config.json: hash of the weights that --init_from has read
@@ -56,6 +58,27 @@ def open_run_folder(
     _on_main(lambda: _open(path, config, comparison, environment, fresh), path, world)
 
 
+@contextmanager
+def undone_on_error(path: Path, world: World) -> Iterator[None]:
+    """Inside, a run is set up in its folder. If that fails, the folder has its former settings and checkpoints again.
+
+    So a command with a wrong setting does not change what the corrected command finds.
+    """
+    present = {*path.glob("checkpoints/step_*"), *(path / name for name in (CONFIG, METRICS) if (path / name).exists())}
+    settings = (path / CONFIG).read_bytes() if path / CONFIG in present else None
+    try:
+        yield
+    except Exception:
+        if world.is_main:
+            for copy in set(path.glob("checkpoints/step_*")) - present:  # of the run that this one branches from
+                shutil.rmtree(copy)
+            for added in {path / CONFIG, path / METRICS} - present:
+                added.unlink(missing_ok=True)
+            if settings is not None and (path / CONFIG).read_bytes() != settings:
+                write_durably(path / CONFIG, settings)
+        raise
+
+
 def _on_main(action: Callable[[], str | None], path: Path, world: World) -> None:
     """Run an action on rank 0. If it returns a problem or fails, raise RunFolderError on every rank."""
     problem = None
@@ -72,7 +95,9 @@ def _open(path: Path, config: dict, comparison: Comparison, environment: dict, f
     if fresh and path.exists():
         names = (path.with_name(f"{path.name}.before-{n}") for n in itertools.count(1))
         path.rename(next(p for p in names if not p.exists()))
-    if (path / CONFIG).exists():
+    metrics, has_checkpoints = path / METRICS, any(path.glob("checkpoints/step_*"))
+    started = has_checkpoints or (metrics.exists() and metrics.stat().st_size > 0)
+    if started and (path / CONFIG).exists():
         try:
             before = json.loads((path / CONFIG).read_text(encoding="utf-8"))
             changed = differences(before, config, comparison.defaults)
@@ -88,12 +113,13 @@ def _open(path: Path, config: dict, comparison: Comparison, environment: dict, f
             print(f"note: {key}: {old} -> {new}")
         if changed:
             lines = "\n".join(f"  {key}: {old} -> {new}" for key, (old, new) in changed.items())
+            other_model = any(key.startswith("model.") for key in changed)
             return (
                 f"{path} contains a run with another configuration (old -> new):\n{lines}\n"
-                "give the old values to continue it, another --name for a new run, or --fresh to start over; "
-                "--accept_changes continues it with the new values"
+                "give the old values to continue it, another --name for a new run, or --fresh to start over"
+                + ("" if other_model else "; --accept_changes continues it with the new values")
             )
-    elif any(path.glob("checkpoints/step_*")):
+    elif has_checkpoints:
         return f"{path} has checkpoints and no {CONFIG}; restore it (state.json has it), or start over with --fresh"
     (path / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_json(path / CONFIG, config)

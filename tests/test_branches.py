@@ -65,7 +65,38 @@ def test_a_cosine_run_gets_another_budget_only_if_changes_are_accepted(dataset, 
     train(dataset, tmp_path, "run", "--steps=8")
     assert "steps: 8 -> 12" in message(dataset, tmp_path, "run", "--steps=12")
     assert 12 in losses(train(dataset, tmp_path, "run", "--steps=12", "--accept_changes"))
-    assert "model.n_layer" in message(dataset, tmp_path, "run", "--steps=12", "--n_layer=1", "--accept_changes")
+    refused = message(dataset, tmp_path, "run", "--steps=12", "--n_layer=1", "--accept_changes")
+    assert "model.n_layer" in refused
+    assert "--accept_changes continues" not in refused
+
+
+def test_another_dataset_is_accepted_with_accept_changes(dataset, tmp_path):
+    other = make_dataset(tmp_path / "other", tokens=15_000)
+    train(dataset, tmp_path, "run", "--steps=8", "--schedule.shape=constant")
+    words = ("--steps=12", "--schedule.shape=constant")
+    assert "--accept_changes continues" in message(other, tmp_path, "run", *words)
+    assert 12 in losses(train(other, tmp_path, "run", *words, "--accept_changes"))
+
+
+def test_a_start_that_fails_does_not_change_what_the_corrected_command_finds(dataset, tmp_path):
+    run = train(dataset, tmp_path, "run", "--steps=8")
+    settings = (run / "config.json").read_bytes()
+    assert "is smaller than the 8" in message(dataset, tmp_path, "run", "--steps=4", "--accept_changes")
+    message(dataset, tmp_path, "run", "--steps=8", "--optimizer=lion", "--accept_changes")
+    assert (run / "config.json").read_bytes() == settings
+    train(dataset, tmp_path, "run", "--steps=8")
+
+    assert "nowhere" in message(dataset, tmp_path, "tuned", "--init_from=nowhere")
+    assert 12 in losses(train(dataset, tmp_path, "tuned", f"--init_from={run}"))
+
+    message(dataset, tmp_path, "branch", f"--branch_from={run}@8", "--optimizer=lion")
+    assert 12 in losses(train(dataset, tmp_path, "branch", f"--branch_from={run}@8"))
+
+
+def test_a_fresh_start_that_fails_keeps_the_earlier_run(dataset, tmp_path):
+    run = train(dataset, tmp_path, "run", "--steps=8")
+    message(tmp_path / "nowhere", tmp_path, "run", "--fresh")
+    assert weights(run, 8)
 
 
 @pytest.mark.parametrize("source", ["nothing", "nothing@4", "{run}@5", "{run}"])

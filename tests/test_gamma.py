@@ -110,6 +110,8 @@ def test_two_processes_choose_the_gamma_of_one(dataset, tmp_path):
         (("--clip_c=true",), "optim.gamma=auto and free_gamma=true: need clip_c=false and is_approx=true"),
         (("--is_approx=false",), "need clip_c=false and is_approx=true"),
         (("--gamma_end=0.1",), "gamma=auto: excludes gamma_end"),
+        (("--momentum=0",), "gamma=auto: needs a momentum above 0"),
+        (("--moves=momentum:0.5",), "gamma=auto: needs a momentum that does not move"),
         (("--batch_size=9",), "gamma=auto: needs an even number of sequences per process, and there are 9"),
     ],
 )

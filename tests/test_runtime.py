@@ -249,6 +249,9 @@ def test_a_new_folder_is_created_and_an_existing_one_is_compared(tmp_path):
             tmp_path / "r", run | {"log": {"every": every}}, Comparison({"log.every"}, {}), {}, False, ALONE
         )
     assert json.loads((tmp_path / "r" / "config.json").read_text())["log"]["every"] == 5
+    open_run_folder(tmp_path / "r", run | {"seed": 3}, Comparison(set(), {}), {}, False, ALONE)  # nothing is done yet
+    open_run_folder(tmp_path / "r", run, Comparison(set(), {}), {}, False, ALONE)
+    (tmp_path / "r" / "checkpoints" / "step_0000004").mkdir()
     with pytest.raises(RunFolderError, match="seed: 1 -> 2"):
         open_run_folder(tmp_path / "r", run | {"seed": 2}, Comparison({"log.every"}, {}), {}, False, ALONE)
     (tmp_path / "r" / "config.json").write_text("{")
