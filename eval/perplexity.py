@@ -210,6 +210,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with one_line("eval.perplexity"), start_world(args.device) as world:
         torch.set_float32_matmul_precision("highest")
+        if args.out and world.is_main:  # before the work, so that a wrong path does not lose it
+            args.out.parent.mkdir(parents=True, exist_ok=True)
         report = compare(args, world)
         if args.out and world.is_main:
             write_json(args.out, report)

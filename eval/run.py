@@ -6,6 +6,7 @@ interrupted evaluation.
 """
 
 import argparse
+import hashlib
 import io
 import itertools
 import json
@@ -64,7 +65,6 @@ def score_task(trained: Trained, scorer: Scorer, tasks: Tasks, name: str, shots:
         "documents": sum(c["effective"] for c in results["n-samples"].values()),
         "requests": scorer.scored - scored,
         "requests_cut_on_the_left": scorer.truncated - truncated,
-        "prefix_token": trained.tokenizer.eot,
         "seconds": round(time.perf_counter() - start, 1),
     }
 
@@ -92,6 +92,13 @@ def to_wandb(trained: Trained, scores: list[dict], mode: str) -> str | None:
     return f"scores written to wandb run {run_id}"
 
 
+def fingerprint(*folders: str | None) -> str | None:
+    """A hash of the names, sizes and times of the files in folders, by which changed tasks are noticed."""
+    files = sorted(p for folder in folders if folder for p in Path(folder).rglob("*") if p.is_file())
+    facts = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16] if facts else None
+
+
 def score_model(
     args: argparse.Namespace, trained: Trained, tasks: Tasks, records: list[dict], world: World
 ) -> tuple[list[dict], dict[str, str]]:
@@ -103,9 +110,11 @@ def score_model(
     scorer, scores, failed = Scorer(trained.model, args.batch_tokens, world), [], {}
     facts = {"checkpoint": trained.name, "path": str(trained.path), "step": trained.state.get("step")}
     facts |= {"dtype": "float32", "device": str(world.device)}
+    files = fingerprint(args.include_path, args.task_data)
     for shots, name in itertools.product(args.shots, tasks.names):
         key = {"sha256": trained.sha256, "task": name, "shots": shots, "limit": args.limit}
         key |= {"harness": tasks.version, "tokenizer": trained.tokenizer.name, "data": args.task_data}
+        key |= {"prefix_token": trained.tokenizer.eot, "files": files}
         score = next((s for s in records if all(s.get(k) == v for k, v in key.items())), None)
         if score is None:
             try:

@@ -318,6 +318,14 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
     assert len(score["sha256"]) == 64
     assert "my_pairs acc" in capsys.readouterr().out
 
+    rows = [r | dict(gold=1 - r["gold"]) for r in rows]  # other answers are not the task that was scored
+    (tmp_path / "tasks" / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    run.main(
+        [str(folders[1]), "--tasks", "my_pairs", "--include_path", str(tmp_path / "tasks"), "--out", str(tmp_path)]
+    )
+    again = json.loads((tmp_path / "results.json").read_text())["scores"]
+    assert [s["score"] for s in again] == [score["score"], pytest.approx(1 - score["score"])]
+
 
 def test_a_missing_dataset_is_explained_and_the_other_tasks_run(folders, data, tmp_path, capsys):
     few = tmp_path / "data"
