@@ -169,6 +169,8 @@ class Run:
             (self.path / "diverged").touch()
         elif done.returncode:
             raise RuntimeError(f"{shlex.join(self.command)}\n{(done.stdout + done.stderr)[-2000:]}")
+        elif math.isnan(self.loss):  # stopped by a signal, or its records are lost
+            raise RuntimeError(f"{shlex.join(self.command)}\nended, and {METRICS} has no last evaluation")
 
 
 def reason(output: str) -> str:
@@ -255,8 +257,10 @@ class Sweep:
 
         If a run fails, its error is kept in `failed`, and the others go on.
         """
-        gpus, size = torch.cuda.device_count(), self.scale.processes
-        groups = [",".join(map(str, range(i, i + size))) for i in range(0, gpus - size + 1, size)] or [""] * workers
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        names = visible.split(",") if visible else [*map(str, range(torch.cuda.device_count()))]
+        gpus, size = names[: torch.cuda.device_count()], self.scale.processes
+        groups = [",".join(gpus[i : i + size]) for i in range(0, len(gpus) - size + 1, size)] or [""] * workers
         free: queue.Queue[str] = queue.Queue()
         for devices in groups[:workers]:
             free.put(devices)

@@ -59,6 +59,8 @@ def train(config: VisionConfig, images: Images) -> Iterator[dict[str, float]]:
     model = ResNet18(images.kind.classes, config.width, images.channels).to(pixels.device)
     optimizer: Any = build_optimizer(model, config.optim)
     rates = [group["lr"] for group in optimizer.param_groups]
+    if len(labels) % BATCH == 1:
+        raise ValueError(f"{len(labels)} images: the last batch has a single one, which cannot be normalized")
     stream = batches(images, config.seed, config.epochs)
     batch, steps, seconds, gradients = next(stream), math.ceil(len(labels) / BATCH), 0.0, 0
 
@@ -118,7 +120,7 @@ def parse(argv: Sequence[str] | None) -> tuple[VisionConfig, argparse.Namespace]
     )
     parser.add_argument("--epochs", type=at_least(1), default=200, help="default: %(default)s")
     parser.add_argument("--limit", type=at_least(0), default=0, help="images of each split; 0: all (default)")
-    parser.add_argument("--seed", type=at_least(0), default=1, help="default: %(default)s")
+    parser.add_argument("--seed", type=at_least(0, 2**62 - 1), default=1, help="default: %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--name", help="run folder (default: dataset, optimizer and seed)")
     parser.add_argument("--log.folder", default="runs/vision", help="folder of run folders (default: %(default)s)")

@@ -56,6 +56,9 @@ class Plan:
                 out.append(f"scale {name}: program={scale.program!r}: must be 'train_gpt' or 'vision'")
             if scale.program == "vision" and scale.processes > 1:
                 out.append(f"scale {name}: processes={scale.processes}: bench.vision uses one process")
+            for key in ("seeds", "multiples", "decays"):
+                if len(set(values := getattr(scale, key))) < len(values):
+                    out.append(f"scale {name}: {key}={values}: gives a value twice")
             if len(set(scale.seeds)) < 2:
                 out.append(f"scale {name}: give at least two seeds; the first selects, and the others are reported")
             out += [f"arm {arm!r}: has no lr for scale {name}" for arm, a in self.arms.items() if name not in a.lr]

@@ -61,8 +61,10 @@ if [ -z "${PYTHON:-}" ]; then
     [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
 fi
 if [ -z "$gpus" ]; then
-    gpus=$(nvidia-smi -L 2>/dev/null | wc -l) || true
-    [ "$gpus" -gt 0 ] || gpus=1
+    gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ') || true
+    visible=${CUDA_VISIBLE_DEVICES:-}
+    [ -z "$visible" ] || gpus=$(tr ',' '\n' <<<"$visible" | wc -l)
+    [ "${gpus:-0}" -gt 0 ] || gpus=1
 fi
 for number in "$gpus" "$nodes"; do
     [[ $number =~ ^[1-9][0-9]{0,5}$ ]] || fail "\"$number\": --gpus and --nodes must be whole numbers from 1 to 999999"

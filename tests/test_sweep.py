@@ -6,10 +6,12 @@ import math
 import os
 import re
 import shutil
+import subprocess
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import CONFIG
 
 from bench import sweep
@@ -201,6 +203,7 @@ def test_an_arm_with_wrong_settings_stops_the_sweep_before_any_run(plan, tmp_pat
         ("multiples=", "decays=(0.1,), multiples=", "scale laptop: tries a single weight decay; write it into"),
         ("multiples=", "program='visoin', multiples=", "program='visoin': must be 'train_gpt' or 'vision'"),
         ("multiples=", "program='vision', processes=2, multiples=", "processes=2: bench.vision uses one process"),
+        ("seeds=(1, 2, 3)", "seeds=(1, 2, 2)", r"scale laptop: seeds=\(1, 2, 2\): gives a value twice"),
         ("seeds=(1, 2, 3)", "seeds=(1,)", "scale laptop: give at least two seeds"),
         ("AdamW=Arm", "**{'Muon ': Arm('', dict(laptop=1.0)), 'Muon_': Arm('', dict(laptop=1.0))}, AdamW=Arm",
          "arms 'Muon ' and 'Muon_': would use the same run folders"),
@@ -215,6 +218,26 @@ def test_a_plan_that_cannot_be_used_is_one_line(plan, old, new, problem):
     Path(plan).write_text(Path(plan).read_text().replace(old, new))
     with pytest.raises(SystemExit, match=problem):
         sweep.main([plan, "--dry_run"])
+
+
+@pytest.mark.parametrize(
+    "visible, names", [("", {"0", "1"}), ("4,5", {"4", "5"}), ("GPU-aa,GPU-bb", {"GPU-aa", "GPU-bb"})]
+)
+def test_runs_use_the_gpus_that_the_user_gives(plan, monkeypatch, visible, names):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    used = set()
+
+    def run(command, env, **options):
+        used.add(env["CUDA_VISIBLE_DEVICES"])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(sweep.subprocess, "run", run)
+    found = Sweep(plan)
+    found.train(workers=2)
+    assert used == names
+    (error,) = {e.splitlines()[-1] for e in found.failed.values()}  # the runs ended well, and recorded nothing
+    assert error == "ended, and metrics.jsonl has no last evaluation"
 
 
 def test_the_hours_of_a_gpu_are_estimated(capsys):
