@@ -93,13 +93,13 @@ class HellaSwag:
 
 @torch.no_grad()
 def count_right(model: Any, items: Iterable[Item], device: torch.device, seconds: float = math.inf) -> Tensor:
-    """Number of right answers and of scored items, (2,) float64. No item is started after `seconds`.
+    """Number of right answers and of scored items, (2,) float64. After `seconds` no other item is started.
 
     The model needs hidden, logits and config.block_size, as GPT has.
     """
     right, scored, longest, end = 0, 0, model.config.block_size + 1, time.monotonic() + seconds
     for item in items:
-        if time.monotonic() > end:
+        if time.monotonic() > end and scored:
             break
         rows = [torch.tensor((item.context + ending)[-longest:]) for ending in item.endings]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)

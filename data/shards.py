@@ -44,7 +44,8 @@ class Shard:
 
         Each read is a system call of its own. A memory map would count every page it ever read as resident memory.
         """
-        got = os.preadv(_handle(self.path).fileno(), [out.data.cast("B")], self.start + 2 * offset)
+        file = _handle(self.path)  # keeps the file open, if another thread drops it from the cache
+        got = os.preadv(file.fileno(), [out.data.cast("B")], self.start + 2 * offset)
         if got != out.nbytes:
             raise DataError(f"{self.path}: ends {out.nbytes - got} bytes early; it was truncated after it was opened")
 

@@ -20,7 +20,7 @@ class AdamWConfig(Settings):
 
     lr: float = option(6e-4, "peak learning rate", least=0)
     betas: tuple[float, float] = option((0.9, 0.95), "decay of the first and second moment", least=0, below=1)
-    eps: float = option(1e-8, "added to sqrt(v_hat)", least=0)
+    eps: float = option(1e-8, "added to sqrt(v_hat)", above=0)
     weight_decay: float = option(0.1, "weight decay of matrices; embeddings, gains and biases are not decayed", least=0)
 
     def build(

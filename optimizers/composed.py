@@ -29,6 +29,7 @@ BATCH = 1 << 27  # elements of matrices worked on at a time on a GPU: bounds the
 # updates that share only 0-d numbers become one kernel, too
 INDUCTOR: dict[str, Any] = {"score_fusion_memory_threshold": 1}
 AT_ONCE = 10  # tensors in a compiled update: the compiler does not fuse operations that are more than 64 apart
+OF_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")  # their keys in groups
 DTYPES = (torch.float32, torch.float64)
 
 
@@ -80,6 +81,7 @@ class ComposedOptimizer(Optimizer):
         self._scratch: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         self._calls: dict[Tensor, int] = {}  # steps of each matrix; after loading, as its state counts them
         self._looked_ahead: list[dict[str, Tensor]] | None = None  # exact form: states with the next batch's gradient
+        self._ahead_is_scaled = False  # exact form: these gradients were not divided by a grad_scale
         super().__init__(params, defaults | given)
 
     def rule(self, group: dict[str, Any], role: str) -> Rule:
@@ -101,7 +103,7 @@ class ComposedOptimizer(Optimizer):
         return "matrix" if p.dim() >= 2 else "vector"
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = ("ownership", "_compiled", "_calls", "_looked_ahead")
+        ours = ("ownership", "_compiled", "_calls", "_looked_ahead", "_ahead_is_scaled")
         return super().__getstate__() | {k: getattr(self, k) for k in ours} | dict(_functions={}, _scratch={})
 
     # ---- parameters and state
@@ -123,7 +125,7 @@ class ComposedOptimizer(Optimizer):
     def _group_errors(self, group: dict[str, Any]) -> list[str]:
         blocks, out = group.get("blocks", 1), []
         known = [*self.defaults, "role", "blocks", "params", "constructed_lr"]
-        for key in group.keys() - known:  # a group may hold keys of others, such as a scheduler's initial_lr
+        for key in group.keys() - {*known, *OF_SCHEDULERS}:
             if likely := get_close_matches(key, known, n=1, cutoff=0.8):
                 return [f"{key}={group[key]!r}: a group has no such setting; is {likely[0]} meant?"]
         if group.get("role") not in (None, *ROLES):
@@ -235,6 +237,7 @@ class ComposedOptimizer(Optimizer):
         self._follow_parameters()
         self._looked_ahead = []
         inverse = self._inverse_scale()
+        self._ahead_is_scaled = inverse is None
         for p, state in self.state.items():
             if "upcoming" in state and p.grad is not None:
                 torch.nan_to_num(p.grad, nan=0.0, posinf=0.0, neginf=0.0, out=state["upcoming"])
@@ -269,6 +272,10 @@ class ComposedOptimizer(Optimizer):
         if not jobs:
             return loss
         inverse = self._inverse_scale()
+        if inverse is not None and self._looked_ahead and self._ahead_is_scaled:
+            raise ValueError(
+                "grad_scale: the exact form needs it at update_previous_grad(), too; GradScaler sets it late"
+            )
         for job in jobs:
             job.numbers = _gradient_numbers(job, inverse)
             self._clip(job)

@@ -32,7 +32,7 @@ class MARSConfig(Settings):
     betas: tuple[float, float] = option(
         (0.95, 0.99), "decay of the first and second moment; the correction uses the first", least=0, below=1
     )
-    eps: float = option(1e-8, "added to sqrt(v_hat); mars-shampoo: to the norm, too", least=0)
+    eps: float = option(1e-8, "added to sqrt(v_hat); mars-shampoo: to the norm, too", above=0)
     weight_decay: float = option(0.01, "weight decay of matrices", least=0)
     gamma: float = option(0.025, "strength of the correction", least=0)
     gamma_end: float | None = option(

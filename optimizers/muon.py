@@ -35,7 +35,7 @@ class OrthogonalConfig(Settings):
         False, "orthogonalize query, key and value separately instead of as one matrix", run_only=True
     )
     adamw_betas: tuple[float, float] = option((0.9, 0.95), "AdamW: decay of both moments", least=0, below=1)
-    adamw_eps: float = option(1e-8, "AdamW: added to sqrt(v_hat)", least=0)
+    adamw_eps: float = option(1e-8, "AdamW: added to sqrt(v_hat)", above=0)
     adamw_eps_first: bool = option(False, "AdamW: add eps before the bias correction of v (as published)")
 
     def adamw(self) -> Rule:

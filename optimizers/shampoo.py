@@ -20,7 +20,7 @@ class ShampooConfig(Settings):
 
     lr: float = option(2e-2, "peak learning rate of matrices", least=0)
     beta: float = option(0.95, "decay of the momentum", least=0, below=1)
-    eps: float = option(1e-8, "added to the norm of the momentum, and by AdamW to sqrt(v_hat)", least=0)
+    eps: float = option(1e-8, "added to the norm of the momentum, and by AdamW to sqrt(v_hat)", above=0)
     weight_decay: float = option(0.01, "weight decay of matrices", least=0)
     adamw_lr: float = option(3e-3, "peak learning rate of embeddings and vectors", least=0)
     adamw_betas: tuple[float, float] = option((0.9, 0.95), "AdamW: decay of both moments", least=0, below=1)

@@ -80,7 +80,7 @@ class SOAPConfig(Settings):
     betas: tuple[float, float] = option(
         (0.95, 0.95), "decay of momentum; of square and preconditioners", least=0, below=1
     )
-    eps: float = option(1e-8, "added to sqrt(v_hat)", least=0)
+    eps: float = option(1e-8, "added to sqrt(v_hat)", above=0)
     refresh_every: int = option(10, "steps between refreshes of the eigenbasis", least=1)
     weight_decay: float = option(0.01, "weight decay of matrices", least=0)
 
@@ -90,6 +90,9 @@ class SOAPConfig(Settings):
 
 
 class SOAP(ComposedOptimizer):
-    """SOAP. State of a matrix (m, n): 2 m n + 2 m^2 + 2 n^2 numbers, divided over the ranks; 8 bytes elsewhere."""
+    """SOAP. State of a matrix (m, n): 2 m n + 2 m^2 + 2 n^2 numbers, divided over the ranks; 8 bytes elsewhere.
+
+    The first step must not be skipped, because it sets the bases. A GradScaler skips first steps if its scale is high.
+    """
 
     settings = SOAPConfig

@@ -63,6 +63,8 @@ def parse_number(text: str) -> int | float:
     if not math.isfinite(number):
         return number
     exact = Fraction(Decimal(digits)) * scale  # 1.001 times 1000 is not whole in floating point
+    if abs(exact) > int(sys.float_info.max):
+        return math.inf if exact > 0 else -math.inf
     return int(exact) if exact.denominator == 1 else float(exact)
 
 

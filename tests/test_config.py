@@ -202,7 +202,9 @@ def test_numbers_as_people_write_them(text, value):
     config = load_config(CONFIG, [f"--tokens={text}", "--warmup=0"])
     assert (config.tokens, type(config.tokens)) == (value, int)
     assert load_config(CONFIG, ["--lr=2.5e-3"]).optim.lr == 0.0025
-    for wrong in ("1.5", "ten", "0.0000001M", "B", "1e999"):
+    with pytest.raises(ConfigError, match="must be a number of at least 0"):
+        load_config(CONFIG, ["--lr=1e308k"])
+    for wrong in ("1.5", "ten", "0.0000001M", "B", "1e999", "1e308k"):
         with pytest.raises(ConfigError, match=f"tokens={wrong}: expected a whole number from 1 to "):
             load_config(CONFIG, [f"--tokens={wrong}"])
 

@@ -107,6 +107,7 @@ def test_no_item_is_started_after_the_time_limit(root, monkeypatch):
     monkeypatch.setattr(hellaswag_module.time, "monotonic", lambda: next(clock))
     model, device = small_model(), torch.device("cpu")
     assert count_right(model, items, device, seconds=7).tolist() == count_right(model, items[:7], device).tolist()
+    assert count_right(model, items, device, seconds=0)[1] == 1  # one item always
 
 
 @pytest.mark.parametrize(

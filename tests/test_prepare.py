@@ -669,6 +669,12 @@ def test_local_shards_are_indexed_in_place(tmp_path, capsys):
     prepare.main(["verify", str(tmp_path)])
     assert "has a manifest.json; check it with" in stops(["pretokenized", "--source", str(tmp_path)])
     (tmp_path / "manifest.json").unlink()
+    write_shard(tmp_path / "x_test_0.bin", np.array([50256, 2], dtype=np.uint16), None)
+    raw = open_dataset(tmp_path, 50257).fingerprint(raw=True)
+    prepare.main(["pretokenized", "--source", str(tmp_path)])
+    assert open_dataset(tmp_path, 50257).tokens("train") == 2  # a test split stays out
+    assert open_dataset(tmp_path, 50257).fingerprint(raw=True) == raw
+    (tmp_path / "manifest.json").unlink()
     write_shard(tmp_path / "x_train_2.bin", np.array([60_000], dtype=np.uint16), None)
     assert "holds token 60000, which gpt2 with 50257 ids lacks" in stops(["pretokenized", "--source", str(tmp_path)])
     assert "name one of fineweb_10B" in stops(["pretokenized", "nothing"])

@@ -78,7 +78,7 @@ def text_job(args: argparse.Namespace) -> Job:
     root = args.root.resolve()
     settings = {"name": "text", "root": str(root), "glob": args.glob, "val_fraction": args.val_fraction}
     settings |= {"files": len(files), "files_sha256": digest, "eot": "after"}
-    settings |= {"exclude": args.exclude} if args.exclude else {}
+    settings |= {"exclude": sorted(set(args.exclude))} if args.exclude else {}
     documents = text.documents(args.root, files)
     return Job(root.name, settings, lambda pinned: (Named(documents), ByName(args.val_fraction), {}))
 
@@ -92,7 +92,7 @@ def corpus_job(args: argparse.Namespace) -> Job:
     pattern = args.pattern or corpus.pattern.format(sample=args.sample)
     if local:
         settings |= {"root": str(args.source.resolve()), "files": len(local.files), "files_sha256": local.digest()}
-        settings |= {"exclude": args.exclude} if args.exclude else {}
+        settings |= {"exclude": sorted(set(args.exclude))} if args.exclude else {}
     else:
         settings |= {"repo": args.repo, "pattern": pattern, "asked_revision": revision}
 

@@ -17,8 +17,8 @@ GPT2: dict[str, Any] = {"name": "gpt2", "vocab_size": GPT2Tokenizer.vocab_size, 
 
 
 def split_of(name: str) -> str:
-    """ "val" for a shard whose name says so, else "train"."""
-    return "val" if names_split(name, "val") else "train"
+    """The split that a shard's name says, "val" or "test", and otherwise "train"."""
+    return next((split for split in ("val", "test") if names_split(name, split)), "train")
 
 
 def index(folder: Path, paths: list[Path], source: dict, tokenizer: dict = GPT2) -> None:
@@ -50,7 +50,8 @@ def index_in_place(folder: Path, tokenizer: str = "gpt2", separator: str | None 
             if copy.exists():
                 raise DataError(f"{copy} is another tokenizer than {chosen.path}; move it away")
             write_durably(copy, chosen.path.read_bytes())
-    index(folder, sorted(folder.glob("*.bin")), {"name": "pretokenized", "root": str(folder.resolve())}, facts)
+    paths = [p for p in sorted(folder.glob("*.bin")) if split_of(p.name) in SPLITS]
+    index(folder, paths, {"name": "pretokenized", "root": str(folder.resolve())}, facts)
 
 
 def fetch(out: Path, settings: dict, pinned: dict) -> None:
