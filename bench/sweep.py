@@ -60,7 +60,11 @@ def load_plan(name: str) -> Plan:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(plan, Plan):
         raise ValueError(f"{path}: must define `plan`, a config.plan.Plan")
-    if errors := plan.errors():
+    try:
+        errors = plan.errors()
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: a value has a wrong type ({error})") from None
+    if errors:
         raise ValueError(f"{path}: {'; '.join(errors)}")
     return plan
 

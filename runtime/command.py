@@ -81,7 +81,10 @@ def at_least(least: int, most: int | None = None) -> Callable[[str], int]:
     allowed = f"at least {least}" if most is None else f"from {least} to {most}"
 
     def whole_number(text: str) -> int:
-        number = count(text)
+        try:
+            number = count(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text}: must be a whole number") from None
         if number < least or (most is not None and number > most):
             raise argparse.ArgumentTypeError(f"{number}: must be {allowed}")
         return number

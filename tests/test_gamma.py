@@ -129,7 +129,7 @@ def test_the_preflight_divides_the_halves_of_the_batch_as_the_run_does(dataset, 
 
 @pytest.mark.parametrize("value", ["0", "-1", "x"])
 def test_numbers_of_the_bench_are_checked(value):
-    with pytest.raises(SystemExit, match="argument --points: "):
+    with pytest.raises(SystemExit, match=f"argument --points: {value}: must be"):
         gradient_noise.main(["run", f"--points={value}"])
 
 

@@ -207,6 +207,8 @@ def test_an_arm_with_wrong_settings_stops_the_sweep_before_any_run(plan, tmp_pat
         ("seeds=(1, 2, 3)", "seeds=(1,)", "scale laptop: give at least two seeds"),
         ("AdamW=Arm", "**{'Muon ': Arm('', dict(laptop=1.0)), 'Muon_': Arm('', dict(laptop=1.0))}, AdamW=Arm",
          "arms 'Muon ' and 'Muon_': would use the same run folders"),
+        ("seeds=(1, 2, 3)", "seeds=5", "a value has a wrong type"),
+        ("dict(laptop=0.01)", "0.01", "a value has a wrong type"),
         ("dict(laptop=0.01)", "dict(paper=0.01)", "arm 'AdamW': has no lr for scale laptop"),
         ('"AdamW", dict(laptop', '"Adam", dict(laptop', "reference='Adam': must be one of the arms, AdamW, Muon"),
         ("plan = Plan", "plans = Plan", "must define `plan`, a config.plan.Plan"),
