@@ -273,9 +273,7 @@ class ComposedOptimizer(Optimizer):
             return loss
         inverse = self._inverse_scale()
         if inverse is not None and self._looked_ahead and self._ahead_is_scaled:
-            raise ValueError(
-                "grad_scale: the exact form needs it at update_previous_grad(), too; GradScaler sets it late"
-            )
+            raise ValueError("grad_scale: must be set before update_previous_grad(), too; GradScaler sets it later")
         for job in jobs:
             job.numbers = _gradient_numbers(job, inverse)
             self._clip(job)

@@ -899,6 +899,23 @@ def test_state_bytes_per_parameter(make, per_parameter):
     assert state_bytes(optimizer) == per_parameter * p.numel()
 
 
+def test_keys_of_torchs_schedulers_stay_in_the_groups():
+    optimizer = Muon([nn.Parameter(torch.ones(4, 4))])
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+    group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    assert "max_momentum" in group
+    optimizer.add_param_group(group | {"params": [nn.Parameter(torch.ones(4, 4))]})
+
+
+def test_the_exact_form_refuses_a_gradscaler_that_sets_its_scale_after_the_next_gradient():
+    p = nn.Parameter(torch.ones(4, 4))
+    optimizer, scaler = MARS([p], is_approx=False), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale((p * p).sum()).backward()
+    optimizer.update_previous_grad()
+    with pytest.raises(ValueError, match="grad_scale: must be set before update_previous_grad"):
+        scaler.step(optimizer)
+
+
 # ---- bad input
 
 
@@ -907,6 +924,8 @@ def test_state_bytes_per_parameter(make, per_parameter):
     [
         (lambda p: MARS(p, lr=-1), "lr=-1: must be a number of at least 0"),
         (lambda p: MARS(p, gamma=float("nan")), "gamma=nan"),
+        (lambda p: MARS(p, eps=0.0), "eps=0.0: must be a number above 0"),
+        (lambda p: MARSM(p, adamw_eps=0.0), "adamw_eps=0.0: must be a number above 0"),
         (lambda p: MARS(p, betas=(0.9, 1.0)), r"betas=\(0.9, 1.0\): must be two numbers in \[0, 1\)"),
         (lambda p: MARS(p, mars_type="mars-sgd"), "mars_type='mars-sgd': must be one of mars-adamw, mars-lion"),
         (lambda p: MARS(p, second_moment="raw", amsgrad=True), "second_moment=raw: needs mars_type=mars-adamw"),

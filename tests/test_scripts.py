@@ -56,6 +56,23 @@ def test_shellcheck(path):
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.parametrize(
+    "listed, visible, processes",
+    [
+        ("NVIDIA-SMI has failed\n\n", "", 1),
+        ("GPU 0: NVIDIA H100 (UUID: GPU-1)\n  MIG 1g.10gb (UUID: MIG-1)\n", "", 1),
+        ("GPU 0: NVIDIA H100\nGPU 1: NVIDIA H100\n", "", 2),
+        ("GPU 0: NVIDIA H100\nGPU 1: NVIDIA H100\nGPU 2: NVIDIA H100\n", "0,2", 2),
+    ],
+)
+def test_a_process_for_each_gpu_that_the_user_gives(tmp_path, listed, visible, processes):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{listed}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = run("train_small.sh", "--dry-run", PATH=path, CUDA_VISIBLE_DEVICES=visible)
+    assert f"--nproc_per_node={processes} " in done.stdout
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_each_size_prints_a_command_whose_batch_divides(size):
     for gpus in (1, 2, 3, 8, 32, 480):
