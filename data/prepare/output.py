@@ -136,7 +136,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """The temporary folder of a dataset, locked for writing and staged at the end."""
+    """The temporary folder of a dataset, locked for writing, which becomes `out` at the end."""
     folder = temporary(out)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
