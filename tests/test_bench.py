@@ -254,7 +254,7 @@ def test_a_rung_runs_in_its_own_process(tmp_path):
     session.row(lambda: ladder.measure_elsewhere("best", "124M", True, "x"), rung="fails")
     session.row(lambda: ladder.measure_elsewhere("best", "124M", True, 2), budget=0.5, rung="late")
     notes = [r["note"] for r in session.report.rows]
-    assert "argument --micro: invalid micro_batch value: 'x'" in notes[0]
+    assert "argument --micro: x: must be a whole number" in notes[0]
     assert notes[1] == "not measured: took longer than 0.5 s"
 
 
