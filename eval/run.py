@@ -92,10 +92,14 @@ def to_wandb(trained: Trained, scores: list[dict], mode: str) -> str | None:
     return f"scores written to wandb run {run_id}"
 
 
-def fingerprint(*folders: str | None) -> str | None:
-    """A hash of the names, sizes and times of the files in folders, by which changed tasks are noticed."""
+def fingerprint(out: Path, *folders: str | None) -> str | None:
+    """A hash of the names, sizes and times of the files in folders, by which changed tasks are noticed.
+
+    The files that an evaluation writes itself do not count: those in `out`, and Python's caches.
+    """
     files = sorted(p for folder in folders if folder for p in Path(folder).rglob("*") if p.is_file())
-    facts = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    inputs = [p for p in files if "__pycache__" not in p.parts and out.resolve() not in p.resolve().parents]
+    facts = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in inputs]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16] if facts else None
 
 
@@ -110,7 +114,8 @@ def score_model(
     scorer, scores, failed = Scorer(trained.model, args.batch_tokens, world), [], {}
     facts = {"checkpoint": trained.name, "path": str(trained.path), "step": trained.state.get("step")}
     facts |= {"dtype": "float32", "device": str(world.device)}
-    files = fingerprint(args.include_path, args.task_data)
+    # of rank 0, because a copy on another machine has other times, and all ranks must score the same tasks
+    files = world.from_main(fingerprint(args.out, args.include_path, args.task_data))
     for shots, name in itertools.product(args.shots, tasks.names):
         key = {"sha256": trained.sha256, "task": name, "shots": shots, "limit": args.limit}
         key |= {"harness": tasks.version, "tokenizer": trained.tokenizer.name, "data": args.task_data}

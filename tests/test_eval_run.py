@@ -308,23 +308,23 @@ doc_to_choice: "{{{{a}}}}"
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
     )
-    run.main(
-        [str(folders[1]), "--tasks", "my_pairs", "--include_path", str(tmp_path / "tasks"), "--out", str(tmp_path)]
-    )
-    score = json.loads((tmp_path / "results.json").read_text())["scores"][0]
+    out = tmp_path / "tasks" / "scores"  # among the task files; what it holds is no change of the task
+
+    def scores():
+        run.main([str(folders[1]), "--tasks", "my_pairs", "--include_path", str(out.parent), "--out", str(out)])
+        return json.loads((out / "results.json").read_text())["scores"]
+
+    (score,) = scores()
     items = [(f"{r['q']}:", r["a"], r["gold"]) for r in rows]
     assert score["score"] == by_hand(open_trained(folders[1], CPU).model, items)[0]
     assert (score["metric"], score["tokenizer"], score["harness"]) == ("acc", "byte", "0.4.13")
     assert len(score["sha256"]) == 64
     assert "my_pairs acc" in capsys.readouterr().out
+    assert scores() == [score]
 
     rows = [r | dict(gold=1 - r["gold"]) for r in rows]  # other answers are not the task that was scored
     (tmp_path / "tasks" / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    run.main(
-        [str(folders[1]), "--tasks", "my_pairs", "--include_path", str(tmp_path / "tasks"), "--out", str(tmp_path)]
-    )
-    again = json.loads((tmp_path / "results.json").read_text())["scores"]
-    assert [s["score"] for s in again] == [score["score"], pytest.approx(1 - score["score"])]
+    assert [s["score"] for s in scores()] == [score["score"], pytest.approx(1 - score["score"])]
 
 
 def test_a_missing_dataset_is_explained_and_the_other_tasks_run(folders, data, tmp_path, capsys):
