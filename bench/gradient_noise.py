@@ -158,12 +158,11 @@ def kept_steps(folder: Path, wanted: str) -> list[int]:
     kept = sorted(int(p.name[5:]) for p in folder.glob("checkpoints/step_*"))
     if not kept:
         raise ValueError(f"{folder}: has no checkpoint; give the folder of a run")
-    chosen = wanted.split(",") if wanted else [*map(str, kept)]
-    if missing := [s for s in chosen if s not in map(str, kept)]:
-        raise ValueError(
-            f"--checkpoints={wanted}: {folder} has not kept {missing[0]}; it has {', '.join(map(str, kept))}"
-        )
-    return [*map(int, chosen)]
+    names = [str(step) for step in kept]
+    chosen = wanted.split(",") if wanted else names
+    if missing := [name for name in chosen if name not in names]:
+        raise ValueError(f"--checkpoints={wanted}: {folder} has not kept {missing[0]}; it has {', '.join(names)}")
+    return [int(name) for name in chosen]
 
 
 def measurements(folder: Path, step: int, follow: int, points: int, draws: int) -> tuple[list[Measurement], float]:

@@ -81,7 +81,7 @@ class ComposedOptimizer(Optimizer):
         self._scratch: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         self._calls: dict[Tensor, int] = {}  # steps of each matrix; after loading, as its state counts them
         self._looked_ahead: list[dict[str, Tensor]] | None = None  # exact form: states with the next batch's gradient
-        self._ahead_is_scaled = False  # exact form: these gradients were not divided by a grad_scale
+        self._ahead_had_scale = False  # exact form: whether grad_scale was set when these gradients were kept
         super().__init__(params, defaults | given)
 
     def rule(self, group: dict[str, Any], role: str) -> Rule:
@@ -103,7 +103,7 @@ class ComposedOptimizer(Optimizer):
         return "matrix" if p.dim() >= 2 else "vector"
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = ("ownership", "_compiled", "_calls", "_looked_ahead", "_ahead_is_scaled")
+        ours = ("ownership", "_compiled", "_calls", "_looked_ahead", "_ahead_had_scale")
         return super().__getstate__() | {k: getattr(self, k) for k in ours} | dict(_functions={}, _scratch={})
 
     # ---- parameters and state
@@ -237,7 +237,7 @@ class ComposedOptimizer(Optimizer):
         self._follow_parameters()
         self._looked_ahead = []
         inverse = self._inverse_scale()
-        self._ahead_is_scaled = inverse is None
+        self._ahead_had_scale = inverse is not None
         for p, state in self.state.items():
             if "upcoming" in state and p.grad is not None:
                 torch.nan_to_num(p.grad, nan=0.0, posinf=0.0, neginf=0.0, out=state["upcoming"])
@@ -272,7 +272,7 @@ class ComposedOptimizer(Optimizer):
         if not jobs:
             return loss
         inverse = self._inverse_scale()
-        if inverse is not None and self._looked_ahead and self._ahead_is_scaled:
+        if inverse is not None and self._looked_ahead and not self._ahead_had_scale:
             raise ValueError("grad_scale: must be set before update_previous_grad(), too; GradScaler sets it later")
         for job in jobs:
             job.numbers = _gradient_numbers(job, inverse)

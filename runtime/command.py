@@ -69,7 +69,7 @@ def parse_number(text: str) -> int | float:
 
 
 def count(text: str) -> int:
-    """A whole number as people write it, "10B" or "1e9"; for argparse."""
+    """A whole number as people write it, "10B" or "1e9". Raises ValueError for other text."""
     number = parse_number(text)
     if isinstance(number, float):
         raise ValueError(text)
