@@ -56,25 +56,25 @@ class Evaluator:
         """
         validation, world, model = self.validation, t.world, t.compiled
         # one place per batch, so that the order of the sum does not depend on the number of ranks
-        sums = torch.zeros(2, len(validation), dtype=torch.float64, device=world.device)
+        sums = torch.zeros(len(validation), dtype=torch.float64, device=world.device)
+        interrupted = False
         model.eval()
         for number in range(world.rank, len(validation), world.size):
-            if stop.signal:
+            if interrupted := stop.signal is not None:
                 break
             idx, targets, windows = validation.inputs(number, t.step, world.device)
             with t.autocast:
-                sums[0, number] = model(idx, targets).double() * windows
-            sums[1, number] = windows
+                sums[number] = model(idx, targets).double() * windows
         model.train()
-        loss_sum, windows = world.sum(sums).sum(dim=1).tolist()
-        if windows < validation.count:
+        if any(world.gather(interrupted)):
             return None
+        loss_sum = world.sum(sums).sum().item()
         if not math.isfinite(loss_sum):
             raise NonFiniteError(
                 f"the validation loss of step {t.step} is not finite; this step is not saved, "
                 "and the checkpoints before it are good; use a smaller --lr, or --fresh to start over"
             )
-        return loss_sum / windows
+        return loss_sum / validation.count
 
 
 @torch.no_grad()
