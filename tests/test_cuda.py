@@ -21,7 +21,6 @@ from runtime.logger import read_metrics
 
 REAL = torch.cuda.is_available()
 TIMEOUT = 1200  # seconds; two cores need minutes to compile a small model
-COMPILED = ("mars_m", "mars", "adamw", "soap")
 # torch reads the status of SOAP's eigenvectors from memory that no kernel of the null GPU writes to. New memory is
 # zero, which means success; memory that the allocator gives out again is not.
 NEW_MEMORY = dict(PYTORCH_NO_CUDA_MEMORY_CACHING="1")
@@ -89,28 +88,25 @@ def check_losses(arguments: list[str], steps: int = 12) -> list[float]:
 # ---- training
 
 
+@pytest.mark.parametrize("compiled", ["false", "true"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_optimizer_trains(on_gpu, optimizer):
-    output_of("train", *on_gpu, f"--optimizer={optimizer}", **NEW_MEMORY if optimizer == "soap" else {})
-    check_losses(on_gpu)
-
-
-@pytest.mark.parametrize("optimizer", COMPILED)
-def test_compiled_training(on_gpu, optimizer):
+def test_every_optimizer_trains(on_gpu, optimizer, compiled):
     more = NEW_MEMORY if optimizer == "soap" else {}
-    output_of("train", *on_gpu, f"--optimizer={optimizer}", "--compile=true", **more)
+    output_of("train", *on_gpu, f"--optimizer={optimizer}", f"--compile={compiled}", **more)
     check_losses(on_gpu)
 
 
 @needs_two_gpus
-@pytest.mark.parametrize("optimizer", ["mars_m", "adamw"])
-def test_two_processes(on_gpu, optimizer):
+@pytest.mark.parametrize("optimizer, compiled", [*((name, "false") for name in OPTIMIZERS), ("mars_m", "true")])
+def test_two_processes(on_gpu, optimizer, compiled):
     """Two processes train, and on real GPUs the losses are those of one process."""
     settings = [f"--optimizer={optimizer}", "--micro_batch=2", "--dropout=0", "--dtype=float32"]
-    output_of("train", *on_gpu, *settings, gpus=2)
+    settings += [f"--compile={compiled}"]
+    more = NEW_MEMORY if optimizer == "soap" else {}
+    output_of("train", *on_gpu, *settings, gpus=2, **more)
     losses = check_losses(on_gpu)
     if REAL:
-        output_of("train", *on_gpu, *settings, "--fresh")
+        output_of("train", *on_gpu, *settings, "--fresh", **more)
         assert losses == pytest.approx(check_losses(on_gpu), rel=1e-2)
 
 
