@@ -33,7 +33,7 @@ class RunConfig:
     name: str = option("", "run folder; empty: size, optimizer, dataset, budget and overrides", on_resume="free")
     optimizer: str = option("mars_m", "which optimizer to use")
     init_from: str = option(
-        "", "start with the weights of a run, a checkpoint, a Hugging Face folder, a .pt file, gpt2, ... gpt2-xl"
+        "", "start with the weights of a run, RUN@STEP, a Hugging Face folder, a .pt file, gpt2, ... gpt2-xl"
     )
     branch_from: str = option("", "RUN@STEP: start from this checkpoint, with optimizer state and position in the data")
     seed: int = option(1, "random seed for initial weights, data order and dropout", least=0, most=2**62 - 1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from data.shards import MANIFEST, read_manifest
 from data.tokenizer import PADDING, Tokenizer, Unloaded, facts_by_size, get_tokenizer, tokenizer_of
 from model import GPT, GPTConfig
-from runtime.checkpoint import AVERAGE, MODEL, STATE, open_checkpoint
+from runtime.checkpoint import AVERAGE, MODEL, open_checkpoint
 from runtime.command import first_line
 from runtime.files import sha256_of
 
@@ -78,8 +78,8 @@ def open_trained(
 ) -> Trained:
     """Open a run folder, a checkpoint folder, a Hugging Face GPT-2 folder, a .pt file or one of OpenAI's models.
 
-    "RUN:average" opens the averaged weights of a run. OpenAI's models have the names gpt2, gpt2-medium, gpt2-large
-    and gpt2-xl; they come from the hub or its cache.
+    "RUN@STEP" opens the checkpoint of one step, "RUN:average" the averaged weights of a run. OpenAI's models have the
+    names gpt2, gpt2-medium, gpt2-large and gpt2-xl; they come from the hub or its cache.
     tokenizer: "byte", "gpt2" or a file replaces the source's own. The model's vocabulary is cut to the tokenizer's ids.
     text: whether a tokenizer must be known, is loaded if it is known, or only has a name and a size.
     Raises ValueError, in one line, for a damaged file, another architecture or a tokenizer that does not fit.
@@ -201,7 +201,7 @@ def _read_checkpoint(path: Path, averaged: bool = False) -> Source:
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder}: its config is not that of this program's GPT ({error})") from None
     name = folder.parent.parent.name
-    if (path / STATE).exists():  # the user named this step, not the run
+    if not (path / "checkpoints").is_dir():  # the user named this step, not the run
         name += f"/{folder.name}"
     tensors, file = (checkpoint.average(), AVERAGE) if averaged else (checkpoint.model(), MODEL)
     if tensors is None:

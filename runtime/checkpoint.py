@@ -33,6 +33,7 @@ from runtime.distributed import ALONE, Exchange, World
 from runtime.files import sha256_of, sync, write_json
 
 MODEL, AVERAGE, STATE = "model.safetensors", "average.safetensors", "state.json"
+STEP_OF_RUN = re.compile(r"(.+)@(\d+)")  # names a checkpoint: runs/NAME@600
 FAILURES = (OSError, RuntimeError, MemoryError, SafetensorError)  # the errors that cost a checkpoint and not the run
 
 
@@ -242,14 +243,19 @@ class Checkpointer:
         chosen, any_exist = self.world.from_main((chosen, bool(folders)))
         if any_exist and chosen is None:
             raise CheckpointError(
-                f"every checkpoint in {self.folder} is damaged; repair one, or start over with --fresh"
+                f"every checkpoint in {self.folder} is damaged; repair one, or start the training over with --fresh"
             )
         return Checkpoint(chosen, _read_state(chosen) or {}) if chosen else None
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """A checkpoint folder, or the newest good one of a run folder. Raises CheckpointError if there is none."""
+    """A checkpoint folder, that of "RUN@STEP", or the newest good one of a run folder.
+
+    Raises CheckpointError if there is none.
+    """
     path = Path(path)
+    if not path.exists() and STEP_OF_RUN.fullmatch(str(path)):
+        path = step_folder(str(path))
     if (path / STATE).exists():
         if problem := damage(path):
             raise CheckpointError(f"checkpoint {path} is damaged ({problem}); use another one of this run")
@@ -260,6 +266,20 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return found
 
 
+def step_folder(source: str) -> Path:
+    """The checkpoint folder of "RUN@STEP". Raises CheckpointError, which lists the nearest steps, if there is none."""
+    match = STEP_OF_RUN.fullmatch(source)
+    path, step = match.groups() if match else (source, "0")
+    folder = Path(path).expanduser() / "checkpoints" / f"step_{int(step):07d}"
+    if match and folder.is_dir():
+        return folder
+    kept = sorted(int(p.name[5:]) for p in folder.parent.glob("step_*") if p.name[5:].isdigit())
+    near = sorted(kept, key=lambda s: abs(s - int(step)))[:5] if match else kept[-5:]
+    has = f"nearest steps: {', '.join(map(str, sorted(near)))}" if near else "it has none"
+    problem = f"no checkpoint {folder}" if match else "names no step"
+    raise CheckpointError(f"{source}: {problem}; give RUN@STEP with a step that was kept ({has})")
+
+
 def branch_origin(source: str, run_folder: Path, fresh: bool, world: World) -> Path | None:
     """The checkpoint "RUN@STEP" that a run branches from; None if its folder has a checkpoint already.
 
@@ -268,17 +288,12 @@ def branch_origin(source: str, run_folder: Path, fresh: bool, world: World) -> P
     """
     origin = problem = None
     if world.is_main and (fresh or not any(run_folder.glob("checkpoints/step_*"))):
-        path, _, step = source.rpartition("@")
-        path, step = (path, step) if step.isdigit() else (source, "")
-        origin = Path(path).expanduser() / "checkpoints" / f"step_{int(step or 0):07d}"
-        if not step or not origin.is_dir():
-            kept = sorted(int(p.name[5:]) for p in origin.parent.glob("step_*") if p.name[5:].isdigit())
-            near = sorted(kept, key=lambda s: abs(s - int(step)))[:5] if step else kept[-5:]
-            has = f"nearest steps: {', '.join(map(str, sorted(near)))}" if near else "it has none"
-            wrong = f"no checkpoint {origin}" if step else "names no step"
-            problem = f"branch_from={source}: {wrong}; give RUN@STEP with a step that was kept ({has})"
-        elif reason := damage(origin):
-            problem = f"branch_from={source}: {origin} is damaged ({reason})"
+        try:
+            origin = step_folder(source)
+            if reason := damage(origin):
+                problem = f"branch_from={source}: {origin} is damaged ({reason})"
+        except CheckpointError as error:
+            problem = f"branch_from={error}"
     origin, problem = world.from_main((origin, problem))
     if problem:
         raise CheckpointError(problem)

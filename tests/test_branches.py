@@ -9,6 +9,7 @@ from conftest import CONFIG, make_dataset
 from safetensors.torch import load_file
 
 import train_gpt
+from eval.checkpoint import read_source
 from model import GPT
 
 
@@ -107,6 +108,19 @@ def test_a_branch_from_nothing_is_one_line(dataset, tmp_path, source):
     assert ("nearest steps: 4" if "{run}" in source else "it has none") in text
     assert not (run.parent / "branch").exists()  # so that the corrected command starts
     assert "give RUN@STEP with a step that was kept" in text
+
+
+def test_a_step_of_a_run_has_a_name(dataset, tmp_path):
+    """RUN@STEP names a checkpoint for --init_from and for every command that opens models."""
+    run = train(dataset, tmp_path, "run", "--steps=8")
+    assert read_source(f"{run}@4").name == "run/step_0000004"
+    text = message(dataset, tmp_path, "second", f"--init_from={run}@5", "--steps=4")
+    assert f"no checkpoint {run}/checkpoints/step_0000005" in text
+    assert "nearest steps: 4, 8" in text
+    second = train(dataset, tmp_path, "second", f"--init_from={run}@4", "--steps=4")
+    origin = json.loads((run / "checkpoints/step_0000004/state.json").read_text())
+    settings = json.loads((second / "config.json").read_text())
+    assert settings["init_sha256"] == origin["sha256"]["model.safetensors"]
 
 
 def test_a_budget_smaller_than_what_is_done_is_refused(dataset, tmp_path):
