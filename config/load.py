@@ -32,7 +32,6 @@ class ConfigError(ValueError):
     """All errors of a configuration, one a line."""
 
     names_itself = True  # every line starts with "config:"
-    equal_on_all_ranks = True
 
     def __init__(self, errors: list[str]) -> None:
         super().__init__("\n".join(f"config: {error}" for error in errors))

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
@@ -24,12 +25,23 @@ OUT_OF_MEMORY = (  # parts of messages of errors that have no class of their own
 )
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of a description, and ends the help of an option with its default if the text names none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help or "", action.default
+        if default is False or default in (None, argparse.SUPPRESS, "", []) or "default" in text:
+            return text
+        shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+        return f"{text} (default: {shown.replace('%', '%%')})".strip()
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that reads `--an-option` as `--an_option` and reports an error in one line."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(*args, **kwargs)
 
     def parse_known_args(  # type: ignore[override]
@@ -127,6 +139,7 @@ def one_line(program: str, interrupted: str = "interrupted", memory: str = "use 
     """End the program with one line after Ctrl-C, an error that the user can correct, or too little memory.
 
     interrupted: the message after Ctrl-C. memory: the advice when memory is too small.
+    Of processes that fail together, only the first one of a machine prints its line, see `_exit`.
     Text that the console cannot show, such as an é in ASCII, is printed as its code.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -137,13 +150,22 @@ def one_line(program: str, interrupted: str = "interrupted", memory: str = "use 
     except KeyboardInterrupt:
         sys.exit(f"{program}: {interrupted}")
     except (ValueError, ImportError, OSError) as error:
-        if getattr(error, "equal_on_all_ranks", False) and os.environ.get("LOCAL_RANK", "0") != "0":
-            sys.exit(1)  # the first process of this machine prints it
         text = str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:
             text = f"{error.filename}: {error.strerror}"
-        sys.exit(text if getattr(error, "names_itself", False) else f"{program}: {text}")
+        _exit(text if getattr(error, "names_itself", False) else f"{program}: {text}")
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        sys.exit(f"{program}: out of memory; {memory} ({first_line(error)})")
+        _exit(f"{program}: out of memory; {memory} ({first_line(error)})")
+
+
+def _exit(message: str) -> NoReturn:
+    """End the process with a message and exit status 1.
+
+    Under torchrun, all processes of a machine usually fail with the same message. So the first one prints it, and the
+    others wait for torchrun, which ends them as soon as one has failed. If the first one has not failed, they print.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(5)
+    sys.exit(message)

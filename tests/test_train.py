@@ -29,6 +29,7 @@ from model import GPT
 from optimizers import MARSM
 from runtime import checkpoint, preflight
 from runtime.checkpoint import Checkpointer, write_tensors
+from runtime.command import one_line
 from runtime.distributed import ALONE
 from runtime.folder import run_lock
 from runtime.logger import read_metrics
@@ -386,6 +387,22 @@ def test_two_processes_equal_one_and_continue_each_other(dataset, tmp_path):
             torch.testing.assert_close(weights, reference[key], atol=2e-5, rtol=1e-3)
     first = read_metrics(folders["mixed"] / "run" / "metrics.jsonl")
     assert [r["step"] for r in first if "loss" in r] == list(range(1, 13))
+
+
+def test_processes_that_fail_together_print_one_line(arguments, tmp_path):
+    process = launch([*arguments, f"--data.path={tmp_path / 'nowhere'}"], 2)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert output.count("nowhere: not found") == 1
+
+
+def test_a_process_that_fails_alone_prints_its_line(monkeypatch):
+    waits = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("time.sleep", waits.append)
+    with pytest.raises(SystemExit, match="program: a reason"), one_line("program"):
+        raise ValueError("a reason")
+    assert waits == [5]
 
 
 # ---- what stops a run, in one line and without loss
