@@ -93,7 +93,7 @@ def fill(readme: Path, speed: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="bench.gpu_page", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="folder of results")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="folder of results; default: bench/results")
     parser.add_argument("--any_hardware", action="store_true", help="take results of a CPU, too: a test of this page")
     parser.add_argument("--keep_readme", action="store_true", help="do not change the README")
     args = parser.parse_args(argv)

@@ -292,12 +292,12 @@ def plot(findings: dict[str, Finding], path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = bench_parser("rates", __doc__)
     parser.add_argument("--tune", action="store_true", help="print the tuning of the constants")
-    parser.add_argument("--workers", type=at_least(1), default=2, help="processes of one thread (default: %(default)s)")
+    parser.add_argument("--workers", type=at_least(1), default=2, help="processes of one thread")
     parser.add_argument(
         "--longest",
         type=at_least(2 * SHORTEST),
         default=LONGEST,
-        help="steps of the longest run (default: %(default)s)",
+        help="steps of the longest run",
     )
     args = parser.parse_args(argv)
     with one_line("bench.rates"):

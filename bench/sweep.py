@@ -447,7 +447,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dry_run", action="store_true", help="as --commands, with the estimated GPU hours")
     parser.add_argument("--commands", action="store_true", help="print a command for each run that can start now")
     parser.add_argument("--report_only", action="store_true", help="report the finished arms without training")
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="folder of results")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="folder of results; default: bench/results")
     args = parser.parse_args(argv)
     with one_line("bench.sweep", "interrupted; the same command continues"):
         if args.list or not args.plan:

@@ -115,15 +115,13 @@ def parse(argv: Sequence[str] | None) -> tuple[VisionConfig, argparse.Namespace]
     parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument("--data", default=".", help="folder of the image files (default: this folder)")
     parser.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS, metavar="NAME", help=", ".join(OPTIMIZERS))
-    parser.add_argument(
-        "--width", type=at_least(1), default=64, help="channels of the first stage (default: %(default)s)"
-    )
-    parser.add_argument("--epochs", type=at_least(1), default=200, help="default: %(default)s")
-    parser.add_argument("--limit", type=at_least(0), default=0, help="images of each split; 0: all (default)")
-    parser.add_argument("--seed", type=at_least(0, 2**62 - 1), default=1, help="default: %(default)s")
+    parser.add_argument("--width", type=at_least(1), default=64, help="channels of the first stage")
+    parser.add_argument("--epochs", type=at_least(1), default=200, help="passes over the training images")
+    parser.add_argument("--limit", type=at_least(0), default=0, help="images of each split; 0: all")
+    parser.add_argument("--seed", type=at_least(0, 2**62 - 1), default=1, help="of weights, batches and augmentation")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--name", help="run folder (default: dataset, optimizer and seed)")
-    parser.add_argument("--log.folder", default="runs/vision", help="folder of run folders (default: %(default)s)")
+    parser.add_argument("--log.folder", default="runs/vision", help="folder of run folders")
     parser.epilog = "Every setting of the optimizer is an option, too: --lr, --weight_decay, --gamma, ..."
     args, settings = parser.parse_with_settings(argv)
     args.name = args.name or f"{args.dataset}-{args.optimizer}-seed{args.seed}"

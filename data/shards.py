@@ -80,7 +80,8 @@ def read_shard_header(path: Path) -> Shard:
             )
         return Shard(path, 0, size // 2)
     found = int(header[0]) if len(header) else "nothing"
-    raise DataError(f"{path}: not a token shard (magic {found}, expected {MAGIC})")
+    hint = "nanoGPT's files have the names train.bin and val.bin and an even size; python -m data.prepare reads text"
+    raise DataError(f"{path}: not a token shard (it starts with {found}, a shard with {MAGIC}); {hint}")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from eval.command import model_parser
 from eval.scoring import Scorer, harness_model
 from eval.table import SIZES, comma_separated, markdown, size_of
 from eval.tasks import Tasks, factor, metric_of
-from runtime.command import at_least, one_line
+from runtime.command import at_least, first_line, one_line
 from runtime.distributed import World, start_world
 from runtime.files import write_durably, write_json
 from runtime.logger import WANDB_ID
@@ -52,7 +52,10 @@ def score_task(trained: Trained, scorer: Scorer, tasks: Tasks, name: str, shots:
         raise ValueError(problem)
     truncated, scored, start = scorer.truncated, scorer.scored, time.perf_counter()
     with nullcontext() if scorer.world.is_main else redirect_stderr(io.StringIO()):  # one progress bar in all
-        results = evaluate(harness_model(scorer, trained.tokenizer), loaded, limit=limit, log_samples=False)
+        try:
+            results = evaluate(harness_model(scorer, trained.tokenizer), loaded, limit=limit, log_samples=False)
+        except ValueError as error:  # fewer examples than shots, for example
+            raise ValueError(f"task {name}, {shots}-shot: lm-eval cannot run it ({first_line(error)})") from None
     numbers = {**results["results"], **results.get("groups", {})}[name]
     metric = metric_of(name, numbers)
     measure, _, filtered = metric.partition(",")

@@ -69,12 +69,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = model_parser("eval.sample", "Generate text from a checkpoint.")
     parser.add_argument("checkpoint", help="run folder, checkpoint folder, Hugging Face folder, .pt file, or gpt2")
     parser.add_argument("--prompt", default="", help="text to continue; empty: start of a document")
-    parser.add_argument("--samples", type=at_least(0), default=1)
-    parser.add_argument("--max_tokens", type=at_least(0), default=500)
+    parser.add_argument("--samples", type=at_least(0), default=1, help="number of texts")
+    parser.add_argument("--max_tokens", type=at_least(0), default=500, help="length of each, in tokens")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token")
     parser.add_argument("--top_k", type=at_least(0), default=0, help="draw from the k most likely tokens; 0: all")
     parser.add_argument("--top_p", type=float, default=0.95, help="draw from the most likely tokens up to this sum")
-    parser.add_argument("--seed", type=at_least(0, 2**62 - 1), default=1)
+    parser.add_argument("--seed", type=at_least(0, 2**62 - 1), default=1, help="of the random choices")
     args = parser.parse_args(argv)
     with one_line("eval.sample"):
         if not (args.temperature == 0 or 1e-3 <= args.temperature < 1e3):

@@ -1,9 +1,8 @@
 """Curves of a run folder: python -m runtime.plot runs/NAME"""
 
-import sys
 from pathlib import Path
 
-from runtime.command import one_line
+from runtime.command import Parser, one_line
 from runtime.logger import METRICS, read_metrics
 
 CURVES = "curves.png"
@@ -50,8 +49,13 @@ def plot_run(folder: Path) -> Path:
     return folder / CURVES
 
 
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="runtime.plot", description=__doc__)
+    parser.add_argument("folder", type=Path, help="folder of a run")
+    args = parser.parse_args(argv)
+    with one_line("runtime.plot"):
+        print(plot_run(args.folder))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m runtime.plot RUN_FOLDER")
-    with one_line("plot"):
-        print(plot_run(Path(sys.argv[1])))
+    main()

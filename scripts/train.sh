@@ -2,7 +2,8 @@
 # Train one size of GPT-2 on the GPUs of one machine, or of several.
 # Usage: scripts/train.sh SIZE [options] [arguments of train_gpt.py]
 #   SIZE                    small, medium, large or xl
-#   --optimizer NAME        adamw, lion, muon, muon_original, mars, mars_lion, mars_shampoo, mars_m (default: mars_m)
+#   --optimizer NAME        adamw, lion, muon, muon_original, mars, mars_lion, mars_shampoo, mars_m, shampoo, ademamix,
+#                           soap or normuon (default: mars_m)
 #   --dataset NAME          folder in data/tokens, or a path (default: openwebtext)
 #   --gpus N                processes on this machine (default: one per GPU)
 #   --nodes N               machines; run this same command on each (default: 1)

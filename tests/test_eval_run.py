@@ -355,6 +355,10 @@ def test_examples_are_never_drawn_from_the_rows_that_are_scored(folders, tmp_pat
     with pytest.raises(SystemExit, match="1 of the tasks could not be run"):
         evaluate(folders[:1], few, tmp_path, "--tasks", "boolq", "--shots", "0", "5")
     assert "boolq/train.jsonl is missing, 5-shot needs it" in capsys.readouterr().err
+    write_rows(few / "boolq", train=boolq(4))
+    with pytest.raises(SystemExit, match="1 of the tasks could not be run"):
+        evaluate(folders[:1], few, tmp_path, "--tasks", "boolq", "--shots", "0", "5")
+    assert "eval.run: task boolq, 5-shot: lm-eval cannot run it (Sample larger" in capsys.readouterr().err
 
 
 def test_two_processes_give_the_scores_of_one(folders, data, tmp_path):

@@ -37,7 +37,7 @@ def arguments() -> argparse.ArgumentParser:
     pydocs = commands.add_parser("pydocs", help="prose of the installed Python packages: needs no download")
     text = commands.add_parser("text", help="your own UTF-8 text files")
     text.add_argument("--root", type=Path, required=True, help="folder to search")
-    text.add_argument("--glob", default="**/*.txt", help="which files in it (default: %(default)s)")
+    text.add_argument("--glob", default="**/*.txt", help="which files in it")
     for p in (pydocs, text):
         p.add_argument("--val_fraction", type=float, default=0.05, help="fraction of documents for validation")
         p.set_defaults(tokenizer="byte")
@@ -46,12 +46,12 @@ def arguments() -> argparse.ArgumentParser:
         p = commands.add_parser(name, help=f"{corpus.repo} from the Hugging Face hub")
         p.set_defaults(tokenizer="gpt2", sample=corpus.samples[0])
         if len(corpus.samples) > 1:
-            p.add_argument("--sample", choices=corpus.samples, help="which sample (default: %(default)s)")
+            p.add_argument("--sample", choices=corpus.samples, help="which sample")
         p.add_argument("--source", type=Path, help="read parquet, .jsonl or .txt (also .gz, .zst) files from here")
-        p.add_argument("--repo", default=corpus.repo, help="dataset repository (default: %(default)s)")
+        p.add_argument("--repo", default=corpus.repo, help="dataset repository")
         p.add_argument("--pattern", help="which of its files")
         p.add_argument("--revision", help="commit, tag or branch (default: a fixed commit; for another --repo, main)")
-        p.add_argument("--column", default="text", help="column or key of the text (default: %(default)s)")
+        p.add_argument("--column", default="text", help="column or key of the text")
         corpora.append(p)
     ready = commands.add_parser("pretokenized", help="GPT-2 token shards that others made")
     ready.add_argument("which", nargs="?", help=", ".join(PRETOKENIZED))
@@ -62,14 +62,14 @@ def arguments() -> argparse.ArgumentParser:
     ready.add_argument("--shards", type=at_least(1, 2**31), help="only this many training shards")
     for p in (pydocs, text, *corpora, ready):
         kinds = "byte, gpt2, a tokenizer.json or a character map in JSON"
-        p.add_argument("--tokenizer", help=f"{kinds}; of shards with --source, too (default: %(default)s)")
+        p.add_argument("--tokenizer", help=f"{kinds}; of shards with --source, too")
         p.add_argument("--eot", help="token of a tokenizer file that separates documents, if it is not found by itself")
     ready.set_defaults(tokenizer="gpt2")
     for p in (pydocs, text, *corpora):
         p.add_argument("--ranks", help="local GPT-2 ranks file, for machines without a network")
         p.add_argument("--shard_tokens", type=at_least(1, 2**31 - 1), default=100_000_000, help="tokens per shard")
         p.add_argument("--workers", type=at_least(1, 4096), default=cores(), help="processes (default: all cores)")
-        skipped = "stop when over 100 documents, and over this fraction, cannot be read (default: %(default)s)"
+        skipped = "stop when over 100 documents, and over this fraction, cannot be read"
         p.add_argument("--max_skipped", type=float, default=0.1, help=skipped)
     for p in (text, *corpora):
         p.add_argument("--exclude", action="append", default=[], help="leave out files or folders of this name or glob")
