@@ -124,9 +124,11 @@ def open_dataset(folder: str | Path, vocab_size: int) -> Dataset:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        corpus = folder.name if folder.parent.name == "tokens" else "pydocs"
+        command = "openwebtext" if folder.name == "openwebtext" else "pydocs"
+        if re.fullmatch(r"fineweb(_edu)?_\d+B", folder.name):
+            command = f"pretokenized {folder.name}"
         raise DataError(
-            f"dataset folder {folder}: not found; prepare one, for example: python -m data.prepare {corpus}"
+            f"dataset folder {folder}: not found; prepare one, for example: python -m data.prepare {command}"
         )
     manifest: dict = {}
     if (folder / MANIFEST).exists():

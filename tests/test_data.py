@@ -151,9 +151,18 @@ def test_a_fingerprint_depends_on_the_tokens_and_not_on_the_folder(tmp_path):
     assert other.fingerprint() != one.fingerprint()
 
 
-def test_a_missing_dataset_says_how_to_make_one(tmp_path):
-    with pytest.raises(DataError, match=r"not found; prepare one, for example: python -m data.prepare pydocs"):
-        open_dataset(tmp_path / "nowhere", VOCAB)
+@pytest.mark.parametrize(
+    "name, command",
+    [
+        ("nowhere", "pydocs"),
+        ("openwebtext", "openwebtext"),
+        ("fineweb_10B", "pretokenized fineweb_10B"),
+        ("fineweb_edu_100B", "pretokenized fineweb_edu_100B"),
+    ],
+)
+def test_a_missing_dataset_says_how_to_make_one(tmp_path, name, command):
+    with pytest.raises(DataError, match=rf"not found; prepare one, for example: python -m data.prepare {command}$"):
+        open_dataset(tmp_path / name, VOCAB)
 
 
 def test_tokens_beyond_the_vocabulary_are_found_when_opening(tmp_path):
