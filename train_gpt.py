@@ -71,7 +71,7 @@ class Trainer:
         self.lookahead: Any = self.optimizer if exact else None
         self.clipper = GradientClipper(self.model, self.optimizer, run.grad_clip)
 
-        settings = self.open_folder(dataset, fresh, accept_changes)
+        self.settings = self.open_folder(dataset, fresh, accept_changes)
         state = self.restore()
         # val_loss is None until the present step has been evaluated
         self.step, self.val_loss, self.best_val_loss = state["step"], state.get("val_loss"), state.get("best_val_loss")
@@ -97,7 +97,7 @@ class Trainer:
         flops = self.passes * self.model.flops_per_token() * run.tokens_per_step
         peak = world.size * (peak_flops(world.device) or 0)
         self.meter = Meter(state.get("train_seconds", 0.0), run.tokens_per_step, flops, peak)
-        self.log = RunLogger(self.folder, run.log, settings, run.name, self.steps, self.step, world)
+        self.log = RunLogger(self.folder, run.log, self.settings, run.name, self.steps, self.step, world)
         self.batches = prefetch(self.loader, self.step, pin=world.device.type == "cuda")
         self.pairs = pairwise(self.batches)
 
@@ -265,7 +265,7 @@ class Trainer:
 
     def save(self) -> Path | None:
         """Write a checkpoint and return its folder; in the background, start to write it and return None."""
-        state = dict(step=self.step, tokens=self.step * self.run.tokens_per_step, config=to_dict(self.run))
+        state = dict(step=self.step, tokens=self.step * self.run.tokens_per_step, config=self.settings)
         state |= dict(val_loss=self.val_loss, best_val_loss=self.best_val_loss, train_seconds=self.meter.trained)
         state |= dict(processes=self.world.size) | (dict(gamma_tuner=self.tuner.state()) if self.tuner else {})
         if self.tokenizer and "file" in self.tokenizer:  # a copy of the file lies in the run folder

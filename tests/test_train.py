@@ -332,8 +332,12 @@ def test_a_folder_in_use_is_refused(arguments):
 
 def test_a_folder_without_its_config_is_not_entered(arguments, straight):
     shutil.copytree(straight, folder_of(arguments))
-    (folder_of(arguments) / "config.json").unlink()
+    config = folder_of(arguments) / "config.json"
+    config.unlink()
     assert "has checkpoints and no config.json" in stops(arguments)
+    state = json.loads((folder_of(arguments) / FINAL).with_name("state.json").read_text())
+    config.write_text(json.dumps(state["config"]))
+    run_in_process(arguments)
 
 
 def test_values_of_a_wrong_type_in_a_config_file_are_named(tmp_path):
