@@ -564,6 +564,7 @@ def test_a_signal_waits_for_the_writer(arguments, monkeypatch, capsys):
         time.sleep(0.3)
 
     write_through(monkeypatch, slow)
+    monkeypatch.setattr("runtime.distributed.REPEATED", 600)  # on a slow machine, the signals may be seconds apart
     folder = run_in_process(arguments, "--checkpoint.background=true", "--steps=10000")
     captured = capsys.readouterr()
     stopped = max(series(folder))
