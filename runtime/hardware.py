@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-# Peak in TFLOP/s of bf16 products that are summed in float32, without sparsity. The first key that occurs in the
-# device's name counts, so "H100 PCIe" comes before "H100". Sources: NVIDIA's and AMD's data sheets of each product,
-# whose figures with sparsity are halved; for consumer cards NVIDIA's Ampere, Ada and Blackwell whitepapers.
+# Peak in TFLOP/s of bf16 products that are summed in float32, without sparsity. The longest key that occurs in the
+# device's name counts. Sources: NVIDIA's and AMD's data sheets of each product, whose figures with sparsity are halved.
+# For GeForce cards it is twice the float32 peak (cores x boost clock x 2), as NVIDIA's whitepapers on Ampere, Ada and
+# Blackwell state for 3070, 3080, 3090, 4080, 4090, 5080 and 5090.
 PEAK_TFLOPS = {
     "GB300": 2500.0,
     "GB200": 2500.0,
@@ -37,22 +38,40 @@ PEAK_TFLOPS = {
     "L40": 181.0,
     "L4": 121.0,
     "RTX 6000 Ada": 364.2,
+    "RTX 5000 Ada": 261.1,
     "RTX A6000": 154.8,
+    "RTX A5000": 111.1,
     "RTX 5090": 209.5,
+    "RTX 5080": 112.6,
+    "RTX 5070 Ti": 87.9,
+    "RTX 5070": 61.7,
     "RTX 4090": 165.2,
+    "RTX 4080 SUPER": 104.4,
+    "RTX 4080": 97.5,
+    "RTX 4070 Ti SUPER": 88.2,
+    "RTX 4070 Ti": 80.2,
+    "RTX 4070 SUPER": 71.0,
+    "RTX 4070": 58.3,
+    "RTX 3090 Ti": 80.0,
     "RTX 3090": 71.0,
+    "RTX 3080 Ti": 68.2,
+    "RTX 3080": 59.5,
+    "RTX 3070 Ti": 43.5,
+    "RTX 3070": 40.6,
+    "MI355X": 2516.6,
+    "MI350X": 2306.9,
     "MI325X": 1307.4,
     "MI300X": 1307.4,
 }
+OTHER_PRODUCTS = re.compile(r"\b(MIG|Laptop|Max-Q|D)\b")  # parts of a GPU, and slower ones with the same name
 PACKAGES = ("torch", "numpy", "safetensors", "transformers", "datasets", "tiktoken", "wandb", "lm_eval")
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of a device in FLOP/s; None for a CPU, an unknown GPU, or a slice of a GPU (MIG)."""
+    """Dense bf16 peak of a device in FLOP/s; None for a CPU, an unknown GPU, a laptop's, or a slice of one (MIG)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    if "MIG" in name:
-        return None
-    return next((1e12 * tflops for key, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name)), None)
+    found = [key for key in PEAK_TFLOPS if re.search(rf"\b{key}\b", name) and not OTHER_PRODUCTS.search(name)]
+    return 1e12 * PEAK_TFLOPS[max(found, key=len)] if found else None
 
 
 def memory_gb(device: torch.device) -> float:

@@ -40,7 +40,11 @@ from runtime.folder import Comparison, RunFolderError, differences, open_run_fol
         ("NVIDIA A10", 125),
         ("NVIDIA RTX 6000 Ada Generation", 364.2),
         ("NVIDIA GeForce RTX 5090", 209.5),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", 88.2),
+        ("NVIDIA GeForce RTX 3090 Ti", 80),
         ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
         ("Somebody's GPU", None),
     ],
 )
