@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+import torch
+
 from config.load import short_count
 from data.tokenizer import text_problem
 from optimizers.roles import folded, update_table
 from optimizers.state import state_bytes
+from runtime import compute
 from runtime.plot import plot_run
 
 if TYPE_CHECKING:
@@ -23,6 +26,8 @@ def introduce(t: "Trainer") -> None:
     chosen = f"  chosen     {t.chosen}\n" if t.chosen else ""
     problem = text_problem(t.tokenizer, c.vocab_size)
     tokenizer = f"  tokenizer  {problem}\n" if problem else ""
+    dtype = torch.bfloat16 if compute.wants_bf16(run.dtype, t.world.device) else torch.float32
+    kernel = compute.attention_kernel(c.n_head, c.n_embd // c.n_head, c.block_size, dtype, t.world.device)
     t.log.say(
         f"{run.name}\n"
         f"  model      {t.model.num_params():,} parameters: {c.n_layer} layers x {c.n_embd}, context {c.block_size}\n"
@@ -35,6 +40,7 @@ def introduce(t: "Trainer") -> None:
         f"  optimizer  {run.optimizer}: {run.optim}\n"
         f"  state      {state_bytes(t.optimizer) / 1e6:,.1f} MB of optimizer state in this process\n"
         f"  device     {t.world.device}, {run.compute}\n"
+        f"  attention  {kernel}\n"
         f"  folder     {t.folder}"
     )
     rows = update_table(t.optimizer, {p: name for name, p in t.model.named_parameters()})

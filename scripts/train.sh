@@ -74,9 +74,7 @@ done
 
 command=("$PYTHON")
 if [ -z "$launched" ]; then
-    # torchrun kills the processes this many seconds after a signal; its default of 30 is too short to save a large model
-    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
-    command+=(-m torch.distributed.run "--nproc_per_node=$gpus")
+    command+=(-m runtime.torchrun "--nproc_per_node=$gpus")
     if ((nodes > 1)); then
         [ -n "$rendezvous" ] || fail "--nodes $nodes needs --rendezvous HOST:PORT"
         command+=("--nnodes=$nodes" --rdzv_backend=c10d "--rdzv_endpoint=$rendezvous" "--rdzv_id=${id:-$size-$optimizer}")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import train_gpt
-from bench.correctness import compilations
+from bench.correctness import compilations, synchronizations
 from bench.memory import step_memory
 from bench.runs import batch_of, opened, take_step
 from bench.timing import SIZES
@@ -24,7 +24,7 @@ from config.load import load_config
 from model import GPT
 from optimizers import build_optimizer
 from runtime.clipping import GradientClipper
-from runtime.compute import ComputeConfig, torch_settings
+from runtime.compute import ComputeConfig, attention_kernel, torch_settings
 
 WARM_UP = 3  # steps
 
@@ -66,6 +66,15 @@ def waits(*arguments: str) -> int:
         return found
 
 
+def waits_found(*arguments: str) -> int | str:
+    """What bench.correctness finds in steps that do not wait."""
+    with opened(list(arguments)) as t:
+        batches = [batch_of(t, step) for step in range(13)]
+        for batch in batches[:11]:
+            take_step(t, batch)
+        return synchronizations(t, batches[11:])
+
+
 def compiled_later(*arguments: str) -> float:
     """Graphs compiled in two steps after the first ones, while the learning rate and gamma change."""
     with opened(list(arguments)) as t:
@@ -77,11 +86,8 @@ def compiled_later(*arguments: str) -> float:
 
 def attention(setting: str) -> list[str]:
     """The backends that torch selects for the first and the second call of attention under a setting."""
-    names = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}
     with torch_settings(ComputeConfig(attention=setting)):
-        shape = (2, 1024, 3, 12, 64)
-        q, k, v = torch.zeros(shape, device="cuda", dtype=torch.bfloat16).permute(2, 0, 3, 1, 4)
-        return [names[torch._fused_sdp_choice(q, k, v, None, 0.0, True)] for _ in range(2)]
+        return [attention_kernel(12, 64, 1024, torch.bfloat16, torch.device("cuda")) for _ in range(2)]
 
 
 def memory(*arguments: str) -> dict:
@@ -129,7 +135,7 @@ def scaled_step(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
 if __name__ == "__main__":
     if null_gpu.is_active():
         ignore_numbers()
-    programs = {f.__name__: f for f in (train, waits, compiled_later, attention, memory, launches)}
+    programs = {f.__name__: f for f in (train, waits, waits_found, compiled_later, attention, memory, launches)}
     result = programs[sys.argv[1]](*sys.argv[2:])
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(result))

@@ -5,9 +5,12 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import null_gpu
@@ -34,14 +37,29 @@ pytestmark = [
 needs_two_gpus = pytest.mark.skipif(REAL and torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
-def start(*command: str, gpus: int = 1, memory: int | None = None, **more: str) -> subprocess.CompletedProcess:
-    """Run cuda_programs.py to its end. With `memory`, in bytes, it runs on null GPUs even if there are real ones."""
+def begin(*command: str, gpus: int = 1, memory: int | None = None, **more: str) -> subprocess.Popen:
+    """Start cuda_programs.py in a process group of its own.
+
+    With `memory`, in bytes, it runs on null GPUs even if there are real ones.
+    """
     env = environment()
     if memory or not REAL:
         env |= null_gpu.environment(gpus, memory or 85 * GB)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
     command = [sys.executable, *launcher, "tests/cuda_programs.py", *command]
-    return subprocess.run(command, cwd=ROOT, env=env | more, capture_output=True, text=True, timeout=TIMEOUT)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, cwd=ROOT, env=env | more, text=True, start_new_session=True, **pipes)
+
+
+def start(*command: str, **options) -> subprocess.CompletedProcess:
+    """Run cuda_programs.py to its end."""
+    process = begin(*command, **options)
+    try:
+        output, errors = process.communicate(timeout=TIMEOUT)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def output_of(*command: str, **options) -> str:
@@ -118,6 +136,25 @@ def test_a_checkpoint_that_was_written_in_the_background_is_continued(on_gpu):
     check_losses(on_gpu)
 
 
+def test_a_signal_during_compilation_stops_the_run(on_gpu, tmp_path):
+    """The signal reaches the whole process group, and with it Inductor's workers, while they compile."""
+    caches = dict(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"), TRITON_CACHE_DIR=str(tmp_path / "triton"))
+    arguments = [*on_gpu, "--optimizer=adamw", "--compile=true", "--steps=100000"]
+    process = begin("train", *arguments, TORCHINDUCTOR_COMPILE_THREADS="2", **caches)
+    while not any((tmp_path / "triton").glob("*")):  # the first kernel is about to be compiled
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        output, errors = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, errors
+    assert "SIGTERM: will finish this step, save and stop" in errors
+    assert "the same command continues the run" in output
+
+
 # ---- the steady state
 
 
@@ -126,6 +163,11 @@ def test_a_checkpoint_that_was_written_in_the_background_is_continued(on_gpu):
 )
 def test_no_step_waits_for_the_device(on_gpu, optimizer, compiled):
     assert result_of("waits", *on_gpu, f"--optimizer={optimizer}", f"--compile={compiled}") == 0
+
+
+def test_correctness_takes_no_warning_of_torch_for_a_wait(on_gpu):
+    """torch warns once when it is asked to report waits; that is none."""
+    assert result_of("waits_found", *on_gpu, "--optimizer=mars_m") == 0
 
 
 @needs_two_gpus

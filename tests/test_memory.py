@@ -11,7 +11,8 @@ from conftest import ROOT, environment
 import train_gpt
 from config.load import load_config
 from model import GPT, GPTConfig
-from runtime import preflight
+from runtime import memory, preflight
+from runtime.command import is_out_of_memory
 from runtime.distributed import ALONE, World, start_world
 from runtime.logger import read_metrics
 from runtime.memory import (
@@ -75,6 +76,32 @@ def test_the_largest_size_is_tried_first_if_the_estimate_says_that_it_fits():
 def test_too_little_memory_for_one_sequence_is_an_error():
     with pytest.raises(ValueError, match="out of memory with one sequence at a time .* use a smaller model"):
         measured_micro_batch(480, 48, ALONE, 80 * GB, fits(0))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "Triton Error [CUDA]: out of memory",
+        "NCCL error: Failed to CUDA calloc 6291456 bytes",
+    ],
+)
+def test_too_little_memory_is_recognized_in_the_messages_of_every_library(message):
+    assert is_out_of_memory(RuntimeError(message))
+    assert not is_out_of_memory(RuntimeError("CUDA error: invalid argument"))
+
+
+def test_libraries_take_their_memory_before_the_attempts_and_the_cache_is_emptied_after(monkeypatch):
+    """NCCL allocates at the first all-reduce. What an attempt leaves in the cache is missing for libraries."""
+    calls = []
+    monkeypatch.setattr(memory, "available_memory", lambda device: (10**9, 10**9))
+    monkeypatch.setattr(World, "sum", lambda self, x: calls.append("all-reduce") or x)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
+    world = World(0, 1, torch.device("meta"))  # no CPU, so it is treated as a GPU
+    choose_micro_batch(MemoryEstimate(0, 0, 0, 1), 1, world, lambda size: calls.append("attempt") or 1)
+    assert calls == ["all-reduce", "attempt", "empty"]
 
 
 def test_a_cpu_makes_no_attempt():

@@ -750,6 +750,23 @@ def test_compiled_rules_agree_and_new_rates_do_not_recompile(name, backend, monk
         torch.testing.assert_close(plain[n], compiled[n], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_do_not_compile_the_norms_that_all_of_them_compute(ranks, monkeypatch):
+    """Compiled reductions may add in another order on another rank, and then the replicas would differ."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled.append(f.__name__) or f)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: ranks)
+    model = torch.nn.Linear(4, 3)
+    model.parameter_roles = lambda: {"weight": "matrix", "bias": "vector"}
+    optimizer = build_optimizer(model, MARSConfig(), "a group", True)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert compiled
+    assert ("_norms_of_rows" in compiled) is (ranks == 1)
+
+
 @approximate
 def test_a_step_inside_a_function_that_the_user_compiles_computes_the_same(make):
     plain, compiled = parameters(dtype=torch.float32), parameters(dtype=torch.float32)

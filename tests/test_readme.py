@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+from contextlib import suppress
 
 import pytest
 from conftest import ROOT
@@ -42,9 +43,11 @@ def help_of(module: str, words: list[str], capsys) -> str:
     path = ROOT / module.replace(".", "/")
     name = f"{module}.command" if path.is_dir() else module
     subcommand = words[:1] if path.is_dir() else []
-    with pytest.raises(SystemExit):
+    with suppress(SystemExit):
         importlib.import_module(name).main([*subcommand, "--help"])
-    return capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert text.startswith("usage: ")
+    return text
 
 
 @pages

@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT
+import torch._inductor.config as inductor
+from conftest import ROOT, environment
+from torch._inductor.async_compile import AsyncCompile
 
 from optimizers import MARSM, AdamWConfig, build_optimizer
 from runtime import distributed, hardware
@@ -37,6 +40,8 @@ from runtime.folder import Comparison, RunFolderError, differences, open_run_fol
         ("NVIDIA L40", 181),
         ("NVIDIA GB200", 2500),
         ("NVIDIA B200", 2250),
+        ("NVIDIA B300 SXM6 AC", 2250),
+        ("NVIDIA H20", 148),
         ("NVIDIA A10", 125),
         ("NVIDIA RTX 6000 Ada Generation", 364.2),
         ("NVIDIA GeForce RTX 5090", 209.5),
@@ -59,9 +64,10 @@ def test_a_cpu_has_no_peak_and_a_resident_size():
     assert 0.05 < hardware.memory_gb(torch.device("cpu")) < 100
 
 
-def test_the_environment_names_versions_and_device():
+def test_the_environment_names_versions_and_device(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.99.0+cu130")  # the version of the package may lack the build
     facts = hardware.environment(torch.device("cpu"), 2)
-    assert facts["packages"]["torch"] == torch.__version__
+    assert facts["packages"]["torch"] == "2.99.0+cu130"
     assert facts["processes"] == 2
     json.dumps(facts)
 
@@ -135,6 +141,34 @@ def test_programs_that_a_run_starts_outlive_the_signals_that_stop_it():
     assert child.wait() == -signal.SIGTERM
 
 
+def test_compile_workers_ignore_the_signals_that_stop_a_run():
+    """If a signal to the process group killed a worker, the trainer would wait for its result for ever."""
+    program = """if True:
+        import os
+        from pathlib import Path
+        from runtime.compute import start_compile_workers
+        start_compile_workers(1)
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        lines = [line.split() for c in children for line in open(f"/proc/{c}/status")]
+        print(*(line[1] for line in lines if line[0] == "SigIgn:"))"""
+    env = environment() | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True)
+    masks = [int(mask, 16) for mask in done.stdout.split()]
+    assert masks, done.stderr
+    for number in distributed.StopRequest.SIGNALS:
+        assert all(mask >> (number - 1) & 1 for mask in masks), number
+
+
+@pytest.mark.parametrize("processes, workers", [(1, 32), (8, 8), (128, 1)])
+def test_the_processes_of_a_machine_divide_its_cores_among_their_compile_workers(monkeypatch, processes, workers):
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(AsyncCompile, "warm_pool", lambda: None)
+    with inductor.patch(compile_threads=32):  # the most that Inductor starts
+        start_compile_workers(processes)
+        assert inductor.compile_threads == workers
+
+
 def test_a_second_signal_ends_a_process_that_waits_in_a_library():
     program = """if True:
         import ctypes
@@ -171,11 +205,14 @@ def test_a_rank_that_fails_on_a_gpu_does_not_wait_for_the_others(monkeypatch, de
     monkeypatch.setattr(distributed, "resolve_device", lambda *a: torch.device(device, 0))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: None)
+    options = {}
     for name in ("init_process_group", "new_group", "get_rank", "get_world_size", "destroy_process_group"):
-        monkeypatch.setattr(torch.distributed, name, lambda *a, name=name, **k: calls.append((name, *a)))
+        call = lambda *a, name=name, **k: calls.append((name, *a)) or options.update({name: k})  # noqa: E731
+        monkeypatch.setattr(torch.distributed, name, call)
     with pytest.raises(failure) if failure else nullcontext(), start_world(device):
         if failure:
             raise failure
+    assert options["new_group"]["timeout"] >= timedelta(hours=1)  # messages wait for the slowest rank's checkpoint
     assert calls[0] == ("init_process_group", "nccl" if device == "cuda" else "gloo")
     assert calls.count(("destroy_process_group",)) == destroyed
 

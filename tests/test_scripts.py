@@ -77,20 +77,34 @@ def test_a_process_for_each_gpu_that_the_user_gives(tmp_path, listed, visible, p
 def test_each_size_prints_a_command_whose_batch_divides(size):
     for gpus in (1, 2, 3, 8, 32, 480):
         words = dry(f"train_{size}.sh", "--gpus", str(gpus))
-        assert words[1:4] == ["-m", "torch.distributed.run", f"--nproc_per_node={gpus}"]
+        assert words[1:4] == ["-m", "runtime.torchrun", f"--nproc_per_node={gpus}"]
         assert f"config/gpt2_{size}.py" in words
         config = load_config(ROOT / f"config/gpt2_{size}.py", [w for w in words if re.match("--(data|micro|opt)", w)])
         assert (config.optimizer, config.data.path) == ("mars_m", "data/tokens/openwebtext")
         assert config.per_process(gpus) * gpus == 480
 
 
-def test_torchrun_leaves_a_stopping_run_time_to_save(tmp_path):
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "seconds=$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"')
-    python.chmod(0o755)
-    assert "seconds=600\n" in run("train_xl.sh", "--gpus", "8", PYTHON=str(python)).stdout
-    given = run("train_xl.sh", "--gpus", "8", PYTHON=str(python), TORCH_ELASTIC_SHUTDOWN_TIMEOUT="60")
-    assert "seconds=60\n" in given.stdout
+@pytest.mark.parametrize("seconds, killed", [("2", True), ("600", False)])
+def test_torchrun_leaves_a_stopping_run_time_to_save(tmp_path, seconds, killed):
+    """The process needs six seconds to save. Without a given number, torchrun leaves it 600."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, pathlib, signal, time\n"
+        "def save(number, frame):\n"
+        "    time.sleep(6)\n"
+        f"    pathlib.Path({str(tmp_path / 'saved')!r}).touch()\n"
+        "    raise SystemExit\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "print(os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT'], flush=True)\n"
+        "signal.pause()\n"
+    )
+    given = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": seconds} if seconds != "600" else {}
+    command = [sys.executable, "-m", "runtime.torchrun", "--standalone", "--nproc_per_node=1", str(program)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment() | given, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout.readline() == f"{seconds}\n"
+        launcher.send_signal(signal.SIGTERM)
+        launcher.wait(timeout=120)
+    assert (tmp_path / "saved").exists() is not killed
 
 
 def test_options_and_arguments_after_the_dashes_reach_the_trainer():
@@ -104,6 +118,16 @@ def test_options_and_arguments_after_the_dashes_reach_the_trainer():
     ]
     assert dry("train_xl.sh", "--gpus", "8", "--preflight")[-1] == "--preflight"
     assert dry("train_xl.sh", "--gpus", "8", "--seed=2", "--lr", "1e-3")[-3:] == ["--seed=2", "--lr", "1e-3"]
+
+
+@pytest.mark.parametrize("job", [0, 11_999, 12_000, 2**31 - 1])
+def test_the_port_of_a_job_is_below_those_that_linux_gives_out(tmp_path, job):
+    (tmp_path / "srun").write_text("#!/bin/sh\necho port=$MASTER_PORT\n")
+    (tmp_path / "srun").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    facts = dict(SLURM_JOB_ID=str(job), SLURM_SUBMIT_DIR=str(ROOT), MASTER_PORT="")
+    done = run("train.sbatch", "small", PATH=path, **facts)
+    assert 1024 <= int(done.stdout.partition("port=")[2]) < 32768
 
 
 def test_several_machines_meet_at_one_address():

@@ -323,6 +323,14 @@ def test_another_dataset_under_the_same_path_is_refused(arguments, tmp_path):
     assert "dataset: " in stops(moved)
 
 
+def test_a_compiled_run_starts_its_compile_workers_first(arguments, monkeypatch):
+    def start(processes):
+        raise ValueError(f"workers for {processes} process")
+
+    monkeypatch.setattr("runtime.compute.start_compile_workers", start)
+    assert "workers for 1 process" in stops(arguments, "--compile=true")
+
+
 def test_a_folder_in_use_is_refused(arguments):
     with run_lock(folder_of(arguments), ALONE):
         for _ in range(2):  # a refused start leaves the lock where it is
