@@ -99,11 +99,13 @@ def attention_backends(config: ComputeConfig) -> list[SDPBackend]:
     return BACKENDS.get(name, [])
 
 
-def attention_kernel(heads: int, head_size: int, length: int, dtype: torch.dtype, device: torch.device) -> str:
-    """The backend that torch selects for attention under the present settings: cudnn, flash, efficient or math."""
-    qkv = torch.empty(1, length, 3, heads, head_size, dtype=dtype, device=device)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # as in model.py
-    chosen = torch._fused_sdp_choice(q, k, v, None, 0.0, True)  # without a mask and dropout, causal
+def attention_kernel(qkv: Tensor, dropout: float) -> str:
+    """The backend that torch selects for attention under the present settings: cudnn, flash, efficient or math.
+
+    qkv: (B, T, 3, H, D), as the model computes it.
+    """
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    chosen = torch._fused_sdp_choice(q, k, v, None, dropout, True)  # no mask; causal
     return SDPBackend(chosen).name.removesuffix("_ATTENTION").lower()
 
 

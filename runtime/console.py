@@ -27,7 +27,8 @@ def introduce(t: "Trainer") -> None:
     problem = text_problem(t.tokenizer, c.vocab_size)
     tokenizer = f"  tokenizer  {problem}\n" if problem else ""
     dtype = torch.bfloat16 if compute.wants_bf16(run.dtype, t.world.device) else torch.float32
-    kernel = compute.attention_kernel(c.n_head, c.n_embd // c.n_head, c.block_size, dtype, t.world.device)
+    shape = (1, c.block_size, 3, c.n_head, c.n_embd // c.n_head)
+    qkv = torch.empty(shape, dtype=dtype, device=t.world.device, requires_grad=True)
     t.log.say(
         f"{run.name}\n"
         f"  model      {t.model.num_params():,} parameters: {c.n_layer} layers x {c.n_embd}, context {c.block_size}\n"
@@ -40,7 +41,7 @@ def introduce(t: "Trainer") -> None:
         f"  optimizer  {run.optimizer}: {run.optim}\n"
         f"  state      {state_bytes(t.optimizer) / 1e6:,.1f} MB of optimizer state in this process\n"
         f"  device     {t.world.device}, {run.compute}\n"
-        f"  attention  {kernel}\n"
+        f"  attention  {compute.attention_kernel(qkv, c.dropout)}\n"
         f"  folder     {t.folder}"
     )
     rows = update_table(t.optimizer, {p: name for name, p in t.model.named_parameters()})

@@ -45,21 +45,26 @@ def train(*arguments: str) -> None:
     train_gpt.main(list(arguments))
 
 
-def waits(*arguments: str) -> int:
-    """How often the host waits for the device in two steps; torch raises an error if it notices a wait itself.
+def batches_after_start(t: train_gpt.Trainer) -> list[Tensor]:
+    """Do eleven steps, and return the batches of the next two.
 
     DistributedDataParallel times its first ten steps, and later every hundredth one. It waits for the device then.
     """
-    warm_up = 11
+    batches = [batch_of(t, step) for step in range(13)]
+    for batch in batches[:11]:
+        take_step(t, batch)
+    return batches[11:]
+
+
+def waits(*arguments: str) -> int:
+    """How often the host waits for the device in two steps; torch raises an error if it notices a wait itself."""
     with opened(list(arguments)) as t:
-        batches = [batch_of(t, step) for step in range(warm_up + 2)]
-        for batch in batches[:warm_up]:
-            take_step(t, batch)
+        batches = batches_after_start(t)
         counters = null_gpu.Counters() if null_gpu.is_active() else None
         if counters:
             counters.reset()
         torch.cuda.set_sync_debug_mode("error")
-        for batch in batches[warm_up:]:
+        for batch in batches:
             take_step(t, batch)
         found = counters.host_waits() if counters else 0
         torch.cuda.set_sync_debug_mode("default")
@@ -69,10 +74,7 @@ def waits(*arguments: str) -> int:
 def waits_found(*arguments: str) -> int | str:
     """What bench.correctness finds in steps that do not wait."""
     with opened(list(arguments)) as t:
-        batches = [batch_of(t, step) for step in range(13)]
-        for batch in batches[:11]:
-            take_step(t, batch)
-        return synchronizations(t, batches[11:])
+        return synchronizations(t, batches_after_start(t))
 
 
 def compiled_later(*arguments: str) -> float:
@@ -87,7 +89,8 @@ def compiled_later(*arguments: str) -> float:
 def attention(setting: str) -> list[str]:
     """The backends that torch selects for the first and the second call of attention under a setting."""
     with torch_settings(ComputeConfig(attention=setting)):
-        return [attention_kernel(12, 64, 1024, torch.bfloat16, torch.device("cuda")) for _ in range(2)]
+        qkv = torch.empty(2, 1024, 3, 12, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        return [attention_kernel(qkv, 0.0) for _ in range(2)]
 
 
 def memory(*arguments: str) -> dict:

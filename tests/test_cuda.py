@@ -141,11 +141,13 @@ def test_a_signal_during_compilation_stops_the_run(on_gpu, tmp_path):
     caches = dict(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"), TRITON_CACHE_DIR=str(tmp_path / "triton"))
     arguments = [*on_gpu, "--optimizer=adamw", "--compile=true", "--steps=100000"]
     process = begin("train", *arguments, TORCHINDUCTOR_COMPILE_THREADS="2", **caches)
-    while not any((tmp_path / "triton").glob("*")):  # the first kernel is about to be compiled
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGTERM)
+    deadline = time.monotonic() + TIMEOUT
     try:
+        while not any((tmp_path / "triton").glob("*")):  # the first kernel is about to be compiled
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGTERM)
         output, errors = process.communicate(timeout=120)
     finally:
         if process.poll() is None:
