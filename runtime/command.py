@@ -139,7 +139,7 @@ def one_line(program: str, interrupted: str = "interrupted", memory: str = "use 
     """End the program with one line after Ctrl-C, an error that the user can correct, or too little memory.
 
     interrupted: the message after Ctrl-C. memory: the advice when memory is too small.
-    Of processes that fail together, only the first one of a machine prints its line, see `_exit`.
+    Of processes that fail together, only the first one of a machine prints its line, see `_end_program`.
     Text that the console cannot show, such as an é in ASCII, is printed as its code.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -153,14 +153,14 @@ def one_line(program: str, interrupted: str = "interrupted", memory: str = "use 
         text = str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:
             text = f"{error.filename}: {error.strerror}"
-        _exit(text if getattr(error, "names_itself", False) else f"{program}: {text}")
+        _end_program(text if getattr(error, "names_itself", False) else f"{program}: {text}")
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        _exit(f"{program}: out of memory; {memory} ({first_line(error)})")
+        _end_program(f"{program}: out of memory; {memory} ({first_line(error)})")
 
 
-def _exit(message: str) -> NoReturn:
+def _end_program(message: str) -> NoReturn:
     """End the process with a message and exit status 1.
 
     Under torchrun, all processes of a machine usually fail with the same message. So the first one prints it, and the

@@ -13,8 +13,8 @@ import torch
 
 # Peak in TFLOP/s of bf16 products that are summed in float32, without sparsity. The longest key that occurs in the
 # device's name counts. Sources: NVIDIA's and AMD's data sheets of each product, whose figures with sparsity are halved.
-# For GeForce cards it is twice the float32 peak (cores x boost clock x 2), as NVIDIA's whitepapers on Ampere, Ada and
-# Blackwell state for 3070, 3080, 3090, 4080, 4090, 5080 and 5090.
+# For GeForce cards it is computed: twice the float32 peak, which is cores x boost clock x 2. This is the ratio in
+# NVIDIA's whitepapers on Ampere, Ada and Blackwell.
 PEAK_TFLOPS = {
     "GB300": 2500.0,
     "GB200": 2500.0,
@@ -68,9 +68,11 @@ PACKAGES = ("torch", "numpy", "safetensors", "transformers", "datasets", "tiktok
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of a device in FLOP/s; None for a CPU, an unknown GPU, a laptop's, or a slice of one (MIG)."""
+    """Dense bf16 peak of a device in FLOP/s; None for a CPU, an unknown GPU, a part of a GPU, and GPUs of laptops."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    found = [key for key in PEAK_TFLOPS if re.search(rf"\b{key}\b", name) and not OTHER_PRODUCTS.search(name)]
+    if OTHER_PRODUCTS.search(name):
+        return None
+    found = [key for key in PEAK_TFLOPS if re.search(rf"\b{key}\b", name)]
     return 1e12 * PEAK_TFLOPS[max(found, key=len)] if found else None
 
 

@@ -206,9 +206,13 @@ def test_a_rank_that_fails_on_a_gpu_does_not_wait_for_the_others(monkeypatch, de
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: None)
     options = {}
+
+    def record(name, *arguments, **keywords):
+        calls.append((name, *arguments))
+        options[name] = keywords
+
     for name in ("init_process_group", "new_group", "get_rank", "get_world_size", "destroy_process_group"):
-        call = lambda *a, name=name, **k: calls.append((name, *a)) or options.update({name: k})  # noqa: E731
-        monkeypatch.setattr(torch.distributed, name, call)
+        monkeypatch.setattr(torch.distributed, name, partial(record, name))
     with pytest.raises(failure) if failure else nullcontext(), start_world(device):
         if failure:
             raise failure
