@@ -84,8 +84,14 @@ def test_each_size_prints_a_command_whose_batch_divides(size):
         assert config.per_process(gpus) * gpus == 480
 
 
-@pytest.mark.parametrize("seconds, killed", [("2", True), ("600", False)])
-def test_torchrun_leaves_a_stopping_run_time_to_save(tmp_path, seconds, killed):
+LAUNCHER = [sys.executable, "-m", "runtime.torchrun", "--standalone"]
+
+
+@pytest.mark.parametrize(
+    "number, seconds, killed",
+    [(signal.SIGTERM, "2", True), (signal.SIGTERM, "600", False), (signal.SIGUSR1, "600", False)],
+)
+def test_torchrun_leaves_a_stopping_run_time_to_save(tmp_path, number, seconds, killed):
     """The process needs six seconds to save. Without a given number, torchrun leaves it 600."""
     program = tmp_path / "program.py"
     program.write_text(
@@ -94,17 +100,35 @@ def test_torchrun_leaves_a_stopping_run_time_to_save(tmp_path, seconds, killed):
         "    time.sleep(6)\n"
         f"    pathlib.Path({str(tmp_path / 'saved')!r}).touch()\n"
         "    raise SystemExit\n"
-        "signal.signal(signal.SIGTERM, save)\n"
+        f"signal.signal({int(number)}, save)\n"
         "print(os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT'], flush=True)\n"
         "signal.pause()\n"
     )
     given = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": seconds} if seconds != "600" else {}
-    command = [sys.executable, "-m", "runtime.torchrun", "--standalone", "--nproc_per_node=1", str(program)]
-    with subprocess.Popen(command, cwd=ROOT, env=environment() | given, stdout=subprocess.PIPE, text=True) as launcher:
+    command, pipe = [*LAUNCHER, "--nproc_per_node=1", str(program)], subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment() | given, stdout=pipe, stderr=pipe, text=True
+    ) as launcher:
         assert launcher.stdout.readline() == f"{seconds}\n"
-        launcher.send_signal(signal.SIGTERM)
-        launcher.wait(timeout=120)
+        launcher.send_signal(number)
+        _, printed = launcher.communicate(timeout=120)
+    assert launcher.returncode == 128 + number
+    assert "Traceback" not in printed
     assert (tmp_path / "saved").exists() is not killed
+
+
+@pytest.mark.parametrize(
+    "failure, reason, code",
+    [("sys.exit(3)", "ended with exit code 3", 3), ("os.kill(os.getpid(), 9)", "was ended by SIGKILL", 128 + 9)],
+)
+def test_torchrun_says_in_one_line_which_process_failed(tmp_path, failure, reason, code):
+    program = tmp_path / "program.py"
+    program.write_text(f"import os, sys, time\nif os.environ['RANK'] == '1':\n    {failure}\ntime.sleep(60)\n")
+    command = [*LAUNCHER, "--nproc_per_node=2", str(program)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == code
+    assert done.stderr.splitlines()[-1] == f"torchrun: process 1 {reason}; its messages, if it had any, are above"
+    assert "Traceback" not in done.stderr
 
 
 def test_options_and_arguments_after_the_dashes_reach_the_trainer():
