@@ -291,11 +291,13 @@ def train(t: Trainer) -> None:
         if t.due(t.run.eval_every) and t.val_loss is None:  # the evaluation was cut short by a stop request
             t.saved_step = -1
             goes_on = t.evaluate_if_due(stop)
+            stop.let_steps_finish()  # and let the result be saved
         while goes_on and t.step < t.steps and not stop.agreed():
             batch = t.next_batch()
             t.set_rates()
             loss, norm = t.gradients(batch)
             t.update()
+            stop.let_steps_finish()
             t.log_if_due(loss, norm)
             goes_on = t.evaluate_if_due(stop)  # the resumed run repeats what a stop request interrupts
             t.save_if_due()

@@ -184,6 +184,9 @@ class Exchange:
 class StopRequest:
     """Lets a signal stop the run after its step and a save. A second signal ends it at once.
 
+    Before the first step there is nothing to save, and compiling can take minutes. Until `let_steps_finish` is called,
+    the first signal ends the process at once, too.
+
     SIGHUP comes when a terminal is closed or a connection is lost.
 
     A signal may reach only some ranks, at different steps. Every rank calls `agreed` once a step. It returns the
@@ -201,6 +204,7 @@ class StopRequest:
         self.world = world
         self.signal: str | None = None  # name of the first signal that reached this rank
         self._received = 0.0  # time of that signal
+        self._steps_finish = False
         self._exchange = Exchange(world)
         handled = [s for s in self.SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
         self._handlers_before = {s: signal.signal(s, lambda number, frame: None) for s in handled}
@@ -218,14 +222,26 @@ class StopRequest:
 
     def _receive(self, number: int) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
+        if not self._steps_finish:
+            self._say(f"{name}: no step has been taken since the start; ends at once")
+            os._exit(128 + number)
         if self.signal is None:
-            if self.world.is_main:
-                with suppress(OSError):  # a closed terminal cannot be written to, and the run must still save
-                    print(f"{name}: will finish this step, save and stop", file=sys.stderr, flush=True)
+            self._say(f"{name}: will finish this step, save and stop")
             self.signal, self._received = name, now
         elif now - self._received > REPEATED:  # a launcher may send the same signal to each process a second time
-            print(f"{name} again: ends at once, without saving", file=sys.stderr, flush=True)
+            self._say(f"{name} again: ends at once, without saving")
             os._exit(128 + number)
+
+    def _say(self, message: str) -> None:
+        if self.world.is_main:
+            with suppress(OSError):  # a closed terminal cannot be written to, and the run must still save
+                print(message, file=sys.stderr, flush=True)
+
+    def let_steps_finish(self) -> None:
+        """From the first call on, a signal lets the run finish its step and save. Every rank calls it after a step."""
+        if not self._steps_finish:
+            self.world.gather(None)  # if one rank ended at once while another saved, the save would fail
+            self._steps_finish = True
 
     def agreed(self) -> bool:
         """Whether all ranks stop now."""

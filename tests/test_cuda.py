@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import null_gpu
@@ -136,25 +137,44 @@ def test_a_checkpoint_that_was_written_in_the_background_is_continued(on_gpu):
     check_losses(on_gpu)
 
 
-def test_a_signal_during_compilation_stops_the_run(on_gpu, tmp_path):
-    """The signal reaches the whole process group, and with it Inductor's workers, while they compile."""
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_signal_during_compilation_stops_the_run(on_gpu, tmp_path, steps):
+    """The signal reaches the whole process group, and with it Inductor's workers, while they compile.
+
+    They compile the first step, which need not be finished, or the evaluation after it, which must be.
+    """
     caches = dict(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"), TRITON_CACHE_DIR=str(tmp_path / "triton"))
-    arguments = [*on_gpu, "--optimizer=adamw", "--compile=true", "--steps=100000"]
+    arguments = [*on_gpu, "--optimizer=adamw", "--compile=true", "--steps=100000", "--eval_every=1"]
     process = begin("train", *arguments, TORCHINDUCTOR_COMPILE_THREADS="2", **caches)
-    deadline = time.monotonic() + TIMEOUT
-    try:
-        while not any((tmp_path / "triton").glob("*")):  # the first kernel is about to be compiled
+
+    def wait_until(true: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + TIMEOUT
+        while not true():
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+    def kernels() -> int:
+        return len(list((tmp_path / "triton").glob("*")))
+
+    try:
+        if steps:
+            metrics = folder_of(on_gpu) / "metrics.jsonl"
+            wait_until(lambda: metrics.exists() and len(read_metrics(metrics)) == steps)
+        before = kernels()
+        wait_until(lambda: kernels() > before)
         os.killpg(process.pid, signal.SIGTERM)
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=60)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, errors
-    assert "SIGTERM: will finish this step, save and stop" in errors
-    assert "the same command continues the run" in output
+    if steps:
+        assert process.returncode == 0, errors
+        assert "SIGTERM: will finish this step, save and stop" in errors
+        assert "stopped at step 1 of 100000; the same command continues the run" in output
+    else:
+        assert process.returncode == 128 + signal.SIGTERM, errors
+        assert "SIGTERM: no step has been taken since the start; ends at once" in errors
 
 
 # ---- the steady state

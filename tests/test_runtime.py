@@ -121,6 +121,7 @@ def test_an_ignored_signal_stays_ignored(number):
     before = signal.signal(number, signal.SIG_IGN)
     try:
         stop = distributed.StopRequest(ALONE)
+        stop.let_steps_finish()
         os.kill(os.getpid(), number)
         assert not stop.agreed()
         stop.close()
@@ -169,21 +170,27 @@ def test_the_processes_of_a_machine_divide_its_cores_among_their_compile_workers
         assert inductor.compile_threads == workers
 
 
-def test_a_second_signal_ends_a_process_that_waits_in_a_library():
-    program = """if True:
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_signal_before_the_first_step_and_a_second_one_later_end_a_process_that_waits_in_a_library(steps):
+    program = f"""if True:
         import ctypes
         from runtime.distributed import StopRequest, World
         stop = StopRequest(World(0, 1, None))
+        for step in range({steps}):
+            stop.let_steps_finish()
         print("waits", flush=True)
         ctypes.CDLL(None).sleep(60)"""
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"waits\n"
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True, stdout=pipe, stderr=pipe)
+    assert process.stdout.readline() == "waits\n"
     process.terminate()
-    time.sleep(distributed.REPEATED + 0.2)
-    assert process.poll() is None
-    process.terminate()
-    assert process.wait(timeout=30) == 128 + signal.SIGTERM
-    process.stdout.close()
+    if steps:
+        time.sleep(distributed.REPEATED + 0.2)
+        assert process.poll() is None
+        process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert errors.splitlines()[-1].startswith("SIGTERM again" if steps else "SIGTERM: no step has been taken")
 
 
 def test_one_process_needs_no_process_group(monkeypatch):
