@@ -214,6 +214,25 @@ echo "$@" >>"$FAKE/requests"
 """
 
 
+@pytest.mark.parametrize("status, requeued", [(0, True), (128 + signal.SIGUSR1, True), (1, False)])
+def test_a_stopped_job_goes_back_into_the_queue_unless_it_failed(tmp_path, status, requeued):
+    """srun, scancel and scontrol are stand-ins. A run that is stopped before its first step ends with 138."""
+    srun = f'#!/bin/bash\ntouch "$FAKE/running"; until [ -e "$FAKE/cancelled" ]; do sleep 0.1; done; exit {status}'
+    scancel = '#!/bin/bash\ntouch "$FAKE/cancelled"'
+    for name, text in (("srun", srun), ("scancel", scancel), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    variables = environment() | {"FAKE": str(tmp_path), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "77"}
+    variables |= {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    job = subprocess.Popen(["bash", str(ROOT / "scripts" / "train.sbatch"), "small"], env=variables)
+    while not (tmp_path / "running").exists():
+        assert job.poll() is None
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=60) == status
+    assert ("requeue 77" in (tmp_path / "requests").read_text()) is requeued
+
+
 def test_a_job_with_a_stop_signal_saves_requeues_and_resumes(dataset, tmp_path):
     """srun, scancel and scontrol are stand-ins; the signal, the trainers and their checkpoints are real."""
     for name, text in (("srun", SRUN), ("scancel", SCANCEL), ("scontrol", SCONTROL)):
