@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -325,10 +327,11 @@ def test_another_dataset_under_the_same_path_is_refused(arguments, tmp_path):
 
 def test_a_compiled_run_starts_its_compile_workers_first(arguments, monkeypatch):
     def start(processes):
-        raise ValueError(f"workers for {processes} process")
+        raise ValueError(f"workers for {processes} processes")
 
     monkeypatch.setattr("runtime.compute.start_compile_workers", start)
-    assert "workers for 1 process" in stops(arguments, "--compile=true")
+    monkeypatch.setattr(train_gpt, "start_world", lambda device: nullcontext(replace(ALONE, local_size=8)))
+    assert "workers for 8 processes" in stops(arguments, "--compile=true")
 
 
 def test_a_folder_in_use_is_refused(arguments):
