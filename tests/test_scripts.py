@@ -144,7 +144,7 @@ def test_options_and_arguments_after_the_dashes_reach_the_trainer():
     assert dry("train_xl.sh", "--gpus", "8", "--seed=2", "--lr", "1e-3")[-3:] == ["--seed=2", "--lr", "1e-3"]
 
 
-@pytest.mark.parametrize("job", [0, 11_999, 12_000, 2**31 - 1])
+@pytest.mark.parametrize("job", [0, 11_999, 12_000, 39_999, 2**31 - 1])
 def test_the_port_of_a_job_is_below_those_that_linux_gives_out(tmp_path, job):
     (tmp_path / "srun").write_text("#!/bin/sh\necho port=$MASTER_PORT\n")
     (tmp_path / "srun").chmod(0o755)
