@@ -29,14 +29,14 @@ GB = 10**9
 NEED = MemoryEstimate(weights=GB // 2, gradients=GB // 2, optimizer=GB, activations=GB // 2)  # 2 GB and 0.5 a sequence
 
 
-def fits(most: int, tried: list | None = None):
+def fits(most: int, tried: list | None = None, error: BaseException | type[BaseException] = torch.OutOfMemoryError):
     """An attempt that runs out of memory above `most` sequences."""
 
     def attempt(m):
         if tried is not None:
             tried.append(m)
         if m > most:
-            raise torch.OutOfMemoryError(f"{m} sequences")
+            raise error
         return m * GB
 
     return attempt
@@ -67,6 +67,16 @@ def test_a_size_that_runs_out_of_memory_is_followed_by_the_next_divisor(capsys):
     assert capsys.readouterr().err.splitlines() == [f"trying a micro-batch of {m}" for m in tried]
 
 
+def test_an_attempt_may_run_out_of_memory_in_a_library():
+    too_little, invalid = (
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: invalid argument"),
+    )
+    assert measured_micro_batch(12, 6, ALONE, 80 * GB, fits(4, error=too_little)).failed == (12, 6)
+    with pytest.raises(RuntimeError, match="invalid argument"):
+        measured_micro_batch(12, 6, ALONE, 80 * GB, fits(4, error=invalid))
+
+
 def test_the_largest_size_is_tried_first_if_the_estimate_says_that_it_fits():
     tried: list[int] = []
     assert measured_micro_batch(12, 12, ALONE, GB, fits(12, tried)).failed == ()
@@ -86,6 +96,7 @@ def test_too_little_memory_for_one_sequence_is_an_error():
         "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
         "Triton Error [CUDA]: out of memory",
         "NCCL error: Failed to CUDA calloc 6291456 bytes",
+        "Storage size calculation overflowed with sizes=[4611686018427387904, 8]",
     ],
 )
 def test_too_little_memory_is_recognized_in_the_messages_of_every_library(message):

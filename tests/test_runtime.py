@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -179,7 +180,9 @@ def test_a_signal_before_the_first_step_and_a_second_one_later_end_a_process_tha
         for step in range({steps}):
             stop.let_steps_finish()
         print("waits", flush=True)
-        ctypes.CDLL(None).sleep(60)"""
+        mutex = ctypes.create_string_buffer(64)  # zeros are an unlocked mutex; the second locking waits for ever
+        for _ in range(2):
+            ctypes.CDLL(None).pthread_mutex_lock(mutex)"""
     pipe = subprocess.PIPE
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True, stdout=pipe, stderr=pipe)
     assert process.stdout.readline() == "waits\n"
@@ -199,6 +202,17 @@ def test_one_process_needs_no_process_group(monkeypatch):
         assert (world.rank, world.size, world.is_main) == (0, 1, True)
         assert world.gather("x") == ["x"]
         assert world.sum(torch.ones(2)).tolist() == [1, 1]
+
+
+def test_a_process_knows_how_many_share_its_machine(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    facts = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=8, MASTER_ADDR="localhost", MASTER_PORT=port)
+    for name, value in facts.items():
+        monkeypatch.setenv(name, str(value))
+    with start_world("cpu") as world:
+        assert (world.rank, world.size, world.local_size) == (0, 1, 8)
 
 
 @pytest.mark.parametrize(

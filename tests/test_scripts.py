@@ -214,6 +214,17 @@ echo "$@" >>"$FAKE/requests"
 """
 
 
+def test_a_task_of_a_job_becomes_a_process_of_the_run(tmp_path):
+    facts = "SLURM_PROCID=11 SLURM_LOCALID=3 SLURM_NTASKS=16 SLURM_NTASKS_PER_NODE=8"
+    python = "#!/bin/sh\necho process $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE"
+    for name, text in (("srun", f'#!/bin/bash\n{facts} "${{@:2}}"'), ("python", python)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = run("train.sbatch", "small", PATH=path, PYTHON=str(tmp_path / "python"), SLURM_SUBMIT_DIR=str(ROOT))
+    assert done.stdout.splitlines()[-1] == "process 11 3 16 8", done.stderr
+
+
 @pytest.mark.parametrize("status, requeued", [(0, True), (128 + signal.SIGUSR1, True), (1, False)])
 def test_a_stopped_job_goes_back_into_the_queue_unless_it_failed(tmp_path, status, requeued):
     """srun, scancel and scontrol are stand-ins. A run that is stopped before its first step ends with 138."""
