@@ -13,8 +13,8 @@ import torch
 
 # Peak in TFLOP/s of bf16 products that are summed in float32, without sparsity. The longest key that occurs in the
 # device's name counts. Sources: NVIDIA's and AMD's data sheets of each product, whose figures with sparsity are halved.
-# For GeForce cards it is computed: twice the float32 peak, which is cores x boost clock x 2. This is the ratio in
-# NVIDIA's whitepapers on Ampere, Ada and Blackwell.
+# For GeForce cards it is twice the float32 peak, which is cores x boost clock x 2. This is the ratio in NVIDIA's
+# whitepapers "Ampere GA102 GPU Architecture", "Ada GPU Architecture" and "RTX Blackwell GPU Architecture".
 PEAK_TFLOPS = {
     "GB300": 2500.0,
     "GB200": 2500.0,
@@ -59,7 +59,7 @@ PEAK_TFLOPS = {
     "RTX 3070 Ti": 43.5,
     "RTX 3070": 40.6,
     "MI355X": 2516.6,
-    "MI350X": 2306.9,
+    "MI350X": 2309.6,
     "MI325X": 1307.4,
     "MI300X": 1307.4,
 }
