@@ -8,9 +8,10 @@ bash scripts/setup.sh
 .venv/bin/python -m data.prepare pydocs
 output=$(mktemp)
 trap 'rm -f "$output"' EXIT
-.venv/bin/python -u train_gpt.py config/quickstart.py "$@" | tee "$output"
+# tee ignores Ctrl-C, so what the trainer says while it stops is seen
+.venv/bin/python -u train_gpt.py config/quickstart.py "$@" | tee -i "$output"
+grep -q '^final ' "$output" || exit 0 # help, or a run that was stopped
 run=$(sed -n 's/^run  *//p' "$output" | tail -n 1)
-[ -n "$run" ] || exit 0
 echo "sample"
 .venv/bin/python -m eval.sample "$run" --max-tokens 400
 echo "run folder: $run"

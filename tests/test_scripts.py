@@ -131,6 +131,46 @@ def test_torchrun_says_in_one_line_which_process_failed(tmp_path, failure, reaso
     assert "Traceback" not in done.stderr
 
 
+TRAINER = """#!/bin/bash
+case "$*" in
+*train_gpt.py*)
+    trap 'kill %1; echo "stopped at step 1"; echo "run     runs/quick"; exit' INT
+    echo "step 1"
+    sleep $PAUSE &
+    wait
+    echo "final   validation loss 1.5"
+    echo "run     runs/quick"
+    ;;
+*) echo "called $*" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_the_quickstart_samples_from_a_finished_run_and_shows_how_an_interrupted_one_ends(tmp_path, interrupted):
+    """Ctrl-C reaches every program of the script. A stand-in for Python takes the place of the trainer."""
+    files = {"scripts/setup.sh": "", ".venv/bin/python": TRAINER}
+    files["scripts/quickstart.sh"] = (ROOT / "scripts" / "quickstart.sh").read_text()
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    command, env = (
+        ["bash", str(tmp_path / "scripts/quickstart.sh")],
+        environment() | {"PAUSE": str(60 * interrupted)},
+    )
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True) as quickstart:
+        lines = []
+        for line in quickstart.stdout:
+            lines.append(line.rstrip())
+            if interrupted and line == "step 1\n":
+                os.killpg(quickstart.pid, signal.SIGINT)
+    ending = ["stopped at step 1", "run     runs/quick"]
+    if not interrupted:
+        ending = ["sample", "called -m eval.sample runs/quick --max-tokens 400", "run folder: runs/quick"]
+    assert lines[-len(ending) :] == ending
+
+
 def test_options_and_arguments_after_the_dashes_reach_the_trainer():
     words = dry("train_small.sh", "--optimizer", "adamw", "--dataset=/data/edu", "--gpus=4", "--", "--name=a b")
     assert "--nproc_per_node=4" in words
