@@ -13,12 +13,23 @@ if [[ ${1:-} == --smoke ]]; then
     FOLDER=$([[ $FOLDER == bench/results ]] && mktemp -d || echo "$FOLDER")
     SMOKE=(--smoke) SWEEP=(--scale smoke --arms AdamW) PAGE=(--any_hardware --keep_readme)
 fi
-failed=0
+failed=0 running=''
 
 call() { # a bench and its arguments; it may fail without ending the hour
     echo "== bench.$*"
-    timeout --signal=INT --kill-after=20 590 "$PYTHON" -m "bench.$1" "${@:2}" --folder "$FOLDER" || failed=$((failed + 1))
+    timeout --signal=INT --kill-after=20 590 "$PYTHON" -m "bench.$1" "${@:2}" --folder "$FOLDER" &
+    running=$!
+    wait "$running" || failed=$((failed + 1))
 }
+# shellcheck disable=SC2317,SC2329  # called by the trap
+stop() { # timeout has moved the bench into a process group of its own, which Ctrl-C does not reach
+    trap '' INT TERM
+    [[ -z $running ]] || kill -TERM "$running"
+    wait
+    echo "stopped; the results so far are in $FOLDER"
+    exit 130
+}
+trap stop INT TERM
 
 [[ -d data/tokens/pydocs ]] || "$PYTHON" -m data.prepare pydocs || exit 1
 call correctness "${SMOKE[@]}"

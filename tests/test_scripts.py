@@ -171,6 +171,21 @@ def test_the_quickstart_samples_from_a_finished_run_and_shows_how_an_interrupted
     assert lines[-len(ending) :] == ending
 
 
+def test_ctrl_c_ends_the_first_gpu_hour_and_the_bench_that_runs(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/bash\n[[ $* == *data.prepare* ]] && exit\necho "pid $$"\nexec sleep 60')
+    python.chmod(0o755)
+    command, env = ["bash", str(ROOT / "scripts/first_gpu_hour.sh"), "--smoke"], environment() | {"PYTHON": str(python)}
+    env |= {"FOLDER": str(tmp_path)}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as hour:
+        bench = next(int(line.split()[1]) for line in hour.stdout if line.startswith("pid "))
+        hour.send_signal(signal.SIGINT)
+        assert hour.stdout.read() == f"stopped; the results so far are in {tmp_path}\n"
+    assert hour.returncode == 130
+    with pytest.raises(ProcessLookupError):
+        os.kill(bench, 0)
+
+
 def test_options_and_arguments_after_the_dashes_reach_the_trainer():
     words = dry("train_small.sh", "--optimizer", "adamw", "--dataset=/data/edu", "--gpus=4", "--", "--name=a b")
     assert "--nproc_per_node=4" in words
