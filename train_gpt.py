@@ -290,8 +290,8 @@ def train(t: Trainer) -> None:
     try:
         if t.due(t.run.eval_every) and t.val_loss is None:  # the evaluation was cut short by a stop request
             t.saved_step = -1
-            goes_on = t.evaluate_if_due(stop)
-            stop.let_steps_finish()  # and let the result be saved
+            t.evaluate_if_due(stop)
+            stop.let_steps_finish()  # the result is worth saving
         while goes_on and t.step < t.steps and not stop.agreed():
             batch = t.next_batch()
             t.set_rates()
