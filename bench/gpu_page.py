@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from bench.ladder import RUNGS
 from bench.report import RESULTS, ROOT, markdown
 from bench.timing import SIZES
 from runtime.command import Parser, one_line
@@ -25,17 +26,21 @@ def results(folder: Path, bench: str, any_hardware: bool) -> Iterator[tuple[dict
 
 
 def speeds(folder: Path, any_hardware: bool) -> dict[str, dict]:
-    """The newest numbers of the rung `best` of each size that was measured, and its ratio to nanoGPT's way."""
-    best: dict[str, dict] = {}
-    ratios: dict[str, float] = {}
+    """The newest numbers of the rung `best` of each size that was measured.
+
+    ratio: to nanoGPT's way, on the same hardware on the same day; None if that is not measured.
+    """
+    newest: dict[tuple[str, str], dict] = {}
     for facts, rows in results(folder, "ladder", any_hardware):
         size = facts["bench"].split("_")[1]
-        for row in rows:
-            if row["rung"] == "best" and "tokens_per_s" in row:
-                best[size] = row | facts
-            elif row["rung"] == "best against nanogpt":
-                ratios[size] = row["speed_ratio"]
-    return {size: best[size] | dict(ratio=ratios.get(size)) for size in SIZES if size in best}
+        newest |= {(size, row["rung"]): row | facts for row in rows if "tokens_per_s" in row}
+    found = {}
+    for size in SIZES:
+        if best := newest.get((size, "best")):
+            peer = newest.get((size, "nanogpt"), {})
+            together = all(best[key] == peer.get(key) for key in ("hardware", "torch", "date"))
+            found[size] = best | dict(ratio=best["tokens_per_s"] / peer["tokens_per_s"] if together else None)
+    return found
 
 
 def table(found: dict[str, dict]) -> str:
@@ -65,7 +70,8 @@ def checks(folder: Path, any_hardware: bool) -> list[dict]:
 
 def page(speed: str, checked: list[dict], comparison: str) -> str:
     """The page in markdown."""
-    text = f"# Measured on a GPU\n\n## Training speed\n\nSteps of 480 sequences, MARS-M.\n\n{speed}\n"
+    settings = " ".join(f"--{setting}" for setting in (*RUNGS["best"], "micro_batch=auto"))
+    text = f"# Measured on a GPU\n\n## Training speed\n\nSteps of 480 sequences with `{settings}`.\n\n{speed}\n"
     text += f"\n![tokens/s](gpu.png)\n\n## Correctness\n\n{markdown(checked) if checked else 'Not measured.'}\n"
     return text + f"\n## A short comparison\n\n{comparison or 'Not measured.'}\n"
 

@@ -50,13 +50,13 @@ class Report:
         self.rows: list[dict] = []
         facts = dict(bench=name, hardware=hardware, processor=_processor(), torch=torch.__version__)
         self.facts = json.dumps(facts | dict(threads=torch.get_num_threads(), date=date) | more)
-        self.path.write_text(f"{self.facts}\n")
 
     def add(self, **row: object) -> None:
-        """Print a row and write it to the file."""
+        """Print a row and write it to the file. The first row replaces what an earlier run of this day has written."""
+        start = "" if self.rows else f"{self.facts}\n"
         self.rows.append(row)
-        with open(self.path, "a") as f:
-            f.write(json.dumps(row) + "\n")
+        with open(self.path, "a" if not start else "w") as f:
+            f.write(start + json.dumps(row) + "\n")
         print("  ".join(f"{key} {_cell(value)}" for key, value in row.items()), flush=True)
 
     def table(self, by: str | None = None) -> None:

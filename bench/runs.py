@@ -40,8 +40,9 @@ def in_own_process(bench: str, *words: object, **variables: str) -> dict:
     done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.splitlines() or [f"exit status {done.returncode}"]
-        reason = ([line for line in lines if "error" in line.lower()] or lines)[-1]
-        raise (torch.OutOfMemoryError if "OutOfMemoryError" in reason else RuntimeError)(reason)
+        if too_little := [line for line in lines if "out of memory" in line]:
+            raise torch.OutOfMemoryError(too_little[-1])
+        raise RuntimeError(([line for line in lines if "error" in line.lower()] or lines)[-1])
     return json.loads(done.stdout.splitlines()[-1])
 
 

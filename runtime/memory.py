@@ -12,6 +12,7 @@ from runtime.command import is_out_of_memory
 from runtime.distributed import World
 from runtime.hardware import available_memory
 
+ERROR = 0.05  # by which an estimate may be too high; 0.02 is the most that was seen (bench.memory)
 MARGIN = 0.08  # fraction of a GPU's memory that stays unused, for fragments, communication and scratch memory
 CPU_MOST = 8  # sequences; a larger micro-batch does not make a CPU faster
 
@@ -55,11 +56,25 @@ def estimated_micro_batch(need: MemoryEstimate, per_process: int, world: World, 
     per_process: sequences per step of one process; the micro-batch divides it.
     memory: bytes that are available, and bytes that the device has. All processes of a CPU use the same memory.
     """
-    available, total = memory
-    gpu = world.device.type == "cuda"
-    room = available - round(MARGIN * total) if gpu else available // world.size
-    sizes = divisors(per_process, per_process if gpu else CPU_MOST)
+    sizes = divisors(per_process, per_process if world.device.type == "cuda" else CPU_MOST)
+    room = _room(world, memory)
     return min(world.gather(next((m for m in sizes if need.total(m) <= room), 1)))
+
+
+def _room(world: World, memory: tuple[int, int]) -> int:
+    """Bytes that a process can fill."""
+    available, total = memory
+    return available - round(MARGIN * total) if world.device.type == "cuda" else available // world.size
+
+
+def first_attempt(need: MemoryEstimate, estimate: int, per_process: int, world: World, memory: tuple[int, int]) -> int:
+    """The next size above an estimated micro-batch if it fits into ERROR more room on every rank, or the estimate.
+
+    An attempt that fails costs a compilation, which takes minutes for the large sizes.
+    """
+    above = ([estimate] + [m for m in divisors(per_process, per_process) if m > estimate])[-1]
+    fits = need.total(above) <= (1 + ERROR) * _room(world, memory)
+    return above if all(world.gather(fits)) else estimate
 
 
 def choose_micro_batch(
@@ -75,22 +90,20 @@ def choose_micro_batch(
     if world.device.type == "cpu":
         return MicroBatch(estimate, need.total(estimate), memory[1])
     world.sum(torch.zeros(1, device=world.device))  # communication allocates its memory before the attempts
-    return measured_micro_batch(per_process, estimate, world, memory[1], attempt)
+    first = first_attempt(need, estimate, per_process, world, memory)
+    return measured_micro_batch(per_process, first, world, memory[1], attempt)
 
 
 def measured_micro_batch(
-    per_process: int, estimate: int, world: World, total: int, attempt: Callable[[int], int]
+    per_process: int, first: int, world: World, total: int, attempt: Callable[[int], int]
 ) -> MicroBatch:
-    """The largest micro-batch whose attempt succeeds on every rank. Called by every rank.
+    """The largest micro-batch, from `first` downwards, whose attempt succeeds on every rank. Called by every rank.
 
-    attempt: runs forward and backward with a micro-batch and returns the bytes at the peak. The first attempt is with
-    the next size above the estimate. total: bytes that the device has.
-    Raises ValueError if a single sequence does not fit.
+    attempt: runs forward and backward with a micro-batch and returns the bytes at the peak. total: bytes that the
+    device has. Raises ValueError if a single sequence does not fit.
     """
-    sizes = divisors(per_process, per_process)
-    above = [m for m in sizes if m > estimate]
     failed: list[int] = []
-    for m in above[-1:] + sizes[len(above) :]:
+    for m in divisors(per_process, first):
         if world.is_main:
             print(f"trying a micro-batch of {m}", file=sys.stderr, flush=True)
         try:

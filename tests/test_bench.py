@@ -27,7 +27,7 @@ from bench import (
     train_step,
 )
 from bench.peers import plain_newton_schulz
-from bench.runs import MICRO
+from bench.runs import MICRO, in_own_process
 from bench.timing import SIZES, Session, TimeIsUp, shape_of, time_limit
 from bench.trace import by_kernel, gpu_events, idle_fraction
 from config.load import load_config
@@ -258,6 +258,15 @@ def test_a_rung_runs_in_its_own_process(tmp_path):
     assert notes[1] == "not measured: took longer than 0.5 s"
 
 
+def test_a_process_that_is_out_of_memory_is_recognized(monkeypatch):
+    program = "import torch; from runtime.command import one_line\nwith one_line('bench.ladder'): "
+    program += "raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')"
+    start = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **more: start([command[0], "-c", program], **more))
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 2 GiB"):
+        in_own_process("ladder")
+
+
 def test_a_rung_that_is_out_of_memory_is_repeated_with_smaller_micro_batches(tmp_path, monkeypatch):
     def measure(name, size, smoke, micro):
         if micro > 2:
@@ -296,7 +305,7 @@ def gpu_results(folder, size="124M", tokens=612_345.6, date="2026-11-25", hardwa
     """Result files as bench.ladder and bench.correctness write them on a GPU."""
     facts = dict(bench=f"ladder_{size}_best_nanogpt", hardware=hardware, torch="2.13.0", threads=1, date=date)
     best = dict(rung="best", size=size, tokens_per_s=tokens, mfu=0.5, memory_gb=61.2, optimizer_share=0.006)
-    rows = [facts, best | dict(note=""), dict(rung="best against nanogpt", size=size, speed_ratio=1.2)]
+    rows = [facts, best | dict(note=""), dict(rung="nanogpt", size=size, tokens_per_s=tokens / 1.2, note="")]
     write = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / f"ladder_{size}_best_nanogpt_{hardware.replace(' ', '-')}_{date}.jsonl").write_text(write)
     rows = [facts, dict(block="check", what="loss", bound=1e-3, found=1e-5, result="ok", note="")]
@@ -308,6 +317,10 @@ def test_the_page_of_a_gpu_takes_the_newest_numbers_and_fills_the_readme(tmp_pat
     gpu_results(tmp_path, tokens=1.0, date="2026-11-24")
     gpu_results(tmp_path)
     gpu_results(tmp_path, size="355M", hardware="cpu-x86_64")
+    gpu_results(tmp_path, size="774M", date="2026-11-24")
+    newer = tmp_path / "ladder_774M_best_NVIDIA-H100_2026-11-25.jsonl"  # that day nanogpt was not measured
+    lines = (tmp_path / "ladder_774M_best_nanogpt_NVIDIA-H100_2026-11-24.jsonl").read_text().splitlines()
+    newer.write_text("\n".join(lines[:2]).replace("2026-11-24", "2026-11-25"))
     readme = tmp_path / "README.md"
     readme.write_text((ROOT / "README.md").read_text())
     monkeypatch.setattr(gpu_page, "ROOT", tmp_path)
@@ -315,6 +328,7 @@ def test_the_page_of_a_gpu_takes_the_newest_numbers_and_fills_the_readme(tmp_pat
     row = "| 124M | 612,346 | 50.0 % | 61.2 GB | 0.6 % | 1.20x | NVIDIA H100 | 2.13.0 | 2026-11-25 |"
     for text in (readme.read_text(), (tmp_path / "gpu.md").read_text()):
         assert row in text
+        assert row.replace("124M", "774M").replace("1.20x", "not measured") in text
         assert "| 355M | not measured |" in text
     assert "| loss | 0.001 | 1e-05 | ok |" in (tmp_path / "gpu.md").read_text()
     assert (tmp_path / "gpu.png").stat().st_size > 5000
@@ -341,10 +355,10 @@ def test_the_first_hour_on_a_gpu_calls_benches_that_exist(tmp_path):
     calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines() if "bench." in line]
     assert [c[1] for c in calls] == [f"bench.{name}" for name in FIRST_HOUR]
     sizes = [c[c.index("--size") + 1] for c in calls if "--size" in c]
-    assert sizes == list(SIZES)
+    assert sizes == [*SIZES, "1558M"]
     rungs = {rung for c in calls if "--rungs" in c for rung in c[c.index("--rungs") + 1 : c.index("--smoke")]}
     assert rungs <= ladder.RUNGS.keys()
     assert {c[c.index("--scale") + 1] for c in calls if "--scale" in c} == {"smoke"}
 
 
-FIRST_HOUR = ["correctness", *["ladder"] * 4, "micro", *["sweep"] * 3, "gpu_page"]
+FIRST_HOUR = ["correctness", *["ladder"] * 5, "micro", *["sweep"] * 4, "gpu_page"]

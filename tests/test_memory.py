@@ -20,6 +20,7 @@ from runtime.memory import (
     MemoryEstimate,
     choose_micro_batch,
     estimated_micro_batch,
+    first_attempt,
     measured_micro_batch,
     peak_of_pass,
 )
@@ -59,12 +60,17 @@ def test_the_processes_of_a_cpu_divide_its_memory(monkeypatch):
 
 def test_a_size_that_runs_out_of_memory_is_followed_by_the_next_divisor(capsys):
     tried: list[int] = []
-    estimate = estimated_micro_batch(NEED, 480, GPU, (33 * GB, 80 * GB))
-    choice = measured_micro_batch(480, estimate, ALONE, 80 * GB, fits(30, tried))
-    assert estimate == 48
-    assert tried == [60, 48, 40, 32, 30]  # one above the estimate first
-    assert str(choice) == "micro-batch 30: about 30 of 80 GB; 60, 48, 40, 32 did not fit"
+    choice = measured_micro_batch(480, 48, ALONE, 80 * GB, fits(30, tried))
+    assert tried == [48, 40, 32, 30]
+    assert str(choice) == "micro-batch 30: about 30 of 80 GB; 48, 40, 32 did not fit"
     assert capsys.readouterr().err.splitlines() == [f"trying a micro-batch of {m}" for m in tried]
+
+
+@pytest.mark.parametrize("room, first", [(26, 48), (30, 48), (30.5, 60), (31.9, 60), (32, 60), (1000, 480)])
+def test_the_next_size_is_tried_first_if_the_estimate_is_just_too_high_for_it(room, first):
+    """48 sequences need 26 GB and 60 need 32 GB. An attempt that is sure to fail would compile for nothing."""
+    memory = (round((room + MARGIN * 80) * GB), 80 * GB)
+    assert first_attempt(NEED, estimated_micro_batch(NEED, 480, GPU, memory), 480, GPU, memory) == first
 
 
 def test_an_attempt_may_run_out_of_memory_in_a_library():
@@ -72,7 +78,7 @@ def test_an_attempt_may_run_out_of_memory_in_a_library():
         RuntimeError("Triton Error [CUDA]: out of memory"),
         RuntimeError("CUDA error: invalid argument"),
     )
-    assert measured_micro_batch(12, 6, ALONE, 80 * GB, fits(4, error=too_little)).failed == (12, 6)
+    assert measured_micro_batch(12, 6, ALONE, 80 * GB, fits(4, error=too_little)).failed == (6,)
     with pytest.raises(RuntimeError, match="invalid argument"):
         measured_micro_batch(12, 6, ALONE, 80 * GB, fits(4, error=invalid))
 
@@ -154,7 +160,7 @@ def test_a_measured_micro_batch_trains_like_a_given_one(arguments, optimizer, mo
             attempt(m)
             return fits(4)(m)
 
-        return measured_micro_batch(per_process, 6, world, GB, small)
+        return measured_micro_batch(per_process, 12, world, GB, small)
 
     arguments = [*arguments, f"--optimizer={optimizer}"]
     train_gpt.main([*arguments, "--micro_batch=4"])
@@ -193,9 +199,10 @@ def main() -> None:
     """The program of each of two processes. Rank 1 has less memory by the estimate; rank 0 runs out of memory."""
     with start_world("cpu") as world:
         gpu = World(world.rank, world.size, torch.device("cuda", 0), world.control)
-        estimate = estimated_micro_batch(NEED, 480, gpu, ((60 - 29 * world.rank) * GB, 80 * GB))
-        choice = measured_micro_batch(480, estimate, world, 80 * GB, fits(480 if world.rank else 20))
-        assert choice.failed == (48, 40, 32, 30, 24), choice  # from the estimate of rank 1, which is 40
+        memory = ((60 - 29 * world.rank) * GB, 80 * GB)
+        first = first_attempt(NEED, estimated_micro_batch(NEED, 480, gpu, memory), 480, gpu, memory)
+        choice = measured_micro_batch(480, first, world, 80 * GB, fits(480 if world.rank else 20))
+        assert choice.failed == (40, 32, 30, 24), choice  # from the estimate of rank 1, which is 40
         assert choice.size == 20, choice
 
         model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=60))
