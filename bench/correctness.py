@@ -27,6 +27,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import train_gpt
+from bench.ladder import RUNGS
 from bench.report import bench_parser
 from bench.runs import MICRO, batch_of, opened, run_arguments, take_step
 from bench.timing import SIZES, Session
@@ -62,10 +63,10 @@ def check(
 # ---- loss and gradients
 
 
-def gradients(arguments: Callable[..., list[str]], dtype: str, compiled: str) -> dict[str, Tensor]:
+def gradients(arguments: Callable[..., list[str]], *settings: str) -> dict[str, Tensor]:
     """The gradients of the first step by parameter name, and "loss", on the CPU."""
-    with opened(arguments(f"dtype={dtype}", f"compile={compiled}")) as t:
-        if dtype == "float32":
+    with opened(arguments(*settings)) as t:
+        if "dtype=float32" in settings:
             torch.set_float32_matmul_precision("highest")
         loss = t.accumulate(batch_of(t, 0), 0)
         gradients = {name: p.grad for name, p in t.model.named_parameters() if p.grad is not None}
@@ -83,20 +84,21 @@ def gradient_error(found: dict[str, Tensor], reference: dict[str, Tensor]) -> fl
 
 
 def check_numbers(s: Session, arguments: Callable[..., list[str]]) -> None:
-    """Loss and gradients of the first step, compiled and in bf16, against eager float32."""
+    """Loss and gradients of the first step against eager float32: compiled, in bf16, and as the rung best."""
     gradients_of = cache(partial(gradients, arguments))
 
-    def compare(error: Callable, dtype: str, compiled: str) -> float:
-        return error(gradients_of(dtype, compiled), gradients_of("float32", "false"))
+    def compare(error: Callable, *settings: str) -> float:
+        return error(gradients_of(*settings), gradients_of("dtype=float32", "compile=false"))
 
-    for name, dtype, compiled, loss_bound, bound in (
-        ("float32 compiled", "float32", "true", 1e-5, 1e-3),
-        ("bf16 eager", "bfloat16", "false", 1e-3, 0.03),
-        ("bf16 compiled", "bfloat16", "true", 1e-3, 0.03),
+    for name, settings, loss_bound, bound in (
+        ("float32 compiled", ("dtype=float32", "compile=true"), 1e-5, 1e-3),
+        ("bf16 eager", ("dtype=bfloat16", "compile=false"), 1e-3, 0.03),
+        ("bf16 compiled", ("dtype=bfloat16", "compile=true"), 1e-3, 0.03),
+        ("the rung best of bench.ladder", RUNGS["best"], 2e-3, 0.1),  # the residual stream is bf16, too
     ):
         what = f"{name} against float32 eager"
-        check(s, f"{what}: loss, relative", loss_bound, partial(compare, loss_error, dtype, compiled))
-        worst = partial(compare, gradient_error, dtype, compiled)
+        check(s, f"{what}: loss, relative", loss_bound, partial(compare, loss_error, *settings))
+        worst = partial(compare, gradient_error, *settings)
         check(s, f"{what}: gradient of the worst tensor, relative", bound, worst)
 
 
