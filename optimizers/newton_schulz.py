@@ -56,7 +56,10 @@ class Orthogonal(MatrixDirection):
 
 
 def newton_schulz_dtype(name: NSDtype, device: torch.device) -> torch.dtype:
-    """The dtype to iterate in. "auto": bfloat16 on a GPU that has it, float32 elsewhere."""
+    """The dtype to iterate in. "auto": bfloat16 on a GPU that has it, float32 elsewhere.
+
+    On a GPU the trainer multiplies float32 matrices in TF32, which keeps 10 bits after the leading one.
+    """
     if name == "auto":
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float32
@@ -67,16 +70,17 @@ def orthogonalize(G: Tensor, steps: int = 5, eps: float = 1e-7, dtype: torch.dty
     """Matrices G (B, m, n) with U S V^T replaced by about U V^T, as dtype.
 
     X <- a X + (b A + c A^2) X with A = X X^T, from X = G / (|G|_F + eps), on the transpose if m > n.
-    In float32, wide matrices iterate on A instead of X: every step multiplies X from the left by a polynomial in A,
-    so the small products suffice. X and A are formed again after RESTART steps, which keeps the result within
-    rounding of the plain iteration. bfloat16 is too coarse for that.
+    In float32 on a CPU, wide matrices iterate on A instead of X: every step multiplies X from the left by a polynomial
+    in A, so the small products suffice. X and A are formed again after RESTART steps, which keeps the result within
+    rounding of the plain iteration. bfloat16 is too coarse for that, and so is TF32, in which a GPU multiplies.
     """
     transposed = G.size(-2) > G.size(-1)
     X = G.mT if transposed else G
     divisor = (norms_of_matrices(X) + eps).to(X.dtype)
     X = torch.div(X, divisor, out=torch.empty_like(X, dtype=dtype))
-    gram = dtype == torch.float32 and X.size(-1) >= GRAM_FROM_ASPECT * X.size(-2)
-    X = (_iterate_on_gram if gram else _iterate)(X, steps)
+    wide = X.size(-1) >= GRAM_FROM_ASPECT * X.size(-2)
+    exact = dtype == torch.float32 and X.device.type == "cpu"
+    X = (_iterate_on_gram if wide and exact else _iterate)(X, steps)
     return X.mT if transposed else X
 
 

@@ -168,7 +168,7 @@ def test_a_real_run_without_a_gpu_is_refused(tmp_path):
 
 def test_correctness(tmp_path):
     checks = {r["what"]: r for r in smoke_rows(correctness, tmp_path)}
-    assert len(checks) == 11
+    assert len(checks) == 13
     on_a_gpu = {what for what, r in checks.items() if r["result"] == "not measured"}
     assert {what.split()[0] for what in on_a_gpu} == {"waits", "fraction", "copies"}
     for what in checks.keys() - on_a_gpu:
