@@ -384,7 +384,7 @@ def plots(sweep: Sweep, rows: list[dict[str, Any]], path: Path) -> None:
     by_gamma.set_visible(by_gamma.has_data())
     finite = [x for row in rows for x in (row["loss"], *row["tried"].values()) if x < math.inf]
     bottom = min(finite, default=0.0) - 0.06 * program.height
-    labels = (program.amount, "training time, seconds", "gradient evaluations", "learning rate")
+    labels = (program.amount, "training time with compilation, seconds", "gradient evaluations", "learning rate")
     for axes, label in zip((*means_over_runs.values(), by_lr), labels, strict=True):
         axes.set(xlabel=label, ylabel=program.label, ylim=(bottom, bottom + program.height))
         axes.grid(alpha=0.25)
