@@ -331,6 +331,7 @@ def test_the_page_of_a_gpu_takes_the_newest_numbers_and_fills_the_readme(tmp_pat
         assert row.replace("124M", "774M").replace("1.20x", "not measured") in text
         assert "| 355M | not measured |" in text
     assert "| loss | 0.001 | 1e-05 | ok |" in (tmp_path / "gpu.md").read_text()
+    assert "--optimizer=mars_m --dtype=bfloat16 --compile=true --attention=cudnn" in (tmp_path / "gpu.md").read_text()
     assert (tmp_path / "gpu.png").stat().st_size > 5000
     assert readme.read_text().endswith((ROOT / "README.md").read_text()[-2000:])
 
