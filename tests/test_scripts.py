@@ -46,6 +46,14 @@ def dry(script: str, *arguments: str) -> list[str]:
     return shlex.split(done.stdout)
 
 
+def write_programs(folder: Path, texts: dict[str, str]) -> None:
+    """Write programs, by their paths in a folder."""
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+
+
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 
@@ -66,8 +74,7 @@ def test_shellcheck(path):
     ],
 )
 def test_a_process_for_each_gpu_that_the_user_gives(tmp_path, listed, visible, processes):
-    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{listed}'\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
+    write_programs(tmp_path, {"nvidia-smi": f"#!/bin/sh\nprintf '{listed}'\n"})
     path = f"{tmp_path}:{os.environ['PATH']}"
     done = run("train_small.sh", "--dry-run", PATH=path, CUDA_VISIBLE_DEVICES=visible)
     assert f"--nproc_per_node={processes} " in done.stdout
@@ -149,12 +156,8 @@ esac
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_the_quickstart_samples_from_a_finished_run_and_shows_how_an_interrupted_one_ends(tmp_path, interrupted):
     """Ctrl-C reaches every program of the script. A stand-in for Python takes the place of the trainer."""
-    files = {"scripts/setup.sh": "", ".venv/bin/python": TRAINER}
-    files["scripts/quickstart.sh"] = (ROOT / "scripts" / "quickstart.sh").read_text()
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
+    quickstart = (ROOT / "scripts" / "quickstart.sh").read_text()
+    write_programs(tmp_path, {"scripts/quickstart.sh": quickstart, "scripts/setup.sh": "", ".venv/bin/python": TRAINER})
     command, env = (
         ["bash", str(tmp_path / "scripts/quickstart.sh")],
         environment() | {"PAUSE": str(60 * interrupted)},
@@ -171,12 +174,26 @@ def test_the_quickstart_samples_from_a_finished_run_and_shows_how_an_interrupted
     assert lines[-len(ending) :] == ending
 
 
+@pytest.mark.parametrize("build", ["", "cpu", "cuda"])
+def test_the_tests_of_cuda_code_use_an_environment_with_cuda_or_set_one_up(tmp_path, build):
+    """Stand-ins for Python are named after the build of torch in their environment."""
+    python = '#!/bin/bash\n[[ $0 == *cuda* || {build} == cuda ]] || exit 1\n[[ $1 == -c ]] || echo "$0 $*"'
+    files = {"scripts/test_cuda.sh": (ROOT / "scripts" / "test_cuda.sh").read_text()}
+    files["scripts/setup.sh"] = "echo sets up $VENV"
+    files[".venv-cuda/bin/python"] = python.format(build="cuda")
+    if build:
+        files[".venv/bin/python"] = python.format(build=build)
+    write_programs(tmp_path, files)
+    done = subprocess.run(["bash", str(tmp_path / "scripts/test_cuda.sh"), "-x"], capture_output=True, text=True)
+    chosen = ".venv" if build == "cuda" else ".venv-cuda"
+    assert done.stdout.splitlines() == [f"sets up {chosen}", f"{chosen}/bin/python -m pytest -m cuda -x"], done.stderr
+
+
 def test_ctrl_c_ends_the_first_gpu_hour_and_the_bench_that_runs(tmp_path):
-    python = tmp_path / "python"
-    python.write_text('#!/bin/bash\n[[ $* == *data.prepare* ]] && exit\necho "pid $$"\nexec sleep 60')
-    python.chmod(0o755)
-    command, env = ["bash", str(ROOT / "scripts/first_gpu_hour.sh"), "--smoke"], environment() | {"PYTHON": str(python)}
-    env |= {"FOLDER": str(tmp_path)}
+    program = '#!/bin/bash\n[[ $* == *data.prepare* ]] && exit\necho "pid $$"\nexec sleep 60'
+    write_programs(tmp_path, {"python": program})
+    command = ["bash", str(ROOT / "scripts/first_gpu_hour.sh"), "--smoke"]
+    env = environment() | {"PYTHON": str(tmp_path / "python"), "FOLDER": str(tmp_path)}
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as hour:
         bench = next(int(line.split()[1]) for line in hour.stdout if line.startswith("pid "))
         hour.send_signal(signal.SIGINT)
@@ -201,8 +218,7 @@ def test_options_and_arguments_after_the_dashes_reach_the_trainer():
 
 @pytest.mark.parametrize("job", [0, 11_999, 12_000, 39_999, 2**31 - 1])
 def test_the_port_of_a_job_is_below_those_that_linux_gives_out(tmp_path, job):
-    (tmp_path / "srun").write_text("#!/bin/sh\necho port=$MASTER_PORT\n")
-    (tmp_path / "srun").chmod(0o755)
+    write_programs(tmp_path, {"srun": "#!/bin/sh\necho port=$MASTER_PORT\n"})
     path = f"{tmp_path}:{os.environ['PATH']}"
     facts = dict(SLURM_JOB_ID=str(job), SLURM_SUBMIT_DIR=str(ROOT), MASTER_PORT="")
     done = run("train.sbatch", "small", PATH=path, **facts)
@@ -272,9 +288,7 @@ echo "$@" >>"$FAKE/requests"
 def test_a_task_of_a_job_becomes_a_process_of_the_run(tmp_path):
     facts = "SLURM_PROCID=11 SLURM_LOCALID=3 SLURM_NTASKS=16 SLURM_NTASKS_PER_NODE=8"
     python = "#!/bin/sh\necho process $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE"
-    for name, text in (("srun", f'#!/bin/bash\n{facts} "${{@:2}}"'), ("python", python)):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
+    write_programs(tmp_path, {"srun": f'#!/bin/bash\n{facts} "${{@:2}}"', "python": python})
     path = f"{tmp_path}:{os.environ['PATH']}"
     done = run("train.sbatch", "small", PATH=path, PYTHON=str(tmp_path / "python"), SLURM_SUBMIT_DIR=str(ROOT))
     assert done.stdout.splitlines()[-1] == "process 11 3 16 8", done.stderr
@@ -285,9 +299,7 @@ def test_a_stopped_job_goes_back_into_the_queue_unless_it_failed(tmp_path, statu
     """srun, scancel and scontrol are stand-ins. A run that is stopped before its first step ends with 138."""
     srun = f'#!/bin/bash\ntouch "$FAKE/running"; until [ -e "$FAKE/cancelled" ]; do sleep 0.1; done; exit {status}'
     scancel = '#!/bin/bash\ntouch "$FAKE/cancelled"'
-    for name, text in (("srun", srun), ("scancel", scancel), ("scontrol", SCONTROL)):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
+    write_programs(tmp_path, {"srun": srun, "scancel": scancel, "scontrol": SCONTROL})
     variables = environment() | {"FAKE": str(tmp_path), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "77"}
     variables |= {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     job = subprocess.Popen(["bash", str(ROOT / "scripts" / "train.sbatch"), "small"], env=variables)
@@ -301,9 +313,7 @@ def test_a_stopped_job_goes_back_into_the_queue_unless_it_failed(tmp_path, statu
 
 def test_a_job_with_a_stop_signal_saves_requeues_and_resumes(dataset, tmp_path):
     """srun, scancel and scontrol are stand-ins; the signal, the trainers and their checkpoints are real."""
-    for name, text in (("srun", SRUN), ("scancel", SCANCEL), ("scontrol", SCONTROL)):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
+    write_programs(tmp_path, {"srun": SRUN, "scancel": SCANCEL, "scontrol": SCONTROL})
     variables = environment() | {"PYTHON": sys.executable, "FAKE": str(tmp_path), "SLURM_SUBMIT_DIR": str(ROOT)}
     variables |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "MASTER_PORT": "29617"}
     command = ["bash", str(ROOT / "scripts" / "train.sbatch"), "small", "--dataset", str(dataset), "--", *TINY]
