@@ -204,6 +204,7 @@ class Trainer:
         if self.lookahead:
             self.lookahead.update_last_grad()
         self.step, self.val_loss = self.step + 1, None
+        self.meter.step_done()
         if self.average:
             self.average.update(self.step)
 

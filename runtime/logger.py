@@ -51,6 +51,7 @@ class Meter:
         self.waited = 0.0  # seconds of waiting for data since the last reading
         self._since = time.perf_counter()
         self._read_at = trained
+        self._first: float | None = None  # seconds of the first step; 0 after they were read
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
@@ -66,10 +67,18 @@ class Meter:
         yield
         self.waited += time.perf_counter() - start
 
+    def step_done(self) -> None:
+        """A step has ended. The first one compiles, so the means of `read` leave it out if there are others."""
+        if self._first is None:
+            self._advance()
+            self._first = self.trained - self._read_at
+
     def read(self, steps: int) -> dict[str, float]:
         """Means over the steps since the last reading, and train_s, the seconds of training in all."""
         self._advance()
-        seconds = (self.trained - self._read_at) / steps
+        without_first = steps > 1 and bool(self._first)
+        seconds = (self.trained - self._read_at - (self._first or 0) * without_first) / (steps - without_first)
+        self._first = 0.0
         numbers = dict(tokens_per_s=self.tokens / seconds, step_ms=1e3 * seconds, data_ms=1e3 * self.waited / steps)
         if self.peak_flops:
             numbers["mfu"] = self.flops / seconds / self.peak_flops

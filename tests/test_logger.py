@@ -172,6 +172,21 @@ def test_the_meter_excludes_evaluations_and_counts_waiting():
     assert meter.read(steps=1)["data_ms"] == 0
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_meter_leaves_the_first_step_out_of_a_mean_over_several(steps):
+    """The first step after a start compiles."""
+    meter = Meter()
+    time.sleep(0.5)
+    for _ in range(steps):
+        meter.step_done()
+    time.sleep(0.02)
+    numbers = meter.read(steps)
+    assert (numbers["step_ms"] >= 500) is (steps == 1)
+    assert numbers["train_s"] >= 0.5
+    time.sleep(0.02)
+    assert 10 <= meter.read(2)["step_ms"] < 250
+
+
 def test_the_meter_reports_speed_and_the_fraction_of_the_peak():
     meter = Meter(tokens=1000, flops=6e6, peak_flops=6e9)
     time.sleep(0.02)
