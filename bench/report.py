@@ -55,7 +55,7 @@ class Report:
         """Print a row and write it to the file. The first row replaces what an earlier run of this day has written."""
         start = "" if self.rows else f"{self.facts}\n"
         self.rows.append(row)
-        with open(self.path, "a" if not start else "w") as f:
+        with open(self.path, "w" if start else "a") as f:
             f.write(start + json.dumps(row) + "\n")
         print("  ".join(f"{key} {_cell(value)}" for key, value in row.items()), flush=True)
 

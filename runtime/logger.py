@@ -76,8 +76,9 @@ class Meter:
     def read(self, steps: int) -> dict[str, float]:
         """Means over the steps since the last reading, and train_s, the seconds of training in all."""
         self._advance()
-        without_first = steps > 1 and bool(self._first)
-        seconds = (self.trained - self._read_at - (self._first or 0) * without_first) / (steps - without_first)
+        seconds = (self.trained - self._read_at) / steps
+        if self._first and steps > 1:
+            seconds = (self.trained - self._read_at - self._first) / (steps - 1)
         self._first = 0.0
         numbers = dict(tokens_per_s=self.tokens / seconds, step_ms=1e3 * seconds, data_ms=1e3 * self.waited / steps)
         if self.peak_flops:

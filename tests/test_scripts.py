@@ -158,10 +158,8 @@ def test_the_quickstart_samples_from_a_finished_run_and_shows_how_an_interrupted
     """Ctrl-C reaches every program of the script. A stand-in for Python takes the place of the trainer."""
     quickstart = (ROOT / "scripts" / "quickstart.sh").read_text()
     write_programs(tmp_path, {"scripts/quickstart.sh": quickstart, "scripts/setup.sh": "", ".venv/bin/python": TRAINER})
-    command, env = (
-        ["bash", str(tmp_path / "scripts/quickstart.sh")],
-        environment() | {"PAUSE": str(60 * interrupted)},
-    )
+    command = ["bash", str(tmp_path / "scripts/quickstart.sh")]
+    env = environment() | {"PAUSE": str(60 * interrupted)}
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True) as quickstart:
         lines = []
         for line in quickstart.stdout:
