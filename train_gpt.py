@@ -8,10 +8,11 @@ CONFIG --help lists them all.
 """
 
 import gc
+import itertools
 import sys
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +24,38 @@ from config.load import ConfigError, describe_keys, load_config, to_dict
 from config.schema import RunConfig, changeable_keys, default_values
 from data.hellaswag import HellaSwag
 from data.loader import TrainLoader, ValidationSet, prefetch, to_device
-from data.shards import Dataset, open_dataset
+from data.shards import DataError, open_dataset
 from data.tokenizer import copy_custom
 from model import GPT
 from optimizers import build_optimizer
 from optimizers.state import load_named_state, named_state, state_problem
 from runtime import compute, console
 from runtime.average import WeightAverage
-from runtime.checkpoint import Checkpointer, CheckpointError, branch_origin, start_branch
+from runtime.checkpoint import Checkpointer, CheckpointError, branch_origin, checkpoint_in, start_branch
 from runtime.clipping import GradientClipper, NonFiniteError
 from runtime.command import Parser, one_line
 from runtime.distributed import StopRequest, World, start_world
+from runtime.errors import UserError
 from runtime.evaluation import Evaluator, bad_samples
-from runtime.folder import CONFIG, INIT_SHA256, Comparison, add_facts, open_run_folder, run_lock, undone_on_error
+from runtime.folder import INIT_SHA256, Comparison, compare_settings, run_lock, write_settings
 from runtime.gamma import GammaTuner
 from runtime.hardware import environment, memory_gb, peak_flops
 from runtime.logger import Meter, RunLogger
 from runtime.memory import divisors
 from runtime.preflight import fitting_micro_batch, preflight
-from runtime.schedule import set_rates
+from runtime.schedule import budget_problem, set_rates
 
 
 class Trainer:
-    """The parts of one run, built from its config and from the checkpoint it continues, if there is one."""
+    """The parts of one run, built from its config and from the checkpoint it continues, if there is one.
+
+    Until `begin`, nothing in the run folder is changed, so a wrong setting costs nothing.
+    """
 
     def __init__(self, run: RunConfig, world: World, fresh: bool, accept_changes: bool = False) -> None:
-        self.run, self.world, self.steps = run, world, run.total_steps
-        run.divided(world.size)  # raises ValueError for a batch that does not divide
-        dataset = open_dataset(run.data.path, run.model.vocab_size)
+        self.run, self.world = run, world
+        run.divided(world.size)  # raises UserError for a batch that does not divide
+        self.dataset = dataset = open_dataset(run.data.path, run.model.vocab_size)
         sizes = dict(block_size=run.model.block_size, vocab_size=run.model.vocab_size, seed=run.seed)
         ranks = dict(rank=world.rank, world_size=world.size)
         self.loader = TrainLoader(dataset, run.data, batch_size=run.sequences, **sizes, **ranks)
@@ -64,20 +69,20 @@ class Trainer:
             compute.start_compile_workers(world.local_size)
         self.optimizer = build_optimizer(self.model, run.optim, world.group, compiles)
         if problem := state_problem(self.optimizer, self.model):
-            raise ValueError(f"optimizer={run.optimizer}: checkpoints cannot keep its state ({problem})")
+            raise UserError(f"optimizer={run.optimizer}: checkpoints cannot keep its state ({problem})")
         if run.compute.cast_weights == "step":
             compute.cast_per_step(self.model, self.optimizer)
         exact = getattr(self.optimizer, "needs_lookahead", False)  # the exact form of MARS and MARS-M
         self.lookahead: Any = self.optimizer if exact else None
         self.clipper = GradientClipper(self.model, self.optimizer, run.grad_clip)
 
-        self.settings = self.open_folder(dataset, fresh, accept_changes)
-        state = self.restore()
-        # val_loss is None until the present step has been evaluated
-        self.step, self.val_loss, self.best_val_loss = state["step"], state.get("val_loss"), state.get("best_val_loss")
+        self.folder, self.fresh = Path(run.log.folder) / run.name, fresh
+        self.checkpoints = Checkpointer(self.folder / "checkpoints", run.checkpoint, world)
+        self.settings = to_dict(run) | {"dataset": dataset.fingerprint()}
+        state = self.restore(accept_changes)
+        self.step, self.start = state["step"], state
         self.logged_step = self.saved_step = self.step
-        if self.step > self.steps:
-            raise ValueError(f"a budget of {self.steps} steps is smaller than the {self.step} that are done")
+        self.loader.start_at(self.step, state["sequences"])
 
         self.tuner = None  # of gamma
         if run.chooses_gamma:
@@ -90,48 +95,36 @@ class Trainer:
             self.forward = DistributedDataParallel(self.compiled, bucket_cap_mb=buckets, gradient_as_bucket_view=True)
         self.divide_batch()
         validation = ValidationSet(dataset, run.data, micro_batch=self.micro_batch, **sizes)
-        self.evaluator = Evaluator(validation, hellaswag, dataset.bytes_per_token("val"))
-        add_facts(self.folder, dict(micro_batch=self.micro_batch, accumulation=self.accumulation), world)
+        self.evaluator = Evaluator(validation, hellaswag, dataset, world)
+        # val_loss is None until the present step has been evaluated
+        self.val_loss, self.best_val_loss = self.evaluator.comparable_losses(state)
 
         self.passes = 2 if self.lookahead else 1  # gradient evaluations per step
         flops = self.passes * self.model.flops_per_token() * run.tokens_per_step
         peak = world.size * (peak_flops(world.device) or 0)
         self.meter = Meter(state.get("train_seconds", 0.0), run.tokens_per_step, flops, peak)
-        self.log = RunLogger(self.folder, run.log, self.settings, run.name, self.steps, self.step, world)
-        self.batches = prefetch(self.loader, self.step, pin=world.device.type == "cuda")
-        self.pairs = pairwise(self.batches)
 
-    def open_folder(self, dataset: Dataset, fresh: bool, accept_changes: bool) -> dict[str, Any]:
-        """Create the run folder, or reopen it if its run has the same settings; returns the settings."""
-        run, world = self.run, self.world
-        self.folder = Path(run.log.folder) / run.name
-        origin = branch_origin(run.branch_from, self.folder, fresh, world) if run.branch_from else None
-        settings = to_dict(run) | {"dataset": dataset.fingerprint()}
-        may_change, before_manifest = changeable_keys(run, accept_changes), dataset.fingerprint(raw=True)
-        comparison = Comparison(may_change, default_values(run), before_manifest)
-        open_run_folder(self.folder, settings, comparison, environment(world.device, world.size), fresh, world)
-        self.tokenizer = dataset.tokenizer
-        if world.is_main:
-            copy_custom(dataset.tokenizer, dataset.folder, self.folder)
-        self.checkpoints = Checkpointer(self.folder / "checkpoints", run.checkpoint, world)
-        if origin:
-            start_branch(origin, self.folder, world)
-        return settings
+    def restore(self, accept_changes: bool) -> dict[str, Any]:
+        """Load the checkpoint to continue from, if there is one; returns its state.json. Changes no file.
 
-    def divide_batch(self) -> None:
-        """Choose the micro-batch and the number of them in a step of this process."""
-        divided, given = self.run.divided(self.world.size), self.run.micro_batch
-        self.chosen = None if given else fitting_micro_batch(self, divided)
-        self.micro_batch = self.chosen.size if self.chosen else divisors(divided, given or 1)[0]
-        self.accumulation = self.run.per_process(self.world.size) // self.micro_batch
-
-    def restore(self) -> dict[str, Any]:
-        """Load the newest good checkpoint, if there is one; returns its state.json."""
-        found = self.checkpoints.latest()
-        if found is None and self.run.init_from:
+        It is the newest good one of the run, or the one that the run branches from. Raises UserError on every rank if
+        the run in the folder has other settings.
+        """
+        run, world, found = self.run, self.world, None
+        if not self.fresh:
+            if world.is_main:
+                self.checkpoints.repair()
+            comparison = Comparison(changeable_keys(run, accept_changes), default_values(run))
+            compare_settings(self.folder, self.settings, comparison, world)
+            found = self.checkpoints.latest()
+        self.continues, self.origin = found is not None, None
+        if found is None and run.branch_from:
+            self.origin = branch_origin(run.branch_from, world)
+            found = checkpoint_in(self.origin)
+        if found is None and run.init_from:
             from eval.checkpoint import load_weights  # only such a run needs the readers of other formats
 
-            add_facts(self.folder, {INIT_SHA256: load_weights(self.model, self.run.init_from)}, self.world, CONFIG)
+            self.settings[INIT_SHA256] = load_weights(self.model, run.init_from)
         if found:
             try:
                 self.model.load_state_dict(found.model())
@@ -141,8 +134,56 @@ class Trainer:
                 advice = "another version of the program wrote it, or its files do not belong together"
                 raise CheckpointError(f"checkpoint {found.folder}: {reason}; {advice}") from None
         saved = found.average() if found else None
-        self.average = WeightAverage(self.model, self.run.ema, saved) if self.run.ema else None
-        return found.state if found else dict(step=0)
+        self.average = WeightAverage(self.model, run.ema, saved) if run.ema else None
+        state = found.state if found else dict(step=0, tokens=0, sequences=0)
+        self.steps = run.steps_after(state["step"], state["tokens"])
+        if found and (problem := budget_problem(state, run.schedule, self.steps, branch=self.origin is not None)):
+            if not accept_changes or state["step"] > self.steps:
+                raise UserError(problem)
+            world.say(f"note: {problem}")
+        return state
+
+    @property
+    def finished(self) -> bool:
+        """Whether this run was finished before this start."""
+        return self.continues and self.step == self.steps and self.start.get("val_loss") is not None
+
+    def begin(self) -> None:
+        """Write the run folder, and start to read ahead and to log."""
+        run, world = self.run, self.world
+        facts = environment(world.device, world.size)
+        facts |= dict(micro_batch=self.micro_batch, accumulation=self.accumulation)
+        write_settings(self.folder, self.settings, facts, self.fresh, world)
+        self.tokenizer = self.dataset.tokenizer
+        if world.is_main:
+            copy_custom(self.tokenizer, self.dataset.folder, self.folder)
+            if self.origin:
+                start_branch(self.origin, self.folder)
+        self.log = RunLogger(self.folder, run.log, self.settings, run.name, self.steps, self.step, world)
+        self.batches = prefetch(self.loader, self.step, pin=world.device.type == "cuda")
+        self.ahead: deque[Any] = deque()  # the next batches; an error takes the place of one that cannot be read
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens so far."""
+        return self.start["tokens"] + (self.step - self.start["step"]) * self.run.tokens_per_step
+
+    @property
+    def sequences(self) -> int:
+        """Training sequences so far: the position in the order of the data."""
+        return self.start["sequences"] + (self.step - self.start["step"]) * self.run.sequences
+
+    @property
+    def total_sequences(self) -> int:
+        """Training sequences of the whole run."""
+        return self.sequences + (self.steps - self.step) * self.run.sequences
+
+    def divide_batch(self) -> None:
+        """Choose the micro-batch and the number of them in a step of this process."""
+        divided, given = self.run.divided(self.world.size), self.run.micro_batch
+        self.chosen = None if given else fitting_micro_batch(self, divided)
+        self.micro_batch = self.chosen.size if self.chosen else divisors(divided, given or 1)[0]
+        self.accumulation = self.run.per_process(self.world.size) // self.micro_batch
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps, and at the last one, happens after this step."""
@@ -151,9 +192,20 @@ class Trainer:
     # ---- one step
 
     def next_batch(self) -> Tensor:
-        """This rank's part of the step's batch, (sequences, block_size + 1) uint16."""
+        """This rank's part of the step's batch, (sequences, block_size + 1) uint16.
+
+        If it cannot be read, or one of the next two cannot, `unreadable` says why. Stopping takes two steps, because
+        the ranks learn of each other's errors one step late.
+        """
         with self.meter.waiting():
-            batch, self.following_batch = next(self.pairs)
+            while len(self.ahead) < 3:
+                self.ahead.append(next(self.batches))
+        used = itertools.islice(self.ahead, self.steps - self.step + self.passes - 1)
+        self.unreadable = next((b for b in used if isinstance(b, DataError)), None)
+        batch, self.following_batch = self.ahead.popleft(), self.ahead[0]
+        for needed in (batch, self.following_batch)[: self.passes]:
+            if isinstance(needed, DataError):  # the first batch of this start; later ones stop the run in time
+                raise needed
         return batch
 
     def set_rates(self) -> None:
@@ -224,7 +276,7 @@ class Trainer:
         if self.logged_step == self.step:
             return
         loss = (self.world.sum(self.last_loss.clone()) / self.world.size).item()
-        numbers = dict(step=self.step, tokens=self.step * self.run.tokens_per_step, loss=loss, lr=self.lr)
+        numbers = dict(step=self.step, tokens=self.tokens, loss=loss, lr=self.lr)
         numbers |= dict(grad_norm=self.last_norm.item(), gradient_evaluations=self.step * self.passes)
         numbers |= dict(gamma=self.tuner.gamma) if self.tuner else {}
         numbers |= self.meter.read(self.step - self.logged_step) | dict(memory_gb=memory_gb(self.world.device))
@@ -242,8 +294,8 @@ class Trainer:
                 return False
             self.val_loss = scores["val_loss"]
             self.best_val_loss = min(x for x in (self.val_loss, self.best_val_loss) if x is not None)
-            numbers = dict(step=self.step, tokens=self.step * self.run.tokens_per_step) | scores
-            self.log.record(numbers, console.validation_line(numbers))
+            numbers = dict(step=self.step, tokens=self.tokens) | scores
+            self.log.record(numbers | dict(measured_on=self.evaluator.measured_on), console.validation_line(numbers))
         return True
 
     def save_if_due(self, last: bool = False) -> None:
@@ -266,11 +318,13 @@ class Trainer:
 
     def save(self) -> Path | None:
         """Write a checkpoint and return its folder; in the background, start to write it and return None."""
-        state = dict(step=self.step, tokens=self.step * self.run.tokens_per_step, config=self.settings)
+        state = dict(step=self.step, tokens=self.tokens, sequences=self.sequences, steps=self.steps)
+        state |= dict(config=self.settings, measured_on=self.evaluator.measured_on)
         state |= dict(val_loss=self.val_loss, best_val_loss=self.best_val_loss, train_seconds=self.meter.trained)
         state |= dict(processes=self.world.size) | (dict(gamma_tuner=self.tuner.state()) if self.tuner else {})
         if self.tokenizer and "file" in self.tokenizer:  # a copy of the file lies in the run folder
             state["tokenizer"] = self.tokenizer
+        self.log.flush()
         tensors = named_state(self.optimizer, self.model, self.world.rank)
         average = self.average.tensors if self.average else None
         return self.checkpoints.save(dict(self.model.named_parameters()), tensors, state, average)
@@ -282,7 +336,7 @@ class Trainer:
                 self.log.say(f"saved {folder}")
         except CheckpointError as error:
             self.saved_step = -1
-            self.log.say(f"{error}; training goes on, earlier checkpoints are untouched")
+            self.log.say(f"{error}; training continues; earlier checkpoints are intact")
 
 
 def train(t: Trainer) -> None:
@@ -293,8 +347,10 @@ def train(t: Trainer) -> None:
             t.saved_step = -1
             t.evaluate_if_due(stop)
             stop.let_steps_finish()  # the result is worth saving
-        while goes_on and t.step < t.steps and not stop.agreed():
+        while goes_on and t.step < t.steps:
             batch = t.next_batch()
+            if stop.agreed(t.unreadable is not None):
+                break
             t.set_rates()
             loss, norm = t.gradients(batch)
             t.update()
@@ -305,6 +361,10 @@ def train(t: Trainer) -> None:
         t.clipper.check()
         t.log_step()
         t.save_if_due(last=True)
+        t.world.raise_first(t.unreadable)
+    except DataError:  # every rank is here, or no step has been taken since the last save
+        t.save_if_due(last=True)
+        raise
     except Exception as error:
         if t.world.size == 1 or isinstance(error, NonFiniteError):  # every rank is here, so none waits for another
             t.announce(t.checkpoints.finish)
@@ -318,9 +378,11 @@ def train(t: Trainer) -> None:
 
 def train_run(run: RunConfig, world: World, fresh: bool, accept_changes: bool) -> None:
     """Build the parts, train, and say how it ended."""
-    # a fresh run starts in a folder of its own, so there is nothing to undo
-    with nullcontext() if fresh else undone_on_error(Path(run.log.folder) / run.name, world):
-        t = Trainer(run, world, fresh, accept_changes)
+    t = Trainer(run, world, fresh, accept_changes)
+    if t.finished:
+        world.say(console.finished(t))
+        return
+    t.begin()
     console.introduce(t)
     try:
         with compute.collector_paused():
@@ -331,6 +393,8 @@ def train_run(run: RunConfig, world: World, fresh: bool, accept_changes: bool) -
     finally:
         t.log.close()
     console.conclude(t)
+    if t.log.lost:
+        raise UserError(t.log.lost)
 
 
 def arguments() -> Parser:
@@ -356,7 +420,7 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(parser.format_help())
         print(parser.format_help())
         return
-    interrupted = "interrupted; the checkpoints so far are untouched, and the same command continues"
+    interrupted = "interrupted. Run the same command to resume from the last checkpoint"
     with one_line("train_gpt", interrupted, "use a smaller --micro_batch or model"):
         if len(args.config) > 1:
             raise ConfigError([f"{' '.join(args.config)}: expected one config file, and settings as --key=value"])

@@ -13,6 +13,7 @@ from bench.ladder import RUNGS
 from bench.report import RESULTS, ROOT, markdown
 from bench.timing import SIZES
 from runtime.command import Parser, one_line
+from runtime.errors import UserError
 
 BEGIN, END = "<!-- speed: written by python -m bench.gpu_page -->", "<!-- end of speed -->"
 
@@ -90,10 +91,10 @@ def plot(found: dict[str, dict], path: Path) -> None:
 
 
 def fill(readme: Path, speed: str) -> None:
-    """Put the table between the two marks of the README. Raises ValueError if it has none."""
+    """Put the table between the two marks of the README. Raises UserError if it has none."""
     text = readme.read_text(encoding="utf-8")
     if not re.search(f"{BEGIN}.*{END}", text, re.DOTALL):
-        raise ValueError(f"{readme}: has no lines {BEGIN} and {END}")
+        raise UserError(f"{readme}: has no lines {BEGIN} and {END}")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     readme.write_text(f"{before}{BEGIN}\n{speed}\n{END}{after}", encoding="utf-8")
 
@@ -107,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line("bench.gpu_page"):
         found, checked = speeds(args.folder, args.any_hardware), checks(args.folder, args.any_hardware)
         if not found:
-            raise ValueError(f"{args.folder}: no result of bench.ladder on a GPU; run scripts/first_gpu_hour.sh there")
+            raise UserError(f"{args.folder}: no result of bench.ladder on a GPU; run scripts/first_gpu_hour.sh there")
         # the report of the whole sweep, or else of some of its arms
         sweeps = sorted(args.folder.glob(f"sweep_first_gpu_{'smoke' if args.any_hardware else 'gpu'}*.md"))
         comparison = sweeps[0].read_text(encoding="utf-8").partition("\n")[2] if sweeps else ""

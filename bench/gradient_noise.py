@@ -29,6 +29,7 @@ from bench.runs import batch_of, opened, run_arguments
 from config.load import saved_config
 from runtime.average import weights_in_model
 from runtime.command import at_least, one_line
+from runtime.errors import UserError
 from runtime.gamma import best_gamma
 from train_gpt import Trainer, train
 
@@ -154,14 +155,14 @@ def row(found: list[Measurement], beta: float) -> dict[str, Any]:
 
 
 def kept_steps(folder: Path, wanted: str) -> list[int]:
-    """The steps of the checkpoints to measure: all, or the wanted ones ("1000,2000"). ValueError if one is missing."""
+    """The steps of the checkpoints to measure: all, or the wanted ones ("1000,2000"). UserError if one is missing."""
     kept = sorted(int(p.name[5:]) for p in folder.glob("checkpoints/step_*"))
     if not kept:
-        raise ValueError(f"{folder}: has no checkpoint; give the folder of a run")
+        raise UserError(f"{folder}: has no checkpoint; give the folder of a run")
     names = [str(step) for step in kept]
     chosen = wanted.split(",") if wanted else names
     if missing := [name for name in chosen if name not in names]:
-        raise ValueError(f"--checkpoints={wanted}: {folder} has not kept {missing[0]}; it has {', '.join(names)}")
+        raise UserError(f"--checkpoints={wanted}: {folder} has not kept {missing[0]}; it has {', '.join(names)}")
     return [int(name) for name in chosen]
 
 
@@ -224,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     memory = "the measurement keeps about eight copies of the weights; use --device=cpu, or measure a smaller model"
     with one_line("bench.gradient_noise", memory=memory), tempfile.TemporaryDirectory() as temporary:
         if not args.run and not args.smoke:
-            raise ValueError("RUN: give the folder of a run")
+            raise UserError("RUN: give the folder of a run")
         folder = smoke_run(Path(temporary)) if args.smoke else Path(args.run)
         follow, points, draws = (3, 2, 2) if args.smoke else (args.follow, args.points, args.draws)
         found: dict[int, list[Measurement]] = {}

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from runtime.errors import UserError
+
 Split = tuple[Tensor, Tensor]  # images (N, channels, H, W) of uint8, labels (N) of int64
 
 
@@ -85,7 +87,7 @@ def read_digits(folder: Path) -> tuple[Split, Split]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("digits needs scikit-learn: pip install scikit-learn") from error
+        raise UserError("digits needs scikit-learn: pip install scikit-learn") from error
     found = load_digits()
     order = np.random.default_rng(0).permutation(len(found.target))
     images = torch.from_numpy((found.images * (255 / 16)).astype(np.uint8)[order])[:, None]
@@ -94,7 +96,7 @@ def read_digits(folder: Path) -> tuple[Split, Split]:
 
 
 def read_idx(path: Path) -> Tensor:
-    """An array of bytes in the idx format of MNIST, packed with gzip or not. Raises ValueError for another format."""
+    """An array of bytes in the idx format of MNIST, packed with gzip or not. Raises UserError for another format."""
     packed = path.with_name(path.name + ".gz")
     if not path.exists() and not packed.exists():
         raise FileNotFoundError(f"{path}: no such file, nor {packed.name}; --data names the folder of the idx files")
@@ -103,7 +105,7 @@ def read_idx(path: Path) -> Tensor:
     shape = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
     start = 4 + 4 * dimensions
     if data[:3] != b"\0\0\x08" or len(data) - start != np.prod(shape):
-        raise ValueError(f"{path}: is no complete idx file of bytes")
+        raise UserError(f"{path}: is no complete idx file of bytes")
     return torch.from_numpy(np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy())
 
 
@@ -136,7 +138,7 @@ class CIFAR:
             raise FileNotFoundError(f"{path}: no such file; get it from https://www.cs.toronto.edu/~kriz/cifar.html")
         data = path.read_bytes()
         if (found := hashlib.md5(data).hexdigest()) != self.md5:
-            raise ValueError(f"{path}: has MD5 {found} instead of {self.md5}; it is damaged or another file")
+            raise UserError(f"{path}: has MD5 {found} instead of {self.md5}; it is damaged or another file")
         with tarfile.open(fileobj=io.BytesIO(data)) as archive:
             train = [self._split(archive, member) for member in self.train]
             images, labels = (torch.cat(parts) for parts in zip(*train, strict=True))
@@ -174,7 +176,7 @@ DATASETS = {
 def load_images(name: str, folder: str = "") -> Images:
     """An image set of DATASETS from a folder; a fixed random part of the training images is held out.
 
-    Raises FileNotFoundError or ValueError, naming the file, and ImportError, naming the package to install.
+    Raises FileNotFoundError or UserError, naming the file or the missing package.
     """
     kind = DATASETS[name]
     (images, labels), test = kind.read(Path(folder))

@@ -39,6 +39,7 @@ from bench.report import RESULTS, ROOT, markdown
 from config.plan import Plan, folder_name
 from eval.table import published
 from runtime.command import Parser, at_least, one_line
+from runtime.errors import UserError
 from runtime.folder import CONFIG
 from runtime.hardware import environment
 from runtime.logger import METRICS, read_metrics
@@ -50,22 +51,22 @@ T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2
 
 
 def load_plan(name: str) -> Plan:
-    """The plan in config/experiments/NAME.py or in a file of that path. Raises ValueError if it cannot be used."""
+    """The plan in config/experiments/NAME.py or in a file of that path. Raises UserError if it cannot be used."""
     path = Path(name) if name.endswith(".py") else PLANS / f"{name}.py"
     if not path.exists():
-        raise ValueError(f"{name}: no such plan; nearest: {nearest(name, plan_names())}")
+        raise UserError(f"{name}: no such plan; nearest: {nearest(name, plan_names())}")
     try:
         plan = runpy.run_path(str(path)).get("plan")
     except (SyntaxError, NameError, TypeError, ImportError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     if not isinstance(plan, Plan):
-        raise ValueError(f"{path}: must define `plan`, a config.plan.Plan")
+        raise UserError(f"{path}: must define `plan`, a config.plan.Plan")
     try:
         errors = plan.errors()
     except (TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: a value has a wrong type ({error})") from None
+        raise UserError(f"{path}: a value has a wrong type ({error})") from None
     if errors:
-        raise ValueError(f"{path}: {'; '.join(errors)}")
+        raise UserError(f"{path}: {'; '.join(errors)}")
     return plan
 
 
@@ -193,9 +194,7 @@ class Sweep:
         self.name, self.plan = Path(name).stem, load_plan(name)
         for option, given in (("arms", arms), ("reference", [reference] if reference else [])):
             if unknown := sorted(set(given) - self.plan.arms.keys()):
-                raise ValueError(
-                    f"--{option}={unknown[0]}: no such arm; nearest: {nearest(unknown[0], self.plan.arms)}"
-                )
+                raise UserError(f"--{option}={unknown[0]}: no such arm; nearest: {nearest(unknown[0], self.plan.arms)}")
         self.file = f"sweep_{self.name}_{scale or next(iter(self.plan.scales))}"  # of results, without suffix
         if reference and reference != self.plan.reference:
             self.plan = replace(self.plan, reference=reference)
@@ -207,7 +206,7 @@ class Sweep:
         self.failed: dict[str, str] = {}  # runs that ended with an error, and the error
         self.scale_name = scale = scale or next(iter(self.plan.scales))
         if scale not in self.plan.scales:
-            raise ValueError(f"--scale={scale}: {name} has {', '.join(self.plan.scales)}")
+            raise UserError(f"--scale={scale}: {name} has {', '.join(self.plan.scales)}")
         self.scale = self.plan.scales[scale]
         self.program: Program = PROGRAMS[self.scale.program]
         self.folder = f"{self.root}/{self.name}-{scale}"
@@ -399,7 +398,7 @@ def report(sweep: Sweep, folder: Path) -> None:
     """Print the table and write it with the plots and all numbers."""
     rows = rows_of(sweep)
     if not rows:
-        raise ValueError(f"{sweep.name} at the {sweep.scale_name} scale: no arm is finished")
+        raise UserError(f"{sweep.name} at the {sweep.scale_name} scale: no arm is finished")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = environment(device, sweep.scale.processes)
     facts = {key: facts[key] for key in ("commit", "packages", "device")}
@@ -455,7 +454,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         sweep = Sweep(args.plan, args.scale, args.arms, args.reference)
         if problem := sweep.changed_run():
-            raise ValueError(problem)
+            raise UserError(problem)
         if args.dry_run or args.commands:
             print("\n".join(shlex.join(run.command) for run in sweep.todo()))
             if args.dry_run:
@@ -470,7 +469,7 @@ def main(argv: list[str] | None = None) -> None:
             print("\n".join(["", "runs that failed, one of each kind:", *by_reason.values(), ""]), file=sys.stderr)
         report(sweep, args.folder)
         if sweep.failed:
-            raise ValueError(f"{len(sweep.failed)} runs failed, see above; the same command tries them again")
+            raise UserError(f"{len(sweep.failed)} runs failed, see above; the same command tries them again")
 
 
 if __name__ == "__main__":

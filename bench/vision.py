@@ -28,6 +28,7 @@ from bench.runs import optimizer_step
 from config.load import optimizer_settings
 from optimizers import OPTIMIZERS, Settings, build_optimizer
 from runtime.command import Parser, at_least, one_line
+from runtime.errors import UserError
 from runtime.files import write_json
 from runtime.folder import CONFIG, differences
 from runtime.logger import METRICS, read_metrics
@@ -52,7 +53,7 @@ class VisionConfig:
 def train(config: VisionConfig, images: Images) -> Iterator[dict[str, float]]:
     """Do a run, and yield a record after each epoch: losses, and errors in %.
 
-    The images are on the device of the run. Raises ValueError if the loss is no longer finite.
+    The images are on the device of the run. Raises UserError if the loss is no longer finite.
     """
     torch.manual_seed(config.seed)
     pixels, labels = images.train
@@ -60,7 +61,7 @@ def train(config: VisionConfig, images: Images) -> Iterator[dict[str, float]]:
     optimizer: Any = build_optimizer(model, config.optim)
     rates = [group["lr"] for group in optimizer.param_groups]
     if len(labels) % BATCH == 1:
-        raise ValueError(f"{len(labels)} images: the last batch has a single one, which cannot be normalized")
+        raise UserError(f"{len(labels)} images: the last batch has a single one, which cannot be normalized")
     stream = batches(images, config.seed, config.epochs)
     batch, steps, seconds, gradients = next(stream), math.ceil(len(labels) / BATCH), 0.0, 0
 
@@ -80,7 +81,7 @@ def train(config: VisionConfig, images: Images) -> Iterator[dict[str, float]]:
         val_loss, val_error = score(model, images, *images.validation)  # which waits for the device
         seconds += time.perf_counter() - start
         if not math.isfinite(val_loss):
-            raise ValueError(f"epoch {epoch + 1}: the validation loss is not finite")
+            raise UserError(f"epoch {epoch + 1}: the validation loss is not finite")
         test_loss, test_error = score(model, images, *images.test)
         done = dict(step=(epoch + 1) * steps, epoch=epoch + 1, images=(epoch + 1) * len(labels), train_s=seconds)
         scores = dict(val_loss=val_loss, val_error=val_error, test_loss=test_loss, test_error=test_error)
@@ -143,12 +144,12 @@ def is_last(record: dict[str, Any], config: VisionConfig) -> bool:
 
 
 def is_finished(folder: Path, config: VisionConfig) -> bool:
-    """Whether a folder holds this run, finished. Raises ValueError if it holds a run with other settings."""
+    """Whether a folder holds this run, finished. Raises UserError if it holds a run with other settings."""
     if not (folder / CONFIG).exists():
         return False
     if found := changed(json.loads((folder / CONFIG).read_text(encoding="utf-8")), config):
         settings = ", ".join(f"{key}: {before} -> {now}" for key, (before, now) in found.items())
-        raise ValueError(f"{folder}: holds a run with other settings ({settings}); give another --name")
+        raise UserError(f"{folder}: holds a run with other settings ({settings}); give another --name")
     records = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
     return bool(records) and is_last(records[-1], config)
 

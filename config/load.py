@@ -24,11 +24,12 @@ from config.schema import ALTERNATIVES, SECTIONS, RunConfig, all_keys, changeabl
 from optimizers import OPTIMIZERS, Settings
 from optimizers.options import Option, description, options_of
 from runtime.command import count, parse_number
+from runtime.errors import UserError
 
 PATHS = ("data.path", "data.hellaswag", "log.folder")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """All errors of a configuration, one a line."""
 
     names_itself = True  # every line starts with "config:"
@@ -150,14 +151,14 @@ def describe_keys(config: RunConfig) -> str:
 
 
 def parse(text: str | None, kind: Any, declared: Option) -> Any:
-    """Read a command-line value as its declared type. The ValueError says what was expected.
+    """Read a command-line value as its declared type. The UserError says what was expected.
 
     A switch needs no value. "none" and "auto" are None where that is allowed. Numbers may end in k, M, B or T.
     """
     expected = f"expected {description(kind, declared)}"
     if text is None:
         if kind is not bool:
-            raise ValueError("expected --key=value")
+            raise UserError("expected --key=value")
         return True
     if isinstance(kind, types.UnionType):  # a type or None
         if text.lower() in ("none", "auto"):
@@ -167,14 +168,14 @@ def parse(text: str | None, kind: Any, declared: Option) -> Any:
         return text
     if kind is bool:
         if text.lower() not in ("true", "false", "1", "0"):
-            raise ValueError(expected)
+            raise UserError(expected)
         return text.lower() in ("true", "1")
     if typing.get_origin(kind) is typing.Literal:
         return next((choice for choice in typing.get_args(kind) if choice == text.lower()), text)
     if typing.get_origin(kind) is tuple:
         parts, inner = text.strip("()[] ").split(","), typing.get_args(kind)
         if len(parts) != len(inner):
-            raise ValueError(f"{expected}, for example 0.9,0.95")
+            raise UserError(f"{expected}, for example 0.9,0.95")
         return tuple(_number(part, k, expected) for part, k in zip(parts, inner, strict=True))
     return _number(text, kind, expected)
 
@@ -183,7 +184,7 @@ def _number(text: str, kind: type, expected: str) -> int | float:
     try:
         return count(text.strip()) if kind is int else float(parse_number(text.strip()))
     except ValueError:
-        raise ValueError(expected) from None
+        raise UserError(expected) from None
 
 
 def _text(value: object) -> str:
@@ -218,16 +219,16 @@ def _read_all(given: dict[str, str | None], keys: dict[str, Any], errors: list[s
 
 
 def _read(key: str, text: str | None, keys: dict[str, Any]) -> dict[str, Any]:
-    """The full key and the value of an override. Raises ValueError if one of them is wrong."""
+    """The full key and the value of an override. Raises UserError if one of them is wrong."""
     full = _full_key(key, keys)
     try:
         return {full: parse(text, *keys[full])}
     except ValueError as error:
-        raise ValueError(f"--{key}: {error}" if text is None else f"{key}={text}: {error}") from None
+        raise UserError(f"--{key}: {error}" if text is None else f"{key}={text}: {error}") from None
 
 
 def _full_key(key: str, keys: dict[str, Any]) -> str:
-    """The dotted key that an override means. Raises ValueError, with the nearest keys, if there is none."""
+    """The dotted key that an override means. Raises UserError, with the nearest keys, if there is none."""
     sections = {name: getattr(RunConfig(), name) for name in SECTIONS}
     old_names = {old: f"{s}.{new}" for s, c in sections.items() for old, new in getattr(c, "old_names", {}).items()}
     if renamed := old_names.get(key.rpartition(".")[2]):
@@ -239,14 +240,14 @@ def _full_key(key: str, keys: dict[str, Any]) -> str:
     if len(ends) == 1:
         return ends[0]
     if ends:
-        raise ValueError(f"{key}: could be {' or '.join(ends)}; give the full key")
+        raise UserError(f"{key}: could be {' or '.join(ends)}; give the full key")
     if key in {option for settings in OPTIMIZERS.values() for option in options_of(type(settings))}:
         own = ", ".join(k.rpartition(".")[2] for k in keys if k.startswith("optim."))
-        raise ValueError(f"{key}: this optimizer has no such setting; it has {own}")
+        raise UserError(f"{key}: this optimizer has no such setting; it has {own}")
     short = {k.rpartition(".")[2]: k for k in keys}
     near = difflib.get_close_matches(key, [*keys, *short], n=3, cutoff=0.5)
     near = list(dict.fromkeys(short.get(k, k) for k in near))
-    raise ValueError(f"{key}: unknown key; nearest: {', '.join(near) or 'none (see --help)'}")
+    raise UserError(f"{key}: unknown key; nearest: {', '.join(near) or 'none (see --help)'}")
 
 
 def _read_file(path: Path) -> tuple[RunConfig, dict[str, Settings]]:

@@ -7,12 +7,13 @@ from dataclasses import replace
 
 from config.schema import RunConfig
 from optimizers import MARSConfig, MARSMConfig, MuonConfig, Settings
+from runtime.errors import UserError
 
 
 def published(config: RunConfig) -> RunConfig:
-    """A run with all settings of the official runs. Raises ValueError if the config has no micro_batch."""
+    """A run with all settings of the official runs. Raises UserError if the config has no micro_batch."""
     if config.micro_batch is None:
-        raise ValueError("--as_published sums gradients over micro-batches: the config file must give micro_batch")
+        raise UserError("--as_published sums gradients over micro-batches: the config file must give micro_batch")
     return replace(
         config,
         seed=5000,

@@ -9,6 +9,7 @@ from optimizers import MARSMConfig, Settings
 from optimizers.options import errors_of, option, options_of
 from runtime.checkpoint import CheckpointConfig
 from runtime.compute import ComputeConfig
+from runtime.errors import UserError
 from runtime.logger import LogConfig
 from runtime.memory import divisors
 from runtime.schedule import ScheduleConfig, parse_moves
@@ -115,7 +116,13 @@ class RunConfig:
 
     @property
     def total_steps(self) -> int:
-        return self.steps if self.steps is not None else -(-(self.tokens or 0) // self.tokens_per_step)
+        return self.steps_after(0, 0)
+
+    def steps_after(self, step: int, tokens: int) -> int:
+        """Steps of the whole run, of which the first `step` had `tokens` tokens, perhaps with another batch size."""
+        if self.steps is not None:
+            return self.steps
+        return step + max(0, -(-((self.tokens or 0) - tokens) // self.tokens_per_step))
 
     @property
     def moves(self) -> dict[str, float]:
@@ -123,13 +130,13 @@ class RunConfig:
         return self.optim.moving() | parse_moves(self.schedule.moves)
 
     def per_process(self, world_size: int) -> int:
-        """Sequences per step of one process. Raises ValueError, with advice, if the batch does not divide."""
+        """Sequences per step of one process. Raises UserError, with advice, if the batch does not divide."""
         count, rest = divmod(self.sequences, world_size)
         if not rest:
             return count
         advice = [f"{divisors(self.sequences, world_size)[0]} processes"]
         advice += [f"--batch_size={world_size * k}" for k in (count, count + 1) if k]
-        raise ValueError(
+        raise UserError(
             f"a batch of {self.sequences} sequences does not divide into {world_size} processes; "
             f"use {' or '.join(advice)}"
         )
@@ -137,11 +144,11 @@ class RunConfig:
     def divided(self, world_size: int) -> int:
         """Sequences that the micro-batch must divide: those of one process, and with gamma=auto half of them.
 
-        gamma=auto compares the gradients of two halves of the batch. Raises ValueError, with advice, for other numbers.
+        gamma=auto compares the gradients of two halves of the batch. Raises UserError, with advice, for other numbers.
         """
         count = self.per_process(world_size)
         if self.chooses_gamma and count % 2:
-            raise ValueError(f"gamma=auto: needs an even number of sequences per process, and there are {count}")
+            raise UserError(f"gamma=auto: needs an even number of sequences per process, and there are {count}")
         return count // 2 if self.chooses_gamma else count
 
 

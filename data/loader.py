@@ -6,6 +6,7 @@ permutation(seed, epoch)[s % N]. The permutation is computed one index at a time
 at any step, on any number of processes, from the step number alone, and evaluation does not change the order.
 """
 
+import hashlib
 import itertools
 import math
 from collections import deque
@@ -143,12 +144,18 @@ class TrainLoader:
         self.replacement = config.sampling == "replacement"
         self.windows = Windows(dataset.splits["train"], block_size, 1 if self.replacement else block_size)
         _require_windows(self.windows, dataset, "train")
+        self.origin = (0, 0)
         rows = batch_size // world_size
         self.rows = slice(rank * rows, (rank + 1) * rows)  # of the global batch
 
+    def start_at(self, step: int, sequences: int) -> None:
+        """Let `step` read what follows the first `sequences` sequences: those before had another batch size."""
+        self.origin = (step, sequences)
+
     def window_ids(self, step: int) -> np.ndarray:
         """Window numbers (batch_size,) of a step's global batch, the same on every rank."""
-        sequence = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
+        first_step, before = self.origin
+        sequence = before + (step - first_step) * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
         n = len(self.windows)
         if self.replacement:
             return (hashed(self.seed, sequence) % np.uint64(n)).astype(np.int64)
@@ -156,9 +163,9 @@ class TrainLoader:
         parts = [permute(sequence[epochs == e] % n, n, self.seed, int(e)) for e in np.unique(epochs)]
         return np.concatenate(parts)
 
-    def epochs(self, steps: int) -> float:
-        """Passes over the split in so many steps, counted in tokens if windows overlap."""
-        return steps * self.batch_size * self.windows.block_size / (len(self.windows) * self.windows.stride)
+    def epochs(self, sequences: int) -> float:
+        """Passes over the split in so many sequences, counted in tokens if windows overlap."""
+        return sequences * self.windows.block_size / (len(self.windows) * self.windows.stride)
 
     def batch(self, step: int) -> np.ndarray:
         """This rank's slice of a step's batch: tokens (batch_size / world_size, block_size + 1) uint16."""
@@ -202,8 +209,18 @@ class ValidationSet:
         if self.random:
             ids = (hashed(self.seed, 1, step, index) % np.uint64(len(self.windows))).astype(np.int64)
         else:
-            ids = index * len(self.windows) // self.count
+            ids = self._spread(index)
         return self.windows.read(ids, self.vocab_size)
+
+    def _spread(self, index: np.ndarray) -> np.ndarray:
+        return index * len(self.windows) // self.count
+
+    def fingerprint(self) -> str:
+        """A hash of the tokens of the windows; where every evaluation draws others, of evenly spread ones."""
+        digest = hashlib.sha256()
+        for index in range(self.count):
+            digest.update(self.windows.read(self._spread(np.array([index])), self.vocab_size).tobytes())
+        return digest.hexdigest()[:16]
 
     def inputs(self, number: int, step: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
         """Inputs and targets (micro_batch, block_size) of one batch on a device, and its number of windows.
@@ -233,15 +250,18 @@ def to_device(tokens: np.ndarray | Tensor, device: torch.device) -> tuple[Tensor
     return ids[:, :-1], ids[:, 1:]
 
 
-def prefetch(loader: TrainLoader, start: int, pin: bool, depth: int = 3) -> Generator[Tensor, None, None]:
+def prefetch(loader: TrainLoader, start: int, pin: bool, depth: int = 3) -> Generator[Tensor | DataError, None, None]:
     """This rank's batches of steps start, start + 1, ... as uint16 tensors, read ahead on a thread.
 
-    pin: use page-locked memory, for asynchronous copies to a GPU. Errors in the thread are raised here. Closing the
-    iterator ends the thread: torch aborts a process that exits while another thread is inside torch.
+    pin: use page-locked memory, for asynchronous copies to a GPU. If a batch cannot be read, the error takes its
+    place. Closing the iterator ends the thread: torch aborts a process that exits while another thread is inside torch.
     """
 
-    def load(step: int) -> Tensor:
-        batch = torch.from_numpy(loader.batch(step))
+    def load(step: int) -> Tensor | DataError:
+        try:
+            batch = torch.from_numpy(loader.batch(step))
+        except DataError as error:
+            return error
         return batch.pin_memory() if pin else batch
 
     pool = ThreadPoolExecutor(1, "prefetch")

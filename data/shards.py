@@ -20,6 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from data.tokenizer import facts_by_size
+from runtime.errors import UserError
 from runtime.files import sha256_of, write_durably, write_json
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
@@ -27,7 +28,7 @@ MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A dataset that cannot be used. The message names the file and says what to do."""
 
 
@@ -97,13 +98,10 @@ class Dataset:
         """Number of tokens in a split."""
         return sum(shard.tokens for shard in self.splits[split])
 
-    def fingerprint(self, raw: bool = False) -> str:
-        """A hash that identifies the tokens: of names, sizes and, with a manifest, contents of the shards.
-
-        raw: as if there were no manifest.
-        """
+    def fingerprint(self) -> str:
+        """A hash that identifies the tokens: of names, sizes and, with a manifest, contents of the shards."""
         content: dict = {split: [(x.path.name, x.tokens) for x in self.splits[split]] for split in self.splits}
-        for split in SPLITS if self.manifest and not raw else ():
+        for split in SPLITS if self.manifest else ():
             content[split] = [(e["file"], e["tokens"], e.get("sha256")) for e in entries(self.manifest, split)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
@@ -179,18 +177,18 @@ def read_manifest(path: Path) -> dict:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != 1:
-            raise ValueError(f"format {manifest['format']!r}, this program reads 1")
+            raise UserError(f"format {manifest['format']!r}, this program reads 1")
         listed = entries(manifest)
         for e in listed:
             numbers = [e["tokens"], e["max_token"], e.get("bytes") or 0]
             if Path(e["file"]).name != e["file"] or any(type(n) is not int or n < 0 for n in numbers):
-                raise ValueError(f"bad entry for {e['file']!r}")
+                raise UserError(f"bad entry for {e['file']!r}")
         if len({e["file"] for e in listed}) < len(listed):
-            raise ValueError("a file is listed twice")
+            raise UserError("a file is listed twice")
         tokenizer = manifest["tokenizer"]
         tokenizer["name"], tokenizer["vocab_size"]
         if "file" in tokenizer and Path(tokenizer["file"]).name != tokenizer["file"]:
-            raise ValueError(f"bad entry for {tokenizer['file']!r}")
+            raise UserError(f"bad entry for {tokenizer['file']!r}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a dataset manifest ({type(error).__name__}: {error})") from None
     return manifest

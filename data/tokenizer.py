@@ -15,6 +15,7 @@ from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
+from runtime.errors import UserError
 from runtime.files import sha256_of, write_durably
 
 GPT2_RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
@@ -71,7 +72,7 @@ class GPT2Tokenizer:
         try:
             import tiktoken
         except ImportError:
-            raise ImportError("the GPT-2 tokenizer needs: pip install tiktoken") from None
+            raise UserError("the GPT-2 tokenizer needs: pip install tiktoken") from None
         ranks_file = ranks_file or os.environ.get(RANKS_VARIABLE)
         if ranks_file:
             self.encoding = tiktoken.Encoding(
@@ -88,7 +89,7 @@ class GPT2Tokenizer:
                 return
             except Exception as error:  # tiktoken passes on the many exceptions of its HTTP library
                 reason = type(error).__name__
-        raise ValueError(
+        raise UserError(
             f"the GPT-2 vocabulary could not be downloaded ({reason}). On a machine with a network, run: curl -o "
             f"gpt2.tiktoken {RANKS_URL} (0.8 MB); then give --ranks gpt2.tiktoken or set {RANKS_VARIABLE}=gpt2.tiktoken"
         )
@@ -124,13 +125,13 @@ def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
-    """The byte pairs in a tiktoken ranks file and their ranks; ValueError unless it is GPT-2's own."""
+    """The byte pairs in a tiktoken ranks file and their ranks; UserError unless it is GPT-2's own."""
     if not path.is_file():
-        raise ValueError(f"GPT-2 ranks file {path}: no such file")
+        raise UserError(f"GPT-2 ranks file {path}: no such file")
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != GPT2_RANKS_SHA256:
-        raise ValueError(f"GPT-2 ranks file {path}: sha256 is {found}, GPT-2's is {GPT2_RANKS_SHA256}")
+        raise UserError(f"GPT-2 ranks file {path}: sha256 is {found}, GPT-2's is {GPT2_RANKS_SHA256}")
     pairs = (line.split() for line in content.splitlines() if line)
     return {base64.b64decode(token): int(rank) for token, rank in pairs}
 
@@ -145,13 +146,13 @@ class CustomTokenizer:
         for token, number in ids.items():
             if type(number) is not int or not 0 <= number < len(ids):
                 problem = f"gives {token!r} the id {number!r}"
-                raise ValueError(f"{path}: {problem}; the ids of {len(ids)} tokens are 0 to {len(ids) - 1}")
+                raise UserError(f"{path}: {problem}; the ids of {len(ids)} tokens are 0 to {len(ids) - 1}")
         if len(set(ids.values())) < len(ids):
-            raise ValueError(f"{path}: gives one id to several tokens")
+            raise UserError(f"{path}: gives one id to several tokens")
         found = next((token for token in ([eot] if eot is not None else usual) if token in ids), None)
         if found is None:
             problem = f"no token {eot!r}" if eot is not None else f"none of {', '.join(map(repr, usual))}"
-            raise ValueError(f"{path}: has {problem}; name the token that separates documents with --eot")
+            raise UserError(f"{path}: has {problem}; name the token that separates documents with --eot")
         self.separator, self.eot = found, ids[found]
 
     def encode(self, text: str) -> list[int]:
@@ -164,12 +165,12 @@ class CustomTokenizer:
 class CharacterTokenizer(CustomTokenizer):
     """One id for each character of a map, such as nanoGPT's. A newline separates documents, unless --eot names another.
 
-    Raises ValueError, which names the character and its place, for one that is not in the map.
+    Raises UserError, which names the character and its place, for one that is not in the map.
     """
 
     def __init__(self, path: Path, ids: dict[str, int], eot: str | None = None) -> None:
         if wrong := next((c for c in ids if len(c) != 1), None):
-            raise ValueError(f"{path}: {wrong!r} is not one character")
+            raise UserError(f"{path}: {wrong!r} is not one character")
         super().__init__(path, "characters", ids, eot, ("\n",))
         self.ids, self.characters = ids, {number: character for character, number in ids.items()}
         self.stop = None if self.separator == "\n" else self.eot
@@ -181,7 +182,7 @@ class CharacterTokenizer(CustomTokenizer):
             i = next(i for i, c in enumerate(text) if c not in self.ids)
             line, column = text.count("\n", 0, i) + 1, i - text.rfind("\n", 0, i)
             what = f"character {text[i]!r} (U+{ord(text[i]):04X}) is not in the map {self.path}"
-            raise ValueError(f"{what}: line {line}, column {column}, after {text[max(0, i - 20) : i]!r}") from None
+            raise UserError(f"{what}: line {line}, column {column}, after {text[max(0, i - 20) : i]!r}") from None
 
     def decode(self, ids: list[int]) -> str:
         return "".join(self.characters[i] for i in ids)
@@ -194,11 +195,11 @@ class FileTokenizer(CustomTokenizer):
         try:
             from tokenizers import Tokenizer as Encoding
         except ImportError:
-            raise ImportError(f"{path}: needs: pip install tokenizers") from None
+            raise UserError(f"{path}: needs: pip install tokenizers") from None
         try:
             self.encoding = Encoding.from_str(content)
         except Exception as error:  # the Rust library raises no other class
-            raise ValueError(f"{path}: not a tokenizer.json of Hugging Face ({error})") from None
+            raise UserError(f"{path}: not a tokenizer.json of Hugging Face ({error})") from None
         self.encoding.no_truncation()
         self.encoding.no_padding()
         super().__init__(path, "tokenizer", self.encoding.get_vocab(with_added_tokens=True), eot, SEPARATORS)
@@ -213,7 +214,7 @@ class FileTokenizer(CustomTokenizer):
 
 
 class Unloaded:
-    """The name and the size of a tokenizer, where token ids are enough. Text is a ValueError, which says why."""
+    """The name and the size of a tokenizer, where token ids are enough. Text is a UserError, which says why."""
 
     def __init__(self, name: str, vocab_size: int, problem: str) -> None:
         self.name, self.vocab_size, self.problem, self.stop = name, vocab_size, problem, None
@@ -229,28 +230,28 @@ class Unloaded:
         self._fail()
 
     def _fail(self) -> NoReturn:
-        raise ValueError(self.problem)
+        raise UserError(self.problem)
 
 
 def get_tokenizer(
     name: str, ranks_file: str | None = None, eot: str | None = None
 ) -> "ByteTokenizer | GPT2Tokenizer | CharacterTokenizer | FileTokenizer":
-    """The tokenizer called "byte" or "gpt2", or that of a file; ValueError for anything else.
+    """The tokenizer called "byte" or "gpt2", or that of a file; UserError for anything else.
 
     eot: the token of a file that separates documents, if it is none of the usual ones.
     """
     if name in ("byte", "gpt2"):
         if eot is not None:
-            raise ValueError(f"--eot {eot!r}: belongs to a tokenizer file; {name} has its own end-of-text")
+            raise UserError(f"--eot {eot!r}: belongs to a tokenizer file; {name} has its own end-of-text")
         return ByteTokenizer() if name == "byte" else GPT2Tokenizer(ranks_file)
     path = Path(name, TOKENIZER_FILE) if Path(name).is_dir() else Path(name)
     if not path.is_file():
-        raise ValueError(f'tokenizer "{name}": must be "byte", "gpt2" or a file')
+        raise UserError(f'tokenizer "{name}": must be "byte", "gpt2" or a file')
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)
     except ValueError:
-        raise ValueError(f"{path}: not JSON, so no tokenizer.json and no character map; see docs/data.md") from None
+        raise UserError(f"{path}: not JSON, so no tokenizer.json and no character map; see docs/data.md") from None
     if isinstance(content, dict) and content.keys() & {"stoi", "itos"}:
         return CharacterTokenizer(path, _character_ids(content, path), eot)
     return FileTokenizer(path, text, eot)
@@ -264,7 +265,7 @@ def _character_ids(content: dict, path: Path) -> dict[str, Any]:
         itos = content["itos"]
         return {str(c): int(i) for i, c in (enumerate(itos) if isinstance(itos, list) else itos.items())}
     except (AttributeError, ValueError):
-        raise ValueError(f'{path}: not a character map {{"stoi": {{"a": 0, ...}}}}') from None
+        raise UserError(f'{path}: not a character map {{"stoi": {{"a": 0, ...}}}}') from None
 
 
 def facts_of(tokenizer: "Tokenizer | CustomTokenizer") -> dict:
@@ -282,14 +283,14 @@ def facts_by_size(vocab_size: int) -> dict | None:
 
 
 def tokenizer_of(facts: dict, folders: tuple[Path, ...], ranks_file: str | None = None) -> Tokenizer:
-    """The tokenizer that facts describe. The file of a custom one is in one of the folders; ValueError if it is not."""
+    """The tokenizer that facts describe. The file of a custom one is in one of the folders; UserError if it is not."""
     if "file" not in facts:
         return get_tokenizer(facts["name"], ranks_file)
     for path in (folder / facts["file"] for folder in folders):
         if path.is_file() and sha256_of(path) == facts["sha256"]:
             return get_tokenizer(str(path), eot=facts["separator"])
     places = " or ".join(str(folder) for folder in folders)
-    raise ValueError(f"tokenizer {facts['name']}: {places} has no such {facts['file']}; name it with --tokenizer FILE")
+    raise UserError(f"tokenizer {facts['name']}: {places} has no such {facts['file']}; name it with --tokenizer FILE")
 
 
 def copy_custom(facts: dict | None, source: Path, folder: Path) -> None:

@@ -18,6 +18,7 @@ from data.tokenizer import PADDING, Tokenizer, Unloaded, facts_by_size, get_toke
 from model import GPT, GPTConfig
 from runtime.checkpoint import AVERAGE, MODEL, open_checkpoint
 from runtime.command import first_line
+from runtime.errors import UserError
 from runtime.files import sha256_of
 
 AVERAGED = ":average"  # after the path of a run or a checkpoint: its averaged weights, see --ema
@@ -82,21 +83,21 @@ def open_trained(
     names gpt2, gpt2-medium, gpt2-large and gpt2-xl; they come from the hub or its cache.
     tokenizer: "byte", "gpt2" or a file replaces the source's own. The model's vocabulary is cut to the tokenizer's ids.
     text: whether a tokenizer must be known, is loaded if it is known, or only has a name and a size.
-    Raises ValueError, in one line, for a damaged file, another architecture or a tokenizer that does not fit.
+    Raises UserError, in one line, for a damaged file, another architecture or a tokenizer that does not fit.
     """
     source = read_source(path)
     if eot is not None and not tokenizer:
-        raise ValueError(f"--eot {eot!r}: belongs to a tokenizer file; give --tokenizer FILE, too")
+        raise UserError(f"--eot {eot!r}: belongs to a tokenizer file; give --tokenizer FILE, too")
     chosen = get_tokenizer(tokenizer, ranks, eot) if tokenizer else known_tokenizer(source, ranks, text)
     size, padded_size = chosen.vocab_size, source.config.vocab_size
     if not size <= padded_size < size + PADDING:
-        raise ValueError(f"{path}: tokenizer {chosen.name}, {size} ids, does not fit vocab_size={padded_size}")
+        raise UserError(f"{path}: tokenizer {chosen.name}, {size} ids, does not fit vocab_size={padded_size}")
     model = build(replace(source.config, vocab_size=size), source.tensors, str(path), device)
     return Trained(source.name, source.path, source.kind, model, chosen, source.sha256, source.state)
 
 
 def read_source(path: str | Path) -> Source:
-    """The weights and settings of any kind of checkpoint that `open_trained` accepts. Raises ValueError as it does."""
+    """The weights and settings of any kind of checkpoint that `open_trained` accepts. Raises UserError as it does."""
     if str(path).endswith(AVERAGED):
         return _read_checkpoint(Path(str(path).removesuffix(AVERAGED)).expanduser(), averaged=True)
     released = None if Path(path).exists() else RELEASED.fullmatch(str(path))
@@ -113,7 +114,7 @@ def load_weights(model: GPT, path: str) -> str:
     """Copy the weights of another checkpoint into a model; returns the sha256 of the file that holds them.
 
     The context may be shorter than the checkpoint's: the first positions are used. The vocabulary may lack padding.
-    Raises ValueError, naming setting and values, if the models differ otherwise.
+    Raises UserError, naming setting and values, if the models differ otherwise.
     """
     source = read_source(path)
     theirs, ours = source.config, model.config
@@ -125,7 +126,7 @@ def load_weights(model: GPT, path: str) -> str:
     if not ours.vocab_size <= theirs.vocab_size < ours.vocab_size + PADDING:
         lines.append(f"vocab_size={theirs.vocab_size} there, {ours.vocab_size} here")
     if lines:
-        raise ValueError(f"init_from={path}: another model ({'; '.join(lines)})")
+        raise UserError(f"init_from={path}: another model ({'; '.join(lines)})")
     found = build(replace(theirs, vocab_size=ours.vocab_size), source.tensors, path, torch.device("cpu")).state_dict()
     found["transformer.wpe.weight"] = found["transformer.wpe.weight"][: ours.block_size]
     model.load_state_dict(found)
@@ -141,7 +142,7 @@ def known_tokenizer(source: Source, ranks: str | None, text: str) -> Tokenizer:
     if facts is None:
         problem = f"{source.path}: nothing names the tokenizer of its vocab_size={size} ids; give --tokenizer FILE"
         if text == "required":
-            raise ValueError(problem)
+            raise UserError(problem)
         facts, text = {"name": UNKNOWN, "vocab_size": size}, "unused"
     if text == "unused":
         return Unloaded(facts["name"], facts["vocab_size"], problem)
@@ -152,41 +153,41 @@ def build(config: GPTConfig, tensors: Mapping[str, Tensor], source: str, device:
     """A GPT in evaluation mode with the given weights; linear weights are (out, in).
 
     Wrapper prefixes in names, a tied output layer and causal masks are accepted. Rows of the embedding beyond the
-    vocabulary are dropped. Raises ValueError, naming `source`, if the rest is not exactly a GPT-2.
+    vocabulary are dropped. Raises UserError, naming `source`, if the rest is not exactly a GPT-2.
     """
     try:
         model = GPT(config)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{source}: its settings are not those of a GPT-2 ({error})") from None
+        raise UserError(f"{source}: its settings are not those of a GPT-2 ({error})") from None
     found = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     found = {name: tensor for name, tensor in found.items() if not CAUSAL_MASK.fullmatch(name)}
     output, embedding = found.pop("lm_head.weight", None), found.get(EMBEDDING)
     if output is not None and embedding is not None and not torch.equal(output, embedding):
-        raise ValueError(f"{source}: its output layer is not the token embedding, as in GPT-2")
+        raise UserError(f"{source}: its output layer is not the token embedding, as in GPT-2")
     parameters = dict(model.named_parameters())
     if different := sorted(parameters.keys() ^ found.keys()):
         problem = "is missing" if different[0] in parameters else "is not one of its parameters"
         count = f"{len(different)} such names"
-        raise ValueError(f"{source}: not the GPT-2 its settings describe ({different[0]} {problem}; {count})")
+        raise UserError(f"{source}: not the GPT-2 its settings describe ({different[0]} {problem}; {count})")
     with torch.no_grad():
         for name, parameter in parameters.items():
             tensor, p = found[name], parameter.detach()
             if name == EMBEDDING:  # both tables may have more rows than the vocabulary
                 tensor, p = tensor[: config.vocab_size], p.zero_()[: config.vocab_size]
             if tensor.shape != p.shape:
-                raise ValueError(f"{source}: {name} has shape {tuple(tensor.shape)}, its settings say {tuple(p.shape)}")
+                raise UserError(f"{source}: {name} has shape {tuple(tensor.shape)}, its settings say {tuple(p.shape)}")
             p.copy_(tensor)
     return model.to(device).eval()
 
 
 def from_hub(name: str) -> Path:
-    """Folder of one of OpenAI's models in the hub's cache, downloaded if necessary. ValueError if that fails."""
+    """Folder of one of OpenAI's models in the hub's cache, downloaded if necessary. UserError if that fails."""
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(f"openai-community/{name}", allow_patterns=HUB_FILES))
     except Exception as error:  # the hub's client and its HTTP library raise many types
-        raise ValueError(
+        raise UserError(
             f"{name}: neither in the hub's cache nor reachable ({type(error).__name__}). Copy "
             f"{', '.join(HUB_FILES[:3])} of https://huggingface.co/openai-community/{name} into a folder and name that"
         ) from None
@@ -199,13 +200,13 @@ def _read_checkpoint(path: Path, averaged: bool = False) -> Source:
     try:
         config, data = GPTConfig(**state["config"]["model"]), Path(state["config"]["data"]["path"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: its config is not that of this program's GPT ({error})") from None
+        raise UserError(f"{folder}: its config is not that of this program's GPT ({error})") from None
     name = folder.parent.parent.name
     if not (path / "checkpoints").is_dir():  # the user named this step, not the run
         name += f"/{folder.name}"
     tensors, file = (checkpoint.average(), AVERAGE) if averaged else (checkpoint.model(), MODEL)
     if tensors is None:
-        raise ValueError(f"{path}{AVERAGED}: this run keeps no averaged weights; train with --ema=0.999, for example")
+        raise UserError(f"{path}{AVERAGED}: this run keeps no averaged weights; train with --ema=0.999, for example")
     name += AVERAGED if averaged else ""
     manifest, tokenizer = data / MANIFEST, state.get("tokenizer")
     if tokenizer is None and manifest.exists():  # the dataset may be on another machine
@@ -219,11 +220,11 @@ def _read_pt(path: Path) -> Source:
     content = _load(path)
     args = content.get("model_args") if isinstance(content, dict) else None
     if not isinstance(args, dict) or not isinstance(content.get("model"), dict):
-        raise ValueError(f"{path}: not a checkpoint of nanoGPT or MARS (no model and model_args in it)")
+        raise UserError(f"{path}: not a checkpoint of nanoGPT or MARS (no model and model_args in it)")
     try:
         shape = {k: args[k] for k in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")}
     except KeyError as error:
-        raise ValueError(f"{path}: another architecture than GPT-2 (model_args has no {error})") from None
+        raise UserError(f"{path}: another architecture than GPT-2 (model_args has no {error})") from None
     # Only the MARS code has this key. It uses the tanh form of the GELU, nanoGPT uses the exact one.
     official = "scale_attn_by_inverse_layer_idx" in args
     scaled = bool(args.get("scale_attn_by_inverse_layer_idx"))
@@ -244,9 +245,9 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError, KeyError) as error:
         if found := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ValueError(f"{path}: holds more than tensors and numbers ({found[1]}); it is not loaded") from None
+            raise UserError(f"{path}: holds more than tensors and numbers ({found[1]}); it is not loaded") from None
         reason = "no torch file" if isinstance(error, pickle.UnpicklingError) else first_line(error)
-        raise ValueError(f"{path}: damaged or of another format ({reason})") from None
+        raise UserError(f"{path}: damaged or of another format ({reason})") from None
 
 
 def _hugging_face_settings(path: Path) -> dict | None:
@@ -257,7 +258,7 @@ def _hugging_face_settings(path: Path) -> dict | None:
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
-        raise ValueError(f"{file}: not readable as JSON; export or copy it again") from None
+        raise UserError(f"{file}: not readable as JSON; export or copy it again") from None
     return settings if "model_type" in settings else None
 
 
@@ -267,7 +268,7 @@ def _read_hugging_face(path: Path, settings: dict) -> Source:
     names = ("model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin")
     files = next((found for name in names if (found := sorted(path.glob(name)))), [])  # one file, or its parts
     if not files:
-        raise ValueError(f"{path}: no model.safetensors or pytorch_model.bin in it")
+        raise UserError(f"{path}: no model.safetensors or pytorch_model.bin in it")
     tensors = {}
     for name, tensor in (item for file in files for item in _load(file).items()):
         name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
@@ -279,15 +280,15 @@ def _read_hugging_face(path: Path, settings: dict) -> Source:
 
 
 def _hugging_face_config(path: Path, c: dict) -> GPTConfig:
-    """The shape that the settings of a config.json describe; ValueError if it is not a GPT-2's."""
+    """The shape that the settings of a config.json describe; UserError if it is not a GPT-2's."""
     gelus: dict[str, Any] = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
     activation = c.get("activation_function", "gelu_new")
     if c["model_type"] != "gpt2" or activation not in gelus:
-        raise ValueError(f"{path}: {c['model_type']} with {activation} is not a GPT-2")
+        raise UserError(f"{path}: {c['model_type']} with {activation} is not a GPT-2")
     if c.get("n_inner") not in (None, 4 * c.get("n_embd", 768)):
-        raise ValueError(f"{path}: n_inner={c['n_inner']} is not 4 n_embd, as in GPT-2")
+        raise UserError(f"{path}: n_inner={c['n_inner']} is not 4 n_embd, as in GPT-2")
     if c.get("layer_norm_epsilon", 1e-5) != 1e-5 or not c.get("scale_attn_weights", True):
-        raise ValueError(f"{path}: another layer norm or attention scale than GPT-2's")
+        raise UserError(f"{path}: another layer norm or attention scale than GPT-2's")
     shape = {ours: c[theirs] for ours, theirs in HUGGING_FACE_KEYS.items() if theirs in c}
     return GPTConfig(**shape, bias=True, gelu=gelus[activation])  # both formats have the defaults of GPT-2 small
 
@@ -302,12 +303,12 @@ class FolderTokenizer:
             self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # transformers and its Rust library raise many types
             reason = first_line(error)
-            raise ValueError(f"{folder}: its tokenizer files cannot be read ({reason}); use --tokenizer") from None
+            raise UserError(f"{folder}: its tokenizer files cannot be read ({reason}); use --tokenizer") from None
         self.folder, self.vocab_size, self.stop = folder, len(self._tokenizer), self._tokenizer.eos_token_id
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         start = settings.get("bos_token_id") if self.stop is None else self.stop
         if type(start) is not int or start >= self.vocab_size:
-            raise ValueError(f"{folder}: its tokenizer has no end-of-text token; use --tokenizer")
+            raise UserError(f"{folder}: its tokenizer has no end-of-text token; use --tokenizer")
         by_size = {257: "byte", 50257: "gpt2"}.get(self.vocab_size, "folder")
         self.eot, self.name = start, self._tokenizer.init_kwargs.get(TRAINED_AS, by_size)
 
@@ -316,7 +317,7 @@ class FolderTokenizer:
         try:
             return self._tokenizer.encode(text, **options)
         except Exception as error:  # of the Rust library, for a character that a map does not have
-            raise ValueError(f"{self.folder}: its tokenizer cannot encode the text ({first_line(error)})") from None
+            raise UserError(f"{self.folder}: its tokenizer cannot encode the text ({first_line(error)})") from None
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)

@@ -16,6 +16,7 @@ from eval.checkpoint import HUGGING_FACE_KEYS, TRAINED_AS, Trained, open_trained
 from eval.command import model_parser
 from model import GPT
 from runtime.command import one_line
+from runtime.errors import UserError
 
 TEXT = Path(__file__).resolve().parent.parent / "LICENSE"  # the text on which model and export are compared
 HARD_TEXT = "def f(x):\n\treturn  {'a': 1}  # \u00fc\u4e2d\U0001f600\n\nit's 2026, isn't it? "  # for the tokenizer
@@ -179,10 +180,10 @@ def export(trained: Trained, out: Path, dtype: torch.dtype = torch.float32) -> t
     """Write a Hugging Face folder; returns the largest logit difference and the largest logit.
 
     dtype: of the weights in the folder. Those of `trained` are rounded to it, so equal weights are compared.
-    Raises ValueError, and leaves no folder, if `out` exists or the export does not compute the same.
+    Raises UserError, and leaves no folder, if `out` exists or the export does not compute the same.
     """
     if out.exists():
-        raise ValueError(f"{out} exists; name a folder that does not")
+        raise UserError(f"{out} exists; name a folder that does not")
     temporary = out.with_name(f"{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -198,9 +199,9 @@ def export(trained: Trained, out: Path, dtype: torch.dtype = torch.float32) -> t
         difference, largest = logits_difference(trained, temporary)
         if not difference <= ROUNDING * max(1.0, largest):  # a NaN counts as different
             reason = f"its logits differ by {difference:.2e} (largest logit {largest:.1f}), more than rounding"
-            raise ValueError(f"{out} was not written: {reason}")
+            raise UserError(f"{out} was not written: {reason}")
         if known and not tokenizers_agree(tokenizer, temporary):
-            raise ValueError(f"{out} was not written: its tokenizer gives other ids")
+            raise UserError(f"{out} was not written: its tokenizer gives other ids")
         (temporary / "README.md").write_text(model_card(trained, difference), encoding="utf-8")
         temporary.rename(out)
     finally:
@@ -218,12 +219,12 @@ def main(argv: list[str] | None = None) -> None:
         try:
             from transformers.utils import logging
         except ImportError:
-            raise ImportError("export needs: pip install transformers") from None
+            raise UserError("export needs: pip install transformers") from None
         logging.disable_progress_bar()
         named = (args.tokenizer, args.ranks, args.eot)
         trained = open_trained(args.checkpoint, torch.device("cpu"), *named, text="if known")
         if trained.kind == "huggingface":
-            raise ValueError(f"{args.checkpoint} is a Hugging Face folder already")
+            raise UserError(f"{args.checkpoint} is a Hugging Face folder already")
         difference, largest = export(trained, args.out, getattr(torch, args.dtype))
     print(f"{args.out}: {trained.name}, vocabulary {trained.model.config.vocab_size}")
     if isinstance(trained.tokenizer, Unloaded):

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from eval.tasks import Tasks, splits_of
 from runtime.command import Parser, first_line, one_line
+from runtime.errors import UserError
 
 AGAIN = "the same command continues"
 
 
 def fetch(tasks: Tasks, name: str, folder: Path) -> list[Path]:
-    """Write the data of a task, or of each task of a group; returns the files written. ValueError if that fails."""
+    """Write the data of a task, or of each task of a group; returns the files written. UserError if that fails."""
     import datasets
 
     written = []
@@ -28,7 +29,7 @@ def fetch(tasks: Tasks, name: str, folder: Path) -> list[Path]:
         try:
             found = datasets.load_dataset(source, task.get("dataset_name"), **options)
         except Exception as error:  # datasets, the hub's client and its HTTP library raise many types
-            raise ValueError(f"task {part}: dataset {source}: {first_line(error)}; {AGAIN}") from None
+            raise UserError(f"task {part}: dataset {source}: {first_line(error)}; {AGAIN}") from None
         (folder / part).mkdir(parents=True, exist_ok=True)
         for split, path in missing.items():
             temporary = path.with_suffix(".tmp")

@@ -23,6 +23,7 @@ from eval.command import model_parser
 from eval.scoring import Scorer
 from runtime.command import at_least, one_line
 from runtime.distributed import World, start_world
+from runtime.errors import UserError
 from runtime.files import write_json
 
 CHUNK = 256  # windows per rank that the scorer gets at a time
@@ -54,20 +55,20 @@ class Stream:
 
 
 def read_split(folder: str, split: str, vocab_size: int) -> Stream:
-    """A split of a dataset, memory-mapped. Raises ValueError if it cannot be used."""
+    """A split of a dataset, memory-mapped. Raises UserError if it cannot be used."""
     dataset = open_dataset(folder, vocab_size)
     parts = [np.memmap(s.path, dtype="<u2", mode="r", offset=s.start, shape=(s.tokens,)) for s in dataset.splits[split]]
     return Stream(f"{folder}, {split} split", parts, dataset.bytes_per_token(split))
 
 
 def read_text(files: list[str], trained: Trained) -> Stream:
-    """Text files as token arrays that start with an end-of-text token. Raises ValueError for one that is not UTF-8."""
+    """Text files as token arrays that start with an end-of-text token. Raises UserError for one that is not UTF-8."""
     parts, size = [], 0
     for file in files:
         try:
             text = Path(file).read_bytes().decode("utf-8-sig")  # line ends as they are, no byte-order mark
         except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: not UTF-8 text (byte {error.start})") from None
+            raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from None
         size += len(text.encode())
         parts.append(np.array([trained.tokenizer.eot, *trained.tokenizer.encode(text)], dtype=np.uint32))
     return Stream(", ".join(files), parts, size / max(1, sum(len(p) - 1 for p in parts)))
@@ -77,7 +78,7 @@ def window_losses(scorer: Scorer, stream: Stream, context: int, stride: int) -> 
     """Loss sum (nats) and number of targets of every window, (windows, 2), the same on every rank."""
     windows = [(part, span) for part in stream.parts for span in spans(len(part), context, stride)]
     if not windows:
-        raise ValueError(f"{stream.name}: nothing to score")
+        raise UserError(f"{stream.name}: nothing to score")
     sums, chunk = [], CHUNK * scorer.world.size
     with tqdm(total=len(windows), unit="window", disable=not (scorer.world.is_main and sys.stderr.isatty())) as bar:
         for first in range(0, len(windows), chunk):
@@ -113,7 +114,7 @@ def paired(a: np.ndarray, b: np.ndarray) -> dict:
 
 
 def open_models(args: argparse.Namespace) -> list[Trained]:
-    """The models, on the CPU, each with its own name. ValueError if their tokenizers differ."""
+    """The models, on the CPU, each with its own name. UserError if their tokenizers differ."""
     models: list[Trained] = []
     for path in args.models:
         named = (args.tokenizer, args.ranks, args.eot)
@@ -123,7 +124,7 @@ def open_models(args: argparse.Namespace) -> list[Trained]:
         models.append(trained)
         a, b = models[0].tokenizer, trained.tokenizer
         if (a.name, a.vocab_size) != (b.name, b.vocab_size):
-            raise ValueError(
+            raise UserError(
                 f"{models[0].name} reads {a.name} tokens, {trained.name} {b.name} tokens: "
                 "their losses per token cannot be compared"
             )
@@ -136,7 +137,7 @@ def read_stream(args: argparse.Namespace, first: Trained) -> Stream:
         return read_text(args.text, first)
     folder = args.data or (first.state["config"]["data"]["path"] if first.kind == "checkpoint" else None)
     if folder is None:
-        raise ValueError(f"{first.path} does not say what it was trained on; name --data FOLDER or --text FILE")
+        raise UserError(f"{first.path} does not say what it was trained on; name --data FOLDER or --text FILE")
     return read_split(folder, args.split, first.tokenizer.vocab_size)
 
 
@@ -147,7 +148,7 @@ def compare(args: argparse.Namespace, world: World) -> dict:
     context = min(m.model.config.block_size for m in models)
     stride = args.stride or context
     if stride > context:
-        raise ValueError(f"--stride {stride}: must be at most the context, {context}")
+        raise UserError(f"--stride {stride}: must be at most the context, {context}")
     report: dict[str, Any] = {
         "format": 1,
         "text": stream.name,

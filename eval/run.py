@@ -24,6 +24,7 @@ from eval.table import SIZES, comma_separated, markdown, size_of
 from eval.tasks import Tasks, factor, metric_of
 from runtime.command import at_least, first_line, one_line
 from runtime.distributed import World, start_world
+from runtime.errors import UserError
 from runtime.files import write_durably, write_json
 from runtime.logger import WANDB_ID
 
@@ -36,11 +37,11 @@ def read_records(path: Path) -> list[dict]:
         content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"scores": []}
         return [dict(score) for score in content["scores"]]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: not a results file; repair it or choose another --out") from None
+        raise UserError(f"{path}: not a results file; repair it or choose another --out") from None
 
 
 def score_task(trained: Trained, scorer: Scorer, tasks: Tasks, name: str, shots: int, limit: int | None) -> dict:
-    """Score one model on one task. Called by every rank; they share the work. ValueError if its data is missing."""
+    """Score one model on one task. Called by every rank; they share the work. UserError if its data is missing."""
     from lm_eval.evaluator import evaluate
 
     loaded = problem = None
@@ -49,13 +50,13 @@ def score_task(trained: Trained, scorer: Scorer, tasks: Tasks, name: str, shots:
     except ValueError as error:
         problem = str(error)
     if problem := next((p for p in scorer.world.gather(problem) if p), None):
-        raise ValueError(problem)
+        raise UserError(problem)
     truncated, scored, start = scorer.truncated, scorer.scored, time.perf_counter()
     with nullcontext() if scorer.world.is_main else redirect_stderr(io.StringIO()):  # one progress bar in all
         try:
             results = evaluate(harness_model(scorer, trained.tokenizer), loaded, limit=limit, log_samples=False)
         except ValueError as error:  # fewer examples than shots, for example
-            raise ValueError(f"task {name}, {shots}-shot: lm-eval cannot run it ({first_line(error)})") from None
+            raise UserError(f"task {name}, {shots}-shot: lm-eval cannot run it ({first_line(error)})") from None
     numbers = {**results["results"], **results.get("groups", {})}[name]
     metric = metric_of(name, numbers)
     measure, _, filtered = metric.partition(",")

@@ -14,6 +14,7 @@ from eval.command import model_parser
 from model import GPT, KVCache
 from runtime.command import at_least, one_line
 from runtime.distributed import resolve_device
+from runtime.errors import UserError
 
 
 def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
@@ -78,9 +79,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with one_line("eval.sample"):
         if not (args.temperature == 0 or 1e-3 <= args.temperature < 1e3):
-            raise ValueError(f"--temperature {args.temperature}: must be 0 or between 0.001 and 1000")
+            raise UserError(f"--temperature {args.temperature}: must be 0 or between 0.001 and 1000")
         if not 0 < args.top_p <= 1:
-            raise ValueError(f"--top_p {args.top_p}: must be above 0 and at most 1")
+            raise UserError(f"--top_p {args.top_p}: must be above 0 and at most 1")
         device = resolve_device(args.device)
         trained = open_trained(args.checkpoint, device, args.tokenizer, args.ranks, args.eot)
         tokenizer = trained.tokenizer

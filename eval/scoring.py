@@ -15,6 +15,7 @@ from data.tokenizer import Tokenizer
 from model import GPT, KVCache
 from runtime.command import is_out_of_memory
 from runtime.distributed import ALONE, World
+from runtime.errors import UserError
 
 NEW_TOKENS = 256  # lm-eval's limit for tasks that name none
 POSITIONS = 4096  # logits are computed for this many positions at a time: 0.8 GB in float32 at GPT-2's vocabulary
@@ -71,7 +72,7 @@ class Scorer:
 
         A pair may have as many tokens as the context plus one; a longer one loses tokens on the left, as in lm-eval.
         A pair needs at least one token of context. An empty continuation has probability 1.
-        Raises ValueError on every rank if a single sequence does not fit in the memory of one rank.
+        Raises UserError on every rank if a single sequence does not fit in the memory of one rank.
         """
         groups: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
         for number, (context, continuation) in enumerate(pairs):
@@ -93,11 +94,11 @@ class Scorer:
         """The most likely ids after each prompt, as `greedy` finds them. All prompts share the ranks and batches.
 
         A prompt that leaves no room for max_tokens in the context loses tokens on the left, as in lm-eval.
-        Raises ValueError on every rank if there is no room for a prompt at all, or too little memory for one.
+        Raises UserError on every rank if there is no room for a prompt at all, or too little memory for one.
         """
         room = self.block_size - max_tokens
         if room < 1:
-            raise ValueError(f"{max_tokens} new tokens and a prompt do not fit in the context of {self.block_size}")
+            raise UserError(f"{max_tokens} new tokens and a prompt do not fit in the context of {self.block_size}")
         self.truncated += sum(len(prompt) > room for prompt in prompts)
         self.scored += len(prompts)
 
@@ -112,7 +113,7 @@ class Scorer:
     def _share(
         self, todo: list[Item], length: Callable[[Item], int], compute: Callable[[list[Item]], dict], progress: bool
     ) -> dict:
-        """What compute(batch) returns for all batches, on all ranks, by request number. ValueError if memory is short.
+        """What compute(batch) returns for all batches, on all ranks, by request number. UserError if memory is short.
 
         length: tokens of an item in a batch.
         """
@@ -124,7 +125,7 @@ class Scorer:
             problem = str(error)
         gathered = self.world.gather((found, problem))
         if problem := next((p for _, p in gathered if p), None):
-            raise ValueError(problem)
+            raise UserError(problem)
         return {number: result for part, _ in gathered for number, result in part.items()}
 
     def _in_batches(
@@ -229,7 +230,7 @@ def harness_model(scorer: Scorer, tokenizer: Tokenizer) -> Any:
             for settings, numbers in groups.items():
                 asked = normalize_gen_kwargs(json.loads(settings), NEW_TOKENS)
                 if asked["do_sample"]:
-                    raise ValueError("the task draws its texts at random; only tasks with do_sample: false can be run")
+                    raise UserError("the task draws its texts at random; only tasks with do_sample: false can be run")
                 stops = [text for text in asked["until"] if text]
                 prompts = [tokenizer.encode(requests[n].args[0]) or [tokenizer.eot] for n in numbers]
                 ends = partial(self._ends, stops)

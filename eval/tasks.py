@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data.prepare.hub import hub_problem
 from runtime.command import first_line
+from runtime.errors import UserError
 
 # task: column in the papers' tables, metric. The papers do not name their metrics, but they give rows of OpenAI's
 # GPT-2, which are published lm-eval scores: acc_norm (HellaSwag 31.14, PIQA 62.51, SciQ 64.40), and acc for three.
@@ -45,7 +46,7 @@ class Tasks:
     include_path: a folder with more task files (YAML).
     data: a folder with TASK/SPLIT.jsonl or .parquet, which replace the hub. Prompt and metrics stay those of the
     task. A group such as mmlu has one folder for each of its parts (mmlu_anatomy, ...).
-    Raises ValueError for unknown names, with similar ones, and ImportError without lm-eval.
+    Raises UserError for unknown names, with similar ones, and without lm-eval.
     """
 
     def __init__(self, names: list[str], include_path: str | None = None, data: str | None = None) -> None:
@@ -53,11 +54,11 @@ class Tasks:
             import lm_eval
             from lm_eval.tasks import TaskManager
         except ImportError:
-            raise ImportError("benchmark scores need: pip install lm_eval") from None
+            raise UserError("benchmark scores need: pip install lm_eval") from None
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         for option, folder in (("--include_path", include_path), ("--task_data", data)):
             if folder is not None and not Path(folder).is_dir():
-                raise ValueError(f"{option} {folder}: no such folder")
+                raise UserError(f"{option} {folder}: no such folder")
         more = [Path(include_path)] if include_path else []
         root = Path(lm_eval.__file__).parent / "tasks"
         self.data = Path(data) if data else None
@@ -71,10 +72,10 @@ class Tasks:
             if name not in self._manager.all_tasks:
                 near = ", ".join(difflib.get_close_matches(name, self._manager.all_tasks, n=3))
                 hint = f"nearest: {near}" if near else "python -m lm_eval ls tasks lists them"
-                raise ValueError(f'unknown task "{name}"; {hint}')
+                raise UserError(f'unknown task "{name}"; {hint}')
 
     def load(self, name: str, shots: int) -> dict:
-        """The input of lm_eval.evaluate for one task. Raises ValueError if its data cannot be read."""
+        """The input of lm_eval.evaluate for one task. Raises UserError if its data cannot be read."""
         parts = self.parts(name)
         for part in parts if self.data else ():
             self._use_local_files(part, shots)
@@ -83,7 +84,7 @@ class Tasks:
         try:
             loaded = self._manager.load([name])
         except Exception as error:  # datasets, the hub's client and its HTTP library raise many types
-            raise ValueError(self._data_problem(name, remote, problem or reason_of(error))) from None
+            raise UserError(self._data_problem(name, remote, problem or reason_of(error))) from None
         for task in loaded["tasks"].values():
             task.set_config(key="num_fewshot", value=shots)
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
@@ -107,7 +108,7 @@ class Tasks:
         return hub_problem()
 
     def _use_local_files(self, part: str, shots: int) -> None:
-        """Let a single task read its local folder, if it has one. ValueError if a split that it needs is missing."""
+        """Let a single task read its local folder, if it has one. UserError if a split that it needs is missing."""
         from lm_eval.tasks._yaml_loader import load_yaml
 
         if self.data is None or not (self.data / part).is_dir():
@@ -118,7 +119,7 @@ class Tasks:
         needed = [task.get("test_split") or task.get("validation_split")]
         needed += [task.get("fewshot_split") or task.get("training_split")] if shots else []
         if missing := [split for split in needed if split and split not in found]:
-            raise ValueError(f"task {part}: {folder}/{missing[0]}.jsonl is missing, {shots}-shot needs it")
+            raise UserError(f"task {part}: {folder}/{missing[0]}.jsonl is missing, {shots}-shot needs it")
         task["dataset_path"] = "parquet" if next(iter(found.values())).suffix == ".parquet" else "json"
         task["dataset_name"] = None
         task["dataset_kwargs"] = {"data_files": {split: str(path.resolve()) for split, path in found.items()}}
@@ -158,6 +159,6 @@ def metric_of(name: str, numbers: dict) -> str:
     """
     present = [key.removesuffix(",none") for key in numbers if "," in key and "_stderr" not in key]
     if not present:
-        raise ValueError(f"task {name}: it reports no number")
+        raise UserError(f"task {name}: it reports no number")
     wanted = [PAPER[name][1]] if name in PAPER else []
     return next((metric for metric in (*wanted, "acc_norm", "acc") if metric in present), present[0])

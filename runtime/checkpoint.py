@@ -3,38 +3,67 @@
     checkpoints/step_0001000/model.safetensors         the weights, by parameter name
                              average.safetensors       with --ema: the averaged weights, by parameter name
                              optimizer-0.safetensors   the optimizer state that rank 0 writes, "parameter/key"
-                             state.json                step, losses, config, sha256 of each file
+                             state.json                step, position in the data, losses, config, sha256 of each file
 
 A checkpoint is written under a temporary name, flushed to the disk and renamed, so a folder with its final name is
-complete. The hashes reveal later damage.
+complete. If the step is saved a second time, the former folder is kept until the new one has the name. The hashes, one
+of them of state.json itself, reveal later damage.
 
 A thread writes the files. With `background`, training continues meanwhile and the thread writes a copy of the
 tensors. Only the main threads of the ranks communicate: after all ranks have written their files, the folder is
 renamed between two steps.
 """
 
+import hashlib
+import itertools
 import json
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from optimizers.options import errors_of, option
 from runtime.command import first_line
 from runtime.distributed import ALONE, Exchange, World
-from runtime.files import sha256_of, sync, write_json
+from runtime.errors import UserError
+from runtime.files import (
+    ASIDE,
+    UNFINISHED,
+    delete_folder,
+    replace_folder,
+    restore_folder,
+    sha256_of,
+    write_json,
+    write_new,
+)
 
 MODEL, AVERAGE, STATE = "model.safetensors", "average.safetensors", "state.json"
+FORMAT = 2  # of state.json
+COUNTS, LOSSES = ("step", "tokens", "sequences"), ("val_loss", "best_val_loss", "train_seconds")  # keys of state.json
 STEP_OF_RUN = re.compile(r"(.+)@(\d+)")  # names a checkpoint: runs/NAME@600
-FAILURES = (OSError, RuntimeError, MemoryError, SafetensorError)  # the errors that cost a checkpoint and not the run
+STEP_FOLDER = re.compile(rf"(?:{ASIDE})?step_(\d+)")
+FAILURES = (OSError, RuntimeError, MemoryError, SafetensorError)  # errors that fail one checkpoint, not the run
+DTYPES = {  # as the safetensors format names them
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +85,7 @@ class CheckpointConfig:
         return errors_of(self)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be written or read. The message names it and the reason."""
 
 
@@ -118,11 +147,11 @@ class Checkpointer:
 
         Returns the folder. In the background it returns None, and `poll` or `finish` return the folder later. Waits
         for the previous checkpoint first.
-        Raises CheckpointError on every rank if one rank could not write. Earlier checkpoints are untouched.
+        Raises CheckpointError on every rank if one rank could not write. Earlier checkpoints are intact.
         """
         self.finish()
         final = self.folder / f"step_{state['step']:07d}"
-        temporary = self.folder / f"tmp-{final.name}"
+        temporary = self.folder / (UNFINISHED + final.name)
         files: dict[str, Mapping[str, Tensor]] = {}
         if self.world.is_main:
             files = {MODEL: model} | ({AVERAGE: average} if average else {})
@@ -133,7 +162,7 @@ class Checkpointer:
             if self.config.background:
                 files = self._copied(files)
             if self.world.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
+                delete_folder(temporary)
                 temporary.mkdir(parents=True)
         except FAILURES as error:
             problem = first_line(error)
@@ -178,7 +207,7 @@ class Checkpointer:
         """If rank 0 knows a problem, delete the temporary folder and raise the problem on every rank."""
         problem = next(filter(None, problems), None)
         if problem and self.world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
+            delete_folder(temporary)
         if problem := self.world.from_main(problem):
             raise CheckpointError(f"checkpoint of step {state['step']} could not be written: {problem}")
 
@@ -199,44 +228,53 @@ class Checkpointer:
 
     def _publish(self, pending: PendingSave, hashes: dict[str, str]) -> None:
         """Complete a written checkpoint and give it its final name."""
-        write_json(pending.temporary / STATE, {**pending.state, "sha256": hashes})
-        sync(pending.temporary)
-        shutil.rmtree(pending.final, ignore_errors=True)
-        pending.temporary.rename(pending.final)
-        sync(self.folder)
+        state = {"format": FORMAT, **pending.state, "sha256": hashes}
+        write_json(pending.temporary / STATE, state | {"state_sha256": state_sha256(state)})
+        replace_folder(pending.temporary, pending.final)
         self._prune(pending.state["step"])
 
     def _prune(self, newest: int) -> None:
         """Delete all checkpoints except the latest `keep`, the best one, and milestones.
 
         newest: the step that was just written. Folders of later steps are damaged checkpoints that a resume skipped.
-        They do not count and are not deleted.
+        They do not count and are not deleted. Only losses that were measured as the newest one was are compared.
         """
-        found = {path: _read_state(path) for path in self._folders()}
+        found = {path: read_state(path)[0] for path in self._folders()}
         states = {path: s for path, s in found.items() if s and s["step"] <= newest}
-        losses = {path: s["val_loss"] for path, s in states.items() if s.get("val_loss") is not None}
+        measured_on = next((s.get("measured_on") for s in states.values()), None)
+        comparable = {path: s for path, s in states.items() if s.get("measured_on") == measured_on}
+        losses = {path: s["val_loss"] for path, s in comparable.items() if s.get("val_loss") is not None}
         kept = set(list(states)[: self.config.keep])
         if losses:
             kept.add(min(losses, key=losses.__getitem__))
         if every := self.config.milestone_every:
             kept |= {path for path, s in states.items() if s["step"] % every == 0}
         for path in states.keys() - kept:
-            shutil.rmtree(path, ignore_errors=True)
+            delete_folder(path)
 
     def _folders(self) -> list[Path]:
-        """Checkpoint folders, newest first."""
-        found = [p for p in self.folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
-        return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+        """Checkpoint folders, newest first; the former folder of a step if only that exists."""
+        found = {p: match for p in self.folder.glob("*step_*") if (match := STEP_FOLDER.fullmatch(p.name))}
+        present = [p for p in found if not p.name.startswith(ASIDE) or not (p.parent / p.name[len(ASIDE) :]).exists()]
+        return sorted(present, key=lambda p: int(found[p][1]), reverse=True)
 
-    def latest(self) -> Checkpoint | None:
+    def repair(self) -> None:
+        """Finish what a killed run was doing here. Called by the process that holds the run's lock."""
+        for aside in self.folder.glob(f"{ASIDE}step_*"):
+            restore_folder(aside.with_name(aside.name[len(ASIDE) :]))
+        for unfinished in self.folder.glob(f"{UNFINISHED}*"):
+            delete_folder(unfinished)
+
+    def latest(self, wanted: Collection[str] | None = None) -> Checkpoint | None:
         """The newest undamaged checkpoint, the same on every rank. Damaged ones are named and not changed.
 
+        wanted: the files to check; None: all of them.
         None if there is none at all. Raises CheckpointError if there are some and all are damaged.
         """
         chosen: Path | None = None
         folders = self._folders() if self.world.is_main else []
         for folder in folders:
-            if (problem := damage(folder)) is None:
+            if (problem := damage(folder, wanted)) is None:
                 chosen = folder
                 break
             print(f"checkpoint {folder} is damaged ({problem}); trying the one before it", file=sys.stderr)
@@ -245,22 +283,22 @@ class Checkpointer:
             raise CheckpointError(
                 f"every checkpoint in {self.folder} is damaged; repair one, or start the training over with --fresh"
             )
-        return Checkpoint(chosen, _read_state(chosen) or {}) if chosen else None
+        return checkpoint_in(chosen) if chosen else None
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, wanted: Collection[str] | None = None) -> Checkpoint:
     """A checkpoint folder, that of "RUN@STEP", or the newest good one of a run folder.
 
-    Raises CheckpointError if there is none.
+    wanted: the files to check, as others are not read; None: all of them. Raises CheckpointError if there is none.
     """
     path = Path(path)
     if not path.exists() and STEP_OF_RUN.fullmatch(str(path)):
         path = step_folder(str(path))
     if (path / STATE).exists():
-        if problem := damage(path):
+        if problem := damage(path, wanted):
             raise CheckpointError(f"checkpoint {path} is damaged ({problem}); use another one of this run")
-        return Checkpoint(path, _read_state(path) or {})
-    found = Checkpointer(path / "checkpoints", CheckpointConfig(), ALONE).latest()
+        return checkpoint_in(path)
+    found = Checkpointer(path / "checkpoints", CheckpointConfig(), ALONE).latest(wanted)
     if found is None:
         raise CheckpointError(f"{path}: neither a checkpoint (no {STATE}) nor a run folder with one")
     return found
@@ -280,14 +318,13 @@ def step_folder(source: str) -> Path:
     raise CheckpointError(f"{source}: {problem}; give RUN@STEP with a step that was kept ({has})")
 
 
-def branch_origin(source: str, run_folder: Path, fresh: bool, world: World) -> Path | None:
-    """The checkpoint "RUN@STEP" that a run branches from; None if its folder has a checkpoint already.
+def branch_origin(source: str, world: World) -> Path:
+    """The checkpoint "RUN@STEP" that a run branches from.
 
-    fresh: the run starts over in a new folder. Raises CheckpointError on every rank if there is no such checkpoint, or
-    it is damaged.
+    Raises CheckpointError on every rank if there is no such checkpoint, or it is damaged.
     """
     origin = problem = None
-    if world.is_main and (fresh or not any(run_folder.glob("checkpoints/step_*"))):
+    if world.is_main:
         try:
             origin = step_folder(source)
             if reason := damage(origin):
@@ -295,45 +332,77 @@ def branch_origin(source: str, run_folder: Path, fresh: bool, world: World) -> P
         except CheckpointError as error:
             problem = f"branch_from={error}"
     origin, problem = world.from_main((origin, problem))
-    if problem:
+    if problem or origin is None:
         raise CheckpointError(problem)
     return origin
 
 
-def start_branch(origin: Path, run_folder: Path, world: World) -> None:
+def start_branch(origin: Path, run_folder: Path) -> None:
     """Copy a checkpoint of another run, and that run's metrics, into a run folder without checkpoints."""
-    if world.is_main:
-        final, metrics = run_folder / "checkpoints" / origin.name, origin.parent.parent / "metrics.jsonl"
-        temporary = final.with_name(f"tmp-{final.name}")
-        shutil.copytree(origin, temporary, dirs_exist_ok=True)
-        if metrics.exists():  # the logger drops the records after this step
-            shutil.copy(metrics, run_folder)
-        temporary.rename(final)
-    world.from_main(None)  # the other ranks wait
+    final, metrics = run_folder / "checkpoints" / origin.name, origin.parent.parent / "metrics.jsonl"
+    temporary = final.with_name(UNFINISHED + final.name)
+    delete_folder(temporary)
+    shutil.copytree(origin, temporary)
+    if metrics.exists():  # the logger drops the records after this step
+        shutil.copy(metrics, run_folder)
+    replace_folder(temporary, final)
 
 
-def damage(folder: Path) -> str | None:
-    """The damage of a checkpoint folder, or None: state.json must be readable and every hash must match."""
-    state = _read_state(folder)
+def checkpoint_in(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder whose files are not checked. Raises CheckpointError if its state.json is damaged."""
+    state, problem = read_state(folder)
     if state is None:
-        return f"{STATE} is missing or unreadable"
+        raise CheckpointError(f"checkpoint {folder} is damaged ({problem}); use another one of this run")
+    return Checkpoint(folder, state)
+
+
+def damage(folder: Path, wanted: Collection[str] | None = None) -> str | None:
+    """The damage of a checkpoint folder, or None: state.json must be as written, and every hash must match.
+
+    wanted: the names of the files to check; None: all of them.
+    """
+    state, problem = read_state(folder)
+    if state is None:
+        return problem
     for name, digest in state["sha256"].items():
         path = folder / name
-        if not path.exists():
+        if wanted is not None and name not in wanted:
+            continue
+        if not path.is_file():
             return f"{name} is missing"
         if sha256_of(path) != digest:
             return f"{name} does not match its sha256"
     return None
 
 
-def _read_state(folder: Path) -> dict | None:
-    """The state.json of a checkpoint folder; None if it is missing or not one of ours."""
+def state_sha256(state: Mapping) -> str:
+    """The sha256 of the content of a state.json."""
+    content = {key: value for key, value in state.items() if key != "state_sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_state(folder: Path) -> tuple[dict | None, str]:
+    """The state.json of a checkpoint folder, or None and what is wrong with it."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        good = type(state["step"]) is int and state["step"] >= 0 and isinstance(state["config"], dict)
-        return state if good and MODEL in state["sha256"] and isinstance(state["sha256"], dict) else None
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+        if not isinstance(state, dict) or not isinstance(state.get("config"), dict) or "step" not in state:
+            raise ValueError("another content")
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or "not one of this program's"
+        return None, f"{STATE} cannot be read: {reason}"
+    if state.get("format") != FORMAT:
+        return None, f"{STATE} has format {state.get('format', 1)!r}, and this version reads {FORMAT}"
+    if state.get("state_sha256") != state_sha256(state):
+        return None, f"{STATE} was changed: it does not match its own sha256"
+    counts, losses = [state.get(k) for k in COUNTS], [state.get(k) for k in LOSSES]
+    if any(type(n) is not int or n < 0 for n in counts) or any(type(x) not in (int, float, NoneType) for x in losses):
+        return None, f"{STATE} holds something else than numbers under {', '.join((*COUNTS, *LOSSES))}"
+    match, files = STEP_FOLDER.fullmatch(folder.name), state.get("sha256")
+    if match and int(match[1]) != state["step"]:
+        return None, f"{STATE} is that of step {state['step']}"
+    if not isinstance(files, dict) or MODEL not in files or any(Path(name).name != name for name in files):
+        return None, f"{STATE} does not name the files of a checkpoint"
+    return state, ""
 
 
 def _write_files(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
@@ -342,7 +411,18 @@ def _write_files(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> dic
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write tensors, flush them to the disk, and return the file's sha256."""
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
-    sync(path)
-    return sha256_of(path)
+    """Write a safetensors file, flush it to the disk, and return its sha256.
+
+    The format is 8 bytes with the length of a JSON header, the header, and the tensors' bytes. Its own library needs
+    all tensors in host memory at once, and a second pass over the file for the hash; here one tensor is copied at a
+    time.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so each one is aligned
+    header, end = {}, 0
+    for name, t in ordered:
+        start, end = end, end + t.numel() * t.element_size()
+        header[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    contents = (t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for _, t in ordered)
+    return write_new(path, itertools.chain((len(text).to_bytes(8, "little"), text), contents))

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optimizers.norms import total_norm
+from runtime.errors import UserError
 
 
-class NonFiniteError(ValueError):
+class NonFiniteError(UserError):
     """Loss or gradient was not finite at `step`. No update was applied from that step on."""
 
     def __init__(self, message: str, step: int = -1) -> None:

@@ -1,7 +1,6 @@
 """The common parts of all commands: the spelling of options and numbers, and errors in one line."""
 
 import argparse
-import io
 import math
 import os
 import re
@@ -12,6 +11,9 @@ from contextlib import contextmanager
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any, NoReturn
+
+from runtime.errors import UserError
+from runtime.streams import guard_streams, printable
 
 UNITS = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 OUT_OF_MEMORY = (  # parts of messages of errors that have no class of their own
@@ -42,6 +44,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", HelpFormatter)
+        guard_streams()  # a program starts by making its parser, which may print its help
         super().__init__(*args, **kwargs)
 
     def parse_known_args(  # type: ignore[override]
@@ -55,7 +58,7 @@ class Parser(argparse.ArgumentParser):
         return self.parse_known_args(join_values(sys.argv[1:] if argv is None else argv, flags))
 
     def error(self, message: str) -> NoReturn:
-        sys.exit(f"{self.prog}: {message}; --help lists the options")
+        sys.exit(printable(f"{self.prog}: {message}; --help lists the options"))
 
 
 def spelled(argument: str) -> str:
@@ -134,30 +137,35 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
+def is_deliberate(error: BaseException) -> bool:
+    """Whether an error is the user's to correct: one that we raise on purpose, or of the system about a file."""
+    return isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None)
+
+
 @contextmanager
 def one_line(program: str, interrupted: str = "interrupted", memory: str = "use a smaller model") -> Iterator[None]:
     """End the program with one line after Ctrl-C, an error that the user can correct, or too little memory.
 
     interrupted: the message after Ctrl-C. memory: the advice when memory is too small.
+    Any other error may be a bug, so it keeps its traceback. With TRACEBACK=1 in the environment all errors do.
     Of processes that fail together, only the first one of a machine prints its line, see `_end_program`.
-    Text that the console cannot show, such as an é in ASCII, is printed as its code.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    guard_streams()
     try:
         yield
-    except KeyboardInterrupt:
-        sys.exit(f"{program}: {interrupted}")
-    except (ValueError, ImportError, OSError) as error:
-        text = str(error)
-        if isinstance(error, OSError) and error.filename and error.strerror:
-            text = f"{error.filename}: {error.strerror}"
-        _end_program(text if getattr(error, "names_itself", False) else f"{program}: {text}")
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get("TRACEBACK", "0") not in ("", "0"):
             raise
-        _end_program(f"{program}: out of memory; {memory} ({first_line(error)})")
+        if isinstance(error, KeyboardInterrupt):
+            sys.exit(f"{program}: {interrupted}")
+        if is_deliberate(error):
+            text = str(error)
+            if isinstance(error, OSError) and error.strerror:
+                text = f"{error.filename}: {error.strerror}"
+            _end_program(text if getattr(error, "names_itself", False) else f"{program}: {text}")
+        if isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error):
+            _end_program(f"{program}: out of memory; {memory} ({first_line(error)})")
+        raise
 
 
 def _end_program(message: str) -> NoReturn:
@@ -168,4 +176,4 @@ def _end_program(message: str) -> NoReturn:
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(5)
-    sys.exit(message)
+    sys.exit(printable(message))

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from optimizers.options import errors_of, option
 from runtime.distributed import signals_ignored
+from runtime.errors import UserError
 
 # The backends that are enabled for each setting of attention. On Hopper and Blackwell GPUs, torch prefers cuDNN
 # whatever order is set. So a setting that must not use cuDNN has to disable it.
@@ -79,13 +80,13 @@ def start_compile_workers(local_size: int) -> None:
     """Start Inductor's workers so that they ignore the signals that stop a run; see `signals_ignored`.
 
     local_size: processes of the run on this machine. They divide its cores among their workers, of which Inductor
-    would otherwise start up to 32 each. Raises ValueError if there is no C compiler, which every backend needs.
+    would otherwise start up to 32 each. Raises UserError if there is no C compiler, which every backend needs.
     """
     import torch._inductor.config as inductor
     from torch._inductor.async_compile import AsyncCompile
 
     if not any(map(shutil.which, (os.environ.get("CC", "gcc"), os.environ.get("CXX", "g++"), "cc", "clang"))):
-        raise ValueError("compilation needs a C compiler, and there is none: install gcc, or give --compile=false")
+        raise UserError("compilation needs a C compiler, and there is none: install gcc, or give --compile=false")
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
         cores = os.cpu_count() or 1
         inductor.compile_threads = max(1, min(inductor.compile_threads or cores, cores // local_size))
@@ -161,11 +162,11 @@ def collector_paused() -> Iterator[None]:
 def apply_compute(model: Any, config: ComputeConfig, bf16: bool) -> None:
     """Apply the settings that are attributes of a GPT. bf16: whether it computes under bf16 autocast.
 
-    Raises ValueError for a setting that needs bf16 in a float32 run.
+    Raises UserError for a setting that needs bf16 in a float32 run.
     """
     for key, value in (("residual", "bfloat16"), ("cast_weights", "step")):
         if getattr(config, key) == value and not bf16:
-            raise ValueError(f'compute.{key}="{value}": this run computes in float32; set --dtype=bfloat16 as well')
+            raise UserError(f'compute.{key}="{value}": this run computes in float32; set --dtype=bfloat16 as well')
     # layer norms compute in float32 for any input, and each branch ends in bf16 under autocast
     model.residual_dtype = torch.bfloat16 if config.residual == "bfloat16" else None
     model.recompute_blocks = config.activation_checkpointing

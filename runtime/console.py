@@ -32,12 +32,12 @@ def introduce(t: "Trainer") -> None:
     t.log.say(
         f"{run.name}\n"
         f"  model      {t.model.num_params():,} parameters: {c.n_layer} layers x {c.n_embd}, context {c.block_size}\n"
-        f"  data       {run.data.path}: {t.loader.epochs(t.steps):.2f} epochs of "
+        f"  data       {run.data.path}: {t.loader.epochs(t.total_sequences):.2f} epochs of "
         f"{len(t.loader.windows):,} windows, {run.data.sampling}\n{tokenizer}"
         f"  batch      {run.sequences} sequences = {t.world.size} processes x {t.micro_batch} x "
         f"{t.accumulation} accumulated = {run.tokens_per_step:,} tokens\n"
         f"{chosen}"
-        f"  budget     {t.steps:,} steps = {t.steps * run.tokens_per_step:,} tokens\n"
+        f"  budget     {t.steps:,} steps = {t.total_sequences * c.block_size:,} tokens\n"
         f"  optimizer  {run.optimizer}: {run.optim}\n"
         f"  state      {state_bytes(t.optimizer) / 1e6:,.1f} MB of optimizer state in this process\n"
         f"  device     {t.world.device}, {run.compute}\n"
@@ -70,6 +70,12 @@ def conclude(t: "Trainer") -> None:
     if t.step == t.steps and t.val_loss is not None:
         t.log.say(f"final   {loss_text(t.val_loss, t.evaluator.bits_per_byte(t.val_loss))}")
     t.log.say(f"run     {t.folder}")
+
+
+def finished(t: "Trainer") -> str:
+    """What a start of a finished run prints. It changes no file."""
+    loss = loss_text(t.start["val_loss"], t.evaluator.bits_per_byte(t.start["val_loss"]))
+    return f"{t.folder} is finished: {t.step} steps, {loss}; --fresh starts over, another --name is another run"
 
 
 def step_line(numbers: dict, steps: int) -> str:

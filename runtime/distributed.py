@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from runtime.errors import UserError
+
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)  # a collective that takes longer ends the run, so that it does not hang
 CONTROL_TIMEOUT = timedelta(hours=1)  # the same for messages, which wait for the slowest rank to write a checkpoint
@@ -69,6 +71,16 @@ class World:
         """The small Python object of rank 0. Every rank gets it."""
         return self.gather(item)[0]
 
+    def raise_first(self, error: Exception | None) -> None:
+        """Raise, on every rank, the error of the first rank that has one."""
+        for found in filter(None, self.gather(error)):
+            raise found
+
+    def say(self, text: str) -> None:
+        """Print a line once."""
+        if self.is_main:
+            print(text, flush=True)
+
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -77,7 +89,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 def start_world(device: str) -> Iterator[World]:
     """Join the run that torchrun started, or run as one process. device: "auto", "cpu", "cuda" or "cuda:N".
 
-    Raises ValueError if the device does not exist.
+    Raises UserError if the device does not exist.
     """
     launched = "RANK" in os.environ
     torch_device = resolve_device(device, int(os.environ.get("LOCAL_RANK", 0)) if launched else None)
@@ -114,18 +126,18 @@ def _stop_with_launcher() -> None:
 def resolve_device(device: str, local_rank: int | None = None) -> torch.device:
     """The torch device of a device name. With a local rank, the rank selects the GPU, unless it sees only one.
 
-    Raises ValueError if the device does not exist, and for "auto" if the machine has a GPU that torch cannot use.
+    Raises UserError if the device does not exist, and for "auto" if the machine has a GPU that torch cannot use.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu" and (gpus := _unusable_gpus()):
-            raise ValueError(
+            raise UserError(
                 f'device="auto": nvidia-smi lists "{gpus[0]}", but torch {torch.__version__} cannot use it. Usually '
                 f"the driver is too old for CUDA {torch.version.cuda}: update it, or install an older build of torch; "
                 "--device=cpu trains without the GPU"
             )
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f'device="{device}": must be "auto", "cpu", "cuda" or "cuda:N"')
+        raise UserError(f'device="{device}": must be "auto", "cpu", "cuda" or "cuda:N"')
     resolved = torch.device(device)
     if resolved.type == "cpu":
         return resolved
@@ -134,7 +146,7 @@ def resolve_device(device: str, local_rank: int | None = None) -> torch.device:
     if local_rank is not None and count == 1:  # some schedulers show each process a GPU of its own, as number 0
         index = 0
     if index >= count:
-        raise ValueError(
+        raise UserError(
             f'device="{device}": GPU {index} was asked for, but torch {torch.__version__} sees {count}; '
             "use --device=cpu, or fewer processes per machine"
         )
@@ -243,9 +255,9 @@ class StopRequest:
             self.world.gather(None)  # if one rank ended at once while another saved, the save would fail
             self._steps_finish = True
 
-    def agreed(self) -> bool:
-        """Whether all ranks stop now."""
-        return bool(self._exchange.any(self.signal is not None))
+    def agreed(self, also: bool = False) -> bool:
+        """Whether all ranks stop now. also: this rank has another reason than a signal."""
+        return bool(self._exchange.any(also or self.signal is not None))
 
     def close(self) -> None:
         """Finish the pending exchange and restore the previous signal handlers."""

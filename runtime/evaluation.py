@@ -8,9 +8,10 @@ from torch import Tensor
 
 from data.hellaswag import HellaSwag
 from data.loader import ValidationSet, to_device
+from data.shards import DataError, Dataset
 from runtime.average import weights_in_model
 from runtime.clipping import NonFiniteError
-from runtime.distributed import StopRequest
+from runtime.distributed import StopRequest, World
 
 if TYPE_CHECKING:
     from train_gpt import Trainer
@@ -19,11 +20,29 @@ if TYPE_CHECKING:
 class Evaluator:
     """Scores the present weights of a run.
 
-    hellaswag: items to score, if the run wants them. bytes_per_token: of the validation data; None if not known.
+    hellaswag: items to score, if the run wants them.
     """
 
-    def __init__(self, validation: ValidationSet, hellaswag: HellaSwag | None, bytes_per_token: float | None) -> None:
-        self.validation, self.hellaswag, self.bytes_per_token = validation, hellaswag, bytes_per_token
+    def __init__(self, validation: ValidationSet, hellaswag: HellaSwag | None, dataset: Dataset, world: World) -> None:
+        self.validation, self.hellaswag, self.world = validation, hellaswag, world
+        self.bytes_per_token = dataset.bytes_per_token("val")  # None if not known
+        # losses may be compared if they were measured on the same
+        self.measured_on = {
+            "data": world.from_main(validation.fingerprint() if world.is_main else ""),
+            "windows": validation.count,
+            "tokens": validation.count * validation.windows.block_size,
+            "sampling": "random" if validation.random else "fixed",
+            "tokenizer": (dataset.tokenizer or {}).get("name"),
+            "bytes_per_token": self.bytes_per_token,
+        }
+
+    def comparable_losses(self, state: dict) -> tuple[float | None, float | None]:
+        """val_loss and best_val_loss of a checkpoint's state.json; None if they were measured on something else."""
+        before = state.get("measured_on") or self.measured_on
+        if changed := [key for key, value in self.measured_on.items() if before.get(key) != value]:
+            self.world.say(f"note: validation has other {', '.join(changed)} than before; the best loss starts anew")
+            return None, None
+        return state.get("val_loss"), state.get("best_val_loss")
 
     def scores(self, t: "Trainer", stop: StopRequest) -> dict[str, float] | None:
         """val_loss, and where the run has them val_loss_average, val_bits_per_byte and the numbers of HellaSwag.
@@ -52,20 +71,26 @@ class Evaluator:
     def loss(self, t: "Trainer", stop: StopRequest) -> float | None:
         """Mean loss in nats per token over the validation windows. Each rank computes a part of the batches.
 
-        Returns None if a stop request interrupted a rank. Raises NonFiniteError if the loss is not finite.
+        Returns None if a stop request interrupted a rank. Raises NonFiniteError if the loss is not finite, and
+        DataError if a rank cannot read its part, on every rank.
         """
         validation, world, model = self.validation, t.world, t.compiled
         # one place per batch, so that the order of the sum does not depend on the number of ranks
         sums = torch.zeros(len(validation), dtype=torch.float64, device=world.device)
-        interrupted = False
+        interrupted, unreadable = False, None
         model.eval()
         for number in range(world.rank, len(validation), world.size):
             if interrupted := stop.signal is not None:
                 break
-            idx, targets, windows = validation.inputs(number, t.step, world.device)
+            try:
+                idx, targets, windows = validation.inputs(number, t.step, world.device)
+            except DataError as error:
+                unreadable = error
+                break
             with t.autocast:
                 sums[number] = model(idx, targets).double() * windows
         model.train()
+        world.raise_first(unreadable)
         if any(world.gather(interrupted)):
             return None
         loss_sum = world.sum(sums).sum().item()

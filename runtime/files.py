@@ -1,12 +1,13 @@
-"""Files that are complete or absent, their hashes, and lock files."""
+"""Files and folders that are complete or absent at every moment, their hashes, and lock files."""
 
 import errno
 import hashlib
 import json
 import os
+import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ try:
     import fcntl
 except ImportError:
     sys.exit("this program needs Linux or macOS; on Windows, run it in WSL (the optimizers alone run everywhere)")
+
+# a file system that cannot flush the entries of a folder gives one of these errors; all others are real
+CANNOT_SYNC_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EBADF)
+ASIDE = "old-"  # prefix of a folder's name while a new folder takes its place
+UNFINISHED = "tmp-"  # prefix of the names of folders that are being written or deleted
 
 
 def sha256_of(path: Path) -> str:
@@ -25,26 +31,42 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_durably(path: Path, *parts: Any) -> str:
-    """Write a file under a temporary name, flush it to the disk and rename it. Returns its sha256.
+def write_new(path: Path, parts: Iterable[Any]) -> str:
+    """Write a file that does not exist, and flush it to the disk. Returns its sha256.
 
-    So the file is complete or absent. If writing fails, the temporary file is deleted.
+    parts: bytes, arrays or other buffers, one after the other. If writing fails, the file is deleted.
     """
-    temporary = path.with_name(path.name + ".tmp")
     digest = hashlib.sha256()
     try:
-        with open(temporary, "wb") as f:
+        with open(path, "xb") as f:  # does not follow a link that somebody put there
             for part in parts:
                 f.write(part)
                 digest.update(part)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         error.filename = error.filename or str(path)  # the error of a failed write does not name the file
+        if not isinstance(error, FileExistsError):
+            with suppress(OSError):
+                path.unlink()
         raise
     return digest.hexdigest()
+
+
+def write_durably(path: Path, *parts: Any) -> str:
+    """Write a file under a temporary name, flush it to the disk and rename it. Returns its sha256.
+
+    So the old or the new file is complete at every moment. If writing fails, the temporary file is deleted.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    digest = write_new(temporary, parts)
+    try:
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    return digest
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -52,28 +74,98 @@ def write_json(path: Path, content: Any) -> None:
     write_durably(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to the disk, so that they survive a power failure."""
+def sync_folder(path: Path) -> None:
+    """Flush the entries of a folder to the disk, so that they survive a power failure, if the file system can."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC_FOLDERS:
+            error.filename = str(path)
+            raise
     finally:
         os.close(handle)
 
 
+def replace_folder(new: Path, final: Path) -> None:
+    """Give a complete folder its final name, in place of a folder that has it.
+
+    Two folders cannot change places in one operation. So the old one is renamed, and deleted only when the new one
+    has its name. `restore_folder` repairs what an interruption leaves.
+    """
+    sync_folder(new)
+    aside = _aside(final)
+    if final.exists():
+        delete_folder(aside)
+        final.rename(aside)
+    try:
+        new.rename(final)
+    except OSError:
+        restore_folder(final)
+        raise
+    sync_folder(final.parent)
+    delete_folder(aside)
+
+
+def restore_folder(final: Path) -> None:
+    """Finish or undo an interrupted `replace_folder`, so that `final` is the new or the old folder."""
+    aside = _aside(final)
+    if not aside.exists():
+        return
+    if final.exists():
+        delete_folder(aside)
+    else:
+        aside.rename(final)
+
+
+def _aside(final: Path) -> Path:
+    return final.with_name(ASIDE + final.name)
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder, if it exists, so that it is complete or absent under its name at every moment.
+
+    What cannot be deleted stays under a temporary name, because nothing depends on it.
+    """
+    with suppress(OSError):
+        if not folder.name.startswith(UNFINISHED):
+            folder = folder.rename(folder.with_name(UNFINISHED + folder.name))
+        shutil.rmtree(folder)
+
+
+def follow_umask(folder: Path) -> None:
+    """Give the files of a folder the permissions of new files. Some libraries let only the owner read theirs."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~mask)
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Lock a lock file, and delete it at the end. Raises BlockingIOError if another process has locked it."""
-    with open(path, "w") as f:
+    """Lock a lock file, and delete it at the end. Raises BlockingIOError if another process has locked it.
+
+    A file system that cannot lock files is used without a lock, and stderr says so.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC  # a link that somebody put there is an error
+    handle = os.open(path, flags, 0o666)
+    try:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            error.filename = str(path)
+            raise
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # some network file systems cannot lock files
-                raise
-        # a process that ended since `open` has deleted this file, and another one may hold the lock of a new file
-        if not path.exists() or not os.path.samestat(os.fstat(f.fileno()), path.stat()):
+            reason = f"this file system cannot lock files ({error.strerror})"
+            print(f"{path}: {reason}; do not start the same command twice at a time", file=sys.stderr)
+        # the previous owner may have deleted this file after we opened it; then our lock protects nothing
+        if not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
             raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK), str(path))
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # an error inside is the one to show
+                path.unlink(missing_ok=True)
+    finally:
+        os.close(handle)

@@ -2,22 +2,23 @@
 
 import itertools
 import json
-import shutil
+import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from runtime.distributed import World
-from runtime.files import locked, write_durably, write_json
+from runtime.errors import UserError
+from runtime.files import locked, write_json
 from runtime.logger import METRICS
 
 CONFIG, ENVIRONMENT = "config.json", "environment.json"
 INIT_SHA256 = "init_sha256"  # key of config.json: hash of the weights that --init_from has read
 
 
-class RunFolderError(ValueError):
+class RunFolderError(UserError):
     """A run folder that cannot be used. The message names it and says what to do."""
 
 
@@ -27,7 +28,6 @@ class Comparison:
 
     may_change: set[str]  # dotted keys that may differ
     defaults: dict[str, Any]  # the default of every dotted key, for runs that started before the key existed
-    raw_dataset: str = ""  # fingerprint of the dataset as it would be without a manifest
 
 
 @contextmanager
@@ -35,6 +35,8 @@ def run_lock(path: Path, world: World) -> Iterator[None]:
     """Lock a run folder for this run. Raises RunFolderError, on every rank, if another run uses it."""
 
     def lock() -> str | None:
+        if path.parent.is_symlink() and not path.parent.exists():
+            return f"log.folder={path.parent}: is a link to {os.readlink(path.parent)}, which does not exist"
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             stack.enter_context(locked(path.with_name(f".{path.name}.lock")))
@@ -47,36 +49,35 @@ def run_lock(path: Path, world: World) -> Iterator[None]:
         yield
 
 
-def open_run_folder(
-    path: Path, config: dict, comparison: Comparison, environment: dict, fresh: bool, world: World
-) -> None:
-    """Create a run folder, or open an existing one to resume its run.
+def compare_settings(path: Path, settings: dict, comparison: Comparison, world: World) -> None:
+    """Compare the settings of a run with those in its folder, if it has started there. Changes no file.
 
-    config: the resolved configuration as nested dicts. fresh: rename an existing folder and start over.
-    Raises RunFolderError, on every rank, if the folder cannot be written or contains a different run.
+    Raises RunFolderError, on every rank, if the folder contains a different run.
     """
-    _on_main(lambda: _open(path, config, comparison, environment, fresh), path, world)
+    _on_main(lambda: _difference(path, settings, comparison), path, world)
 
 
-@contextmanager
-def undone_on_error(path: Path, world: World) -> Iterator[None]:
-    """Inside, a run is set up in its folder. If that fails, the folder has its former settings and checkpoints again.
+def write_settings(path: Path, settings: dict, facts: dict, fresh: bool, world: World) -> None:
+    """Create a run folder, or open an existing one. Called when nothing can be wrong with the settings any more.
 
-    So a command with a wrong setting does not change what the corrected command finds.
+    settings: the configuration as nested dicts. facts: of this start, such as versions. fresh: rename an existing
+    folder and start over. Raises RunFolderError, on every rank, if the folder cannot be written.
     """
-    present = {*path.glob("checkpoints/step_*"), *(path / name for name in (CONFIG, METRICS) if (path / name).exists())}
-    settings = (path / CONFIG).read_bytes() if path / CONFIG in present else None
-    try:
-        yield
-    except Exception:
-        if world.is_main:
-            for copy in set(path.glob("checkpoints/step_*")) - present:  # of the run that this one branches from
-                shutil.rmtree(copy)
-            for added in {path / CONFIG, path / METRICS} - present:
-                added.unlink(missing_ok=True)
-            if settings is not None and (path / CONFIG).read_bytes() != settings:
-                write_durably(path / CONFIG, settings)
-        raise
+
+    def write() -> None:
+        if fresh and path.exists():
+            names = (path.with_name(f"{path.name}.before-{n}") for n in itertools.count(1))
+            path.rename(next(p for p in names if not p.exists()))
+        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        kept = {}
+        if (path / CONFIG).exists():
+            with suppress(ValueError, AttributeError):  # it was compared if it matters
+                before = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+                kept = {key: before[key] for key in (INIT_SHA256,) if key in before}
+        write_json(path / CONFIG, kept | settings)
+        write_json(path / ENVIRONMENT, facts)
+
+    _on_main(write, path, world)
 
 
 def _on_main(action: Callable[[], str | None], path: Path, world: World) -> None:
@@ -91,46 +92,33 @@ def _on_main(action: Callable[[], str | None], path: Path, world: World) -> None
         raise RunFolderError(problem)
 
 
-def _open(path: Path, config: dict, comparison: Comparison, environment: dict, fresh: bool) -> str | None:
-    if fresh and path.exists():
-        names = (path.with_name(f"{path.name}.before-{n}") for n in itertools.count(1))
-        path.rename(next(p for p in names if not p.exists()))
-    metrics, has_checkpoints = path / METRICS, any(path.glob("checkpoints/step_*"))
+def _difference(path: Path, settings: dict, comparison: Comparison) -> str | None:
+    metrics, has_checkpoints = path / METRICS, any(path.glob("checkpoints/*step_*"))
     started = has_checkpoints or (metrics.exists() and metrics.stat().st_size > 0)
-    if started and (path / CONFIG).exists():
-        try:
-            before = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-            changed = differences(before, config, comparison.defaults)
-            config = config | {key: before[key] for key in (INIT_SHA256,) if key in before}
-        except (ValueError, AttributeError):  # not JSON, or JSON that holds no settings
-            return f"{path / CONFIG} is not readable; repair it, or start over with --fresh"
-        if "dataset" in changed and changed["dataset"][0] == comparison.raw_dataset:
-            del changed["dataset"]  # the shards got a manifest since the run started
-        for key in sorted(_flat(before).keys() - _flat(config).keys()):
-            print(f"note: {key}: this version has no such setting; the run started with it")
-        allowed = {key: changed.pop(key) for key in changed.keys() & comparison.may_change}
-        for key, (old, new) in sorted(allowed.items()):
-            print(f"note: {key}: {old} -> {new}")
-        if changed:
-            lines = "\n".join(f"  {key}: {old} -> {new}" for key, (old, new) in changed.items())
-            other_model = any(key.startswith("model.") for key in changed)
-            return (
-                f"{path} contains a run with another configuration (old -> new):\n{lines}\n"
-                "give the old values to continue it, another --name for a new run, or --fresh to start over"
-                + ("" if other_model else "; --accept_changes continues it with the new values")
-            )
-    elif has_checkpoints:
-        return f"{path} has checkpoints and no {CONFIG}; restore it (state.json has it), or start over with --fresh"
-    (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-    write_json(path / CONFIG, config)
-    write_json(path / ENVIRONMENT, environment)
-    return None
-
-
-def add_facts(path: Path, facts: dict, world: World, file: str = ENVIRONMENT) -> None:
-    """Add facts that are decided at the start of a run to its environment.json, or to its config.json."""
-    if world.is_main:
-        write_json(path / file, json.loads((path / file).read_text(encoding="utf-8")) | facts)
+    if not started:
+        return None
+    if not (path / CONFIG).exists():
+        missing = f"{path} has checkpoints and no {CONFIG}; restore it (state.json has it), or start over with --fresh"
+        return missing if has_checkpoints else None
+    try:
+        before = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        changed = differences(before, settings, comparison.defaults)
+    except (ValueError, AttributeError):  # not JSON, or JSON that holds no settings
+        return f"{path / CONFIG} is not readable; repair it, or start over with --fresh"
+    for key in sorted(_flat(before).keys() - _flat(settings).keys() - {INIT_SHA256}):
+        print(f"note: {key}: this version has no such setting; the run started with it")
+    allowed = {key: changed.pop(key) for key in changed.keys() & comparison.may_change}
+    for key, (old, new) in sorted(allowed.items()):
+        print(f"note: {key}: {old} -> {new}")
+    if not changed:
+        return None
+    lines = "\n".join(f"  {key}: {old} -> {new}" for key, (old, new) in changed.items())
+    other_model = any(key.startswith("model.") for key in changed)
+    return (
+        f"{path} contains a run with another configuration (old -> new):\n{lines}\n"
+        "give the old values to continue it, another --name for a new run, or --fresh to start over"
+        + ("" if other_model else "; --accept_changes continues it with the new values")
+    )
 
 
 def differences(before: dict, now: dict, defaults: dict[str, Any]) -> dict[str, tuple]:

@@ -5,11 +5,12 @@ metrics.jsonl is the reference. The trainer and the reports read no other record
 
 import json
 import os
+import re
 import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +19,10 @@ from tqdm import tqdm
 
 from optimizers.options import errors_of, option
 from runtime.distributed import World
+from runtime.errors import UserError
 from runtime.files import write_durably
 
-METRICS, WANDB_ID = "metrics.jsonl", "wandb_id"
+METRICS, UNREADABLE, WANDB_ID = "metrics.jsonl", "metrics.unreadable", "wandb_id"
 
 
 @dataclass(frozen=True)
@@ -93,18 +95,67 @@ class Meter:
 
 
 class MetricsFile:
-    """metrics.jsonl: one record a line. Records after the step of a resume are deleted, because the run repeats it."""
+    """metrics.jsonl: one record a line. Records after the step of a resume are deleted, because the run repeats it.
+
+    A record that cannot be written, on a full disk for example, is kept in memory and written with the next one. Lines
+    that are no records, such as one cut off by a crash, are moved to another file.
+    """
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        kept = [r for r in read_metrics(path) if r["step"] <= resume_step] if path.exists() else []
-        write_durably(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
-        self.file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  buffering=1 writes every line
+        self.path = path
+        self.waiting = b""  # records that are not written yet
+        self.problem = ""  # why the last attempt failed
+        content = path.read_bytes() if path.exists() else b""
+        lines = [(line, record_in(line)) for line in content.splitlines(keepends=True) if line.strip()]
+        unreadable = [line for line, record in lines if record is None]
+        kept = [line for line, record in lines if record and record["step"] <= resume_step]
+        if unreadable:
+            copy = path.with_name(UNREADABLE)
+            with open(copy, "ab") as f:
+                f.write(b"".join(line.rstrip(b"\n") + b"\n" for line in unreadable))
+            print(f"note: {path}: {len(unreadable)} lines are no records; they are in {copy.name} now")
+        if len(kept) < len(lines) or (content and not content.endswith(b"\n")):
+            write_durably(path, b"".join(line.rstrip(b"\n") + b"\n" for line in kept))
 
-    def record(self, numbers: dict) -> None:
-        self.file.write(json.dumps(numbers) + "\n")
+    def record(self, numbers: dict) -> str:
+        """Write a record, after those that wait. Returns what a user must know of failed attempts."""
+        self.waiting += json.dumps(numbers).encode() + b"\n"
+        return self.write()
 
-    def close(self) -> None:
-        self.file.close()
+    def write(self, durably: bool = False) -> str:
+        """Try to write what waits; durably: also flush the file to the disk. Returns as `record` does."""
+        before = self.problem
+        try:
+            with open(self.path, "a+b", buffering=0) as f:  # each time, so a deleted file is made again
+                if self.waiting:
+                    self._append(f)
+                if durably:
+                    os.fsync(f.fileno())
+            self.problem = ""
+        except OSError as error:
+            self.problem = error.strerror or str(error)
+        if self.problem and self.problem != before:
+            return f"{self.path}: {self.problem}; its records wait in memory, and every record tries again"
+        return f"{self.path}: all records are written now" if before and not self.problem else ""
+
+    def _append(self, f: Any) -> None:
+        size = f.seek(0, os.SEEK_END)
+        if size:
+            f.seek(size - 1)
+            if f.read(1) != b"\n":  # a failed write has cut a line
+                f.write(b"\n")
+        while self.waiting:
+            line, end, rest = self.waiting.partition(b"\n")
+            if f.write(line + end) < len(line + end):  # the rest fails with the reason
+                f.write(b"\n")
+            else:
+                self.waiting = rest
+
+    def close(self) -> str:
+        """Try once more. Returns what is lost now; empty if nothing is."""
+        self.write(durably=True)
+        lost = self.waiting.count(b"\n")
+        return f"{self.path}: the last {lost} records could not be written ({self.problem})" if lost else ""
 
 
 class Wandb:
@@ -114,18 +165,21 @@ class Wandb:
         try:
             import wandb
         except ImportError:
-            raise ImportError("wandb is not installed (pip install wandb)") from None
+            raise UserError("wandb is not installed (pip install wandb)") from None
         path = folder / WANDB_ID
         if not path.exists():  # the agent of a wandb sweep gives the run its id
             path.write_text(os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])
         project, mode = os.environ.get("WANDB_PROJECT", config.project), os.environ.get("WANDB_MODE", config.wandb)
         settings: dict[str, Any] = dict(project=project, name=name, id=path.read_text(), config=run)
-        settings |= dict(dir=str(folder), resume="allow")
+        settings |= dict(dir=str(folder), resume="allow", group=re.sub(r"-seed\d+", "", name))  # a group's runs: seeds
         try:
             self.run = wandb.init(**settings | dict(mode=mode))
         except Exception as error:
             print(f"wandb ({mode}) did not start: {error}")
             self.run = wandb.init(**settings | dict(mode="offline"))
+        self.run.define_metric("tokens")
+        self.run.define_metric("*", step_metric="tokens")
+        self.run.define_metric("val_loss", step_metric="tokens", summary="min")
 
     def record(self, numbers: dict) -> None:
         self.run.log(numbers, step=numbers["step"])
@@ -141,7 +195,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ImportError("tensorboard is not installed (pip install tensorboard)") from None
+            raise UserError("tensorboard is not installed (pip install tensorboard)") from None
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
     def record(self, numbers: dict) -> None:
@@ -159,7 +213,8 @@ class RunLogger:
     On a terminal, the lines of training steps replace each other at the bottom, behind a progress bar. In a file, in a
     pipe and under torchrun they are ordinary lines.
 
-    A backend is an object with `record(numbers)` and `close()`. If it fails, the run continues without it.
+    A backend is an object with `record(numbers)` and `close()`, which gets the entries of a record that are numbers.
+    If it fails, the run continues without it. metrics.jsonl, the reference, is written as soon as that is possible.
     """
 
     def __init__(
@@ -167,9 +222,10 @@ class RunLogger:
     ) -> None:
         self.main = main = world.is_main
         self.backends: dict[str, Any] = {}
-        if main:
-            self._start(METRICS, MetricsFile, folder / METRICS, resume_step)
-        if main and config.wandb not in ("off", "disabled"):
+        self.lost = ""  # after `close`: which records could not be written
+        self.metrics = MetricsFile(folder / METRICS, resume_step) if main else None
+        disabled = os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on")
+        if main and config.wandb not in ("off", "disabled") and not disabled:
             self._start("wandb", Wandb, folder, config, run, name)
         if main and config.tensorboard:
             self._start("tensorboard", TensorBoard, folder, resume_step)
@@ -179,34 +235,38 @@ class RunLogger:
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
-        if not self.main:
-            return
-        try:
+        if self.main and text:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
-        except OSError:  # the console is gone or full: from now on its output is dropped, and training continues
-            with open(os.devnull, "w") as nothing:
-                os.dup2(nothing.fileno(), 1)
 
     def record(self, numbers: dict, text: str) -> None:
         """Show `text` and hand a record, which includes "step", to the backends."""
         if self.live and "loss" in numbers:
-            with suppress(OSError):
-                self._bar.set_description_str(text, refresh=False)
-                self._bar.update(numbers["step"] - self._bar.n)
-                self._bar.refresh()
+            self._bar.set_description_str(text, refresh=False)
+            self._bar.update(numbers["step"] - self._bar.n)
+            self._bar.refresh()
         else:
             self.say(text)
+        if self.metrics:
+            self.say(self.metrics.record(numbers))
+        plain = {key: value for key, value in numbers.items() if isinstance(value, int | float)}
         for name, backend in list(self.backends.items()):
             with self._optional(name):
-                backend.record(numbers)
+                backend.record(plain)
+
+    def flush(self) -> None:
+        """Flush the records to the disk, so that a checkpoint does not outlive those before it."""
+        if self.metrics:
+            self.say(self.metrics.write(durably=True))
 
     def close(self) -> None:
-        with suppress(OSError):
-            self._bar.close()
+        """End all backends."""
+        self._bar.close()
         for name, backend in list(self.backends.items()):
             with self._optional(name):
                 backend.close()
+        if self.metrics:
+            self.lost = self.metrics.close()
 
     def _start(self, name: str, backend: type, *arguments: object) -> None:
         with self._optional(name):
@@ -218,17 +278,18 @@ class RunLogger:
             yield
         except Exception as error:  # no error of a backend may stop a run
             self.backends.pop(name, None)
-            self.say(f"{name} failed ({error}); training goes on without it")
+            self.say(f"{name} failed ({error}); training continues without it")
+
+
+def record_in(line: bytes) -> dict | None:
+    """The record in a line of metrics.jsonl; None for any other line, such as one cut off by a crash."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl. Other lines, such as one cut off by a crash, are skipped."""
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and type(record.get("step")) is int:
-            records.append(record)
-    return records
+    """The records of a metrics.jsonl. Other lines are skipped."""
+    return [record for line in path.read_bytes().splitlines() if (record := record_in(line))]

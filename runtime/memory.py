@@ -10,6 +10,7 @@ from torch import Tensor
 
 from runtime.command import is_out_of_memory
 from runtime.distributed import World
+from runtime.errors import UserError
 from runtime.hardware import available_memory
 
 ERROR = 0.05  # by which an estimate may be too high; 0.02 is the most that was seen (bench.memory)
@@ -83,7 +84,7 @@ def choose_micro_batch(
     """The largest micro-batch that fits on every rank: estimated on a CPU, measured on a GPU. Called by every rank.
 
     per_process: sequences per step of one process. attempt: see `measured_micro_batch`.
-    Raises ValueError if a single sequence does not fit.
+    Raises UserError if a single sequence does not fit.
     """
     memory = available_memory(world.device)
     estimate = estimated_micro_batch(need, per_process, world, memory)
@@ -100,7 +101,7 @@ def measured_micro_batch(
     """The largest micro-batch, from `first` downwards, whose attempt succeeds on every rank. Called by every rank.
 
     attempt: runs forward and backward with a micro-batch and returns the bytes at the peak. total: bytes that the
-    device has. Raises ValueError if a single sequence does not fit.
+    device has. Raises UserError if a single sequence does not fit.
     """
     failed: list[int] = []
     for m in divisors(per_process, first):
@@ -120,7 +121,7 @@ def measured_micro_batch(
         torch.compiler.reset()  # no other size can use the graph that was compiled for this one
         gc.collect()
         torch.cuda.empty_cache()
-    raise ValueError(
+    raise UserError(
         f"out of memory with one sequence at a time on a device of {total / 1e9:.1f} GB; use a smaller model or "
         "--block_size; --preflight estimates the memory"
     )

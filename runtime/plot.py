@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from runtime.command import Parser, one_line
+from runtime.errors import UserError
 from runtime.logger import METRICS, read_metrics
 
 CURVES = "curves.png"
@@ -11,19 +12,19 @@ CURVES = "curves.png"
 def plot_run(folder: Path) -> Path:
     """Draw loss, learning rate and gradient norm over tokens into curves.png and return its path.
 
-    Raises ImportError without matplotlib, and ValueError if there is nothing to draw.
+    Raises UserError without matplotlib, and if there is nothing to draw.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("drawing curves needs: pip install matplotlib") from None
+        raise UserError("drawing curves needs: pip install matplotlib") from None
     if not (folder / METRICS).exists():
-        raise ValueError(f"{folder}: no {METRICS} in it")
+        raise UserError(f"{folder}: no {METRICS} in it")
     records = read_metrics(folder / METRICS)
     train = [r for r in records if r.keys() >= {"tokens", "loss", "grad_norm", "lr"}]
     val = [r for r in records if r.keys() >= {"tokens", "val_loss"}]
     if not train:
-        raise ValueError(f"{folder / METRICS}: nothing logged yet")
+        raise UserError(f"{folder / METRICS}: nothing logged yet")
 
     def series(rows: list[dict], key: str) -> tuple[list, list]:
         return [r["tokens"] / 1e6 for r in rows], [r[key] for r in rows]

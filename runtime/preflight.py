@@ -25,6 +25,7 @@ from optimizers.state import state_bytes
 from runtime.command import first_line, parse_number
 from runtime.compute import apply_compute, wants_bf16, wants_compile
 from runtime.distributed import World
+from runtime.errors import UserError
 from runtime.gamma import copied_bytes
 from runtime.hardware import available_memory
 from runtime.logger import METRICS, read_metrics
@@ -110,12 +111,12 @@ def checkpoints_kept(steps: int, every: int, keep: int, milestone_every: int) ->
 
 
 def free_bytes(folder: Path) -> int:
-    """Free bytes on the disk of a run folder that may not exist yet. Raises ValueError if it cannot be created."""
+    """Free bytes on the disk of a run folder that may not exist yet. Raises UserError if it cannot be created."""
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"run folder {folder}: {existing} cannot be written into; choose another with --log.folder")
+        raise UserError(f"run folder {folder}: {existing} cannot be written into; choose another with --log.folder")
     return shutil.disk_usage(existing).free
 
 
@@ -128,7 +129,7 @@ def measured_rate(records: list[dict]) -> float | None:
 def all_reduce_seconds(world: World, elements: int = 1 << 22) -> float | None:
     """Seconds of one checked all-reduce of `elements` float32 over all ranks; None with one process.
 
-    Raises ValueError, with the usual causes, if it fails or gives a wrong sum.
+    Raises UserError, with the usual causes, if it fails or gives a wrong sum.
     """
     if world.size == 1:
         return None
@@ -140,13 +141,13 @@ def all_reduce_seconds(world: World, elements: int = 1 << 22) -> float | None:
         world.sum(x)
         x[0].item()
     except RuntimeError as error:
-        raise ValueError(
+        raise UserError(
             f"an all-reduce over {world.size} processes failed ({first_line(error)}); name the network "
             "interface between the machines with NCCL_SOCKET_IFNAME (GLOO_SOCKET_IFNAME on a CPU), or switch "
             "InfiniBand off with NCCL_IB_DISABLE=1"
         ) from None
     if not right:
-        raise ValueError(f"an all-reduce over {world.size} processes gives wrong sums; check drivers and cables")
+        raise UserError(f"an all-reduce over {world.size} processes gives wrong sums; check drivers and cables")
     return time.perf_counter() - start
 
 
@@ -154,7 +155,7 @@ def report(run: RunConfig, world: World, verify: bool, rate: float | None) -> tu
     """What the run needs, one fact a line, and whether all of it is available. Called by every rank.
 
     verify: hash every shard. rate: tokens/s; None: as an earlier start of this run measured it, if there was one.
-    Raises ValueError for a file or a batch that cannot be used, and if the ranks cannot communicate.
+    Raises UserError for a file or a batch that cannot be used, and if the ranks cannot communicate.
     """
     folder, steps, saving = Path(run.log.folder) / run.name, run.total_steps, run.checkpoint
     tokens, per_process = steps * run.tokens_per_step, run.per_process(world.size)
@@ -162,7 +163,7 @@ def report(run: RunConfig, world: World, verify: bool, rate: float | None) -> tu
     if run.data.hellaswag:
         HellaSwag.of_run(run.data, dataset)
     sizes = dict(block_size=run.model.block_size, vocab_size=run.model.vocab_size, seed=run.seed)
-    epochs = TrainLoader(dataset, run.data, batch_size=run.sequences, **sizes).epochs(steps)
+    epochs = TrainLoader(dataset, run.data, batch_size=run.sequences, **sizes).epochs(steps * run.sequences)
     problems, checked = check_shards(dataset, world, verify)
     if rate is None and (folder / METRICS).exists():
         rate = measured_rate(read_metrics(folder / METRICS))
@@ -216,13 +217,13 @@ def time_needed(tokens: int, rate: float | None) -> str:
 
 
 def preflight(run: RunConfig, world: World, verify: bool, rate: str | None) -> None:
-    """Print what the run needs; the exit status is 1 if something is missing. Raises ValueError for a bad rate."""
+    """Print what the run needs; the exit status is 1 if something is missing. Raises UserError for a bad rate."""
     try:
         tokens_per_s = parse_number(rate) if rate is not None else None
     except ValueError:
         tokens_per_s = math.nan
     if tokens_per_s is not None and not 1 <= tokens_per_s < math.inf:
-        raise ValueError(f"--tokens_per_s={rate}: must be a number of at least 1")
+        raise UserError(f"--tokens_per_s={rate}: must be a number of at least 1")
     text, good = report(run, world, verify, tokens_per_s)
     if world.is_main:
         print(text, flush=True)

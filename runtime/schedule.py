@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from optimizers.options import errors_of, option
 from optimizers.settings import Settings
 from runtime.command import parse_number
+from runtime.errors import UserError
 
 # A shape maps `progress` in [0, 1] to a factor in [0, 1]: 1 is the peak learning rate, 0 the final one. `decay` is the
 # setting wsd_decay. A new schedule is one more line.
@@ -46,14 +47,14 @@ class ScheduleConfig:
 
 
 def parse_moves(text: str) -> dict[str, float]:
-    """The text "gamma:0.05,momentum:0.98" as a dict. Raises ValueError for other text."""
+    """The text "gamma:0.05,momentum:0.98" as a dict. Raises UserError for other text."""
     out = {}
     for part in filter(None, text.split(",")):
         name, _, value = part.strip().partition(":")
         try:
             out[name.strip()] = float(parse_number(value.strip()))
         except ValueError:
-            raise ValueError('must be names and final values, for example "gamma:0.05,momentum:0.98"') from None
+            raise UserError('must be names and final values, for example "gamma:0.05,momentum:0.98"') from None
     return out
 
 
@@ -64,6 +65,25 @@ def learning_rate(config: ScheduleConfig, step: int, steps: int, peak: float) ->
     progress = min(1.0, (step - config.warmup) / max(1, steps - config.warmup))
     low = peak * config.min_lr_ratio if config.min_lr is None else config.min_lr
     return low + SHAPES[config.shape](progress, config.wsd_decay) * (peak - low)
+
+
+def budget_problem(state: dict, schedule: ScheduleConfig, steps: int, branch: bool) -> str | None:
+    """Why a budget of `steps` steps cannot continue a checkpoint; None if it can.
+
+    state: the checkpoint's state.json. branch: another run begins there, which may have another learning rate.
+    """
+    step, before, saved = state["step"], state["steps"], state["config"]["schedule"]
+    if step > steps:
+        return f"a budget of {steps} steps is smaller than the {step} that are done"
+    old = ScheduleConfig(**{key: saved[key] for key in vars(schedule).keys() & saved.keys()})
+    then, now = learning_rate(old, step, before, 1.0), learning_rate(schedule, step, steps, 1.0)
+    if branch or step == steps == before or math.isclose(then, now, rel_tol=1e-6):
+        return None
+    return (
+        f"the learning rate would jump at step {step} from {then:.3g} to {now:.3g} times its peak, because the budget "
+        f"of {before} steps becomes {steps}; begin another run before the decay with --branch_from=RUN@STEP, or give "
+        "--accept_changes"
+    )
 
 
 def moved(start: float, end: float, step: int, steps: int) -> float:

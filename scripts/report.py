@@ -15,6 +15,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.errors import UserError
+
 if __package__ in (None, ""):  # run as a file: python scripts/report.py
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -66,18 +68,18 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder. Raises ValueError if it is not one or has no evaluation yet."""
+    """Read a run folder. Raises UserError if it is not one or has no evaluation yet."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         records = read_metrics(folder / METRICS)
     except FileNotFoundError as error:
-        raise ValueError(f"{folder}: not a run folder (no {Path(error.filename).name})") from None
+        raise UserError(f"{folder}: not a run folder (no {Path(error.filename).name})") from None
     except ValueError:
-        raise ValueError(f"{folder / CONFIG}: not readable as JSON") from None
+        raise UserError(f"{folder / CONFIG}: not readable as JSON") from None
     try:
         return run_of(folder, config, records)
     except (KeyError, TypeError):
-        raise ValueError(f"{folder}: not a run of train_gpt.py") from None
+        raise UserError(f"{folder}: not a run of train_gpt.py") from None
 
 
 def run_of(folder: Path, config: dict, records: list[dict]) -> Run:
@@ -90,7 +92,7 @@ def run_of(folder: Path, config: dict, records: list[dict]) -> Run:
             times = {"train_s": latest.get("train_s"), "gradients": latest.get("gradient_evaluations")}
             points.append({"tokens": record["tokens"], "val_loss": record["val_loss"], **times})
     if not points:
-        raise ValueError(f"{folder}: no evaluation in {METRICS} yet")
+        raise UserError(f"{folder}: no evaluation in {METRICS} yet")
     with torch.device("meta"):
         parameters = GPT(GPTConfig(**config["model"])).num_params()
     path = Path(config["data"]["path"]).name.lower()
@@ -205,7 +207,7 @@ def draw(runs: list[Run], path: Path) -> None:
 
 
 def read_results(path: Path | None, *keys: str) -> dict | None:
-    """The values of `keys` in a file of eval.run or eval.perplexity; None without a path. ValueError if it has none."""
+    """The values of `keys` in a file of eval.run or eval.perplexity; None without a path. UserError if it has none."""
     try:
         if path is None:
             return None
@@ -213,7 +215,7 @@ def read_results(path: Path | None, *keys: str) -> dict | None:
         return {key: content[key] for key in keys}
     except (ValueError, KeyError, TypeError):
         writer = "results.json of eval.run" if "scores" in keys else "file that eval.perplexity --out wrote"
-        raise ValueError(f"{path}: not a {writer}") from None
+        raise UserError(f"{path}: not a {writer}") from None
 
 
 def page(runs: list[Run], paired: dict | None, scores: dict | None) -> str:
@@ -247,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
             print(on_track(read_run(args.on_track)))
             return
         if not args.runs:
-            raise ValueError("name at least one run folder")
+            raise UserError("name at least one run folder")
         runs = [read_run(folder) for folder in args.runs]
         paired = read_results(args.paired, "text", "context", "models", "paired")
         scores = read_results(args.scores, "scores")

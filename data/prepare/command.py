@@ -174,6 +174,6 @@ def coverage(folder: Path, config: str, overrides: list[str]) -> str:
     val = ValidationSet(dataset, run.data, micro_batch=1, **sizes)  # to count its windows
     budget = f"{run.total_steps:,} steps = {run.total_steps * run.tokens_per_step:,} tokens"
     return (
-        f"  {'epochs':15} {train.epochs(run.total_steps):.2f} with {run.size}: {budget}\n"
+        f"  {'epochs':15} {train.epochs(run.total_steps * run.sequences):.2f} with {run.size}: {budget}\n"
         f"  {'validation':15} {val.count:,} of {len(val.windows):,} windows of {run.model.block_size:,} tokens"
     )

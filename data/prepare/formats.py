@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from data.shards import DataError
 from runtime.command import first_line
+from runtime.errors import UserError
 
 CHUNK_BYTES = 1 << 20  # a chunk takes about 0.1 s to tokenize, far longer than it takes to send to a worker
 CHUNK_DOCUMENTS = 512
@@ -41,7 +42,7 @@ def library(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise ImportError(f"{module} is missing: pip install datasets") from None
+        raise UserError(f"{module} is missing: pip install datasets") from None
 
 
 @contextmanager
