@@ -161,6 +161,7 @@ class Trainer:
                 start_branch(self.origin, self.folder)
         self.log = RunLogger(self.folder, run.log, self.settings, run.name, self.steps, self.step, world)
         self.batches = prefetch(self.loader, self.step, pin=world.device.type == "cuda")
+        self.unreadable: DataError | None = None
         self.ahead: deque[Any] = deque()  # the next batches; an error takes the place of one that cannot be read
 
     @property

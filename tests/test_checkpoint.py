@@ -39,9 +39,13 @@ def stepped(model, steps=3):
     return optimizer
 
 
+def state_of(step, **more):
+    return dict(step=step, steps=100, tokens=10 * step, sequences=step, config={}) | more
+
+
 def save(checkpointer, step, val_loss=None, model=None):
     model = model or Small()
-    state = dict(step=step, val_loss=val_loss, config={})
+    state = state_of(step, val_loss=val_loss)
     checkpointer.save(dict(model.named_parameters()), named_state(stepped(model), model), state)
 
 
@@ -61,7 +65,7 @@ def test_state_is_restored_by_name(tmp_path):
     model = Small()
     optimizer = stepped(model)
     checkpointer = Checkpointer(tmp_path, CheckpointConfig(), ALONE)
-    checkpointer.save(dict(model.named_parameters()), named_state(optimizer, model), dict(step=3, config={}))
+    checkpointer.save(dict(model.named_parameters()), named_state(optimizer, model), state_of(3))
     found = checkpointer.latest()
     assert set(found.optimizer()) == {f"{n}/{k}" for n in ("matrix", "gain") for k in ("step", "exp_avg", "exp_avg_sq")}
     other = Small()
@@ -185,7 +189,7 @@ def poll_until_saved(checkpointer) -> Path:
 
 def test_a_background_save_writes_the_tensors_as_they_were_at_the_save(tmp_path, gate):
     model = Small()
-    optimizer, state = stepped(model), dict(step=3, config={"a": 1}, val_loss=0.1)
+    optimizer, state = stepped(model), state_of(3, val_loss=0.1)
     background = in_background(tmp_path / "b")
     tensors = dict(model.named_parameters()), named_state(optimizer, model)
     assert background.save(*tensors, state) is None
@@ -255,7 +259,7 @@ def main(folder: str) -> None:
             if world.rank == 1:
                 slow = lambda path, tensors: (time.sleep(0.2), write(path, tensors))[1]  # noqa: E731
                 checkpoint.write_tensors = disk_full if step == 1 else slow
-            background.save({"p": parameter}, {f"p{world.rank}/m": parameter + step}, dict(step=step, config={}))
+            background.save({"p": parameter}, {f"p{world.rank}/m": parameter + step}, state_of(step))
             polls, outcome = 0, None
             while outcome is None:
                 world.sum(torch.ones(1))  # communication of the training

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIG, ROOT, VOCAB, environment, finish, launch, make_dataset, make_tokens
+from conftest import CONFIG, ROOT, VOCAB, change_state, environment, finish, launch, make_dataset, make_tokens
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
@@ -33,6 +33,7 @@ from runtime import checkpoint, preflight
 from runtime.checkpoint import Checkpointer, write_tensors
 from runtime.command import one_line
 from runtime.distributed import ALONE
+from runtime.errors import UserError
 from runtime.folder import run_lock
 from runtime.logger import read_metrics
 from runtime.memory import MicroBatch
@@ -305,7 +306,7 @@ def test_an_evaluation_that_was_cut_short_is_made_when_the_run_continues(argumen
         return scores(self, t, stop)
 
     monkeypatch.setattr(train_gpt.Evaluator, "scores", interrupted)
-    monkeypatch.setattr(train_gpt.StopRequest, "agreed", lambda self: False)  # several ranks agree one step later
+    monkeypatch.setattr(train_gpt.StopRequest, "agreed", lambda self, also: False)  # several ranks agree one step later
     folder = run_in_process(arguments)
     assert max(series(folder)) == step
     assert step not in series(folder, "val_loss")
@@ -327,7 +328,7 @@ def test_another_dataset_under_the_same_path_is_refused(arguments, tmp_path):
 
 def test_a_compiled_run_starts_its_compile_workers_first(arguments, monkeypatch):
     def start(processes):
-        raise ValueError(f"workers for {processes} processes")
+        raise UserError(f"workers for {processes} processes")
 
     monkeypatch.setattr("runtime.compute.start_compile_workers", start)
     monkeypatch.setattr(train_gpt, "start_world", lambda device: nullcontext(replace(ALONE, local_size=8)))
@@ -365,13 +366,42 @@ def test_out_of_memory_is_one_line(arguments):
     assert "out of memory; use a smaller --micro_batch or model" in stops(arguments, "--n_embd=100000000")
 
 
-def test_a_finished_run_is_not_run_again(arguments, straight, capsys):
-    shutil.copytree(straight, folder_of(arguments))
-    before = (folder_of(arguments) / FINAL).stat().st_mtime_ns
-    run_in_process(arguments)
-    assert "continuing at step 12" in capsys.readouterr().out
-    assert (folder_of(arguments) / FINAL).stat().st_mtime_ns == before
-    assert series(folder_of(arguments)) == series(straight)
+@pytest.mark.parametrize("changes", [[], ["--eval_every=5", "--val_windows=7", "--log.every=3", "--checkpoint.keep=1"]])
+def test_a_start_of_a_finished_run_changes_no_file(arguments, straight, capsys, changes):
+    folder = folder_of(arguments)
+    shutil.copytree(straight, folder)
+    before = {p: (p.stat().st_mtime_ns, p.is_file() and p.read_bytes()) for p in [folder, *folder.rglob("*")]}
+    run_in_process(arguments, *changes)
+    assert "is finished: 12 steps, validation loss" in capsys.readouterr().out
+    assert {p: (p.stat().st_mtime_ns, p.is_file() and p.read_bytes()) for p in [folder, *folder.rglob("*")]} == before
+
+
+def test_a_best_loss_on_other_validation_data_does_not_count(arguments, straight, capsys):
+    """The run goes on with fewer windows: a loss that was lower on others is not the best one any more."""
+    folder = folder_of(arguments)
+    shutil.copytree(straight, folder)
+    shutil.rmtree(folder / "checkpoints/step_0000012")
+    change_state(folder / "checkpoints/step_0000008", best_val_loss=0.5)
+    run_in_process(arguments, "--val_windows=7")
+    assert "note: validation has other data, windows, tokens than before; the best loss" in capsys.readouterr().out
+    state = json.loads((folder / FINAL).with_name("state.json").read_text())
+    assert state["best_val_loss"] == min(series(folder, "val_loss")[step] for step in (8, 12))
+    records = {r["step"]: r["measured_on"]["windows"] for r in read_metrics(folder / "metrics.jsonl") if "val_loss" in r}
+    assert records[12] == 7
+
+
+def test_zeros_in_a_validation_shard_are_another_measure(arguments, tmp_path):
+    """Nothing else shows them before a hash of the whole shard: header, size and ids are good."""
+    data = make_dataset(tmp_path / "tokens")
+    changed = [a for a in arguments if not a.startswith("--data.path")] + [f"--data.path={data}"]
+    folder = run_in_process(changed)
+    with open(data / "val_000000.bin", "r+b") as f:
+        f.seek(2000)
+        f.write(bytes(1000))
+    run_in_process(changed, "--name=other")
+    one, two = (read_metrics(f / "metrics.jsonl") for f in (folder, folder.with_name("other")))
+    assert one[-1]["measured_on"]["data"] != two[-1]["measured_on"]["data"]
+    assert [r["loss"] for r in one if "loss" in r] == [r["loss"] for r in two if "loss" in r]
 
 
 def test_fresh_starts_over_and_keeps_the_old_run(arguments, straight):
@@ -416,7 +446,7 @@ def test_a_process_that_fails_alone_prints_its_line(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr("time.sleep", waits.append)
     with pytest.raises(SystemExit, match="program: a reason"), one_line("program"):
-        raise ValueError("a reason")
+        raise UserError("a reason")
     assert waits == [5]
 
 
@@ -479,7 +509,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(argumen
 
 
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(arguments, straight, monkeypatch, capsys):
-    """Step 8 cannot be written; training goes on, step 4 is still there, step 12 is saved."""
+    """Step 8 cannot be written; training continues, step 4 is still there, step 12 is saved."""
     save, refused = Checkpointer.save, []
 
     def full_at_8(self, model, optimizer, state, average):
@@ -645,7 +675,7 @@ def test_ctrl_c_before_the_loop_is_one_line(arguments, monkeypatch, owner, when)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(owner, when, interrupt)
-    assert "interrupted; the checkpoints so far are untouched" in stops(arguments, "--micro_batch=auto")
+    assert "interrupted. Run the same command to resume from the last checkpoint" in stops(arguments, "--micro_batch=auto")
 
 
 def test_usage_and_help(capsys):
@@ -667,8 +697,8 @@ def test_from_the_command_line_errors_are_one_line(dataset):
     assert output.count("config: n_heads: unknown key") == 1
 
 
-def test_shards_that_get_a_manifest_midway_do_not_refuse_the_resume(tmp_path):
-    """`data.prepare pretokenized --source` does so. Other tokens are still refused."""
+def test_shards_that_get_a_manifest_midway_are_accepted_as_a_change(tmp_path):
+    """`data.prepare pretokenized --source` does so."""
     raw = tmp_path / "raw"
     raw.mkdir()
     make_tokens(3000).tofile(raw / "train.bin")
@@ -677,12 +707,9 @@ def test_shards_that_get_a_manifest_midway_do_not_refuse_the_resume(tmp_path):
     train_gpt.main(arguments)
     shutil.rmtree((folder_of(arguments) / FINAL).parent)
     index_in_place(raw)
-    for _ in range(2):  # from then on the run knows the hashes
-        train_gpt.main(arguments)
-    make_tokens(500, seed=9).tofile(raw / "val.bin")
-    (raw / "manifest.json").unlink()
-    index_in_place(raw)
-    assert "dataset: " in stops(arguments)
+    assert "--accept_changes continues it" in stops(arguments)
+    train_gpt.main([*arguments, "--accept_changes"])
+    assert len(series(folder_of(arguments))) == 12
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "null", "{", '"x"'])
@@ -709,9 +736,9 @@ def test_a_checkpoint_of_a_newer_version_is_one_line(arguments, straight, kind):
         tensors = load_file(folder / name)
         first = next(iter(tensors))
         tensors["transformer.new.weight" if kind == "another weight" else f"{first}_new"] = torch.ones(2)
-        state = json.loads((folder / "state.json").read_text())
-        state["sha256"][name] = write_tensors(folder / name, tensors)
-        (folder / "state.json").write_text(json.dumps(state))
+        (folder / name).unlink()
+        digest = write_tensors(folder / name, tensors)
+        change_state(folder, sha256=json.loads((folder / "state.json").read_text())["sha256"] | {name: digest})
     message = stops(arguments)
     assert re.match(
         r"train_gpt: checkpoint \S+/checkpoints/step_0000012: .*new.*; another version of the program", message
