@@ -137,7 +137,8 @@ class Trainer:
         self.average = WeightAverage(self.model, run.ema, saved) if run.ema else None
         state = found.state if found else dict(step=0, tokens=0, sequences=0)
         self.steps = run.steps_after(state["step"], state["tokens"])
-        if found and (problem := budget_problem(state, run.schedule, self.steps, branch=self.origin is not None)):
+        problem = budget_problem(state, run.schedule, run.optim.lr, self.steps, self.continues) if found else None
+        if problem:
             if not accept_changes or state["step"] > self.steps:
                 raise UserError(problem)
             world.say(f"note: {problem}")
@@ -192,7 +193,7 @@ class Trainer:
 
     # ---- one step
 
-    def next_batch(self) -> Tensor:
+    def next_batch(self) -> Any:
         """This rank's part of the step's batch, (sequences, block_size + 1) uint16.
 
         If it cannot be read, or one of the next two cannot, `unreadable` says why. Stopping takes two steps, because
@@ -204,9 +205,6 @@ class Trainer:
         used = itertools.islice(self.ahead, self.steps - self.step + self.passes - 1)
         self.unreadable = next((b for b in used if isinstance(b, DataError)), None)
         batch, self.following_batch = self.ahead.popleft(), self.ahead[0]
-        for needed in (batch, self.following_batch)[: self.passes]:
-            if isinstance(needed, DataError):  # the first batch of this start; later ones stop the run in time
-                raise needed
         return batch
 
     def set_rates(self) -> None:
@@ -352,6 +350,8 @@ def train(t: Trainer) -> None:
             batch = t.next_batch()
             if stop.agreed(t.unreadable is not None):
                 break
+            if isinstance(batch, DataError) or (t.lookahead and isinstance(t.following_batch, DataError)):
+                raise t.unreadable or batch  # at the first step of a start there was no time to agree
             t.set_rates()
             loss, norm = t.gradients(batch)
             t.update()

@@ -74,6 +74,7 @@ def opened(run: RunConfig | list[str], trainer_class: Callable[..., Any] = Train
     run = load_config(run[0], run[1:]) if isinstance(run, list) else run
     with torch_settings(run.compute), start_world(run.device) as world, collector_paused():
         trainer = trainer_class(run, world, fresh=True)
+        trainer.begin()
         try:
             yield trainer
         finally:

@@ -91,6 +91,7 @@ def test_clipping_reaches_an_optimizer_that_knows_nothing_of_it(foreign, dataset
     """The first step of SGD moves by lr times the clipped gradient, whose norm is 0.01 here."""
     run = load_config(foreign, words(foreign, dataset, tmp_path, "--optimizer=sgd", "--grad_clip=0.01")[1:])
     t = train_gpt.Trainer(run, train_gpt.World(0, 1, torch.device("cpu")), fresh=False)
+    t.begin()
     t.log.close()
     before = [p.detach().clone() for p in t.model.parameters()]
     for group in t.optimizer.param_groups:
@@ -119,6 +120,7 @@ def test_the_state_of_a_first_step_is_known_on_a_machine_with_a_gpu(monkeypatch)
 def test_a_nan_gradient_stops_before_the_update(foreign, dataset, tmp_path, kind):
     run = load_config(foreign, words(foreign, dataset, tmp_path, f"--optimizer={kind}")[1:])
     t = train_gpt.Trainer(run, train_gpt.World(0, 1, torch.device("cpu")), fresh=False)
+    t.begin()
     t.log.close()
     t.accumulate(t.next_batch(), 0)
     next(p for p in t.model.parameters() if p.grad is not None).grad[0] = float("nan")

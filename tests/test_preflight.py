@@ -75,7 +75,6 @@ def test_weights_gradients_and_state_are_those_of_the_trainer(arguments, optimiz
     run = load_config(arguments[0], [*arguments[1:], f"--optimizer={optimizer}"])
     need = estimate(run)
     trainer = train_gpt.Trainer(run, ALONE, False)
-    trainer.log.close()
     assert need.optimizer == state_bytes(trainer.optimizer)
     assert need.weights == need.gradients == sum(4 * p.numel() for p in trainer.model.parameters())
     assert need.total(2) == need.weights + need.gradients + need.optimizer + 2 * need.activations
@@ -99,7 +98,6 @@ def test_gamma_auto_keeps_the_gradients_of_half_a_batch(arguments):
     run = load_config(arguments[0], auto)
     need = estimate(run)
     trainer = train_gpt.Trainer(run, ALONE, False)
-    trainer.log.close()
     for p in trainer.model.parameters():
         p.grad = torch.zeros_like(p)
     trainer.tuner.keep_first_half()

@@ -1,7 +1,6 @@
 """Devices, gradient clipping, and the run folder."""
 
 import copy
-import fcntl
 import json
 import os
 import signal
@@ -25,8 +24,7 @@ from runtime.clipping import GradientClipper, NonFiniteError
 from runtime.compute import start_compile_workers
 from runtime.console import aligned
 from runtime.distributed import ALONE, resolve_device, start_world
-from runtime.files import locked
-from runtime.folder import Comparison, RunFolderError, differences, open_run_folder
+from runtime.folder import Comparison, RunFolderError, compare_settings, differences, run_lock, write_settings
 
 
 @pytest.mark.parametrize(
@@ -308,44 +306,30 @@ def test_columns_are_as_wide_as_their_longest_entry():
     assert [lines[0].index(word) for word in ("tensor", "rule")] == [lines[1].index(word) for word in ("aaa", "rrr")]
 
 
-def test_a_new_folder_is_created_and_an_existing_one_is_compared(tmp_path):
-    run = {"seed": 1, "optim": {"lr": 0.1}, "log": {"every": 1}}
-    for every in (1, 5):
-        open_run_folder(
-            tmp_path / "r", run | {"log": {"every": every}}, Comparison({"log.every"}, {}), {}, False, ALONE
-        )
-    assert json.loads((tmp_path / "r" / "config.json").read_text())["log"]["every"] == 5
-    open_run_folder(tmp_path / "r", run | {"seed": 3}, Comparison(set(), {}), {}, False, ALONE)  # nothing is done yet
-    open_run_folder(tmp_path / "r", run, Comparison(set(), {}), {}, False, ALONE)
-    (tmp_path / "r" / "checkpoints" / "step_0000004").mkdir()
+def test_a_run_folder_is_compared_before_anything_is_written(tmp_path):
+    folder, run = tmp_path / "r", {"seed": 1, "optim": {"lr": 0.1}, "log": {"every": 1}}
+    compare_settings(folder, run, Comparison(set(), {}), ALONE)
+    assert not folder.exists()
+    write_settings(folder, run, {"device": "cpu"}, False, ALONE)
+    compare_settings(folder, run | {"seed": 3}, Comparison(set(), {}), ALONE)  # nothing is done yet
+    (folder / "checkpoints" / "step_0000004").mkdir()
     with pytest.raises(RunFolderError, match="seed: 1 -> 2"):
-        open_run_folder(tmp_path / "r", run | {"seed": 2}, Comparison({"log.every"}, {}), {}, False, ALONE)
-    (tmp_path / "r" / "config.json").write_text("{")
+        compare_settings(folder, run | {"seed": 2}, Comparison({"log.every"}, {}), ALONE)
+    changed = run | {"log": {"every": 5}}
+    compare_settings(folder, changed, Comparison({"log.every"}, {}), ALONE)
+    assert json.loads((folder / "config.json").read_text()) == run
+    write_settings(folder, changed, {}, False, ALONE)
+    assert json.loads((folder / "config.json").read_text()) == changed
+    (folder / "config.json").write_text("{")
     with pytest.raises(RunFolderError, match="config.json is not readable"):
-        open_run_folder(tmp_path / "r", run, Comparison(set(), {}), {}, False, ALONE)
-
-
-def test_a_lock_file_that_its_owner_deletes_meanwhile_is_not_locked_twice(tmp_path, monkeypatch):
-    """Between opening and locking the file, its owner ends and deletes it, and another process starts."""
-    path, flock = tmp_path / "lock", fcntl.flock
-    path.touch()
-
-    def replaced(f, how):
-        path.unlink()
-        path.touch()
-        flock(f, how)
-
-    monkeypatch.setattr(fcntl, "flock", replaced)
-    with pytest.raises(BlockingIOError), locked(path):
-        raise AssertionError("two processes would be inside")
-    assert path.exists()
+        compare_settings(folder, run, Comparison(set(), {}), ALONE)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_parent_is_named(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(RunFolderError, match="Permission denied"):
-        open_run_folder(tmp_path / "r", {}, Comparison(set(), {}), {}, False, ALONE)
+        write_settings(tmp_path / "r", {}, {}, False, ALONE)
 
 
 def test_differences_name_every_changed_key():
@@ -362,5 +346,14 @@ def test_new_settings_had_their_defaults_and_removed_settings_are_ignored():
 
 def test_fresh_renames_every_earlier_run(tmp_path):
     for i in range(3):
-        open_run_folder(tmp_path / "r", {"i": i}, Comparison(set(), {}), {}, True, ALONE)
+        write_settings(tmp_path / "r", {"i": i}, {}, True, ALONE)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r", "r.before-1", "r.before-2"]
+
+
+def test_a_link_to_nowhere_as_log_folder_is_named(tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    with (
+        pytest.raises(RunFolderError, match="log.folder=.*runs: is a link to .*disk, which does not exist"),
+        run_lock(tmp_path / "runs" / "r", ALONE),
+    ):
+        raise AssertionError("locked")

@@ -26,7 +26,7 @@ import train_gpt
 from config.load import load_config
 from data.loader import DataConfig, TrainLoader
 from data.prepare.pretokenized import index_in_place
-from data.shards import open_dataset
+from data.shards import DataError, open_dataset
 from model import GPT
 from optimizers import MARSM
 from runtime import checkpoint, preflight
@@ -386,8 +386,90 @@ def test_a_best_loss_on_other_validation_data_does_not_count(arguments, straight
     assert "note: validation has other data, windows, tokens than before; the best loss" in capsys.readouterr().out
     state = json.loads((folder / FINAL).with_name("state.json").read_text())
     assert state["best_val_loss"] == min(series(folder, "val_loss")[step] for step in (8, 12))
-    records = {r["step"]: r["measured_on"]["windows"] for r in read_metrics(folder / "metrics.jsonl") if "val_loss" in r}
+    records = {
+        r["step"]: r["measured_on"]["windows"] for r in read_metrics(folder / "metrics.jsonl") if "val_loss" in r
+    }
     assert records[12] == 7
+
+
+def test_a_run_whose_batch_size_changes_reads_on_where_it_was(dataset, tmp_path):
+    """4 sequences a step up to step 8, then 6: tokens go on from there, and no window comes twice or is left out."""
+    run = [str(CONFIG), f"--data.path={dataset}", f"--log.folder={tmp_path}", "--name=run", "--micro_batch=2"]
+    train_gpt.main([*run, "--batch_size=4"])
+    folder = tmp_path / "run"
+    shutil.rmtree(folder / "checkpoints/step_0000012")
+    read, ids = [], TrainLoader.window_ids
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TrainLoader, "window_ids", lambda self, step: read.append(ids(self, step)) or read[-1])
+        train_gpt.main([*run, "--batch_size=6", "--accept_changes"])
+    sizes = dict(block_size=16, vocab_size=VOCAB, seed=load_config(CONFIG).seed)
+    loader = TrainLoader(open_dataset(dataset, VOCAB), DataConfig(), batch_size=1, **sizes)
+    order = np.concatenate([loader.window_ids(i) for i in range(8 * 4, 8 * 4 + 4 * 6)])
+    assert np.array_equal(np.concatenate(read)[: len(order)], order)
+    expected = {step: 16 * (4 * min(step, 8) + 6 * max(0, step - 8)) for step in range(1, 13)}
+    assert series(folder, "tokens") == expected
+    state = json.loads((folder / FINAL).with_name("state.json").read_text())
+    assert (state["step"], state["tokens"], state["sequences"]) == (12, 16 * 56, 56)
+
+
+def test_a_budget_in_tokens_is_kept_when_the_batch_size_changes(dataset, tmp_path):
+    """768 tokens are 12 steps of 64. After 8 of them, 256 tokens are left: 2 steps of 128."""
+    run = [str(CONFIG), f"--data.path={dataset}", f"--log.folder={tmp_path}", "--name=run", "--micro_batch=2"]
+    train_gpt.main([*run, "--batch_size=4", "--tokens=768"])
+    shutil.rmtree(tmp_path / "run" / "checkpoints/step_0000012")
+    train_gpt.main([*run, "--batch_size=8", "--tokens=768", "--accept_changes"])
+    assert max(series(tmp_path / "run", "tokens").items()) == (10, 768)
+
+
+def test_a_new_budget_may_not_make_the_learning_rate_jump(arguments, capsys):
+    """The decay of 12 steps begins at step 9.2: a later budget continues step 8 and refuses step 12."""
+    wsd = [*arguments, "--shape=wsd", "--wsd_decay=0.3"]
+    run_in_process(wsd)
+    message = stops(wsd, "--steps=20")
+    assert "the learning rate would jump at step 12 from 0.0001 to 0.01, because" in message
+    assert "the budget of 12 steps becomes 20" in message
+    shutil.rmtree((folder_of(arguments) / FINAL).parent)
+    run_in_process(wsd, "--steps=20")
+    rates = series(folder_of(arguments), "lr")
+    assert rates[12] == rates[8] == 0.01
+    assert rates[20] < 0.004
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("optimizer", ["adamw", "mars_m --optim.is_approx=false"])
+def test_tokens_that_cannot_be_read_any_more_cost_no_step(dataset, tmp_path, processes, optimizer):
+    """From step 7 on, one rank gets EIO. The steps before are saved, and the error names the file."""
+    program = f"""if True:
+        import train_gpt
+        from data.loader import TrainLoader
+        from data.shards import DataError
+        batch = TrainLoader.batch
+        def broken(self, step):
+            if step >= 7 and self.rows.stop == 12:
+                raise DataError("train_000000.bin: Input/output error")
+            return batch(self, step)
+        TrainLoader.batch = broken
+        train_gpt.main({[str(CONFIG), f"--data.path={dataset}", f"--log.folder={tmp_path}", "--name=run"]!r}
+            + ["--micro_batch=3"] + "--optimizer={optimizer}".split())"""
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*command, str(tmp_path / "program.py")] if processes > 1 else [sys.executable, tmp_path / "program.py"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert (done.stdout + done.stderr).count("train_gpt: train_000000.bin: Input/output error") == 1
+    last = max(series(tmp_path / "run"))
+    assert 5 <= last <= 7
+    assert (tmp_path / "run" / "checkpoints" / f"step_{last:07d}").exists()
+
+
+def test_validation_that_cannot_be_read_costs_no_step(arguments, monkeypatch):
+    def broken(self, number, step):
+        raise DataError("val_000000.bin: Input/output error")
+
+    monkeypatch.setattr(train_gpt.ValidationSet, "batch", broken)
+    message = stops(arguments, "--eval_every=6", "--checkpoint.every=100")
+    assert message == "train_gpt: val_000000.bin: Input/output error"
+    assert [p.name for p in (folder_of(arguments) / "checkpoints").iterdir()] == ["step_0000006"]
 
 
 def test_zeros_in_a_validation_shard_are_another_measure(arguments, tmp_path):
@@ -675,7 +757,9 @@ def test_ctrl_c_before_the_loop_is_one_line(arguments, monkeypatch, owner, when)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(owner, when, interrupt)
-    assert "interrupted. Run the same command to resume from the last checkpoint" in stops(arguments, "--micro_batch=auto")
+    assert "interrupted. Run the same command to resume from the last checkpoint" in stops(
+        arguments, "--micro_batch=auto"
+    )
 
 
 def test_usage_and_help(capsys):
