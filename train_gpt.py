@@ -340,7 +340,7 @@ class Trainer:
 
 def train(t: Trainer) -> None:
     """Run steps until the budget is spent or somebody asks to stop."""
-    stop, goes_on = StopRequest(t.world), True
+    stop, goes_on, failed = StopRequest(t.world), True, True
     try:
         if t.due(t.run.eval_every) and t.val_loss is None:  # the evaluation was cut short by a stop request
             t.saved_step = -1
@@ -362,6 +362,7 @@ def train(t: Trainer) -> None:
         t.clipper.check()
         t.log_step()
         t.save_if_due(last=True)
+        failed = False
         t.world.raise_first(t.unreadable)
     except DataError:  # every rank is here, or no step has been taken since the last save
         t.save_if_due(last=True)
@@ -372,7 +373,7 @@ def train(t: Trainer) -> None:
         raise
     finally:
         t.batches.close()
-        stop.close()
+        stop.close(wait=not failed)
     if t.step < t.steps:
         t.log.say(f"stopped at step {t.step} of {t.steps}; the same command continues the run")
 

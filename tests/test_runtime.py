@@ -11,6 +11,7 @@ import time
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -222,6 +223,7 @@ def test_a_rank_that_fails_on_a_gpu_does_not_wait_for_the_others(monkeypatch, de
     calls = []
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(distributed, "resolve_device", lambda *a: torch.device(device, 0))
+    monkeypatch.setattr(distributed, "Roll", lambda *a: SimpleNamespace(close=lambda: None))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: None)
     options = {}
@@ -235,7 +237,7 @@ def test_a_rank_that_fails_on_a_gpu_does_not_wait_for_the_others(monkeypatch, de
     with pytest.raises(failure) if failure else nullcontext(), start_world(device):
         if failure:
             raise failure
-    assert options["new_group"]["timeout"] >= timedelta(hours=1)  # messages wait for the slowest rank's checkpoint
+    assert options["new_group"]["timeout"] < options["init_process_group"]["timeout"] <= timedelta(minutes=10)
     assert calls[0] == ("init_process_group", "nccl" if device == "cuda" else "gloo")
     assert calls.count(("destroy_process_group",)) == destroyed
 

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import ROOT, environment
+from conftest import CONFIG, ROOT, environment
 
 import train_gpt
 from config.load import load_config
@@ -369,3 +370,27 @@ def test_the_wandb_sweep_recipe_trains_with_the_arguments_of_an_agent(dataset, t
     assert given["id"] == "id-of-the-agent"
     assert given["config"]["optim"]["lr"] == 0.005
     assert recipe["metric"]["name"] in given
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_every_surviving_rank_says_in_one_line_which_rank_is_missing(dataset, tmp_path, number):
+    """Rank 1 of 3 is killed, or hangs. The others end within the stated time, here 6 seconds and the last words."""
+    arguments = [str(CONFIG), f"--data.path={dataset}", f"--log.folder={tmp_path}", "--name=run", "--steps=100000"]
+    command = [*LAUNCHER, "--nproc_per_node=3", "train_gpt.py", *arguments, "--micro_batch=1"]
+    environ, pipe = environment() | {"RANKS_WAIT_SECONDS": "6"}, subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, env=environ, stdout=pipe, stderr=subprocess.STDOUT, text=True) as launcher:
+        for line in launcher.stdout:
+            if line.startswith("step      5"):
+                break
+        ranks = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
+        victim = next(p for p in ranks if b"\0RANK=1\0" in Path(f"/proc/{p}/environ").read_bytes())
+        os.kill(int(victim), number)
+        start = time.monotonic()
+        printed, _ = launcher.communicate(timeout=120)
+        assert time.monotonic() - start < 100
+    assert launcher.returncode != 0
+    of_torchrun = re.compile(r"[WE]\d{4} .*torch/distributed/elastic")
+    lines = [s for s in printed.splitlines() if not s.startswith("step ") and not of_torchrun.match(s)]
+    told = f"train_gpt: rank 1 (process {victim} on {platform.node()}): no answer; the same command continues from"
+    assert 1 <= sum(line.startswith(told) for line in lines) <= 2, printed
+    assert len(lines) <= 3, printed  # the last one is the launcher's
