@@ -411,6 +411,7 @@ def arguments() -> Parser:
     parser.add_argument("--preflight", action="store_true", help="report memory, disk, data, time, network, and stop")
     parser.add_argument("--verify", action="store_true", help="with --preflight: hash every shard, too")
     parser.add_argument("--tokens_per_s", help="with --preflight: the speed to compute the time from")
+    parser.add_argument("--as", dest="machines", help="with --preflight: plan for other GPUs, for example 2x8xH100")
     return parser
 
 
@@ -430,11 +431,11 @@ def main(argv: list[str] | None = None) -> None:
         if args.help:
             print(f"{parser.format_help()}\nkeys, as {args.config[0]} sets them:\n{describe_keys(run)}")
             return
-        if not args.preflight and (args.verify or args.tokens_per_s):
-            raise ConfigError(["--tokens_per_s=N and --verify: belong to --preflight; give that, too"])
+        if not args.preflight and (args.verify or args.tokens_per_s or args.machines):
+            raise ConfigError(["--tokens_per_s=N, --verify and --as=GPUS: belong to --preflight; give that, too"])
         with compute.torch_settings(run.compute), start_world(run.device) as world:
             if args.preflight:
-                preflight(run, world, args.verify, args.tokens_per_s)
+                preflight(run, world, args.verify, args.tokens_per_s, args.machines)
                 return
             with run_lock(Path(run.log.folder) / run.name, world):
                 train_run(run, world, args.fresh, args.accept_changes)

@@ -122,12 +122,7 @@ def open_dataset(folder: str | Path, vocab_size: int) -> Dataset:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        command = "openwebtext" if folder.name == "openwebtext" else "pydocs"
-        if re.fullmatch(r"fineweb(_edu)?_\d+B", folder.name):
-            command = f"pretokenized {folder.name}"
-        raise DataError(
-            f"dataset folder {folder}: not found; prepare one, for example: python -m data.prepare {command}"
-        )
+        raise DataError(missing_dataset(folder))
     manifest: dict = {}
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder / MANIFEST)
@@ -155,6 +150,14 @@ def open_dataset(folder: str | Path, vocab_size: int) -> Dataset:
             "set --vocab_size to the tokenizer's size or choose another dataset"
         )
     return Dataset(folder, splits, manifest, manifest.get("tokenizer") or facts_by_size(vocab_size))
+
+
+def missing_dataset(folder: Path) -> str:
+    """What to say of a dataset that does not exist: the command that makes it."""
+    command = "openwebtext" if folder.name == "openwebtext" else "pydocs"
+    if re.fullmatch(r"fineweb(_edu)?_\d+B", folder.name):
+        command = f"pretokenized {folder.name}"
+    return f"dataset folder {folder}: not found; prepare one, for example: python -m data.prepare {command}"
 
 
 def names_split(name: str, split: str) -> bool:
