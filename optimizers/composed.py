@@ -155,9 +155,13 @@ class ComposedOptimizer(Optimizer):
         if isinstance(direction, MatrixDirection):
             self.ownership.assign(families(members, blocks), lambda p: direction.cost(*matrix_shape(p, blocks)))
         count = torch.zeros((), dtype=torch.float64, device=members[0].device)
-        for p in filter(self.ownership.holds, members):
-            zeros = {k: torch.zeros_like(p, memory_format=torch.contiguous_format) for k in gradients}
-            self.state[p] = direction.state(p, blocks) | zeros | ({"step": count} if direction.counts_steps else {})
+        for p in members:
+            steps = {"step": count} if direction.counts_steps else {}  # known to every rank
+            if self.ownership.holds(p):
+                zeros = {k: torch.zeros_like(p, memory_format=torch.contiguous_format) for k in gradients}
+                self.state[p] = direction.state(p, blocks) | zeros | steps
+            elif steps:
+                self.state[p] = steps
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, parameters matched in the order of the groups, as torch does.
@@ -179,7 +183,8 @@ class ComposedOptimizer(Optimizer):
             for key in self.settings.added_later:
                 group.setdefault(key, self.defaults[key])
         if loaded:
-            self._calls = {p: int(s["count"]) for p, s in self.state.items() if "count" in s}
+            owned = ((p, s) for p, s in self.state.items() if p in self.ownership.owner)
+            self._calls = {p: int(s["step"]) for p, s in owned if "step" in s}
             self._share_counts()
 
     def _share_counts(self) -> None:
@@ -212,7 +217,8 @@ class ComposedOptimizer(Optimizer):
 
         Raises ValueError if a parameter has a dtype now that it could not have been added with.
         """
-        moved = [p for p, state in self.state.items() if state and _differs(next(iter(state.values())), p)]
+        first = ((p, next((t for key, t in state.items() if key != "step"), None)) for p, state in self.state.items())
+        moved = [p for p, t in first if t is not None and _differs(t, p)]
         if not moved:
             return
         if errors := {error: None for group in self.param_groups for error in self._group_errors(group)}:
@@ -306,7 +312,7 @@ class ComposedOptimizer(Optimizer):
                 continue
             _check_gradients(params)
             rule = self.rule(group, role)
-            if not rule.direction.counts_steps or isinstance(rule.direction, MatrixDirection):
+            if not rule.direction.counts_steps:
                 yield Job(rule, params, group, None)
                 continue
             cohorts: dict[int, list[Tensor]] = {}
@@ -323,7 +329,7 @@ class ComposedOptimizer(Optimizer):
 
     def _clip(self, job: "Job") -> None:
         """Find what scales each gradient that this rank works on to at most unit norm."""
-        held = [p for p in job.params if p in self.state]
+        held = [p for p in job.params if self.ownership.holds(p)]
         job.factors = [None] * len(held)
         if not job.rule.clip or not held:
             return
@@ -410,10 +416,9 @@ class ComposedOptimizer(Optimizer):
         assert isinstance(direction, MatrixDirection)
         step, numbers = self._step_numbers(job, ok)
         dtype = direction.shared_dtype(job.params[0].device)
-        factors = dict(zip((p for p in job.params if p in self.state), job.factors, strict=True))
-        members = (p for p in job.group["params"] if p in self.ownership.owner)
+        factors = dict(zip(filter(self.ownership.holds, job.params), job.factors, strict=True))
         parts: list[tuple[list[Tensor], list[list[Tensor]]]] = []  # matrices that travel together, and their batches
-        for family in families(members, blocks):
+        for family in families(job.params, blocks):
             batches = _batches([p for p in family if p in factors], self._calls)
             parts += [(batch, [batch]) for batch in batches] if self.ownership.size == 1 else [(family, batches)]
         rates: dict[float, Tensor] = {}

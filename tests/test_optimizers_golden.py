@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from optimizers import MARS, MARSM, AdamWConfig, Lion, MARSConfig, MARSMConfig, Muon, MuonConfig, build_optimizer
+from optimizers import MARS, MARSM, SOAP, AdamWConfig, Lion, MARSConfig, MARSMConfig, Muon, MuonConfig, build_optimizer
 
 GOLDEN = Path(__file__).parent / "golden"
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
@@ -70,6 +70,45 @@ def test_optimizer_follows_the_reference(case):
                 assert np.linalg.norm(params[name].detach().numpy() - golden) <= allowed, (step, name)
                 checked += 1
     assert checked == len(case["snapshots"]) * len(case["compare"])
+
+
+@pytest.mark.parametrize("every", MANIFEST["soap"]["precondition_frequency"])
+def test_soap_follows_the_code_of_its_authors(every):
+    """Fifty steps in float64: decay, bias correction, the first step, and the order of the bases at each refresh.
+
+    Signs of eigenvectors must not matter, so they are changed. Where the first gradient leaves eigenvectors free, in
+    the null space of the longer side, the authors' choice is taken over.
+    """
+    golden, flips = dict(np.load(GOLDEN / MANIFEST["soap"]["file"])), torch.Generator().manual_seed(every)
+    s = dict(MANIFEST["soap"]["settings"], refresh_every=every, betas=tuple(MANIFEST["soap"]["settings"]["betas"]))
+    params = {k[6:]: torch.nn.Parameter(torch.tensor(v)) for k, v in golden.items() if k.startswith("start/")}
+    optimizer = SOAP(params.values(), largest_side=s.pop("max_precond_dim"), **s)
+    for step in range(1, MANIFEST["soap"]["steps"] + 1):
+        for name, p in params.items():
+            p.grad = torch.tensor(golden[f"grads/{name}"][step - 1]).double()
+        optimizer.step()
+        if step == 1:
+            for name, p in params.items():
+                use_bases(optimizer.state[p], golden.get(f"basis/{name}"), flips)
+        if step in MANIFEST["soap"]["snapshots"]:
+            for name, p in params.items():
+                expected = torch.tensor(golden[f"every{every}/step{step}/{name}"])
+                torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-11, msg=f"{name} at step {step}")
+
+
+def use_bases(state, of_longer_side, flips):
+    """Check that the first bases are eigenvectors in descending order, and change what is free in them."""
+    for side in {"left", "right"} & state.keys():
+        matrix, basis = state[side][0], state[f"{side}_basis"][0]
+        rotated = basis.T @ matrix @ basis
+        torch.testing.assert_close(rotated, rotated.diagonal().diag())
+        assert (rotated.diagonal().diff() < 1e-12).all()
+        if side == "right" and of_longer_side is not None:
+            kept = np.linalg.matrix_rank(matrix.numpy())
+            overlap = (basis.T @ torch.tensor(of_longer_side)).abs()
+            torch.testing.assert_close(overlap[:kept, :kept], torch.eye(kept, dtype=torch.float64))
+            basis.copy_(torch.tensor(of_longer_side))
+        basis.mul_(torch.randint(2, (len(basis),), generator=flips) * 2 - 1)
 
 
 def give(params, kind, step):
