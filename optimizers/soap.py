@@ -20,11 +20,9 @@ from torch import Tensor
 from optimizers.composed import ComposedOptimizer
 from optimizers.directions import Adaptive, MatrixDirection, MatrixNumbers, State, Step
 from optimizers.matrices import as_wide_matrices
-from optimizers.norms import norm_of
 from optimizers.options import option
 from optimizers.settings import Rule, Settings
 
-LARGEST_NORM = 1e15  # larger gradients are scaled to this norm, so that their squares and products stay finite
 SIDES = ("left", "right")
 
 
@@ -36,7 +34,7 @@ class Rotated(MatrixDirection):
     eps: float
     refresh_every: int
     largest_side: int
-    label = "adaptive in Shampoo's eigenbasis"
+    label = "rotated adaptive"
     counts_steps = True
     state_names = ()
 
@@ -54,11 +52,11 @@ class Rotated(MatrixDirection):
         return out
 
     def numbers(self, step: Step) -> MatrixNumbers:
-        return MatrixNumbers(torch.where(step.count > 1, step.decay, 1.0), step.rate)
+        return MatrixNumbers(step.decay if step.count > 1 else 1.0, step.lr)
 
     def directions(self, stack: Tensor, states: list[State], step: Step) -> Tensor:
         of_blocks = [
-            {key: t[block] if t.dim() else t for key, t in s.items()}
+            {key: t[block] for key, t in s.items() if t.dim()}
             for s in states
             for block in range(len(stack) // len(states))
         ]
@@ -66,40 +64,33 @@ class Rotated(MatrixDirection):
 
     def direction(self, g: Tensor, s: State, step: Step) -> Tensor:
         """The direction of one matrix from its gradient g (m, n)."""
-        (beta1, beta2), take = self.betas, step.take.to(g.dtype)
-        g = g * (LARGEST_NORM / norm_of(g)).clamp(max=1).to(g.dtype)
-        update, steps = torch.zeros_like(g), step.index - 1  # without the first one
-        if steps:
+        (beta1, beta2), count = self.betas, step.count - 1  # without the first step
+        update = torch.zeros_like(g)
+        if count:
             rotated = _to_bases(g, s)
-            s["exp_avg"].lerp_(rotated, take * (1 - beta1))
-            s["exp_avg_sq"].lerp_(rotated.square(), take * (1 - beta2))
-            count = (step.count - 1).clamp(min=1)
-            factor = (1 - beta2**count).sqrt() / (1 - beta1**count) * step.decay
-            update = _from_bases(s["exp_avg"] / (s["exp_avg_sq"].sqrt() + self.eps), s) * factor.to(g.dtype)
+            s["exp_avg"].lerp_(rotated, 1 - beta1)
+            s["exp_avg_sq"].lerp_(rotated.square(), 1 - beta2)
+            factor = (1 - beta2**count) ** 0.5 / (1 - beta1**count) * step.decay
+            update = _from_bases(s["exp_avg"] / (s["exp_avg_sq"].sqrt() + self.eps), s) * factor
         for side, x in zip(SIDES, (g, g.T), strict=True):
             if side in s:
-                s[side].lerp_(x @ x.T, take * (1 - beta2))
-        if not steps:
-            for side in SIDES:
-                if side in s:  # in float64: in float32 the solver can fail where many inputs are always zero
+                s[side].lerp_(x @ x.T, 1 - beta2)
+                if not count:  # in float64: in float32 the solver can fail where many inputs are always zero
                     s[f"{side}_basis"].copy_(torch.linalg.eigh(s[side].double()).eigenvectors.flip(1))
-        elif steps % self.refresh_every == 0:
-            self.refresh(s, take)
+        if count and count % self.refresh_every == 0:
+            self.refresh(s)
         return update
 
-    def refresh(self, s: State, take: Tensor) -> None:
+    def refresh(self, s: State) -> None:
         """One power iteration on each basis, sorted by eigenvalue, and the averages brought to the new bases."""
-        new = s | {"exp_avg": _from_bases(s["exp_avg"], s)}
+        average = _from_bases(s["exp_avg"], s)
         for dim, side in enumerate(SIDES):
             if side in s:
                 basis = s[f"{side}_basis"]
                 order = (basis.T @ s[side] @ basis).diagonal().argsort(descending=True)
-                new["exp_avg_sq"] = new["exp_avg_sq"].index_select(dim, order)
-                new[f"{side}_basis"] = torch.linalg.qr(s[side] @ basis[:, order]).Q
-        new["exp_avg"] = _to_bases(new["exp_avg"], new)
-        for key, kept in s.items():
-            if new[key] is not kept:
-                kept.copy_(torch.where(take > 0, new[key], kept))
+                s["exp_avg_sq"].copy_(s["exp_avg_sq"].index_select(dim, order))
+                basis.copy_(torch.linalg.qr(s[side] @ basis[:, order]).Q)
+        s["exp_avg"].copy_(_to_bases(average, s))
 
     def cost(self, rows: int, columns: int) -> float:
         return float(rows * columns + sum(side**3 for side in (rows, columns) if side <= self.largest_side))
@@ -136,9 +127,6 @@ class SOAPConfig(Settings):
 
 
 class SOAP(ComposedOptimizer):
-    """SOAP. State of a matrix (m, n): 2 m n + 2 m^2 + 2 n^2 numbers, divided over the ranks; 8 bytes elsewhere.
-
-    The first step must not be skipped, because it sets the bases. A GradScaler skips first steps if its scale is high.
-    """
+    """SOAP. State of a matrix (m, n): 2 m n + 2 m^2 + 2 n^2 numbers, divided over the ranks; 8 bytes elsewhere."""
 
     settings = SOAPConfig
