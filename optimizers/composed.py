@@ -109,8 +109,8 @@ class ComposedOptimizer(Optimizer):
 
     def _allocate(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Create the state of parameters of a group. Every rank counts the steps; the owner holds the rest."""
-        blocks, by_role = group.get("blocks", 1), self._by_role(group, params)
-        for rule, members in by_role:
+        blocks = group.get("blocks", 1)
+        for rule, members in self._by_role(group, params):
             direction = rule.direction
             names = [] if rule.correction is None else ["previous"]
             names += ["upcoming"] if names and not group.get("is_approx", True) else []
@@ -262,9 +262,8 @@ class ComposedOptimizer(Optimizer):
             return [None] * len(params)
         pieces = [(p.grad, self.state[p].get("previous")) for p in params]
         # ranks must agree on the norms of what all of them update: compiled reductions may differ in the last bit
-        alone = cohort.is_matrix or self.ownership.size == 1
-        norms = (self._run if alone else _call)(norms_of_all, pieces, cohort.weight)
-        return [*clip_factors(norms)]
+        eager = self.ownership.size > 1 and not cohort.is_matrix
+        return [*clip_factors(self._run(norms_of_all, pieces, cohort.weight, eager=eager))]
 
     def _update_elementwise(self, cohort: "Cohort") -> None:
         direction, numbers = cohort.rule.direction, self._numbers(cohort)
@@ -275,9 +274,9 @@ class ComposedOptimizer(Optimizer):
         for some in _chunks(pieces, AT_ONCE if self._compiled else len(pieces)):
             self._run(update_all, some, cohort.weight, cohort.remember, update, numbers)
 
-    def _run(self, function: Callable, *arguments: Any) -> Any:
+    def _run(self, function: Callable, *arguments: Any, eager: bool = False) -> Any:
         """Call a function of elementwise.py, compiled if this optimizer is."""
-        if not self._compiled:
+        if eager or not self._compiled:
             return function(*arguments)
         if function not in self._functions:
             self._functions[function] = torch.compile(function, dynamic=False, options=INDUCTOR)
@@ -357,7 +356,3 @@ def _differs(t: Tensor, p: Tensor) -> bool:
 
 def _chunks(items: list, size: int) -> Iterator[list]:
     return (items[i : i + size] for i in range(0, len(items), size))
-
-
-def _call(function: Callable, *arguments: Any) -> Any:
-    return function(*arguments)

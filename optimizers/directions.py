@@ -54,8 +54,13 @@ class Direction:
         raise NotImplementedError
 
 
+def add_scaled_(x: Tensor, y: Tensor, factor: Any) -> Tensor:
+    """x <- x + factor y, with a float, or in compiled code a 0-d tensor, which `alpha` does not take."""
+    return x.add_(y * factor) if isinstance(factor, Tensor) else x.add_(y, alpha=factor)
+
+
 def move_(p: Tensor, update: Tensor, decay: Any, rate: Any) -> None:
-    """p <- decay p - rate update, where both numbers are floats, or in compiled code 0-d tensors."""
+    """p <- decay p - rate update, with numbers as above."""
     p.mul_(decay)
     p.sub_(update * rate) if isinstance(rate, Tensor) else p.sub_(update, alpha=rate)
 
@@ -79,8 +84,9 @@ class MatrixDirection(Direction):
         return MatrixNumbers(step.decay, step.lr)
 
     @staticmethod
-    def accumulate(gradient: Tensor, state: list[Tensor], n: Any) -> None:
-        """Update elementwise state, and turn the gradient in place into what `directions` receives."""
+    def accumulate(gradient: Tensor, state: list[Tensor], n: Any, out: Tensor) -> None:
+        """Update elementwise state and fill `out`, which `directions` receives; by default with the gradient."""
+        out.copy_(gradient)
 
     def directions(self, stack: Tensor, states: list[State], step: Step) -> Tensor:
         """Directions (count, m, n) of a stack of matrices (count, m, n) with m <= n, the tall ones transposed.
@@ -229,11 +235,11 @@ def momentum_numbers(momentum: Momentum, step: Step) -> MomentumNumbers:
     return MomentumNumbers(step.decay, step.lr, *momentum.stored, *momentum.used)
 
 
-def mix(gradient: Tensor, m: Tensor, n: MomentumNumbers) -> None:
-    """Update the momentum m, and turn the gradient into the mixture that gives the direction, both in place."""
-    stored = gradient * n.stored_gradient
-    gradient.mul_(n.used_gradient).add_(m * n.used_momentum)
-    m.mul_(n.stored_momentum).add_(stored)
+def mix(gradient: Tensor, m: Tensor, n: MomentumNumbers, out: Tensor | None = None) -> Tensor:
+    """Update the momentum m in place; returns the mixture that gives the direction, in `out` if given."""
+    used = add_scaled_(torch.mul(m, n.used_momentum, out=out), gradient, n.used_gradient)
+    add_scaled_(m.mul_(n.stored_momentum), gradient, n.stored_gradient)
+    return used
 
 
 @dataclass(frozen=True)
@@ -249,5 +255,4 @@ class Sign(Direction):
 
     @staticmethod
     def update(p: Tensor, gradient: Tensor, state: list[Tensor], n: MomentumNumbers) -> None:
-        mix(gradient, state[0], n)
-        move_(p, gradient.sign_(), n.decay, n.rate)
+        move_(p, mix(gradient, state[0], n).sign_(), n.decay, n.rate)

@@ -23,10 +23,10 @@ def update_all(pieces: list[tuple], weight: Number | None, remember: bool, updat
 
 
 def accumulate_all(pieces: list[tuple], weight: Number | None, remember: bool, accumulate: Callable, n: Any) -> None:
-    """Call `accumulate` for each matrix, on a copy of its gradient. pieces: as above, with the copy as parameter."""
+    """Call `accumulate` for each matrix. pieces: clip factor, output, gradient, previous gradient, state."""
     for factor, *tensors in pieces:
         for out, grad, previous, *state in blocks(*tensors):
-            accumulate(_prepared(factor, grad, previous, weight, remember, out), state, n)
+            accumulate(_prepared(factor, grad, previous, weight, remember), state, n, out)
 
 
 def move_all(updates: list[tuple[Tensor, Tensor, Number]], decay: Number) -> None:
@@ -36,15 +36,10 @@ def move_all(updates: list[tuple[Tensor, Tensor, Number]], decay: Number) -> Non
 
 
 def _prepared(
-    factor: Tensor | None,
-    grad: Tensor,
-    previous: Tensor | None,
-    weight: Number | None,
-    remember: bool,
-    out: Tensor | None = None,
+    factor: Tensor | None, grad: Tensor, previous: Tensor | None, weight: Number | None, remember: bool
 ) -> Tensor:
-    """The corrected, clipped gradient, in memory of its own or in `out`; remember: keep the raw one in `previous`."""
-    c = corrected(grad, previous, weight, out)
+    """The corrected, clipped gradient, in memory of its own; remember: keep the raw one in `previous`."""
+    c = corrected(grad, previous, weight)
     if remember and previous is not None:
         previous.copy_(grad)
     return c if factor is None else c.mul_(factor)

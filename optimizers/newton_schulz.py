@@ -39,8 +39,8 @@ class Orthogonal(MatrixDirection):
         return momentum_numbers(self.momentum, step)
 
     @staticmethod
-    def accumulate(gradient: Tensor, state: list[Tensor], n: MomentumNumbers) -> None:
-        mix(gradient, state[0], n)
+    def accumulate(gradient: Tensor, state: list[Tensor], n: MomentumNumbers, out: Tensor) -> None:
+        mix(gradient, state[0], n, out)
 
     def directions(self, stack: Tensor, states: list[State], step: Step) -> Tensor:
         return orthogonalize(stack, self.ns_steps, self.eps, self.shared_dtype(stack.device))

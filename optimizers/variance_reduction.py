@@ -13,15 +13,15 @@ def correction_weight(gamma: float, beta: float) -> float:
     return 1 + gamma * beta / (1 - beta)
 
 
-def corrected(grad: Tensor, previous: Tensor | None, weight: Number | None, out: Tensor | None = None) -> Tensor:
+def corrected(grad: Tensor, previous: Tensor | None, weight: Number | None) -> Tensor:
     """c_t = g_t + gamma beta/(1-beta) (g_t - previous), or a copy of g_t if weight is None.
 
     `previous` is the last step's gradient (approximate form), or this batch's gradient at the last parameters (exact
     form). It is zero at the first step, as in the official code.
     """
     if previous is None or weight is None:
-        return grad.clone() if out is None else out.copy_(grad)
-    return torch.lerp(previous, grad, weight, out=out)
+        return grad.clone()
+    return torch.lerp(previous, grad, weight)
 
 
 def row_norms(grad: Tensor, previous: Tensor | None, weight: Number | None) -> Tensor:

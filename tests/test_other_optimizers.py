@@ -29,20 +29,23 @@ def half_life(beta):
     return math.log(0.5) / math.log(beta)
 
 
-@pytest.mark.parametrize("warmup", [0, 20])
-def test_ademamix_agrees_with_its_equations(warmup):
-    """alpha rises linearly; beta3 so that its half-life rises linearly from that of beta1 (arXiv 2409.03137)."""
+@pytest.mark.parametrize("warmup, beta1", [(0, 0.9), (20, 0.9), (20, 0.0)])
+def test_ademamix_agrees_with_its_equations(warmup, beta1):
+    """alpha rises linearly; beta3 so that its half-life rises linearly from that of beta1 (arXiv 2409.03137).
+
+    The half-life of beta1 = 0 is that of 1e-8, as in the authors' code.
+    """
     params = parameters()
     start, grads = {n: p.detach().clone() for n, p in params.items()}, gradients(params, 40)
-    settings = dict(lr=3e-3, betas=(0.9, 0.98), beta3=0.999, alpha=5.0, slow_warmup=warmup, weight_decay=0.1)
+    settings = dict(lr=3e-3, betas=(beta1, 0.98), beta3=0.999, alpha=5.0, slow_warmup=warmup, weight_decay=0.1)
     run(AdEMAMix(params.values(), **settings), params, grads)
     for n, p in params.items():
         q, m1, m2, v = start[n], *(torch.zeros_like(p) for _ in range(3))
         for t, g in enumerate([g[n] for g in grads], start=1):
             done = min(1.0, t / warmup) if warmup else 1.0
-            beta3 = 0.5 ** (1 / ((1 - done) * half_life(0.9) + done * half_life(0.999)))
-            m1, m2, v = 0.9 * m1 + 0.1 * g, beta3 * m2 + (1 - beta3) * g, 0.98 * v + 0.02 * g * g
-            fast, root = m1 / (1 - 0.9**t), (v / (1 - 0.98**t)).sqrt()
+            beta3 = 0.5 ** (1 / ((1 - done) * half_life(beta1 or 1e-8) + done * half_life(0.999)))
+            m1, m2, v = beta1 * m1 + (1 - beta1) * g, beta3 * m2 + (1 - beta3) * g, 0.98 * v + 0.02 * g * g
+            fast, root = m1 / (1 - beta1**t), (v / (1 - 0.98**t)).sqrt()
             q = q - 3e-3 * (0.1 * q + (fast + 5.0 * done * m2) / (root + 1e-8))
         close(p, q)
 
