@@ -1,5 +1,6 @@
 """Every golden optimizer and training case, by the public classes, within the manifest's tolerances."""
 
+import inspect
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from model import GPT, GPTConfig
 from optimizers import MARS, MARSM, SOAP, AdamWConfig, Lion, MARSConfig, MARSMConfig, Muon, MuonConfig, build_optimizer
+from optimizers.standalone import mars, mars_m, muon
 
 GOLDEN = Path(__file__).parent / "golden"
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
@@ -43,7 +45,11 @@ def build(case, params):
 @pytest.mark.parametrize("case", MANIFEST["optimizers"], ids=lambda c: c["id"])
 def test_optimizer_follows_the_reference(case):
     params = {n: torch.nn.Parameter(torch.tensor(INPUTS[f"init/{n}"])) for n in MANIFEST["shapes"]}
-    optimizer = build(case, params)
+    check_against_reference(case, build(case, params), params, case["compare"])
+
+
+def check_against_reference(case, optimizer, params, names):
+    """Take the steps of a case and compare the named parameters."""
     peaks = [group["lr"] for group in optimizer.param_groups]
     expected = dict(np.load(GOLDEN / case["file"]))
     checked = 0
@@ -60,7 +66,7 @@ def test_optimizer_follows_the_reference(case):
         if case["mode"] == "exact":
             optimizer.update_last_grad()
         if step in case["snapshots"]:
-            for name in case["compare"]:
+            for name in names:
                 golden, path = expected[f"step{step:02d}/{name}"], float(expected[f"path{step:02d}/{name}"])
                 matrix = name in case.get("matrix_params", ()) or (
                     case["hyperparameters"].get("mars_type") == "mars-shampoo" and golden.ndim == 2
@@ -69,7 +75,47 @@ def test_optimizer_follows_the_reference(case):
                 allowed = relative * path + case["tolerance"]["rounding"] * np.linalg.norm(golden)
                 assert np.linalg.norm(params[name].detach().numpy() - golden) <= allowed, (step, name)
                 checked += 1
-    assert checked == len(case["snapshots"]) * len(case["compare"])
+    assert checked == len(case["snapshots"]) * len(names)
+
+
+PAGES = {  # golden case: the class on a page of its own
+    "mars_adamw": mars.MARS,
+    "mars_adamw_gamma0": mars.MARS,
+    "mars_m": mars_m.MARSM,
+    "mars_m__ns_float32": mars_m.MARSM,
+    "mars_m_gamma0": mars_m.MARSM,
+    "moonlight_nesterov": muon.Muon,
+    "moonlight_plain__ns_float32": muon.Muon,
+}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_page_of_an_algorithm_follows_the_reference_and_the_class_of_the_package(name):
+    case = next(c for c in MANIFEST["optimizers"] if c["id"] == name)
+    h = case["hyperparameters"] | {"weight_decay": case["hyperparameters"].get("wd", 0.01)}
+    settings = {key: h[key] for key in inspect.signature(PAGES[name]).parameters if key in h}
+    names = [n for n in case.get("matrix_params", case["compare"]) if len(MANIFEST["shapes"][n]) == 2]
+    own, ours = ({n: torch.nn.Parameter(torch.tensor(INPUTS[f"init/{n}"])) for n in MANIFEST["shapes"]} for _ in "12")
+    check_against_reference(case, PAGES[name]([own[n] for n in names], **settings), own, names)
+    precise = dict(case, newton_schulz=dict(dtype="float32")) if "newton_schulz" in case else case  # as on a page
+    optimizer = build(precise, ours)
+    for step in range(1, MANIFEST["steps"] + 1):
+        give(ours, "grads", step)
+        optimizer.step()
+    for n in names:
+        torch.testing.assert_close(own[n], ours[n], atol=2e-6, rtol=2e-5)
+
+
+def test_the_pages_of_algorithms_are_short_and_need_torch_alone():
+    for module in (mars, mars_m, muon):
+        lines = Path(module.__file__).read_text().splitlines()
+        assert len(lines) <= 60, module
+        imports = [line for line in lines if line.startswith(("import", "from"))]
+        assert imports == ["from collections.abc import Callable, Iterable", "import torch"], module
+
+
+def test_the_page_of_mars_m_is_shown_whole_in_the_docs():
+    assert Path(mars_m.__file__).read_text() in (Path(__file__).parent.parent / "docs/optimizers.md").read_text()
 
 
 @pytest.mark.parametrize("every", MANIFEST["soap"]["precondition_frequency"])
