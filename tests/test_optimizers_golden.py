@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,21 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from optimizers import MARS, MARSM, SOAP, AdamWConfig, Lion, MARSConfig, MARSMConfig, Muon, MuonConfig, build_optimizer
+from optimizers import (
+    MARS,
+    MARSM,
+    OPTIMIZERS,
+    SOAP,
+    AdamWConfig,
+    Lion,
+    MARSConfig,
+    MARSMConfig,
+    Muon,
+    MuonConfig,
+    build_optimizer,
+)
 from optimizers.standalone import mars, mars_m, muon
+from optimizers.vectors import main, steps_of
 
 GOLDEN = Path(__file__).parent / "golden"
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
@@ -208,3 +222,33 @@ def test_training_follows_the_reference(case):
             optimizer.update_last_grad()
     last = model(batches[-1, :, :-1], batches[-1, :, 1:]).item()
     assert last == pytest.approx(float(data[f"{case['id']}/losses"][-1]), abs=case["tolerance"]["loss_abs"])
+
+
+# ---- test vectors for others
+
+VECTORS = json.loads((GOLDEN / "vectors.json").read_text())
+
+
+def test_every_optimizer_has_a_test_vector_with_its_settings():
+    assert VECTORS["optimizers"].keys() == OPTIMIZERS.keys()
+    for name, vector in VECTORS["optimizers"].items():
+        assert vector["settings"] == json.loads(json.dumps(asdict(OPTIMIZERS[name]))), name
+
+
+@pytest.mark.parametrize("name", VECTORS["optimizers"])
+def test_test_vectors_are_what_the_optimizers_compute(name):
+    """`python -m optimizers.vectors` writes them. Newton-Schulz rounds to float32."""
+    found = steps_of(OPTIMIZERS[name], VECTORS["start"], VECTORS["gradients"])
+    for step, (one, other) in enumerate(zip(found, VECTORS["optimizers"][name]["weights"], strict=True), start=1):
+        for tensor in VECTORS["roles"]:
+            np.testing.assert_allclose(
+                one[tensor], other[tensor], rtol=0, atol=1e-6, err_msg=f"{tensor} at step {step}"
+            )
+
+
+def test_the_command_writes_the_test_vectors(tmp_path):
+    main([str(tmp_path / "vectors.json")])
+    written = json.loads((tmp_path / "vectors.json").read_text())
+    assert {key: written[key] for key in ("roles", "start", "gradients")} == {
+        key: VECTORS[key] for key in ("roles", "start", "gradients")
+    }
