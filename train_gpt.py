@@ -74,7 +74,7 @@ class Trainer:
             compute.cast_per_step(self.model, self.optimizer)
         exact = getattr(self.optimizer, "needs_lookahead", False)  # the exact form of MARS and MARS-M
         self.lookahead: Any = self.optimizer if exact else None
-        self.clipper = GradientClipper(self.model, self.optimizer, run.grad_clip)
+        self.clipper = GradientClipper(self.model, run.grad_clip)
 
         self.folder, self.fresh = Path(run.log.folder) / run.name, fresh
         self.checkpoints = Checkpointer(self.folder / "checkpoints", run.checkpoint, world)
@@ -221,7 +221,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         loss, norm = self.accumulate(batch, self.step), self.clipper.clip(self.step)
         if self.tuner and self.tuner.due(self.step):
-            self.tuner.estimate(self.step)
+            self.tuner.estimate(self.step, (self.clipper.max_norm / (norm + 1e-6)).clamp(max=1))
         return loss, norm
 
     def accumulate(self, batch: Tensor, step: int) -> Tensor:
@@ -262,10 +262,10 @@ class Trainer:
     # ---- between steps
 
     def log_if_due(self, loss: Tensor, norm: Tensor) -> None:
-        """Log the step. Before anything is logged or saved, and on a CPU always, check that gradients are finite."""
+        """Log the step. Before anything is logged, evaluated or saved, check that all gradients were finite."""
         self.last_loss, self.last_norm = loss, norm
         intervals = (self.run.log.every, self.run.eval_every, *self.run.checkpoint.intervals)
-        if self.world.device.type == "cpu" or any(map(self.due, intervals)):
+        if any(map(self.due, intervals)):
             self.clipper.check()
         if self.due(self.run.log.every):
             self.log_step()

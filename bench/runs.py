@@ -115,7 +115,7 @@ def optimizer_step(optimizer: Any, gradient: Callable[[Any], None], batch: Any, 
 
 def step_function(model: nn.Module, optimizer: Any, idx: Tensor, targets: Tensor) -> Callable[[], int]:
     """A function that trains on one batch with gradient clipping."""
-    clipper = GradientClipper(model, optimizer, 1.0)
+    clipper = GradientClipper(model, 1.0)
 
     def gradient(batch: tuple[Tensor, Tensor]) -> None:
         model(*batch).backward()

@@ -125,10 +125,9 @@ def test_a_nan_gradient_stops_before_the_update(foreign, dataset, tmp_path, kind
     t.accumulate(t.next_batch(), 0)
     next(p for p in t.model.parameters() if p.grad is not None).grad[0] = float("nan")
     before = [p.detach().clone() for p in t.model.parameters()]
-    with pytest.raises(NonFiniteError, match="step 0 .* is not finite; it was not applied"):
+    with pytest.raises(NonFiniteError, match="step 0 .* is not finite; earlier checkpoints are good"):
         t.clipper.clip(0)
         t.update()
-        t.clipper.check()
     assert all(torch.equal(p, b) for p, b in zip(t.model.parameters(), before, strict=True))
 
 
@@ -203,8 +202,7 @@ def test_the_room_for_lazily_allocated_state_is_known_before_the_first_step():
 TOY = """
 from dataclasses import dataclass
 from typing import NamedTuple
-from torch import Tensor
-from optimizers import OPTIMIZERS, Settings
+from optimizers import Settings, register
 from optimizers.composed import ComposedOptimizer
 from optimizers.directions import Direction
 from optimizers.options import option
@@ -212,18 +210,18 @@ from optimizers.settings import Rule
 from tests.tiny_config import config
 
 class Numbers(NamedTuple):
-    rate: Tensor
-    weight: Tensor
+    rate: float
+    weight: float
 
 @dataclass(frozen=True)
 class Average(Direction):
     beta: float
     label, state_names = "average", ("average",)
     def numbers(self, step):
-        return Numbers(step.rate, step.weight(1 - self.beta))
+        return Numbers(step.lr, 1 - self.beta)
     @staticmethod
-    def update(p, gradient, state, n, scratch):
-        p.addcmul_(state[0].lerp_(gradient, n.weight), n.rate, value=-1)
+    def update(p, gradient, state, n):
+        p.sub_(state[0].lerp_(gradient, n.weight) * n.rate)
 
 @dataclass(frozen=True)
 class ToyConfig(Settings):
@@ -236,7 +234,7 @@ class ToyConfig(Settings):
 class Toy(ComposedOptimizer):
     settings = ToyConfig
 
-optimizers = {"toy": ToyConfig()}
+optimizers = {"toy": register(Toy, ToyConfig())}
 """
 
 

@@ -13,7 +13,7 @@ ALLOWED = {  # a name allows itself and everything in it
     "model": set(),
     "data": {"runtime.files"},
     "optimizers": set(),
-    "runtime": {"optimizers.settings", "optimizers.norms"},
+    "runtime": {"optimizers.settings"},
     "config": {
         "model",
         "data.loader",

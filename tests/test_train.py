@@ -34,6 +34,7 @@ from runtime.checkpoint import Checkpointer, write_tensors
 from runtime.command import one_line
 from runtime.distributed import ALONE
 from runtime.errors import UserError
+from runtime.evaluation import bad_samples
 from runtime.folder import run_lock
 from runtime.logger import read_metrics
 from runtime.memory import MicroBatch
@@ -152,7 +153,8 @@ def test_the_parameter_table_is_printed_and_kept(arguments, capsys):
     folder = run_in_process(arguments, "--optimizer=mars_m")
     lines = (folder / "parameters.txt").read_text().splitlines()
     assert len(lines) == 1 + len(load_file(folder / FINAL))
-    assert "transformer.h.1.mlp.c_fc.weight\t64x16\tMARSM: corrected clipped x orthogonal\t0.006\t0.1" in lines
+    rule = "MARSM: orthogonal update of the clipped, corrected gradient"
+    assert f"transformer.h.1.mlp.c_fc.weight\t64x16\t{rule}\t0.006\t0.1" in lines
     output = capsys.readouterr().out
     assert "transformer.h.*.mlp.c_fc.weight (2)" in output
     assert "MB of optimizer state in this process" in output
@@ -733,7 +735,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(arguments, optimizer,
     monkeypatch.setattr(GPT, "forward", poison)
     arguments = [*arguments, f"--optimizer={optimizer}", f"--checkpoint.background={background}"]
     message = stops(arguments)
-    assert "the gradient of step 9 (counted from 0) is not finite; it was not applied" in message
+    assert "the gradient of step 9 (counted from 0) is not finite; earlier checkpoints are good" in message
     assert message.endswith(f"sequences: {shard.path.name}@{offset}")
     saved = sorted(p.name for p in (folder_of(arguments) / "checkpoints").iterdir())
     assert saved == ["step_0000004", "step_0000008"]
@@ -743,6 +745,25 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(arguments, optimizer,
     run_in_process(arguments, "--fresh")
     straight = load_file(folder_of(arguments) / FINAL)
     assert all(torch.equal(continued[name], straight[name]) for name in straight)
+
+
+def test_sequences_are_named_by_the_last_checkpoint_if_the_update_has_spoilt_the_weights(arguments):
+    """On a GPU, a gradient that is not finite is seen after its update."""
+    run = load_config(CONFIG, [*arguments[1:], "--steps=8"])
+    t = train_gpt.Trainer(run, ALONE, fresh=False)
+    t.log.close()
+    spoil(t.model)
+    assert bad_samples(t, 9) == "unknown, because the weights are lost and there is no checkpoint"
+    run_in_process(arguments, "--steps=8")
+    t = train_gpt.Trainer(run, ALONE, fresh=False)
+    t.log.close()
+    spoil(t.model)
+    assert bad_samples(t, 9) == "none alone has a loss that is not finite"
+
+
+def spoil(model):
+    for p in model.parameters():
+        p.detach().fill_(float("nan"))
 
 
 def test_weights_that_overflow_in_the_last_step_are_not_saved(arguments):
