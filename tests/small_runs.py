@@ -45,7 +45,9 @@ def byte_run(folder: Path, dataset: Path, seed: int = 0, name: str = "run", **ch
     config = replace(SHAPE, **changes)
     run = {"model": asdict(config), "data": {"path": str(dataset), "val_windows": 50}, "seed": 1, "name": name}
     run |= {"log": {"wandb": "off", "project": "gpt2"}, "optimizer": "adamw"}
-    state = dict(step=30, tokens=3000, val_loss=5.5, best_val_loss=5.5, train_seconds=1.0, config=run)
+    state = dict(
+        step=30, tokens=3000, sequences=50, steps=30, val_loss=5.5, best_val_loss=5.5, train_seconds=1.0, config=run
+    )
     checkpointer = Checkpointer(folder / name / "checkpoints", CheckpointConfig(), ALONE)
     checkpointer.save(dict(small_model(seed, config).named_parameters()), {}, state)
     (folder / name / "config.json").write_text(json.dumps(run))
