@@ -292,6 +292,30 @@ def test_an_interrupted_evaluation_continues_with_the_remaining_tasks(folders, d
     assert done[4:] == []
 
 
+def test_two_evaluations_at_once_with_one_folder_lose_no_score(folders, data, tmp_path):
+    """Both start with an empty folder. The later tables show the tasks of both, and the command repeats nothing."""
+    asked = {"one": ["boolq", "piqa", "sciq"], "two": ["winogrande", "piqa"], "one again": ["winogrande", "piqa"]}
+    out, common = tmp_path / "scores", ["--task_data", str(data), "--include_path", str(data), "--device", "cpu"]
+    processes = []
+    for name, tasks in asked.items():
+        command = [sys.executable, "-m", "eval.run", str(folders[name == "two"]), "--tasks", *tasks, "--out", str(out)]
+        options = dict(cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        processes.append(subprocess.Popen([*command, *common], **options))
+    for process in processes:
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, output
+    found = [(s["checkpoint"], s["task"]) for s in json.loads((out / "results.json").read_text())["scores"]]
+    wanted = {("one", task) for task in asked["one"] + asked["one again"]} | {("two", task) for task in asked["two"]}
+    assert sorted(found) == sorted(wanted)  # none twice, either
+    before = (out / "results.json").read_bytes()
+    run.main([str(folders[0]), "--tasks", "boolq", "--out", str(out), *common])
+    assert (out / "results.json").read_bytes() == before
+    text = (out / "table.md").read_text()
+    assert "| PIQA acc_norm | WG acc | SciQ acc_norm |" in text  # what others have scored for this model
+    assert "| two |" not in text
+    assert sorted(p.name for p in out.iterdir()) == ["results.json", "table.csv", "table.md"]
+
+
 def test_a_task_file_of_the_user_with_the_tokenizer_of_the_run(folders, tmp_path, capsys):
     (tmp_path / "tasks").mkdir()
     rows = [dict(q=phrase(i), a=[phrase(i + 1), phrase(i + 2)], gold=i % 2) for i in range(5)]
