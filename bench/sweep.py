@@ -40,9 +40,11 @@ from config.plan import Plan, folder_name
 from eval.table import published
 from runtime.command import Parser, at_least, one_line
 from runtime.errors import UserError
+from runtime.files import lock_of, write_durably, write_json
 from runtime.folder import CONFIG
 from runtime.hardware import environment
 from runtime.logger import METRICS, read_metrics
+from runtime.plot import new_figure, save
 
 PLANS = ROOT / "config/experiments"
 H100_FLOPS = 0.4 * 989e12  # assumed for the estimate of GPU hours: 40 % of the dense bf16 peak
@@ -165,11 +167,19 @@ class Run:
         return self.final(self.sweep.program.selects[0])
 
     def train(self, devices: str) -> None:
-        """Do the run, unless it is finished. Raises RuntimeError if it fails; a loss that is not finite is a result."""
-        if not math.isnan(self.loss):
-            return
+        """Do the run, unless it is finished. Raises RuntimeError if it fails; a loss that is not finite is a result.
+
+        If another sweep does this run at the moment, wait for it. The run ends with this process, even if it is killed.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with lock_of(self.path.with_name(f"{self.name}.sweep")):
+            if math.isnan(self.loss):
+                self._train(devices)
+
+    def _train(self, devices: str) -> None:
         variables = os.environ | ({"CUDA_VISIBLE_DEVICES": devices} if devices else {"OMP_NUM_THREADS": "1"})
-        done = subprocess.run(self.command, cwd=ROOT, env=variables, capture_output=True, text=True)
+        command = [sys.executable, str(ROOT / "bench/tied.py"), str(os.getpid()), *self.command]
+        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
         if done.returncode and "is not finite" in done.stdout + done.stderr:
             (self.path / "diverged").touch()
         elif done.returncode:
@@ -354,13 +364,10 @@ def published_points(sweep: Sweep) -> list[dict[str, Any]]:
     return [p for p in published()["sweeps"] if (p["plan"], p["scale"]) == (sweep.name, sweep.scale_name)]
 
 
-def plots(sweep: Sweep, rows: list[dict[str, Any]], path: Path) -> None:
+def plots(sweep: Sweep, rows: list[dict[str, Any]]) -> Any:
     """The metric against data, time, gradient evaluations, learning rate and gamma; published values are stars."""
-    from matplotlib.figure import Figure
-
     program = sweep.program
-
-    figure = Figure(figsize=(16, 8.5), layout="constrained")
+    figure = new_figure(16, 8.5)
     (by_amount, by_time, by_gradients), (by_lr, by_gamma, legend) = figure.subplots(2, 3)
     means_over_runs = {program.amount: by_amount, "train_s": by_time, "gradient_evaluations": by_gradients}
     for number, row in enumerate(rows):
@@ -391,7 +398,7 @@ def plots(sweep: Sweep, rows: list[dict[str, Any]], path: Path) -> None:
     by_gamma.set(xlabel="gamma", ylabel=f"{program.label}, deviation over seeds")
     legend.axis("off")
     legend.legend(*by_amount.get_legend_handles_labels(), loc="center", fontsize=8)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def report(sweep: Sweep, folder: Path) -> None:
@@ -411,9 +418,10 @@ def report(sweep: Sweep, folder: Path) -> None:
         text += f"\nPublished: {results} ({points[0]['source']})\n"
     folder.mkdir(parents=True, exist_ok=True)
     device_and_torch = f"{facts['device']}, torch {facts['packages'].get('torch')}"
-    (folder / f"{sweep.file}.md").write_text(f"{text}\n{device_and_torch}\n")
-    (folder / f"{sweep.file}.json").write_text(json.dumps(facts | dict(rows=rows), indent=1) + "\n")
-    plots(sweep, rows, folder / f"{sweep.file}.png")
+    with lock_of(folder / sweep.file):  # another sweep of this plan may report, too
+        write_durably(folder / f"{sweep.file}.md", f"{text}\n{device_and_torch}\n".encode())
+        write_json(folder / f"{sweep.file}.json", facts | dict(rows=rows))
+        save(plots(sweep, rows), folder / f"{sweep.file}.png")
     print(f"{text}\nwritten to {folder / sweep.file}.md, .json and .png")
 
 

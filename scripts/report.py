@@ -31,6 +31,7 @@ from runtime.command import Parser, one_line
 from runtime.files import write_durably
 from runtime.folder import CONFIG
 from runtime.logger import METRICS, read_metrics
+from runtime.plot import new_figure, save
 
 AXES = {"tokens": "tokens", "train_s": "training time, seconds", "gradients": "gradient evaluations"}
 PUBLISHED_BUDGET = 100_000 * 480 * 1024  # tokens of the published runs
@@ -186,10 +187,9 @@ Nats per token. Brackets: the published loss for the same method, size and data.
 
 def draw(runs: list[Run], path: Path) -> None:
     """Draw loss against tokens, time and gradient evaluations."""
-    from matplotlib.figure import Figure
+    figure = new_figure(15, 4.5)
     from matplotlib.ticker import EngFormatter
 
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
     for axes, (key, label) in zip(figure.subplots(1, 3, sharey=True), AXES.items(), strict=True):
         for number, r in enumerate(runs):
             points = [p for p in r.points if p[key] is not None]
@@ -203,7 +203,7 @@ def draw(runs: list[Run], path: Path) -> None:
         axes.grid(alpha=0.25)
     figure.axes[0].set(ylabel="validation loss, nats per token (x: published)")
     figure.axes[0].legend()
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def read_results(path: Path | None, *keys: str) -> dict | None:
