@@ -195,7 +195,8 @@ def from_hub(name: str) -> Path:
 
 def _read_checkpoint(path: Path, averaged: bool = False) -> Source:
     """One of our checkpoint folders, or the newest checkpoint of a run folder."""
-    checkpoint = open_checkpoint(path)
+    file = AVERAGE if averaged else MODEL
+    checkpoint = open_checkpoint(path, wanted={file})  # the optimizer state is twice as large, and is not read
     folder, state = checkpoint.folder.resolve(), checkpoint.state
     try:
         config, data = GPTConfig(**state["config"]["model"]), Path(state["config"]["data"]["path"])
@@ -204,7 +205,7 @@ def _read_checkpoint(path: Path, averaged: bool = False) -> Source:
     name = folder.parent.parent.name
     if not (path / "checkpoints").is_dir():  # the user named this step, not the run
         name += f"/{folder.name}"
-    tensors, file = (checkpoint.average(), AVERAGE) if averaged else (checkpoint.model(), MODEL)
+    tensors = checkpoint.average() if averaged else checkpoint.model()
     if tensors is None:
         raise UserError(f"{path}{AVERAGED}: this run keeps no averaged weights; train with --ema=0.999, for example")
     name += AVERAGED if averaged else ""

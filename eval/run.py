@@ -177,15 +177,21 @@ def score_all(args: argparse.Namespace, world: World) -> int:
         scores, failed = scores + found, failed | missing
     if scores and world.is_main:
         shown = [s for s in SIZES if args.published == s or (args.published == "auto" and s in sizes)]
-        with lock_of(args.out / RESULTS):
-            scores = with_earlier(scores, read_records(args.out / RESULTS))
-            text = markdown(scores, shown)
-            write_durably(args.out / "table.md", text.encode())
-            write_durably(args.out / "table.csv", comma_separated(scores, shown).encode())
+        text = write_tables(args.out, scores, shown)
         print(f"\n{text}\nwritten to {args.out}: {RESULTS}, table.md, table.csv")
     if world.is_main:
         print("".join(f"eval.run: {reason}\n" for reason in failed.values()), end="", file=sys.stderr)
     return len(failed)
+
+
+def write_tables(out: Path, scores: list[dict], sizes: list[str]) -> str:
+    """Write table.md, which is returned, and table.csv. sizes: whose published rows they show."""
+    with lock_of(out / RESULTS):
+        scores = with_earlier(scores, read_records(out / RESULTS))
+        text = markdown(scores, sizes)
+        write_durably(out / "table.md", text.encode())
+        write_durably(out / "table.csv", comma_separated(scores, sizes).encode())
+    return text
 
 
 def with_earlier(scores: list[dict], records: list[dict]) -> list[dict]:

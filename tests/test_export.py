@@ -1,7 +1,9 @@
 """Exports to Hugging Face folders, and models from the checkpoints of other programs."""
 
+import itertools
 import json
 import os
+import resource
 import shutil
 import threading
 from dataclasses import replace
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CONFIG
+from file_faults import ended_with
 from safetensors.torch import load_file, save_file
 from small_runs import SHAPE, byte_dataset, byte_run, small_model
 from test_model import CASES, GOLDEN, golden_model
@@ -20,7 +23,8 @@ from data.tokenizer import GPT2_PATTERN, ByteTokenizer, GPT2Tokenizer
 from eval import export
 from eval.checkpoint import load_weights, open_trained
 from model import GPT, GPTConfig
-from runtime.checkpoint import open_checkpoint
+from runtime.checkpoint import open_checkpoint, state_sha256
+from runtime.files import sha256_of
 
 transformers = pytest.importorskip("transformers")
 CPU = torch.device("cpu")
@@ -409,3 +413,92 @@ def test_reading_other_weights_holds_one_extra_copy_at_most(tmp_path, kind):
     thread.join()
     assert size > 100e6
     assert most[0] - before < 1.4 * size
+
+
+OPENAI_KEYS = """activation_function architectures attn_pdrop bos_token_id embd_pdrop eos_token_id initializer_range
+layer_norm_epsilon model_type n_ctx n_embd n_head n_layer n_positions resid_pdrop summary_activation
+summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params vocab_size"""
+
+
+def test_the_config_has_every_key_of_that_of_openai(exported):
+    """Programs such as the converter of llama.cpp ask for these keys."""
+    config = json.loads((exported / "config.json").read_text())
+    assert set(OPENAI_KEYS.split()) <= config.keys()
+    assert (config["n_ctx"], config["n_positions"]) == (64, 64)
+    assert config["architectures"] == ["GPT2LMHeadModel"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_every_file_of_an_export_follows_the_umask(run, tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        export.main([str(run), "--out", str(tmp_path / "hf")])
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "hf").iterdir()} == {0o666 & ~mask}
+    assert (tmp_path / "hf").stat().st_mode & 0o777 == 0o777 & ~mask
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_the_folder_is_named_once(run, tmp_path):
+    for words in ([], [str(tmp_path / "a"), "--out", str(tmp_path / "b")]):
+        with pytest.raises(SystemExit, match="name one folder to write: CHECKPOINT OUT, or CHECKPOINT --out OUT"):
+            export.main([str(run), *words])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("limit", [100, 3000, 60_000])
+def test_an_export_on_a_full_disk_is_one_clear_line(run, tmp_path, limit):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(SystemExit) as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # a write beyond fails, as on a full disk
+        try:
+            export.main([str(run), str(tmp_path / "hf")])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(error.value).startswith(f"eval.export: {tmp_path / 'hf'} was not written: ")
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_weights_are_hashed_and_only_once(dataset, tmp_path, monkeypatch):
+    """The optimizer state is twice as large; nothing that evaluates reads it."""
+    run, hashed = byte_run(tmp_path, dataset), []
+    (folder,) = (run / "checkpoints").iterdir()
+    state = json.loads((folder / "state.json").read_text())
+    state["sha256"]["optimizer-0.safetensors"] = sha256_of(folder / "model.safetensors")
+    state["state_sha256"] = state_sha256(state)
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "optimizer-0.safetensors").write_bytes(b"not the optimizer state")
+    for module in ("runtime.checkpoint", "eval.checkpoint"):
+        monkeypatch.setattr(f"{module}.sha256_of", lambda path: hashed.append(path.name) or sha256_of(path))
+    assert open_trained(run, CPU).sha256 == state["sha256"]["model.safetensors"]
+    assert hashed == ["model.safetensors"]
+    hashed.clear()
+    load_weights(small_model(), str(run))
+    assert hashed == ["model.safetensors"]
+    with pytest.raises(ValueError, match="optimizer-0.safetensors does not match its sha256"):
+        open_checkpoint(folder)  # a trainer reads it
+
+
+@pytest.mark.parametrize("fault", ["ENOSPC", "SIGKILL"])
+def test_an_export_is_complete_or_absent_whatever_happens(run, exported, tmp_path, monkeypatch, fault):
+    """A fault comes before each operation in turn. The next start makes the folder."""
+    trained, complete = open_trained(run, CPU), {p.name: p.read_bytes() for p in exported.iterdir()}
+    monkeypatch.setattr(export, "logits_difference", lambda *_: (0.0, 1.0))  # these two only read
+    monkeypatch.setattr(export, "tokenizers_agree", lambda *_: True)
+    card = "README.md"  # it holds the difference
+    for number in itertools.count(1):
+        out = tmp_path / str(number) / "hf"
+        ended = ended_with(lambda out=out: export.export(trained, out), out.parent, number, fault)
+        if out.exists():
+            found = {p.name: p.read_bytes() for p in out.iterdir()}
+            assert found.keys() == complete.keys()
+            assert all(found[name] == complete[name] for name in found if name != card)
+        else:
+            assert ended in ("killed", "error")
+            assert ended_with(lambda out=out: export.export(trained, out), out.parent, 0, fault) == "done"
+        assert [p.name for p in out.parent.iterdir() if not p.name.startswith("tmp-")] == ["hf"]
+        if ended == "done":
+            break
+    assert number > 15  # operations

@@ -80,7 +80,8 @@ def start_sweep(plan, folder, **options):
 def swept(dataset, tmp_path_factory):
     """A folder with the finished runs of the plan in `sweeps`, and their report in `results`.
 
-    Two sweeps do them at the same time. The test processes of pytest-xdist share it: the first one makes it, and the others wait.
+    Two sweeps do them at the same time. The test processes of pytest-xdist share the folder: the first one makes it,
+    and the others wait.
     """
     folder = tmp_path_factory.mktemp("swept")
     if "PYTEST_XDIST_WORKER" in os.environ:
