@@ -19,7 +19,6 @@ import math
 import os
 import queue
 import re
-import runpy
 import shlex
 import statistics
 import subprocess
@@ -36,6 +35,7 @@ from tqdm import tqdm
 
 from bench.programs import PROGRAMS, Program
 from bench.report import RESULTS, ROOT, markdown
+from config.load import run_file
 from config.plan import Plan, folder_name
 from eval.table import published
 from runtime.command import Parser, at_least, one_line
@@ -57,10 +57,7 @@ def load_plan(name: str) -> Plan:
     path = Path(name) if name.endswith(".py") else PLANS / f"{name}.py"
     if not path.exists():
         raise UserError(f"{name}: no such plan; nearest: {nearest(name, plan_names())}")
-    try:
-        plan = runpy.run_path(str(path)).get("plan")
-    except (SyntaxError, NameError, TypeError, ImportError) as error:
-        raise UserError(f"{path}: {error}") from None
+    plan = run_file(path).get("plan")
     if not isinstance(plan, Plan):
         raise UserError(f"{path}: must define `plan`, a config.plan.Plan")
     try:
