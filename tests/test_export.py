@@ -159,6 +159,12 @@ def pt_file(path: Path, **changes) -> Path:
     return path
 
 
+def changed_weights(change) -> dict:
+    """The weights of a small model, of which one is changed."""
+    weights = dict(small_model(config=replace(SHAPE, scale_attn_by_inverse_layer_idx=False)).state_dict())
+    return weights | {"transformer.wte.weight": change(weights["transformer.wte.weight"])}
+
+
 def test_a_pt_file_can_be_exported(tmp_path):
     export.main([str(pt_file(tmp_path / "ckpt.pt")), str(tmp_path / "hf")])
     assert "| code | nanoGPT |" in (tmp_path / "hf" / "README.md").read_text()
@@ -210,6 +216,19 @@ def break_hugging_face(folder: Path, exported: Path, how: str) -> Path:
         (folder / "tokenizer.json").write_text("{")
     elif how == "gone":
         weights.unlink()
+    elif how == "list":
+        weights.unlink()
+        torch.save([torch.ones(2)], folder / "pytorch_model.bin")
+    elif how == "number":
+        weights.unlink()
+        torch.save({"transformer.h.0.attn.c_attn.weight": 3}, folder / "pytorch_model.bin")
+    elif how == "types":
+        odd = {"n_embd": "wide", "activation_function": ["gelu"]}
+        config.write_text(json.dumps(json.loads(config.read_text()) | odd))
+    elif how == "text":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"n_layer": "two"}))
+    elif how == "nested":
+        config.write_text("[" * 100_000)
     return folder
 
 
@@ -225,6 +244,11 @@ def break_hugging_face(folder: Path, exported: Path, how: str) -> Path:
         ("config", "config.json: not readable as JSON"),
         ("tokenizer", "its tokenizer files cannot be read"),
         ("gone", "no model.safetensors or pytorch_model.bin in it"),
+        ("list", "pytorch_model.bin: not a file of weights"),
+        ("number", "transformer.h.0.attn.c_attn.weight is not a tensor of weights"),
+        ("types", "gpt2 with .'gelu'. is not a GPT-2"),
+        ("text", "its settings are not those of a GPT-2 .n_layer='two'"),
+        ("nested", "config.json: not readable as JSON"),
     ],
 )
 def test_a_broken_hugging_face_folder_is_one_clear_line(exported, tmp_path, how, message):
@@ -249,6 +273,19 @@ def test_a_broken_hugging_face_folder_is_one_clear_line(exported, tmp_path, how,
             "not the token embedding",
         ),
         (dict(config=NotATensor()), "holds more than tensors and numbers"),
+        (
+            dict(model_args=SIZES | dict(vocab_size="many")),
+            "its settings are not those of a GPT-2 .vocab_size",
+        ),
+        (dict(model_args=SIZES | dict(bias=[[1]])), "ckpt.pt: its settings are not those of a GPT-2 .bias"),
+        (dict(model_args=[1]), "not a checkpoint of nanoGPT or MARS"),
+        (dict(model={}), "not the GPT-2 its settings describe"),
+        (dict(model={"a": {"b": [{}]}}), "a is not a tensor of weights"),
+        (dict(model={7: torch.ones(2)}), "not the GPT-2 its settings describe"),
+        (dict(model=changed_weights(lambda t: t.to(torch.int8))), "is not a tensor of weights"),
+        (dict(model=changed_weights(lambda t: t.sum())), "has shape \\(\\), its settings say"),
+        (dict(iter_num="seven"), "its iter_num is not a number"),
+        (dict(best_val_loss=torch.ones(3)), "its best_val_loss is not a number"),
     ],
 )
 def test_a_pt_file_of_another_program_is_one_clear_line(tmp_path, changes, message):
@@ -259,9 +296,9 @@ def test_a_pt_file_of_another_program_is_one_clear_line(tmp_path, changes, messa
 
 def test_damaged_files_are_one_clear_line(dataset, tmp_path):
     path = pt_file(tmp_path / "ckpt.pt")
-    for content in (path.read_bytes()[:3000], b"", b"\xa5no pickle"):
+    for content in (path.read_bytes()[:3000], b"", b"\xa5no pickle", b"PK" + bytes(99), b"\x80\x02]q\x00K\x01a."):
         path.write_bytes(content)
-        with pytest.raises(SystemExit, match="damaged or of another format") as error:
+        with pytest.raises(SystemExit, match="damaged or of another format|not a checkpoint of nanoGPT") as error:
             export.main([str(path), str(tmp_path / "hf")])
         assert "\n" not in str(error.value)
     weights = byte_run(tmp_path, dataset) / "checkpoints" / "step_0000030" / "model.safetensors"
@@ -380,6 +417,31 @@ def test_a_run_starts_with_the_weights_of_an_export(run, exported, dataset, tmp_
         rows = 32 if name.endswith("wpe.weight") else 257  # a shorter context, and a table without its padding
         assert torch.equal(ours[name][:rows], tensor[:rows]), name
     assert all((ours[name] == 0).all() for name in ours.keys() - theirs.keys())  # the biases, which the export adds
+
+
+def test_weights_of_another_model_name_the_settings_to_give(exported, dataset, tmp_path):
+    words = [str(CONFIG), f"--data.path={dataset}", f"--log.folder={tmp_path}", "--name=run", f"--init_from={exported}"]
+    with pytest.raises(SystemExit) as error:
+        train_gpt.main([*words, "--vocab_size=320"])
+    settings = "--n_embd=32 --bias=true --scale_attn_by_inverse_layer_idx=true --vocab_size=257"
+    assert f"init_from={exported}: another model; give {settings} (" in str(error.value)
+    assert "vocab_size: the checkpoint has 257, the run 320" in str(error.value)
+    train_gpt.main([*words, *settings.split(), "--dropout=0", "--steps=1", "--warmup=0", "--min_lr=0"])
+
+
+def test_a_run_whose_name_ends_like_the_averaged_weights_is_reached(dataset, tmp_path):
+    run = byte_run(tmp_path, dataset, name="x:average")
+    assert open_trained(run, CPU).name == "x:average"
+    with pytest.raises(ValueError, match="x:average:average: this run keeps no averaged weights"):
+        open_trained(f"{run}:average", CPU)
+
+
+def test_a_dataset_as_a_run_and_a_shard_as_a_dataset_are_one_clear_line(dataset, tmp_path):
+    with pytest.raises(SystemExit, match=f"{dataset}: is a dataset; name a run or another checkpoint"):
+        export.main([str(dataset), str(tmp_path / "hf")])
+    shard = next(dataset.glob("train*.bin"))
+    with pytest.raises(SystemExit, match=f"data.path {shard}: is a file; give the folder of the shards, {dataset}"):
+        train_gpt.main([str(CONFIG), f"--data.path={shard}", f"--log.folder={tmp_path}"])
 
 
 def anonymous_memory():
