@@ -19,8 +19,8 @@ import torch
 from eval.checkpoint import Trained, open_trained
 from eval.command import model_parser
 from eval.scoring import Scorer, harness_model
-from eval.table import SIZES, comma_separated, markdown, size_of
-from eval.tasks import Tasks, factor, metric_of
+from eval.table import SIZES, cells_of, comma_separated, markdown, size_of
+from eval.tasks import Tasks, metric_of
 from runtime.command import at_least, first_line, one_line
 from runtime.distributed import World, start_world
 from runtime.errors import UserError
@@ -211,12 +211,11 @@ def with_earlier(scores: list[dict], records: list[dict]) -> list[dict]:
 
 def describe(score: dict) -> str:
     """A record in one line."""
-    unit = factor(score["metric"])
-    error = "" if score["stderr"] is None else f" +- {unit * score['stderr']:.2f}"
+    cells = cells_of(score).items()
+    numbers = [f"{metric} {value:.2f}" + ("" if e is None else f" +- {e:.2f}") for metric, (value, e) in cells]
     cut = score["requests_cut_on_the_left"]
     note = f", {cut} of {score['requests']} requests cut on the left" if cut else ""
-    task = f"{score['checkpoint']}  {score['task']}, {score['shots']}-shot"
-    return f"{task}  {score['metric']} {unit * score['score']:.2f}{error}{note}"
+    return f"{score['checkpoint']}  {score['task']}, {score['shots']}-shot  {', '.join(numbers)}{note}"
 
 
 def main(argv: list[str] | None = None) -> None:

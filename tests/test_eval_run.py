@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -364,7 +365,7 @@ validation_split: validation
 doc_to_text: "{{{{q}}}}:"
 doc_to_target: gold
 doc_to_choice: "{{{{a}}}}"
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}, {{metric: acc_norm}}]
 """
     )
     out = tmp_path / "tasks" / "scores"  # among the task files; what it holds is no change of the task
@@ -375,10 +376,15 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
     (score,) = scores()
     items = [(f"{r['q']}:", r["a"], r["gold"]) for r in rows]
-    assert score["score"] == by_hand(open_trained(folders[1], CPU).model, items)[0]
-    assert (score["metric"], score["tokenizer"], score["harness"]) == ("acc", "byte", "0.4.13")
+    acc, acc_norm = by_hand(open_trained(folders[1], CPU).model, items)
+    assert score["score"] == acc_norm
+    assert (score["metric"], score["tokenizer"], score["harness"]) == ("acc_norm", "byte", "0.4.13")
     assert len(score["sha256"]) == 64
-    assert "my_pairs acc" in capsys.readouterr().out
+    text = capsys.readouterr().out  # no metric is chosen silently
+    assert f"my_pairs, 0-shot  acc_norm {100 * acc_norm:.2f} +- " in text
+    assert f", acc {100 * acc:.2f} +- " in text
+    assert "| model | shots | my_pairs acc_norm | my_pairs acc | mean of 9 |" in text
+    assert (out / "table.csv").read_text().startswith("model,shots,my_pairs,my_pairs_stderr,my_pairs_acc,my_pairs_acc_")
     assert scores() == [score]
 
     rows = [r | dict(gold=1 - r["gold"]) for r in rows]  # other answers are not the task that was scored
@@ -471,6 +477,40 @@ def test_bad_arguments_are_one_clear_line(folders, tmp_path, arguments, message)
     assert "\n" not in str(error.value)
 
 
+OWN_TASK = """task: own
+dataset_path: json
+dataset_kwargs: {data_files: {validation: FILE}}
+validation_split: validation
+output_type: multiple_choice
+doc_to_text: "{{q}}"
+doc_to_target: gold
+doc_to_choice: "{{a}}"
+"""
+
+
+@pytest.mark.parametrize(
+    "yaml, rows, message",
+    [
+        ("task: [", b"", 'unknown task "own"; .*broken.yaml cannot be read .*while parsing'),
+        ("task: own\noutput_type: multiple_choice\n", b"", "task own: "),
+        ("task: own\ndataset_path: json\noutput_type: sing\n", b"", "task own: "),
+        (OWN_TASK, b"\xff\xfe{}", "task own: its data could not be read"),
+        (OWN_TASK, b"[[[[", "task own: its data could not be read"),
+        (OWN_TASK, b'{"other": 1}\n', "task own: its data could not be read"),
+    ],
+)
+def test_broken_task_files_are_one_clear_line(folders, tmp_path, capsys, yaml, rows, message):
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "rows.jsonl").write_bytes(rows)
+    (tasks / "broken.yaml").write_text(yaml.replace("FILE", str(tasks / "rows.jsonl")))
+    with pytest.raises(SystemExit) as error:
+        run.main([str(folders[0]), "--tasks", "own", "--include_path", str(tasks), "--out", str(tmp_path / "out")])
+    lines = [*capsys.readouterr().err.splitlines(), str(error.value)]
+    (line,) = [line for line in lines if re.search(message, line)]
+    assert line.startswith("eval.run: ")
+
+
 def test_an_unknown_task_is_one_clear_line(monkeypatch):
     """The list of all tasks is replaced by a short one: reading thousands of task files takes half a minute."""
     folder = Path(lm_eval_tasks.__file__).parent / "hellaswag"
@@ -481,9 +521,20 @@ def test_an_unknown_task_is_one_clear_line(monkeypatch):
 
 
 def test_another_file_as_results_and_a_missing_model_are_errors(folders, tmp_path):
-    (tmp_path / "results.json").write_text("[1, 2]")
-    with pytest.raises(SystemExit, match="not a results file"):
-        run.main([str(folders[0]), "--tasks", "boolq", "--out", str(tmp_path)])
+    odd = [
+        "[1, 2]",
+        "[" * 100_000,
+        '{"scores": 5}',
+        '{"scores": [[1]]}',
+        '{"scores": [{"task": 1}]}',
+        "\xff",
+        '{"scores": null}',
+    ]
+    for content in odd:
+        (tmp_path / "results.json").write_text(content, encoding="latin-1")
+        with pytest.raises(SystemExit, match="results.json: not a results file; repair it or choose another --out"):
+            run.main([str(folders[0]), "--tasks", "boolq", "--out", str(tmp_path)])
+        assert (tmp_path / "results.json").read_text(encoding="latin-1") == content
     with pytest.raises(SystemExit, match="results.json: File exists"):
         run.main([str(folders[0]), "--tasks", "boolq", "--out", str(tmp_path / "results.json")])
     with pytest.raises(SystemExit, match="neither a checkpoint"):
@@ -544,6 +595,16 @@ def test_the_mean_of_published_rows_and_the_sizes():
     assert [size_of(n) for n in (124_000_000, 353_000_000, 1_557_000_000, 3_000_000)] == ["small", "medium", "xl", None]
     assert metric_of("other", {"acc,none": 1, "acc_norm,none": 1, "acc_stderr,none": 1}) == "acc_norm"
     assert metric_of("other", {"alias": "x", "bpb,none": 1, "bpb_stderr,none": 1}) == "bpb"
+
+
+def test_the_table_tells_of_cut_requests():
+    score = dict(checkpoint="run", task="boolq", shots=5, metric="acc", score=0.5, stderr=None, requests=24)
+    whole = markdown([score | dict(requests_cut_on_the_left=0)], [])
+    assert "Requests" not in whole
+    text = markdown([score | dict(requests_cut_on_the_left=3), score | dict(task="piqa", metric="acc_norm")], [])
+    assert text.endswith(
+        "Requests longer than the context, without their first tokens:\n\n- run, 5-shot: boolq 3 of 24\n"
+    )
 
 
 def test_other_weights_or_fewer_documents_get_separate_rows():
