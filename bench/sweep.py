@@ -37,10 +37,11 @@ from bench.programs import PROGRAMS, Program
 from bench.report import RESULTS, ROOT, markdown
 from config.load import run_file
 from config.plan import Plan, folder_name
+from eval.comparison import groups_of, measured_on
 from eval.table import published
 from runtime.command import Parser, at_least, one_line
 from runtime.errors import UserError
-from runtime.files import lock_of, write_durably, write_json
+from runtime.files import lock_of, read_json, write_durably, write_json
 from runtime.folder import CONFIG
 from runtime.hardware import environment
 from runtime.logger import METRICS, read_metrics
@@ -136,7 +137,7 @@ class Run:
     def changes(self) -> dict[str, tuple]:
         """Settings with which the run folder was made and which the plan has changed since, as key: (old, new)."""
         path = self.path / CONFIG
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        before = read_json(path) if path.exists() else None
         return self.sweep.program.changed(before, self.config) if before else {}
 
     def evaluations(self) -> list[dict]:
@@ -145,6 +146,10 @@ class Run:
         found = read_metrics(path) if path.exists() else []
         steps = {r["step"]: r for r in found if "gradient_evaluations" in r}
         return [steps.get(r["step"], {}) | r for r in found if self.sweep.program.reports in r]
+
+    @property
+    def is_evaluated(self) -> bool:
+        return (self.path / CONFIG).exists() and bool(self.evaluations())
 
     def records(self) -> list[dict]:
         """The evaluations of a finished run; empty if it is not finished."""
@@ -229,7 +234,22 @@ class Sweep:
                         f"{self.folder}/{run.name}: the plan has changed since this run was made ({old_and_new}); "
                         f"rename {self.folder}, or give the plan another name"
                     )
-        return ""
+        return self.measured_differently()
+
+    def measured_differently(self) -> str:
+        """One line about runs that were evaluated on other validation data than others; empty if there are none."""
+        runs = [
+            replace(run, seed=seed) for arm in self.plan.arms for run in self.tuning(arm) for seed in self.scale.seeds
+        ]
+        found = {run: (read_json(run.path / CONFIG), run.evaluations()[-1]) for run in runs if run.is_evaluated}
+        groups = groups_of(list(found), list(found.values()))
+        if len(groups) < 2:
+            return ""
+        a, b = groups[0][0], groups[1][0]
+        before, now = measured_on(*found[a]), measured_on(*found[b])
+        keys = ", ".join(f"{k}: {before.get(k)} and {now.get(k)}" for k in now if before.get(k) != now[k])
+        problem = f"{a.name} and {b.name} were evaluated on different validation data ({keys or 'not known'})"
+        return f"{self.folder}: {problem}; rename the folder of one of the runs, and the same command repeats it"
 
     def rates(self, arm: str) -> list[float]:
         return [float(f"{self.plan.arms[arm].lr[self.scale_name] * m:.3g}") for m in self.scale.multiples]
@@ -401,6 +421,8 @@ def plots(sweep: Sweep, rows: list[dict[str, Any]]) -> Any:
 def report(sweep: Sweep, folder: Path) -> None:
     """Print the table and write it with the plots and all numbers."""
     rows = rows_of(sweep)
+    if problem := sweep.measured_differently():  # the data may have changed during the sweep
+        raise UserError(problem)
     if not rows:
         raise UserError(f"{sweep.name} at the {sweep.scale_name} scale: no arm is finished")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

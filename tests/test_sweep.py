@@ -192,6 +192,24 @@ def test_runs_of_other_settings_are_not_taken_for_those_of_the_plan(finished, tm
     assert not Sweep(finished, arms=["AdamW"]).changed_run()  # the runs of the other arm are as they were
 
 
+def test_runs_on_other_validation_data_are_not_compared(finished, tmp_path):
+    """As if the dataset was prepared again between the runs."""
+    path = tmp_path / "sweeps/small-laptop/Muon-lr0.02-seed1/metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        if "measured_on" in record:
+            record["measured_on"]["data"] = "other"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    problem = (
+        r"AdamW-lr0.01-seed1 and Muon-lr0.02-seed1 were evaluated on different validation data \(data: \w+ and other\)"
+    )
+    with pytest.raises(SystemExit, match=f"{problem}; rename the folder of one of the runs"):
+        sweep.main([finished, "--folder", str(tmp_path / "results")])
+    with pytest.raises(ValueError, match=problem):
+        sweep.report(Sweep(finished), tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
 def test_another_reference_has_its_own_report(finished, tmp_path):
     sweep.main([finished, "--folder", str(tmp_path), "--reference", "Muon"])
     rows = {row["arm"]: row for row in json.loads((tmp_path / "sweep_small_laptop_vs_Muon.json").read_text())["rows"]}
