@@ -14,6 +14,7 @@ from bench.report import RESULTS, ROOT, markdown
 from bench.timing import SIZES
 from runtime.command import Parser, one_line
 from runtime.errors import UserError
+from runtime.plot import new_figure, save
 
 BEGIN, END = "<!-- speed: written by python -m bench.gpu_page -->", "<!-- end of speed -->"
 
@@ -80,14 +81,12 @@ def page(speed: str, checked: list[dict], comparison: str) -> str:
 
 def plot(found: dict[str, dict], path: Path) -> None:
     """Tokens per second by size."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    figure = new_figure(6, 3.5)
     axes = figure.subplots()
     bars = axes.bar(list(found), [numbers["tokens_per_s"] for numbers in found.values()])
     axes.bar_label(bars, fmt="{:,.0f}")
     axes.set(ylabel="tokens/s", title=" ".join({numbers["hardware"] for numbers in found.values()}))
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def fill(readme: Path, speed: str) -> None:

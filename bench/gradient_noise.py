@@ -31,6 +31,7 @@ from runtime.average import weights_in_model
 from runtime.command import at_least, one_line
 from runtime.errors import UserError
 from runtime.gamma import best_gamma
+from runtime.plot import new_figure, save
 from train_gpt import Trainer, train
 
 GAMMAS = (0.0, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)
@@ -187,9 +188,7 @@ def measurements(folder: Path, step: int, follow: int, points: int, draws: int) 
 
 def plot(found: dict[int, list[Measurement]], path: Path) -> None:
     """Error of the momentum against gamma, relative to gamma 0, a colour for each checkpoint."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = new_figure(7, 4.5)
     axes = figure.subplots()
     for number, (step, points) in enumerate(found.items()):
         for form, line in (("approximate", "-"), ("exact", "--")):
@@ -199,7 +198,7 @@ def plot(found: dict[int, list[Measurement]], path: Path) -> None:
     axes.set(xlabel="gamma", ylabel="squared error of the momentum, relative to gamma 0", yscale="log")
     axes.legend(fontsize=7)
     axes.grid(alpha=0.25)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def smoke_run(folder: Path) -> Path:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from bench.report import Report, bench_parser, in_processes, results_folder
 from optimizers import MARSM, Muon
 from runtime.command import at_least, one_line
+from runtime.plot import new_figure, save
 
 ROWS, COLUMNS = 8, 16
 NOISES = ("symmetric", "skewed")
@@ -271,9 +272,7 @@ def write(findings: dict[str, Finding], folder: Path, **facts: Any) -> list[str]
 
 def plot(findings: dict[str, Finding], path: Path) -> None:
     """Mean nuclear norm of the gradient against the number of steps, both logarithmic."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure = new_figure(11, 5)
     for axes, (noise, finding) in zip(np.atleast_1d(figure.subplots(1, len(findings))), findings.items(), strict=True):
         steps = np.asarray(finding.steps, dtype=float)
         for name, values in finding.norms.items():
@@ -286,7 +285,7 @@ def plot(findings: dict[str, Finding], path: Path) -> None:
         axes.set_ylabel("mean nuclear norm of the gradient")
         axes.legend(title="arm: slope", fontsize=8)
         axes.grid(alpha=0.25)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:

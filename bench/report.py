@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.command import Parser
+from runtime.files import lock_of, write_durably
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench/results"
@@ -33,7 +34,7 @@ def results_folder(args: argparse.Namespace) -> Path:
 
 
 class Report:
-    """The rows of one bench run. Each is appended to FOLDER/NAME_HARDWARE_DATE.jsonl as soon as it is known.
+    """The rows of one bench run. FOLDER/NAME_HARDWARE_DATE.jsonl is written again with each new row.
 
     more: facts that the first line of the file gives beside hardware, versions and date.
     """
@@ -52,11 +53,12 @@ class Report:
         self.facts = json.dumps(facts | dict(threads=torch.get_num_threads(), date=date) | more)
 
     def add(self, **row: object) -> None:
-        """Print a row and write it to the file. The first row replaces what an earlier run of this day has written."""
-        start = "" if self.rows else f"{self.facts}\n"
+        """Print a row and write the file, which replaces that of an earlier run of this day.
+
+        If two runs write at once, the file holds the rows of the last one that wrote, and not a mixture.
+        """
         self.rows.append(row)
-        with open(self.path, "w" if start else "a") as f:
-            f.write(start + json.dumps(row) + "\n")
+        self._write(self.path, "".join(f"{line}\n" for line in (self.facts, *map(json.dumps, self.rows))))
         print("  ".join(f"{key} {_cell(value)}" for key, value in row.items()), flush=True)
 
     def table(self, by: str | None = None) -> None:
@@ -68,8 +70,12 @@ class Report:
         for row in self.rows:
             groups.setdefault(row.get(by), []).append(row)
         text = "\n\n".join(markdown(rows) for rows in groups.values())
-        self.path.with_suffix(".md").write_text(f"{self.facts}\n\n{text}\n")
+        self._write(self.path.with_suffix(".md"), f"{self.facts}\n\n{text}\n")
         print(f"\n{text}\n\nwritten to {self.path} and .md")
+
+    def _write(self, path: Path, text: str) -> None:
+        with lock_of(self.path):
+            write_durably(path, text.encode())
 
 
 def markdown(rows: list[dict]) -> str:

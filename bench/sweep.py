@@ -19,7 +19,6 @@ import math
 import os
 import queue
 import re
-import runpy
 import shlex
 import statistics
 import subprocess
@@ -36,13 +35,17 @@ from tqdm import tqdm
 
 from bench.programs import PROGRAMS, Program
 from bench.report import RESULTS, ROOT, markdown
+from config.load import run_file
 from config.plan import Plan, folder_name
+from eval.comparison import groups_of, measured_on
 from eval.table import published
 from runtime.command import Parser, at_least, one_line
 from runtime.errors import UserError
+from runtime.files import lock_of, read_json, write_durably, write_json
 from runtime.folder import CONFIG
 from runtime.hardware import environment
 from runtime.logger import METRICS, read_metrics
+from runtime.plot import new_figure, save
 
 PLANS = ROOT / "config/experiments"
 H100_FLOPS = 0.4 * 989e12  # assumed for the estimate of GPU hours: 40 % of the dense bf16 peak
@@ -55,10 +58,7 @@ def load_plan(name: str) -> Plan:
     path = Path(name) if name.endswith(".py") else PLANS / f"{name}.py"
     if not path.exists():
         raise UserError(f"{name}: no such plan; nearest: {nearest(name, plan_names())}")
-    try:
-        plan = runpy.run_path(str(path)).get("plan")
-    except (SyntaxError, NameError, TypeError, ImportError) as error:
-        raise UserError(f"{path}: {error}") from None
+    plan = run_file(path).get("plan")
     if not isinstance(plan, Plan):
         raise UserError(f"{path}: must define `plan`, a config.plan.Plan")
     try:
@@ -137,7 +137,7 @@ class Run:
     def changes(self) -> dict[str, tuple]:
         """Settings with which the run folder was made and which the plan has changed since, as key: (old, new)."""
         path = self.path / CONFIG
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        before = read_json(path) if path.exists() else None
         return self.sweep.program.changed(before, self.config) if before else {}
 
     def evaluations(self) -> list[dict]:
@@ -146,6 +146,10 @@ class Run:
         found = read_metrics(path) if path.exists() else []
         steps = {r["step"]: r for r in found if "gradient_evaluations" in r}
         return [steps.get(r["step"], {}) | r for r in found if self.sweep.program.reports in r]
+
+    @property
+    def is_evaluated(self) -> bool:
+        return (self.path / CONFIG).exists() and bool(self.evaluations())
 
     def records(self) -> list[dict]:
         """The evaluations of a finished run; empty if it is not finished."""
@@ -165,11 +169,19 @@ class Run:
         return self.final(self.sweep.program.selects[0])
 
     def train(self, devices: str) -> None:
-        """Do the run, unless it is finished. Raises RuntimeError if it fails; a loss that is not finite is a result."""
-        if not math.isnan(self.loss):
-            return
+        """Do the run, unless it is finished. Raises RuntimeError if it fails; a loss that is not finite is a result.
+
+        If another sweep does this run at the moment, wait for it. The run ends with this process, even if it is killed.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with lock_of(self.path.with_name(f"{self.name}.sweep")):
+            if math.isnan(self.loss):
+                self._train(devices)
+
+    def _train(self, devices: str) -> None:
         variables = os.environ | ({"CUDA_VISIBLE_DEVICES": devices} if devices else {"OMP_NUM_THREADS": "1"})
-        done = subprocess.run(self.command, cwd=ROOT, env=variables, capture_output=True, text=True)
+        command = [sys.executable, str(ROOT / "bench/tied.py"), str(os.getpid()), *self.command]
+        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
         if done.returncode and "is not finite" in done.stdout + done.stderr:
             (self.path / "diverged").touch()
         elif done.returncode:
@@ -222,7 +234,22 @@ class Sweep:
                         f"{self.folder}/{run.name}: the plan has changed since this run was made ({old_and_new}); "
                         f"rename {self.folder}, or give the plan another name"
                     )
-        return ""
+        return self.measured_differently()
+
+    def measured_differently(self) -> str:
+        """One line about runs that were evaluated on other validation data than others; empty if there are none."""
+        runs = [
+            replace(run, seed=seed) for arm in self.plan.arms for run in self.tuning(arm) for seed in self.scale.seeds
+        ]
+        found = {run: (read_json(run.path / CONFIG), run.evaluations()[-1]) for run in runs if run.is_evaluated}
+        groups = groups_of(list(found), list(found.values()))
+        if len(groups) < 2:
+            return ""
+        a, b = groups[0][0], groups[1][0]
+        before, now = measured_on(*found[a]), measured_on(*found[b])
+        keys = ", ".join(f"{k}: {before.get(k)} and {now.get(k)}" for k in now if before.get(k) != now[k])
+        problem = f"{a.name} and {b.name} were evaluated on different validation data ({keys or 'not known'})"
+        return f"{self.folder}: {problem}; rename the folder of one of the runs, and the same command repeats it"
 
     def rates(self, arm: str) -> list[float]:
         return [float(f"{self.plan.arms[arm].lr[self.scale_name] * m:.3g}") for m in self.scale.multiples]
@@ -354,13 +381,10 @@ def published_points(sweep: Sweep) -> list[dict[str, Any]]:
     return [p for p in published()["sweeps"] if (p["plan"], p["scale"]) == (sweep.name, sweep.scale_name)]
 
 
-def plots(sweep: Sweep, rows: list[dict[str, Any]], path: Path) -> None:
+def plots(sweep: Sweep, rows: list[dict[str, Any]]) -> Any:
     """The metric against data, time, gradient evaluations, learning rate and gamma; published values are stars."""
-    from matplotlib.figure import Figure
-
     program = sweep.program
-
-    figure = Figure(figsize=(16, 8.5), layout="constrained")
+    figure = new_figure(16, 8.5)
     (by_amount, by_time, by_gradients), (by_lr, by_gamma, legend) = figure.subplots(2, 3)
     means_over_runs = {program.amount: by_amount, "train_s": by_time, "gradient_evaluations": by_gradients}
     for number, row in enumerate(rows):
@@ -391,12 +415,14 @@ def plots(sweep: Sweep, rows: list[dict[str, Any]], path: Path) -> None:
     by_gamma.set(xlabel="gamma", ylabel=f"{program.label}, deviation over seeds")
     legend.axis("off")
     legend.legend(*by_amount.get_legend_handles_labels(), loc="center", fontsize=8)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def report(sweep: Sweep, folder: Path) -> None:
     """Print the table and write it with the plots and all numbers."""
     rows = rows_of(sweep)
+    if problem := sweep.measured_differently():  # the data may have changed during the sweep
+        raise UserError(problem)
     if not rows:
         raise UserError(f"{sweep.name} at the {sweep.scale_name} scale: no arm is finished")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -411,9 +437,10 @@ def report(sweep: Sweep, folder: Path) -> None:
         text += f"\nPublished: {results} ({points[0]['source']})\n"
     folder.mkdir(parents=True, exist_ok=True)
     device_and_torch = f"{facts['device']}, torch {facts['packages'].get('torch')}"
-    (folder / f"{sweep.file}.md").write_text(f"{text}\n{device_and_torch}\n")
-    (folder / f"{sweep.file}.json").write_text(json.dumps(facts | dict(rows=rows), indent=1) + "\n")
-    plots(sweep, rows, folder / f"{sweep.file}.png")
+    with lock_of(folder / sweep.file):  # another sweep of this plan may report, too
+        write_durably(folder / f"{sweep.file}.md", f"{text}\n{device_and_torch}\n".encode())
+        write_json(folder / f"{sweep.file}.json", facts | dict(rows=rows))
+        save(plots(sweep, rows), folder / f"{sweep.file}.png")
     print(f"{text}\nwritten to {folder / sweep.file}.md, .json and .png")
 
 

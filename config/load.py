@@ -13,6 +13,7 @@ import os
 import re
 import runpy
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Sequence
@@ -21,12 +22,38 @@ from typing import Any
 
 from config.published import published
 from config.schema import ALTERNATIVES, SECTIONS, RunConfig, all_keys, changeable_keys, value_of
+from data.shards import MANIFEST, DataError, read_manifest
+from data.tokenizer import PADDING
 from optimizers import OPTIMIZERS, Settings
 from optimizers.options import Option, description, options_of
 from runtime.command import count, parse_number
 from runtime.errors import UserError
 
 PATHS = ("data.path", "data.hellaswag", "log.folder")
+OWN_MODULES = re.compile(r"config\.(load|schema|published)|(data|model|optimizers|runtime)(\..*)?")
+SWITCH_WORDS = {"true": ("true", "online"), "false": ("false", "off")}  # what a switch means for an option with choices
+SWITCH_WORDS |= {"1": SWITCH_WORDS["true"]} | dict.fromkeys(("0", "none", "null"), SWITCH_WORDS["false"])
+NANOGPT = {  # names in nanoGPT's configuration: what to give here
+    "learning_rate": "--optim.lr",
+    "max_iters": "--steps",
+    "lr_decay_iters": "--steps, as the schedule ends with the run",
+    "warmup_iters": "--schedule.warmup",
+    "decay_lr": "--schedule.shape=cosine or constant",
+    "beta1": "--optim.betas=0.9,0.95, both in one setting",
+    "beta2": "--optim.betas=0.9,0.95, both in one setting",
+    "gradient_accumulation_steps": "--batch_size, sequences per step over all processes, and --micro_batch",
+    "eval_interval": "--eval_every",
+    "eval_iters": "--data.val_windows, in sequences",
+    "eval_only": "python -m eval.perplexity RUN",
+    "log_interval": "--log.every",
+    "always_save_checkpoint": "--checkpoint.every and --checkpoint.keep",
+    "out_dir": "--log.folder and --name",
+    "dataset": "--data.path, a folder",
+    "wandb_log": "--log.wandb=online",
+    "wandb_project": "--log.project",
+    "wandb_run_name": "--name",
+    "backend": "nothing to set, the device decides",
+}
 
 
 class ConfigError(UserError):
@@ -47,6 +74,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), as_published: b
     path = Path(path).expanduser()
     config, optimizers = _read_file(path)
     given, errors = _split(overrides)
+    if (source := given.get("init_from")) in ("resume", "scratch") and not Path(source).exists():
+        errors.append(f"init_from={source}: leave it out; the same command continues a run, and --fresh starts it over")
 
     name, settings = given.pop("optimizer", config.optimizer) or "", OPTIMIZERS | optimizers
     if name not in settings:
@@ -63,6 +92,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), as_published: b
             if key in changes and other not in changes:
                 changes[other] = None
     config = apply(config, changes)
+    if "model.vocab_size" not in changes:
+        config = _with_vocabulary_of_data(config, path)
     errors += config.errors()
     if errors:
         raise ConfigError(errors)
@@ -153,13 +184,16 @@ def describe_keys(config: RunConfig) -> str:
 def parse(text: str | None, kind: Any, declared: Option) -> Any:
     """Read a command-line value as its declared type. The UserError says what was expected.
 
-    A switch needs no value. "none" and "auto" are None where that is allowed. Numbers may end in k, M, B or T.
+    A switch needs no value; an option with the choice "true" or "online" is one, too. "none" and "auto" are None where
+    that is allowed. Numbers may end in k, M, B or T.
     """
     expected = f"expected {description(kind, declared)}"
+    choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+    is_switch = kind is bool or not {"true", "online"}.isdisjoint(choices)
     if text is None:
-        if kind is not bool:
+        if not is_switch:
             raise UserError("expected --key=value")
-        return True
+        text = "true"
     if isinstance(kind, types.UnionType):  # a type or None
         if text.lower() in ("none", "auto"):
             return None
@@ -170,8 +204,9 @@ def parse(text: str | None, kind: Any, declared: Option) -> Any:
         if text.lower() not in ("true", "false", "1", "0"):
             raise UserError(expected)
         return text.lower() in ("true", "1")
-    if typing.get_origin(kind) is typing.Literal:
-        return next((choice for choice in typing.get_args(kind) if choice == text.lower()), text)
+    if choices:
+        words = (text.lower(), *(SWITCH_WORDS.get(text.lower(), ()) if is_switch else ()))
+        return next((choice for choice in choices if choice in words), text)
     if typing.get_origin(kind) is tuple:
         parts, inner = text.strip("()[] ").split(","), typing.get_args(kind)
         if len(parts) != len(inner):
@@ -241,6 +276,8 @@ def _full_key(key: str, keys: dict[str, Any]) -> str:
         return ends[0]
     if ends:
         raise UserError(f"{key}: could be {' or '.join(ends)}; give the full key")
+    if ours := NANOGPT.get(key):
+        raise UserError(f"{key}: nanoGPT's name; here: {ours}")
     if key in {option for settings in OPTIMIZERS.values() for option in options_of(type(settings))}:
         own = ", ".join(k.rpartition(".")[2] for k in keys if k.startswith("optim."))
         raise UserError(f"{key}: this optimizer has no such setting; it has {own}")
@@ -250,18 +287,66 @@ def _full_key(key: str, keys: dict[str, Any]) -> str:
     raise UserError(f"{key}: unknown key; nearest: {', '.join(near) or 'none (see --help)'}")
 
 
+def _with_vocabulary_of_data(config: RunConfig, path: Path) -> RunConfig:
+    """The config with the size of the dataset's tokenizer as vocab_size, if the vocabulary does not fit the tokenizer.
+
+    A larger vocabulary fits if it is padding. Without a manifest the config stays as it is.
+    """
+    given = config.model.vocab_size
+    try:
+        manifest = read_manifest(Path(os.path.expanduser(config.data.path), MANIFEST))
+        size = manifest["tokenizer"]["vocab_size"]
+        if type(size) is not int or size <= given < size + PADDING:
+            return config
+    except (OSError, DataError, TypeError):  # whoever opens the dataset or checks the config says what is wrong
+        return config
+    if os.environ.get("RANK", "0") == "0":
+        why = f"the tokenizer of {config.data.path} has so many ids; {path} has {given}, which does not fit"
+        print(f"note: vocab_size={size}: {why}", file=sys.stderr)
+    return apply(config, {"model.vocab_size": size})
+
+
+def run_file(path: Path) -> dict[str, Any]:
+    """Run a Python file of the user and return what it defines.
+
+    Raises UserError, which names the file and the line in it or in a neighbour, if it fails. With TRACEBACK=1 in the
+    environment its own error is raised.
+    """
+    sys.path.append(str(path.parent.resolve()))  # it may import its neighbours
+    try:
+        return runpy.run_path(str(path))
+    except (Exception, SystemExit) as error:
+        if os.environ.get("TRACEBACK", "0") not in ("", "0"):
+            raise
+        text = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise UserError(f"{_place(error, path)}: {kind}{text}".removesuffix(": ")) from None
+    finally:
+        sys.path.pop()
+
+
+def _place(error: BaseException, path: Path) -> str:
+    """FILE:LINE of an error: the deepest line in the folder of `path` that is not in this program or in a library."""
+    if isinstance(error, SyntaxError) and error.lineno and error.filename and os.path.isfile(error.filename):
+        return f"{error.filename}:{error.lineno}"
+    place, folder = str(path), path.parent.resolve()
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        name, file = frame.f_globals.get("__name__", ""), Path(frame.f_code.co_filename)
+        is_users = not OWN_MODULES.fullmatch(name) and "site-packages" not in file.parts and file.is_file()
+        if is_users and folder in file.resolve().parents:
+            place = f"{file}:{line}"
+    return place
+
+
 def _read_file(path: Path) -> tuple[RunConfig, dict[str, Settings]]:
     """Run a config file and take its two definitions."""
     if not path.is_file() or path.suffix != ".py":
         shipped = sorted(p for p in Path(__file__).parent.glob("*.py") if b"\nconfig = " in p.read_bytes())
         raise ConfigError([f"{path}: no such config file; there are: {', '.join(map(str, shipped))}"])
-    sys.path.append(str(path.parent.resolve()))  # a config file may import its neighbours
     try:
-        module = runpy.run_path(str(path))
-    except (Exception, SystemExit) as error:
-        raise ConfigError([f"{path}: {type(error).__name__}: {error}"]) from None
-    finally:
-        sys.path.pop()
+        module = run_file(path)
+    except UserError as error:
+        raise ConfigError([str(error)]) from None
     config, optimizers = module.get("config"), module.get("optimizers", {})
     if not isinstance(config, RunConfig) or not isinstance(optimizers, dict):
         raise ConfigError([f"{path}: must define `config`, a RunConfig, and may define `optimizers`, a dict"])

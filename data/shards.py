@@ -121,6 +121,8 @@ def open_dataset(folder: str | Path, vocab_size: int) -> Dataset:
     Raises DataError, which names the file and says what to do.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise DataError(f"data.path {folder}: is a file; give the folder of the shards, {folder.parent}")
     if not folder.is_dir():
         raise DataError(missing_dataset(folder))
     manifest: dict = {}

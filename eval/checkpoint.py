@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,9 +16,9 @@ from data.shards import MANIFEST, read_manifest
 from data.tokenizer import PADDING, Tokenizer, Unloaded, facts_by_size, get_tokenizer, tokenizer_of
 from model import GPT, GPTConfig
 from runtime.checkpoint import AVERAGE, MODEL, open_checkpoint
-from runtime.command import first_line
+from runtime.command import first_line, is_out_of_memory
 from runtime.errors import UserError
-from runtime.files import sha256_of
+from runtime.files import read_json, sha256_of
 
 AVERAGED = ":average"  # after the path of a run or a checkpoint: its averaged weights, see --ema
 RELEASED = re.compile(r"(openai-community/)?(gpt2(-medium|-large|-xl)?)")  # OpenAI's models on the hub
@@ -98,10 +97,18 @@ def open_trained(
 
 def read_source(path: str | Path) -> Source:
     """The weights and settings of any kind of checkpoint that `open_trained` accepts. Raises UserError as it does."""
-    if str(path).endswith(AVERAGED):
-        return _read_checkpoint(Path(str(path).removesuffix(AVERAGED)).expanduser(), averaged=True)
-    released = None if Path(path).exists() else RELEASED.fullmatch(str(path))
-    path = from_hub(released[2]) if released else Path(path).expanduser()
+    source = _read_source(path)
+    if errors := source.config.errors():
+        raise UserError(f"{path}: its settings are not those of a GPT-2 ({'; '.join(errors)})")
+    return source
+
+
+def _read_source(path: str | Path) -> Source:
+    text, path = str(path), Path(path).expanduser()
+    if text.endswith(AVERAGED) and not path.exists():  # a run may have such a name
+        return _read_checkpoint(Path(text.removesuffix(AVERAGED)).expanduser(), averaged=True)
+    released = None if path.exists() else RELEASED.fullmatch(text)
+    path = from_hub(released[2]) if released else path
     if path.is_file():
         return _read_pt(path)
     if settings := _hugging_face_settings(path):
@@ -120,13 +127,15 @@ def load_weights(model: GPT, path: str) -> str:
     theirs, ours = source.config, model.config
     keys = ("n_layer", "n_head", "n_embd", "bias", "gelu", "scale_attn_by_inverse_layer_idx")
     pairs = {key: (getattr(theirs, key), getattr(ours, key)) for key in keys}
-    lines = [f"{key}={a} there, {b} here" for key, (a, b) in pairs.items() if a != b]
-    if theirs.block_size < ours.block_size:
-        lines.append(f"block_size={theirs.block_size} there, {ours.block_size} here: it can only be shortened")
+    different = {key: values for key, values in pairs.items() if values[0] != values[1]}
+    if theirs.block_size < ours.block_size:  # a longer context can be cut
+        different["block_size"] = theirs.block_size, ours.block_size
     if not ours.vocab_size <= theirs.vocab_size < ours.vocab_size + PADDING:
-        lines.append(f"vocab_size={theirs.vocab_size} there, {ours.vocab_size} here")
-    if lines:
-        raise UserError(f"init_from={path}: another model ({'; '.join(lines)})")
+        different["vocab_size"] = theirs.vocab_size, ours.vocab_size
+    if different:
+        settings = " ".join(f"--{key}={str(a).lower()}" for key, (a, _) in different.items())
+        lines = "; ".join(f"{key}: the checkpoint has {a}, the run {b}" for key, (a, b) in different.items())
+        raise UserError(f"init_from={path}: another model; give {settings} ({lines})")
     found = build(replace(theirs, vocab_size=ours.vocab_size), source.tensors, path, torch.device("cpu")).state_dict()
     found["transformer.wpe.weight"] = found["transformer.wpe.weight"][: ours.block_size]
     model.load_state_dict(found)
@@ -155,12 +164,12 @@ def build(config: GPTConfig, tensors: Mapping[str, Tensor], source: str, device:
     Wrapper prefixes in names, a tied output layer and causal masks are accepted. Rows of the embedding beyond the
     vocabulary are dropped. Raises UserError, naming `source`, if the rest is not exactly a GPT-2.
     """
-    try:
-        model = GPT(config)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{source}: its settings are not those of a GPT-2 ({error})") from None
-    found = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    model = GPT(config)
+    found = {WRAPPERS.sub("", str(name)): tensor for name, tensor in tensors.items()}
     found = {name: tensor for name, tensor in found.items() if not CAUSAL_MASK.fullmatch(name)}
+    for name, tensor in found.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise UserError(f"{source}: {name} is not a tensor of weights")
     output, embedding = found.pop("lm_head.weight", None), found.get(EMBEDDING)
     if output is not None and embedding is not None and not torch.equal(output, embedding):
         raise UserError(f"{source}: its output layer is not the token embedding, as in GPT-2")
@@ -172,7 +181,7 @@ def build(config: GPTConfig, tensors: Mapping[str, Tensor], source: str, device:
     with torch.no_grad():
         for name, parameter in parameters.items():
             tensor, p = found[name], parameter.detach()
-            if name == EMBEDDING:  # both tables may have more rows than the vocabulary
+            if name == EMBEDDING and tensor.dim():  # both tables may have more rows than the vocabulary
                 tensor, p = tensor[: config.vocab_size], p.zero_()[: config.vocab_size]
             if tensor.shape != p.shape:
                 raise UserError(f"{source}: {name} has shape {tuple(tensor.shape)}, its settings say {tuple(p.shape)}")
@@ -195,7 +204,10 @@ def from_hub(name: str) -> Path:
 
 def _read_checkpoint(path: Path, averaged: bool = False) -> Source:
     """One of our checkpoint folders, or the newest checkpoint of a run folder."""
-    checkpoint = open_checkpoint(path)
+    if (path / MANIFEST).exists():
+        raise UserError(f"{path}: is a dataset; name a run or another checkpoint")
+    file = AVERAGE if averaged else MODEL
+    checkpoint = open_checkpoint(path, wanted={file})  # the optimizer state is twice as large, and is not read
     folder, state = checkpoint.folder.resolve(), checkpoint.state
     try:
         config, data = GPTConfig(**state["config"]["model"]), Path(state["config"]["data"]["path"])
@@ -204,7 +216,7 @@ def _read_checkpoint(path: Path, averaged: bool = False) -> Source:
     name = folder.parent.parent.name
     if not (path / "checkpoints").is_dir():  # the user named this step, not the run
         name += f"/{folder.name}"
-    tensors, file = (checkpoint.average(), AVERAGE) if averaged else (checkpoint.model(), MODEL)
+    tensors = checkpoint.average() if averaged else checkpoint.model()
     if tensors is None:
         raise UserError(f"{path}{AVERAGED}: this run keeps no averaged weights; train with --ema=0.999, for example")
     name += AVERAGED if averaged else ""
@@ -219,7 +231,7 @@ def _read_pt(path: Path) -> Source:
     """A checkpoint file of nanoGPT or of the official MARS code."""
     content = _load(path)
     args = content.get("model_args") if isinstance(content, dict) else None
-    if not isinstance(args, dict) or not isinstance(content.get("model"), dict):
+    if not isinstance(args, dict) or not isinstance(content.get("model"), Mapping):
         raise UserError(f"{path}: not a checkpoint of nanoGPT or MARS (no model and model_args in it)")
     try:
         shape = {k: args[k] for k in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")}
@@ -229,9 +241,12 @@ def _read_pt(path: Path) -> Source:
     official = "scale_attn_by_inverse_layer_idx" in args
     scaled = bool(args.get("scale_attn_by_inverse_layer_idx"))
     config = GPTConfig(**shape, gelu="tanh" if official else "exact", scale_attn_by_inverse_layer_idx=scaled)
-    state = {"step": content.get("iter_num"), "code": "MARS" if official else "nanoGPT"}
-    if content.get("best_val_loss") is not None:
-        state["best_val_loss"] = float(content["best_val_loss"])
+    state: dict[str, Any] = {"code": "MARS" if official else "nanoGPT"}
+    for theirs, key, kind in (("iter_num", "step", int), ("best_val_loss", "best_val_loss", float)):
+        try:
+            state[key] = None if content.get(theirs) is None else kind(content[theirs])
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise UserError(f"{path}: its {theirs} is not a number") from None
     return Source(path.stem, path.resolve(), "pt", config, content["model"], None, sha256_of(path), state)
 
 
@@ -243,7 +258,9 @@ def _load(path: Path) -> Any:
         with path.open("rb") as file:
             is_zip = file.read(2) == b"PK"  # torch's present format, which can be mapped instead of read
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError, KeyError) as error:
+    except Exception as error:  # torch's reader of damaged files raises many types
+        if is_out_of_memory(error):
+            raise
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(f"{path}: holds more than tensors and numbers ({found[1]}); it is not loaded") from None
         reason = "no torch file" if isinstance(error, pickle.UnpicklingError) else first_line(error)
@@ -255,11 +272,8 @@ def _hugging_face_settings(path: Path) -> dict | None:
     file = path / "config.json"
     if not file.is_file() or (path / "checkpoints").is_dir():
         return None
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{file}: not readable as JSON; export or copy it again") from None
-    return settings if "model_type" in settings else None
+    settings = read_json(file, "readable as JSON; export or copy it again")
+    return settings if isinstance(settings, dict) and "model_type" in settings else None
 
 
 def _read_hugging_face(path: Path, settings: dict) -> Source:
@@ -270,9 +284,16 @@ def _read_hugging_face(path: Path, settings: dict) -> Source:
     if not files:
         raise UserError(f"{path}: no model.safetensors or pytorch_model.bin in it")
     tensors = {}
-    for name, tensor in (item for file in files for item in _load(file).items()):
+    parts = {file: _load(file) for file in files}
+    for file, part in parts.items():
+        if not isinstance(part, Mapping) or not all(isinstance(name, str) for name in part):
+            raise UserError(f"{file}: not a file of weights")
+    for name, tensor in (item for part in parts.values() for item in part.items()):
         name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        tensors[name] = tensor.t() if HUGGING_FACE_LINEAR.fullmatch(name) else tensor  # stored as (in, out)
+        is_matrix = isinstance(tensor, Tensor) and tensor.dim() == 2
+        tensors[name] = (
+            tensor.t() if is_matrix and HUGGING_FACE_LINEAR.fullmatch(name) else tensor
+        )  # stored as (in, out)
     has_tokenizer = (path / "tokenizer.json").exists() or (path / "merges.txt").exists()
     path = path.resolve()
     tokenizer = path if has_tokenizer else None
@@ -281,11 +302,11 @@ def _read_hugging_face(path: Path, settings: dict) -> Source:
 
 def _hugging_face_config(path: Path, c: dict) -> GPTConfig:
     """The shape that the settings of a config.json describe; UserError if it is not a GPT-2's."""
-    gelus: dict[str, Any] = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
+    gelus: dict[Any, Any] = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
     activation = c.get("activation_function", "gelu_new")
-    if c["model_type"] != "gpt2" or activation not in gelus:
+    if c["model_type"] != "gpt2" or activation not in [*gelus]:
         raise UserError(f"{path}: {c['model_type']} with {activation} is not a GPT-2")
-    if c.get("n_inner") not in (None, 4 * c.get("n_embd", 768)):
+    if c.get("n_inner") not in (None, 4 * c["n_embd"] if type(c.get("n_embd")) is int else 3072):
         raise UserError(f"{path}: n_inner={c['n_inner']} is not 4 n_embd, as in GPT-2")
     if c.get("layer_norm_epsilon", 1e-5) != 1e-5 or not c.get("scale_attn_weights", True):
         raise UserError(f"{path}: another layer norm or attention scale than GPT-2's")

@@ -5,18 +5,22 @@ export is loaded back and its logits are compared on real text. It is deleted if
 """
 
 import json
-import shutil
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from data.tokenizer import CharacterTokenizer, FileTokenizer, GPT2Tokenizer, Tokenizer, Unloaded
 from eval.checkpoint import HUGGING_FACE_KEYS, TRAINED_AS, Trained, open_trained
 from eval.command import model_parser
 from model import GPT
-from runtime.command import one_line
+from runtime.command import first_line, one_line
 from runtime.errors import UserError
+from runtime.files import UNFINISHED, delete_folder, follow_umask, locked, replace_folder
 
 TEXT = Path(__file__).resolve().parent.parent / "LICENSE"  # the text on which model and export are compared
 HARD_TEXT = "def f(x):\n\treturn  {'a': 1}  # \u00fc\u4e2d\U0001f600\n\nit's 2026, isn't it? "  # for the tokenizer
@@ -31,6 +35,7 @@ def to_hugging_face(model: GPT, eot: int | None, stop: int | None) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     c = model.config
+    # n_ctx and task_specific_params: transformers does not write these keys of OpenAI's config.json by itself
     config = GPT2Config(
         **{theirs: getattr(c, ours) for ours, theirs in HUGGING_FACE_KEYS.items()},
         resid_pdrop=c.dropout,
@@ -42,6 +47,8 @@ def to_hugging_face(model: GPT, eot: int | None, stop: int | None) -> Any:
         tie_word_embeddings=True,
         bos_token_id=eot,
         eos_token_id=stop,
+        n_ctx=c.block_size,
+        task_specific_params={"text-generation": {"do_sample": True, "max_length": 50}},
     )
     out, roles = GPT2LMHeadModel(config), model.parameter_roles()
     weights = {name: torch.zeros_like(p) for name, p in out.named_parameters() if name.endswith(".bias")}
@@ -180,41 +187,63 @@ def export(trained: Trained, out: Path, dtype: torch.dtype = torch.float32) -> t
     """Write a Hugging Face folder; returns the largest logit difference and the largest logit.
 
     dtype: of the weights in the folder. Those of `trained` are rounded to it, so equal weights are compared.
-    Raises UserError, and leaves no folder, if `out` exists or the export does not compute the same.
+    The folder gets its name when it is complete and on the disk. Raises UserError, and leaves no folder, if `out`
+    exists or the export does not compute the same.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"{out} exists; name a folder that does not")
-    temporary = out.with_name(f"{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = out.with_name(UNFINISHED + out.name)
+    delete_folder(temporary)  # of a killed export
     temporary.mkdir(parents=True)
     try:
         trained.model.to(dtype).float()
         tokenizer, known = trained.tokenizer, not isinstance(trained.tokenizer, Unloaded)
         theirs = to_hugging_face(trained.model, tokenizer.eot if known else None, tokenizer.stop)
-        theirs.to(dtype).save_pretrained(temporary)
-        if known:
-            fast = hugging_face_tokenizer(tokenizer, trained.model.config.block_size)
-            fast.save_pretrained(temporary)
-            fast.backend_tokenizer.model.save(str(temporary))  # vocab.json and merges.txt, which some programs read
+        with full_disk_in_one_line(out):
+            theirs.to(dtype).save_pretrained(temporary)
+            if known:
+                fast = hugging_face_tokenizer(tokenizer, trained.model.config.block_size)
+                fast.save_pretrained(temporary)
+                fast.backend_tokenizer.model.save(str(temporary))  # vocab.json and merges.txt, which some programs read
         difference, largest = logits_difference(trained, temporary)
         if not difference <= ROUNDING * max(1.0, largest):  # a NaN counts as different
             reason = f"its logits differ by {difference:.2e} (largest logit {largest:.1f}), more than rounding"
             raise UserError(f"{out} was not written: {reason}")
         if known and not tokenizers_agree(tokenizer, temporary):
             raise UserError(f"{out} was not written: its tokenizer gives other ids")
-        (temporary / "README.md").write_text(model_card(trained, difference), encoding="utf-8")
-        temporary.rename(out)
+        with full_disk_in_one_line(out):
+            (temporary / "README.md").write_text(model_card(trained, difference), encoding="utf-8")
+            follow_umask(temporary)
+            for path in temporary.iterdir():
+                with path.open("r+b") as file:
+                    os.fsync(file.fileno())
+        replace_folder(temporary, out)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        delete_folder(temporary)
     return difference, largest
+
+
+@contextmanager
+def full_disk_in_one_line(out: Path) -> Iterator[None]:
+    """Turn the errors of a write, of whatever library, into a UserError."""
+    try:
+        yield
+    except Exception as error:  # the Rust library of tokenizers raises no other class
+        if not isinstance(error, OSError | SafetensorError) and "os error" not in str(error):
+            raise
+        raise UserError(f"{out} was not written: {first_line(error)}") from None
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = model_parser("eval.export", "Write a checkpoint as a Hugging Face folder.")
     parser.add_argument("checkpoint", help="run folder, checkpoint folder, or .pt file of nanoGPT or MARS")
-    parser.add_argument("out", type=Path, help="folder to write; must not exist")
+    parser.add_argument("out", nargs="?", type=Path, help="folder to write; must not exist")
+    parser.add_argument("--out", dest="named", metavar="OUT", type=Path, help="another way to name it")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights in OUT")
     args = parser.parse_args(argv)
+    if (args.out is None) == (args.named is None):
+        parser.error("name one folder to write: CHECKPOINT OUT, or CHECKPOINT --out OUT")
+    out = args.out or args.named
     with one_line("eval.export"):
         try:
             from transformers.utils import logging
@@ -225,8 +254,13 @@ def main(argv: list[str] | None = None) -> None:
         trained = open_trained(args.checkpoint, torch.device("cpu"), *named, text="if known")
         if trained.kind == "huggingface":
             raise UserError(f"{args.checkpoint} is a Hugging Face folder already")
-        difference, largest = export(trained, args.out, getattr(torch, args.dtype))
-    print(f"{args.out}: {trained.name}, vocabulary {trained.model.config.vocab_size}")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with locked(out.with_name(f".{out.name}.lock")):
+                difference, largest = export(trained, out, getattr(torch, args.dtype))
+        except BlockingIOError:
+            raise UserError(f"{out}: another export writes it at the moment") from None
+    print(f"{out}: {trained.name}, vocabulary {trained.model.config.vocab_size}")
     if isinstance(trained.tokenizer, Unloaded):
         print("without tokenizer files: nothing names the tokenizer; --tokenizer FILE adds them")
     print(f"largest logit difference {difference:.1e}, largest logit {largest:.1f}")

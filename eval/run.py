@@ -9,7 +9,6 @@ import argparse
 import hashlib
 import io
 import itertools
-import json
 import sys
 import time
 from contextlib import nullcontext, redirect_stderr
@@ -20,24 +19,43 @@ import torch
 from eval.checkpoint import Trained, open_trained
 from eval.command import model_parser
 from eval.scoring import Scorer, harness_model
-from eval.table import SIZES, comma_separated, markdown, size_of
-from eval.tasks import Tasks, factor, metric_of
+from eval.table import SIZES, cells_of, comma_separated, markdown, size_of
+from eval.tasks import Tasks, metric_of
 from runtime.command import at_least, first_line, one_line
 from runtime.distributed import World, start_world
 from runtime.errors import UserError
-from runtime.files import write_durably, write_json
+from runtime.files import lock_of, read_json, write_durably, write_json
 from runtime.logger import WANDB_ID
 
 RESULTS = "results.json"
 
 
 def read_records(path: Path) -> list[dict]:
-    """The records of a results.json, one for each model, task and number of shots; none if there is no file."""
+    """The records of a results.json, one for each model, task and number of shots; none if there is no file.
+
+    Raises UserError for a file without such records, so that it is not overwritten.
+    """
+    what = "a results file; repair it or choose another --out"
+    content = read_json(path, what) if path.exists() else {"scores": []}
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"scores": []}
-        return [dict(score) for score in content["scores"]]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not a results file; repair it or choose another --out") from None
+        records = [dict(score) for score in content["scores"]]
+        markdown(records, [])  # the tables need what the records must have
+        return records
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not {what}") from None
+
+
+def find(records: list[dict], key: dict) -> dict | None:
+    """The first record with these values; a value that an older record lacks is None."""
+    return next((r for r in records if all(r.get(k) == v for k, v in key.items())), None)
+
+
+def add_record(path: Path, record: dict, key: dict) -> None:
+    """Add a record to a results.json that other evaluations may write, too. The first record of a key stays."""
+    with lock_of(path):
+        records = read_records(path)
+        if find(records, key) is None:
+            write_json(path, {"format": 1, "scores": [*records, record]})
 
 
 def score_task(trained: Trained, scorer: Scorer, tasks: Tasks, name: str, shots: int, limit: int | None) -> dict:
@@ -108,12 +126,12 @@ def fingerprint(out: Path, *folders: str | None) -> str | None:
 
 
 def score_model(
-    args: argparse.Namespace, trained: Trained, tasks: Tasks, records: list[dict], world: World
+    args: argparse.Namespace, trained: Trained, tasks: Tasks, world: World
 ) -> tuple[list[dict], dict[str, str]]:
-    """Score one model on every task that the records do not have yet; returns all records of the model.
+    """Score one model on every task that results.json does not have yet; returns the records of these tasks.
 
-    New records are appended, and rank 0 writes them to results.json at once. A task whose data cannot be read is left
-    out; the second value names those tasks, with the reason.
+    Rank 0 adds each new record to results.json at once. A task whose data cannot be read is left out; the second value
+    names those tasks, with the reason.
     """
     scorer, scores, failed = Scorer(trained.model, args.batch_tokens, world), [], {}
     facts = {"checkpoint": trained.name, "path": str(trained.path), "step": trained.state.get("step")}
@@ -124,16 +142,16 @@ def score_model(
         key = {"sha256": trained.sha256, "task": name, "shots": shots, "limit": args.limit}
         key |= {"harness": tasks.version, "tokenizer": trained.tokenizer.name, "data": args.task_data}
         key |= {"prefix_token": trained.tokenizer.eot, "files": files}
-        score = next((s for s in records if all(s.get(k) == v for k, v in key.items())), None)
+        known = world.from_main(read_records(args.out / RESULTS) if world.is_main else [])  # others may write, too
+        score = find(known, key)
         if score is None:
             try:
                 score = facts | key | score_task(trained, scorer, tasks, name, shots, args.limit)
             except ValueError as error:
                 failed[name] = str(error)
                 continue
-            records.append(score)
             if world.is_main:
-                write_json(args.out / RESULTS, {"format": 1, "scores": records})
+                add_record(args.out / RESULTS, score, key)
         scores.append(score | {"checkpoint": trained.name})
         if world.is_main:
             print(describe(scores[-1]), flush=True)
@@ -146,7 +164,7 @@ def score_all(args: argparse.Namespace, world: World) -> int:
     """Score every model on every task and write the tables; returns the number of tasks that could not be run."""
     tasks = Tasks(args.tasks, args.include_path, args.task_data)
     args.out.mkdir(parents=True, exist_ok=True)
-    records = world.from_main(read_records(args.out / RESULTS))  # the same on all ranks: they score the same tasks
+    read_records(args.out / RESULTS)  # another file of that name is an error before the work
     scores: list[dict] = []
     failed: dict[str, str] = {}
     sizes = set()
@@ -155,27 +173,49 @@ def score_all(args: argparse.Namespace, world: World) -> int:
         if any(s["checkpoint"] == trained.name for s in scores):
             trained.name = path
         sizes.add(size_of(trained.model.num_params()))
-        found, missing = score_model(args, trained, tasks, records, world)
+        found, missing = score_model(args, trained, tasks, world)
         scores, failed = scores + found, failed | missing
     if scores and world.is_main:
         shown = [s for s in SIZES if args.published == s or (args.published == "auto" and s in sizes)]
-        text = markdown(scores, shown)
-        write_durably(args.out / "table.md", text.encode())
-        write_durably(args.out / "table.csv", comma_separated(scores, shown).encode())
+        text = write_tables(args.out, scores, shown)
         print(f"\n{text}\nwritten to {args.out}: {RESULTS}, table.md, table.csv")
     if world.is_main:
         print("".join(f"eval.run: {reason}\n" for reason in failed.values()), end="", file=sys.stderr)
     return len(failed)
 
 
+def write_tables(out: Path, scores: list[dict], sizes: list[str]) -> str:
+    """Write table.md, which is returned, and table.csv. sizes: whose published rows they show."""
+    with lock_of(out / RESULTS):
+        scores = with_earlier(scores, read_records(out / RESULTS))
+        text = markdown(scores, sizes)
+        write_durably(out / "table.md", text.encode())
+        write_durably(out / "table.csv", comma_separated(scores, sizes).encode())
+    return text
+
+
+def with_earlier(scores: list[dict], records: list[dict]) -> list[dict]:
+    """The scores of this command, and what the file has of the same models beside them; the newest records count."""
+
+    def model(s: dict) -> tuple:
+        return s["sha256"], s.get("tokenizer"), s.get("prefix_token")
+
+    found = {(s["checkpoint"], *model(s), s["task"], s["shots"], s.get("limit")): s for s in scores}
+    for name, *asked in dict.fromkeys((s["checkpoint"], *model(s)) for s in scores):
+        for s in reversed(records):
+            if s.get("sha256") == asked[0] and list(model(s)) == asked:
+                place = (name, *asked, s["task"], s["shots"], s.get("limit"))
+                found.setdefault(place, s | {"checkpoint": name})
+    return list(found.values())
+
+
 def describe(score: dict) -> str:
     """A record in one line."""
-    unit = factor(score["metric"])
-    error = "" if score["stderr"] is None else f" +- {unit * score['stderr']:.2f}"
+    cells = cells_of(score).items()
+    numbers = [f"{metric} {value:.2f}" + ("" if e is None else f" +- {e:.2f}") for metric, (value, e) in cells]
     cut = score["requests_cut_on_the_left"]
     note = f", {cut} of {score['requests']} requests cut on the left" if cut else ""
-    task = f"{score['checkpoint']}  {score['task']}, {score['shots']}-shot"
-    return f"{task}  {score['metric']} {unit * score['score']:.2f}{error}{note}"
+    return f"{score['checkpoint']}  {score['task']}, {score['shots']}-shot  {', '.join(numbers)}{note}"
 
 
 def main(argv: list[str] | None = None) -> None:

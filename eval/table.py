@@ -10,7 +10,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from eval.tasks import PAPER, factor
+from eval.tasks import PAPER, factor, metrics_of
+
+Place = tuple[str, str]  # of a cell: task and metric
 
 SIZES = {"small": 124e6, "medium": 354e6, "large": 774e6, "xl": 1558e6}  # parameters of the published models
 
@@ -26,9 +28,10 @@ def size_of(parameters: int) -> str | None:
     return next((name for name, n in SIZES.items() if abs(parameters - n) < 0.1 * n), None)
 
 
-def score_rows(scores: list[dict], sizes: Sequence[str]) -> tuple[list[str], list[dict]]:
-    """The tasks, and the rows of a table: name, shots, mean, and cells (task to score and standard error or None).
+def score_rows(scores: list[dict], sizes: Sequence[str]) -> tuple[list[Place], list[dict]]:
+    """The columns, each a task and a metric, and the rows of a table: name, shots, mean, cells and cut requests.
 
+    cells: column to score and standard error or None. cut: task to the requests that lost tokens, and all requests.
     scores: records of results.json. Published rows of the sizes come first, if a record has the same shots.
     """
     names = {s["task"] for s in scores}
@@ -37,45 +40,72 @@ def score_rows(scores: list[dict], sizes: Sequence[str]) -> tuple[list[str], lis
     rows = []
     for p in published()["downstream"]:  # a row without single scores has only a mean
         if p["size"] in sizes and p["shots"] in shots and (complete or names & p["scores"].keys()):
-            cells = {t: (score, None) for t, score in p["scores"].items()}
+            cells = {(t, PAPER[t][1]): (score, None) for t, score in p["scores"].items()}
             name = f"published: {p['method']} {p['size']}, {p['data']}"
-            rows.append({"name": name, "shots": p["shots"], "cells": cells, "mean": p.get("mean")})
+            rows.append({"name": name, "shots": p["shots"], "cells": cells, "mean": p.get("mean"), "cut": {}})
     ours: dict[tuple, dict[str, Any]] = {}
     for s in scores:
         name = s["checkpoint"] + (f", first {s['limit']} documents" if s.get("limit") else "")
         key = (name, s.get("sha256"), s["shots"])  # a run has one name and other weights at every step
-        row = ours.setdefault(key, {"name": name, "shots": s["shots"], "cells": {}, "step": s.get("step")})
-        unit = factor(s["metric"])
-        row["cells"][s["task"]] = (unit * s["score"], None if s["stderr"] is None else unit * s["stderr"])
+        empty: dict[str, Any] = {"name": name, "shots": s["shots"], "cells": {}, "step": s.get("step"), "cut": {}}
+        row = ours.setdefault(key, empty)
+        row["cells"] |= {(s["task"], metric): cell for metric, cell in cells_of(s).items()}
+        if s.get("requests_cut_on_the_left"):
+            row["cut"][s["task"]] = (s["requests_cut_on_the_left"], s["requests"])
     uses = Counter((row["name"], row["shots"]) for row in ours.values())
     for row in ours.values():
         if uses[row["name"], row["shots"]] > 1:
             row["name"] += f", step {row['step']}"
     rows += ours.values()
+    paper = [(t, PAPER[t][1]) for t in PAPER]
     for row in rows:
         if row.get("mean") is None:
-            row["mean"] = fmean(row["cells"][t][0] for t in PAPER) if row["cells"].keys() >= PAPER.keys() else None
-    return tasks, sorted(rows, key=lambda r: r["shots"])
+            row["mean"] = fmean(row["cells"][p][0] for p in paper) if row["cells"].keys() >= set(paper) else None
+    columns = dict.fromkeys((t, metric) for t in tasks for s in scores if s["task"] == t for metric in cells_of(s))
+    return list(columns), sorted(rows, key=lambda r: r["shots"])
+
+
+def cells_of(score: dict) -> dict[str, tuple[float, float | None]]:
+    """The scores of a record by metric, in the unit of the tables, each with its standard error or None."""
+    found, cells = score.get("all_metrics", {}), {}
+    for metric in metrics_of(score["task"], score["metric"], found):
+        chosen = metric == score["metric"]
+        value = score["score"] if chosen else found[f"{metric},none"]
+        error = score["stderr"] if chosen else found.get(f"{metric}_stderr,none")
+        unit = factor(metric)
+        cells[metric] = (unit * value, None if error is None else unit * error)
+    return cells
 
 
 def markdown(scores: list[dict], sizes: Sequence[str]) -> str:
-    """A markdown table of scores in percent with their standard errors, and notes on the published rows."""
-    tasks, rows = score_rows(scores, sizes)
-    metrics = {s["task"]: s["metric"] for s in scores}
-    header = ["model", "shots", *(f"{PAPER[t][0] if t in PAPER else t} {metrics[t]}" for t in tasks), "mean of 9"]
+    """A markdown table of scores in percent with their standard errors, and notes on rows and cut requests."""
+    columns, rows = score_rows(scores, sizes)
+    header = ["model", "shots", *(f"{PAPER[t][0] if t in PAPER else t} {metric}" for t, metric in columns), "mean of 9"]
     lines = []
     for row in rows:
         texts = [row["name"], str(row["shots"])]
-        for score, error in [*(row["cells"].get(t, (None, None)) for t in tasks), (row["mean"], None)]:
+        for score, error in [*(row["cells"].get(c, (None, None)) for c in columns), (row["mean"], None)]:
             text = "" if score is None else f"{score:.2f}"
             texts.append(text if error is None else f"{text} +- {error:.2f}")
         lines.append(texts)
-    return markdown_table(header, lines) + "".join(f"{line}\n" for line in notes(scores, sizes))
+    below = [*cut_notes(rows), *notes(scores, sizes)]
+    return markdown_table(header, lines) + "".join(f"{line}\n" for line in below)
+
+
+def cut_notes(rows: list[dict]) -> list[str]:
+    """Lines below a table: requests that were longer than the context and lost their first tokens."""
+    lines = []
+    for row in rows:
+        if row["cut"]:
+            counts = ", ".join(f"{task} {cut} of {requests}" for task, (cut, requests) in row["cut"].items())
+            lines.append(f"- {row['name']}, {row['shots']}-shot: {counts}")
+    return ["", "Requests longer than the context, without their first tokens:", "", *lines] if lines else []
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in markdown. The first column is left-aligned, the others are right-aligned."""
-    lines = ["| " + " | ".join(cells) + " |\n" for cells in [header, *rows]]
+    escaped = [[cell.replace("|", r"\|") for cell in cells] for cells in [header, *rows]]
+    lines = ["| " + " | ".join(cells) + " |\n" for cells in escaped]
     return "".join([lines[0], "|---|" + "---:|" * (len(header) - 1) + "\n", *lines[1:]])
 
 
@@ -96,12 +126,13 @@ def notes(scores: list[dict], sizes: Sequence[str]) -> list[str]:
 
 def comma_separated(scores: list[dict], sizes: Sequence[str]) -> str:
     """The same table as CSV, with a column for each score and each standard error."""
-    tasks, rows = score_rows(scores, sizes)
+    columns, rows = score_rows(scores, sizes)
+    names = [t if t not in [u for u, _ in columns[:i]] else f"{t}_{m}" for i, (t, m) in enumerate(columns)]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["model", "shots", *(f"{t}{end}" for t in tasks for end in ("", "_stderr")), "mean"])
+    writer.writerow(["model", "shots", *(f"{name}{end}" for name in names for end in ("", "_stderr")), "mean"])
     for row in rows:
-        cells = [v for t in tasks for v in row["cells"].get(t, (None, None))]
+        cells = [v for c in columns for v in row["cells"].get(c, (None, None))]
         numbers = ["" if v is None else f"{v:.4f}" for v in [*cells, row["mean"]]]
         writer.writerow([row["name"], row["shots"], *numbers])
     return out.getvalue()

@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -72,7 +73,7 @@ class Tasks:
             if name not in self._manager.all_tasks:
                 near = ", ".join(difflib.get_close_matches(name, self._manager.all_tasks, n=3))
                 hint = f"nearest: {near}" if near else "python -m lm_eval ls tasks lists them"
-                raise UserError(f'unknown task "{name}"; {hint}')
+                raise UserError(f'unknown task "{name}"; {unreadable_task_file(include_path) or hint}')
 
     def load(self, name: str, shots: int) -> dict:
         """The input of lm_eval.evaluate for one task. Raises UserError if its data cannot be read."""
@@ -142,6 +143,18 @@ class Tasks:
         )
 
 
+def unreadable_task_file(folder: str | None) -> str:
+    """The first task file in a folder that cannot be read, and why; empty if there is none. lm-eval leaves it out."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    for path in sorted(Path(folder).rglob("*.yaml")) if folder else []:
+        try:
+            load_yaml(path, resolve_func=False)
+        except Exception as error:  # a YAML file may also include others, or name functions
+            return f"{path} cannot be read ({' '.join(str(error).split())})"
+    return ""
+
+
 def splits_of(task: dict) -> list[str]:
     """The splits that a task file names."""
     return list(dict.fromkeys(task[key] for key in SPLITS if task.get(key)))
@@ -162,3 +175,10 @@ def metric_of(name: str, numbers: dict) -> str:
         raise UserError(f"task {name}: it reports no number")
     wanted = [PAPER[name][1]] if name in PAPER else []
     return next((metric for metric in (*wanted, "acc_norm", "acc") if metric in present), present[0])
+
+
+def metrics_of(name: str, chosen: str, numbers: Mapping) -> list[str]:
+    """The metrics that tables show: the chosen one, and acc beside acc_norm for tasks that are not the papers'."""
+    both = ["acc", "acc_norm"]
+    present = name not in PAPER and chosen in both and all(f"{metric},none" in numbers for metric in both)
+    return [chosen, *(metric for metric in both if present and metric != chosen)]

@@ -6,10 +6,13 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from runtime.errors import UserError
 
 try:
     import fcntl
@@ -72,6 +75,14 @@ def write_durably(path: Path, *parts: Any) -> str:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON durably."""
     write_durably(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_json(path: Path, what: str = "readable as JSON") -> Any:
+    """The content of a JSON file. Raises UserError, "PATH: not WHAT", if it holds something else."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: not {what}") from None
 
 
 def sync_folder(path: Path) -> None:
@@ -169,3 +180,16 @@ def locked(path: Path) -> Iterator[None]:
                 path.unlink(missing_ok=True)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def lock_of(path: Path) -> Iterator[None]:
+    """Lock what several processes write at a path, for example to read and change a file. Waits for the others."""
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locked(path.with_name(f".{path.name}.lock")))
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+        yield

@@ -1,12 +1,50 @@
-"""Curves of a run folder: python -m runtime.plot runs/NAME"""
+"""Curves of a run folder: python -m runtime.plot runs/NAME
 
+Everything that draws makes its figures here, without pyplot: nothing depends on MPLBACKEND, which in a notebook names a
+module that other programs may not find.
+"""
+
+import io
+import os
+import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from runtime.command import Parser, one_line
 from runtime.errors import UserError
+from runtime.files import write_durably
 from runtime.logger import METRICS, read_metrics
 
 CURVES = "curves.png"
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A matplotlib Figure, in inches, that is drawn without a screen. Raises UserError without matplotlib."""
+    backend = os.environ.pop("MPLBACKEND", "")  # with a name that it does not know, matplotlib cannot be imported
+    is_first = "matplotlib" not in sys.modules
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("drawing curves needs: pip install matplotlib") from None
+    finally:
+        if backend:
+            os.environ["MPLBACKEND"] = backend
+    if backend and is_first:  # a notebook goes on to draw with it
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as PNG. The former image or the new one is complete at every moment."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=110)
+    write_durably(path, image.getvalue())
 
 
 def plot_run(folder: Path) -> Path:
@@ -14,10 +52,7 @@ def plot_run(folder: Path) -> Path:
 
     Raises UserError without matplotlib, and if there is nothing to draw.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("drawing curves needs: pip install matplotlib") from None
+    figure = new_figure(9, 6)
     if not (folder / METRICS).exists():
         raise UserError(f"{folder}: no {METRICS} in it")
     records = read_metrics(folder / METRICS)
@@ -29,7 +64,6 @@ def plot_run(folder: Path) -> Path:
     def series(rows: list[dict], key: str) -> tuple[list, list]:
         return [r["tokens"] / 1e6 for r in rows], [r[key] for r in rows]
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
     losses, norms = figure.subplots(2, 1, height_ratios=(2.5, 1), sharex=True)
     losses.plot(*series(train, "loss"), color="#9ab8d9", linewidth=1, label="training (one batch)")
     if val:
@@ -46,7 +80,7 @@ def plot_run(folder: Path) -> Path:
     rates.set(ylabel="learning rate", ylim=(0, None))
     for axes in (losses, norms):
         axes.grid(alpha=0.25)
-    figure.savefig(folder / CURVES, dpi=110)
+    save(figure, folder / CURVES)
     return folder / CURVES
 
 

@@ -1,21 +1,20 @@
 """Runs and results on one page: python scripts/report.py runs/A runs/B --out report
 
 Writes report/report.md and report/report.png: loss against tokens, training time and gradient evaluations, and losses
-at the same token counts beside the published ones. --paired (a file of eval.perplexity --out) adds paired
+at the same token counts beside the published ones. The page begins with the settings that differ. Losses stand side by
+side if they were measured on the same validation data. --paired (a file of eval.perplexity --out) adds paired
 differences, --scores (results.json of eval.run) adds benchmark scores. --html writes report.html, too: one file
-without others, with configs and samples. --on-track RUN only prints whether a run lies
-inside the published band at its present token count.
+without others, with configs and samples. --on-track RUN only prints whether a run lies inside the published band at
+its present token count.
 """
 
 import itertools
-import json
 import math
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-
-from runtime.errors import UserError
 
 if __package__ in (None, ""):  # run as a file: python scripts/report.py
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -23,14 +22,17 @@ if __package__ in (None, ""):  # run as a file: python scripts/report.py
 import torch
 
 from config.load import short_count
+from eval.comparison import bytes_per_token, comparable, different_settings, groups_of, tokenizer_name
 from eval.perplexity import describe, describe_pair
 from eval.report_html import html_page
 from eval.table import markdown, markdown_table, published, size_of
 from model import GPT, GPTConfig
 from runtime.command import Parser, one_line
-from runtime.files import write_durably
+from runtime.errors import UserError
+from runtime.files import read_json, write_durably
 from runtime.folder import CONFIG
 from runtime.logger import METRICS, read_metrics
+from runtime.plot import new_figure, save
 
 AXES = {"tokens": "tokens", "train_s": "training time, seconds", "gradients": "gradient evaluations"}
 PUBLISHED_BUDGET = 100_000 * 480 * 1024  # tokens of the published runs
@@ -48,14 +50,19 @@ METHODS = {  # optimizer or mars_type of a config: its name in publications
 class Run:
     """The settings and validation losses of a run folder."""
 
+    folder: Path
     name: str
+    config: dict  # of config.json
+    last: dict  # record of the latest evaluation
     size: str | None  # the published size, None for other sizes
     parameters: int
     data: str  # "openwebtext", "fineweb-edu" or the name of the dataset folder
     method: str  # the optimizer's name in publications
     budget: int  # tokens of the whole run, on which its learning rate depends
-    points: list[dict]  # tokens, val_loss, train_s, gradients of each evaluation; the last two may be None
+    points: list[dict]  # tokens, val_loss, train_s, gradients of each evaluation that is comparable with the latest
     mfu: float | None
+    scale: float = 1.0  # what losses in nats per token are multiplied by on the page
+    group: int = 1  # runs of one group were evaluated on the same validation data
 
     @property
     def tokens(self) -> int:
@@ -66,40 +73,81 @@ class Run:
         """Lowest validation loss up to a token count."""
         return min(p["val_loss"] for p in self.points if p["tokens"] <= tokens)
 
+    @property
+    def tokenizer(self) -> str:
+        return tokenizer_name(self.config, self.last)
+
+    @property
+    def bits(self) -> float | None:
+        """Bits per byte of text for one nat per token; None if the bytes are not known."""
+        size = bytes_per_token(self.last)
+        return 1 / size / math.log(2) if size else None
+
 
 def read_run(folder: Path) -> Run:
     """Read a run folder. Raises UserError if it is not one or has no evaluation yet."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG)
         records = read_metrics(folder / METRICS)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: not a run folder (no {Path(error.filename).name})") from None
-    except ValueError:
-        raise UserError(f"{folder / CONFIG}: not readable as JSON") from None
+    except OSError as error:
+        name = Path(error.filename or "").name
+        reason = f"no {name}" if not (folder / name).exists() else error.strerror
+        raise UserError(f"{folder}: not a run folder ({reason})") from None
     try:
         return run_of(folder, config, records)
-    except (KeyError, TypeError):
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{folder}: not a run of train_gpt.py") from None
+
+
+def read_runs(folders: list[Path]) -> list[Run]:
+    """The runs among some folders. The others are named in one line; UserError if no run remains."""
+    runs, skipped = [], []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+        except UserError as error:
+            skipped.append(str(error))
+    if not runs:
+        raise UserError("; ".join(skipped) or "name at least one run folder")
+    if skipped:
+        print(f"report: skipped {len(skipped)} of {len(folders)}: {'; '.join(skipped)}", file=sys.stderr)
+    uses = Counter(run.name for run in runs)
+    for run in runs:
+        run.name = str(run.folder) if uses[run.name] > 1 else run.name
+    for number, group in enumerate(groups_of(runs, [(run.config, run.last) for run in runs]), 1):
+        for run in group:
+            run.group = number
+    if len({run.tokenizer for run in runs}) > 1 and all(run.bits for run in runs):
+        for run in runs:
+            run.scale = run.bits or 1.0
+    return runs
 
 
 def run_of(folder: Path, config: dict, records: list[dict]) -> Run:
     """A run from its config.json and metrics.jsonl. Raises KeyError or TypeError for those of another program."""
     points: list[dict] = []
     latest: dict = {}
+    evaluations = [record for record in records if "val_loss" in record]
+    if not evaluations:
+        raise UserError(f"{folder}: no evaluation in {METRICS} yet")
+    last = evaluations[-1]
     for record in records:  # records of training steps have the time, those of evaluations the validation loss
         latest |= record
-        if "val_loss" in record:
+        if "val_loss" in record and comparable((config, record), (config, last)):
             times = {"train_s": latest.get("train_s"), "gradients": latest.get("gradient_evaluations")}
-            points.append({"tokens": record["tokens"], "val_loss": record["val_loss"], **times})
-    if not points:
-        raise UserError(f"{folder}: no evaluation in {METRICS} yet")
+            points.append({"tokens": int(record["tokens"]), "val_loss": float(record["val_loss"]), **times})
+    shape = GPTConfig(**config["model"])
+    if shape.errors():
+        raise ValueError(shape.errors())
     with torch.device("meta"):
-        parameters = GPT(GPTConfig(**config["model"])).num_params()
+        parameters = GPT(shape).num_params()
     path = Path(config["data"]["path"]).name.lower()
     known = {r"(openwebtext|owt)(?![a-z])": "openwebtext", r"fineweb.?edu": "fineweb-edu"}
     data = next((name for pattern, name in known.items() if re.match(pattern, path)), path)
-    size, method, budget = size_of(parameters), method_of(config), budget_of(config)
-    return Run(folder.resolve().name, size, parameters, data, method, budget, points, latest.get("mfu"))
+    facts = size_of(parameters), parameters, data, method_of(config), budget_of(config), points, latest.get("mfu")
+    return Run(folder, folder.resolve().name, config, last, *facts)
 
 
 def budget_of(config: dict) -> int:
@@ -125,9 +173,12 @@ def method_of(config: dict) -> str:
 def published_loss(run: Run, tokens: float) -> float | None:
     """The published best loss for a run's size, data and method up to a token count; None if there is none.
 
-    Between two published token counts the loss is interpolated on a logarithmic scale.
+    The published runs have the GPT-2 tokenizer. Between two published token counts the loss is interpolated on a
+    logarithmic scale.
     """
     wanted = {"size": run.size, "data": run.data, "method": run.method, "kind": "best"}
+    if run.tokenizer != "gpt2":
+        return None
     known = sorted((p["tokens"], p["loss"]) for p in published()["losses"] if wanted.items() <= p.items())
     for (t0, a), (t1, b) in itertools.pairwise(known):
         if t0 <= tokens <= t1:
@@ -158,78 +209,120 @@ def token_counts(runs: list[Run]) -> list[float]:
     return sorted(counts | {common * quarter / 4 for quarter in (1, 2, 3, 4)})
 
 
+def unit(runs: list[Run]) -> str:
+    """Of the losses on the page."""
+    return "nats per token" if all(run.scale == 1.0 for run in runs) else "bits per byte"
+
+
+def groups(runs: list[Run]) -> dict[int, list[Run]]:
+    """The runs by group."""
+    return {number: [run for run in runs if run.group == number] for number in sorted({run.group for run in runs})}
+
+
+def top(runs: list[Run]) -> str:
+    """Whether the losses may be compared, and a table of the settings that differ."""
+    if len(runs) == 1:
+        return ""
+    lines, found, tokenizers = [], groups(runs), {run.tokenizer for run in runs}
+    if len(found) > len(tokenizers):
+        names = "; ".join(f"{number}: {', '.join(run.name for run in group)}" for number, group in found.items())
+        lines.append(f"**Warning: validation data differ.** Compare losses inside a group only. Groups: {names}.\n")
+    if len(tokenizers) > 1:
+        known = "Losses are in bits per byte. Compare them only if the validation text is the same."
+        unknown = "Losses per token cannot be compared, and not all runs know the bytes of their validation text."
+        line = f"**Warning: tokenizers differ, and so the validation data do.** {unknown}\n"
+        lines.append(line if unit(runs) == "nats per token" else line.replace(unknown, known))
+    rows = different_settings([run.config for run in runs], [run.last for run in runs])
+    table = [["setting", *(run.name for run in runs)], *rows]
+    if len(runs) > max(6, len(rows)):  # the page would be wide
+        table = [["run", *table[0][1:]], *table[1:]]
+        table = [list(column) for column in zip(*table, strict=True)]
+    settings = markdown_table(table[0], table[1:]) if rows else "None.\n"
+    return "\n".join([*lines, "## Settings that differ\n", settings, ""])
+
+
 def loss_tables(runs: list[Run]) -> str:
-    """A markdown table of the runs, and one of their losses at the same token counts."""
-    rows = []
+    """A markdown table of the runs, and one for each group of their losses at the same token counts."""
+    rows, found = [], groups(runs)
     for r in runs:
         last = r.points[-1]
         hours = "" if last["train_s"] is None else f"{last['train_s'] / 3600:.2f}"
-        losses = [f"{last['val_loss']:.4f}", f"{r.best():.4f}"]
+        losses = [f"{r.scale * last['val_loss']:.4f}", f"{r.scale * r.best():.4f}"]
         mfu = f"{100 * r.mfu:.1f}%" if r.mfu else ""
-        rows.append([r.name, r.method, f"{r.parameters:,}", r.data, f"{r.tokens:,}", *losses, hours, mfu])
-    header = ["run", "method", "parameters", "data", "tokens", "last loss", "best loss", "hours", "MFU"]
-    counts, losses_at_counts = token_counts(runs), []
+        group = [str(r.group)] if len(found) > 1 else []
+        rows.append([r.name, r.method, f"{r.parameters:,}", r.data, *group, f"{r.tokens:,}", *losses, hours, mfu])
+    validation = ["group"] if len(found) > 1 else []
+    header = ["run", "method", "parameters", "data", *validation, "tokens", "last loss", "best loss", "hours", "MFU"]
+    name = unit(runs)
+    text = f"{markdown_table(header, rows)}\n## Best validation loss up to a token count\n\n"
+    text += f"{name.capitalize()}. Brackets: the published loss for the same method, size and data.\n\n"
+    tables = [runs] if name == "bits per byte" else found.values()
+    return text + "\n".join(losses_at_counts(group) for group in tables)
+
+
+def losses_at_counts(runs: list[Run]) -> str:
+    """A markdown table of the best losses of comparable runs up to several token counts."""
+    counts, rows = token_counts(runs), []
     for r in runs:
         cells = []
         for count in counts:
-            ours = f"{r.best(count):.4f}" if r.points[0]["tokens"] <= count <= r.tokens else ""
+            ours = f"{r.scale * r.best(count):.4f}" if r.points[0]["tokens"] <= count <= r.tokens else ""
             theirs = published_loss(r, count)
-            cells.append(ours if theirs is None else f"{ours} ({theirs:.3f})".strip())
-        losses_at_counts.append([r.name, *cells])
-    return f"""{markdown_table(header, rows)}
-## Best validation loss up to a token count
-
-Nats per token. Brackets: the published loss for the same method, size and data.
-
-{markdown_table(["run", *(short_count(round(c)) for c in counts)], losses_at_counts)}"""
+            cells.append(ours if theirs is None else f"{ours} ({r.scale * theirs:.3f})".strip())
+        rows.append([r.name, *cells])
+    return markdown_table(["run", *(short_count(round(c)) for c in counts)], rows)
 
 
 def draw(runs: list[Run], path: Path) -> None:
     """Draw loss against tokens, time and gradient evaluations."""
-    from matplotlib.figure import Figure
+    figure = new_figure(15, 4.5)
     from matplotlib.ticker import EngFormatter
 
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
     for axes, (key, label) in zip(figure.subplots(1, 3, sharey=True), AXES.items(), strict=True):
         for number, r in enumerate(runs):
             points = [p for p in r.points if p[key] is not None]
-            x, y = [p[key] for p in points], [p["val_loss"] for p in points]
+            x, y = [p[key] for p in points], [r.scale * p["val_loss"] for p in points]
             axes.plot(x, y, ".-", color=f"C{number}", label=r.name)
             if key == "tokens":
                 counts = [c for c in token_counts(runs) if published_loss(r, c) is not None]
-                axes.plot(counts, [published_loss(r, c) for c in counts], "x", color=f"C{number}")
+                losses = [r.scale * (published_loss(r, c) or math.nan) for c in counts]
+                axes.plot(counts, losses, "x", color=f"C{number}")
         axes.set(xlabel=label)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.25)
-    figure.axes[0].set(ylabel="validation loss, nats per token (x: published)")
+    figure.axes[0].set(ylabel=f"validation loss, {unit(runs)} (x: published)")
     figure.axes[0].legend()
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
-def read_results(path: Path | None, *keys: str) -> dict | None:
-    """The values of `keys` in a file of eval.run or eval.perplexity; None without a path. UserError if it has none."""
+def paired_lines(path: Path) -> list[str]:
+    """The losses and differences in a file of eval.perplexity --out. UserError for another file."""
+    what = "a file that eval.perplexity --out wrote"
+    content = read_json(path, what)
     try:
-        if path is None:
-            return None
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {key: content[key] for key in keys}
-    except (ValueError, KeyError, TypeError):
-        writer = "results.json of eval.run" if "scores" in keys else "file that eval.perplexity --out wrote"
-        raise UserError(f"{path}: not a {writer}") from None
+        lines = [f"- {describe(m)}" for m in content["models"]] + [f"- {describe_pair(p)}" for p in content["paired"]]
+        return [f"\n## The same windows\n\n{content['text']}, context {content['context']}:\n", *lines]
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        raise UserError(f"{path}: not {what}") from None
 
 
-def page(runs: list[Run], paired: dict | None, scores: dict | None) -> str:
-    """The report in markdown."""
+def score_lines(path: Path, runs: list[Run]) -> list[str]:
+    """The table of a results.json of eval.run. UserError for another file."""
+    what = "a results.json of eval.run"
+    content = read_json(path, what)
+    try:
+        table = markdown(content["scores"], sorted({r.size for r in runs if r.size}))
+        return [f"\n## Benchmarks\n\nPercent, with standard errors.\n\n{table}"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not {what}") from None
+
+
+def page(runs: list[Run], more: list[str]) -> str:
+    """The report in markdown. more: parts after those of the runs."""
     band = published()["band"]
-    parts = [f"# Report\n\n![loss](report.png)\n\n## Runs\n\n{loss_tables(runs)}\n## On track?\n"]
+    parts = [f"# Report\n\n{top(runs)}![loss](report.png)\n\n## Runs\n\n{loss_tables(runs)}\n## On track?\n"]
     parts += [f"- {on_track(r)}" for r in runs]
-    parts += [f"\nThe band is {band['width']} wide on each side: {band['why']}."]
-    if paired:
-        parts += [f"\n## The same windows\n\n{paired['text']}, context {paired['context']}:\n"]
-        parts += [f"- {describe(m)}" for m in paired["models"]] + [f"- {describe_pair(p)}" for p in paired["paired"]]
-    if scores:
-        table = markdown(scores["scores"], sorted({r.size for r in runs if r.size}))
-        parts += [f"\n## Benchmarks\n\nPercent, with standard errors.\n\n{table}"]
+    parts += [f"\nThe band is {band['width']} wide on each side: {band['why']}.", *more]
     parts += ["\n## Sources of published numbers\n"]
     parts += [f"- {name}: {source}" for name, source in published()["sources"].items()]
     return "\n".join(parts) + "\n"
@@ -248,17 +341,16 @@ def main(argv: list[str] | None = None) -> None:
         if args.on_track:
             print(on_track(read_run(args.on_track)))
             return
-        if not args.runs:
-            raise UserError("name at least one run folder")
-        runs = [read_run(folder) for folder in args.runs]
-        paired = read_results(args.paired, "text", "context", "models", "paired")
-        scores = read_results(args.scores, "scores")
+        runs = read_runs(args.runs)
+        more = paired_lines(args.paired) if args.paired else []
+        more += score_lines(args.scores, runs) if args.scores else []
         args.out.mkdir(parents=True, exist_ok=True)
         draw(runs, args.out / "report.png")
-        text, files = page(runs, paired, scores), ["report.md", "report.png"]
+        text, files = page(runs, more), ["report.md", "report.png"]
         write_durably(args.out / "report.md", text.encode())
         if args.html:
-            write_durably(args.out / "report.html", html_page(text, args.out / "report.png", args.runs).encode())
+            folders = [run.folder for run in runs]
+            write_durably(args.out / "report.html", html_page(text, args.out / "report.png", folders).encode())
             files.append("report.html")
         print(f"{args.out}: {', '.join(files)}")
 

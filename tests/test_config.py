@@ -8,10 +8,11 @@ import pytest
 import torch
 from conftest import CONFIG, ROOT
 
-from config.load import ConfigError, describe_keys, load_config, parse
+from config.load import NANOGPT, ConfigError, describe_keys, load_config, parse
 from config.published import published
-from config.schema import SECTIONS, RunConfig, all_keys
+from config.schema import SECTIONS, RunConfig, all_keys, value_of
 from data.loader import DataConfig
+from data.shards import write_manifest
 from model import GPT
 from optimizers import OPTIMIZERS, build_optimizer
 from runtime.command import parse_number
@@ -99,8 +100,77 @@ def test_all_errors_are_reported_together():
 
 def test_a_switch_needs_no_value():
     assert load_config(CONFIG, ["--deterministic", "--background"]).compute.deterministic
+    assert load_config(CONFIG, ["--compile"]).compile == "true"
+    assert load_config(CONFIG, ["--wandb"]).log.wandb == "online"
+    with pytest.raises(ConfigError, match="--dtype: expected --key=value"):
+        load_config(CONFIG, ["--dtype"])
     with pytest.raises(ConfigError, match="--steps: expected --key=value"):
         load_config(CONFIG, ["--steps"])
+
+
+@pytest.mark.parametrize(
+    "argument, key, value",
+    [
+        *[(f"--compile={word}", "compile", "true") for word in ("true", "True", "1")],
+        *[(f"--compile={word}", "compile", "false") for word in ("false", "False", "0")],
+        ("--compile=auto", "compile", "auto"),
+        *[(f"--log.wandb={word}", "log.wandb", "online") for word in ("True", "1", "online")],
+        *[(f"--wandb={word}", "log.wandb", "off") for word in ("False", "0", "null", "none", "None", "off")],
+        *[(f"--wandb={word}", "log.wandb", word) for word in ("offline", "disabled")],
+        ("--tensorboard=True", "log.tensorboard", True),
+    ],
+)
+def test_switches_with_more_than_two_values_are_read_as_the_others(argument, key, value):
+    assert value_of(load_config(CONFIG, [argument]), key) == value
+
+
+def test_other_words_are_no_switch():
+    for argument in ("--compile=maybe", "--wandb=maybe", "--gelu=true", "--dtype=1"):
+        with pytest.raises(ConfigError, match="must be one of|expected one of"):
+            load_config(CONFIG, [argument])
+
+
+@pytest.mark.parametrize("name, ours", NANOGPT.items())
+def test_the_error_for_a_name_of_nanogpt_says_the_key_here(name, ours):
+    with pytest.raises(ConfigError, match=f"^config: {name}: nanoGPT's name; here: ") as caught:
+        load_config(ROOT / "config/gpt2_small.py", [f"--{name}=1"])
+    assert ours in str(caught.value)
+    keys = re.findall(r"--([a-z_.0-9]+)", ours)
+    assert set(keys) - {"fresh"} <= all_keys(load_config(ROOT / "config/gpt2_small.py", ["--optimizer=adamw"])).keys()
+    assert keys or name in ("backend", "eval_only")
+
+
+def test_nanogpt_way_to_resume_is_one_clear_line():
+    for word in ("resume", "scratch"):
+        with pytest.raises(ConfigError, match=f"init_from={word}: leave it out; the same command continues a run"):
+            load_config(CONFIG, [f"--init_from={word}"])
+
+
+@pytest.mark.parametrize(
+    "given, size, used",
+    [
+        ([], 60, 60),  # the vocabulary of the config file
+        ([], 257, 257),
+        ([], 50257, 50257),
+        ([], 30, 60),  # the config file's may be padding
+        (["--vocab_size=128"], 257, 128),  # what the user wants; opening the dataset says whether it fits
+        (["--vocab_size=320"], 257, 320),
+    ],
+)
+def test_the_vocabulary_is_that_of_the_dataset(tmp_path, capsys, given, size, used):
+    write_manifest(tmp_path, {"name": "x", "vocab_size": size, "eot": 0}, {}, {"train": [], "val": []})
+    run = load_config(CONFIG, [f"--data.path={tmp_path}", *given])
+    assert run.model.vocab_size == used
+    note = f"note: vocab_size={size}: the tokenizer of {tmp_path} has so many ids; {CONFIG} has 60, which does not fit"
+    assert (note in capsys.readouterr().err) == (not given and used != 60)
+
+
+def test_the_padded_vocabulary_of_the_published_runs_stays(tmp_path):
+    write_manifest(tmp_path, {"name": "gpt2", "vocab_size": 50257, "eot": 50256}, {}, {"train": [], "val": []})
+    small, data = ROOT / "config/gpt2_small.py", f"--data.path={tmp_path}"
+    assert load_config(small, [data, "--optimizer=mars_m"], as_published=True).model.vocab_size == 50304
+    (tmp_path / "manifest.json").write_text("{")  # what is wrong with it is said when the dataset is opened
+    assert load_config(small, [data]).model.vocab_size == 50257
 
 
 @pytest.mark.parametrize(
@@ -120,15 +190,34 @@ def test_errors_for_unknown_optimizers_and_files_list_the_known_ones():
         assert "schema.py" not in str(caught.value)
 
 
-def test_a_config_file_that_fails_is_one_line(tmp_path):
-    for text, error in (
-        ("config = 1 / 0", "ZeroDivisionError"),
-        ("raise SystemExit", "SystemExit"),
-        ("\0", "(SyntaxError|ValueError)"),  # the latter in older Pythons
-    ):
-        (tmp_path / "broken.py").write_text(text)
-        with pytest.raises(ConfigError, match=f"broken.py: {error}"):
-            load_config(tmp_path / "broken.py")
+@pytest.mark.parametrize(
+    "text, error",
+    [
+        ("x = 1\nconfig = 1 / 0", r"broken.py:2: ZeroDivisionError: division by zero"),
+        ("x = 1\nconfig = (", r"broken.py:2: SyntaxError: '\(' was never closed"),
+        ("import the_neighbour\nconfig = the_neighbour.config()", r"the_neighbour.py:2: KeyError: 'a'"),
+        ("import torch\n\ntorch.ones(2) @ torch.ones(3)", r"broken.py:3: RuntimeError: "),  # not a line of torch
+        ("from data.loader import DataConfig\nDataConfig(pat=1)", r"broken.py:2: TypeError: DataConfig.__init__"),
+        ("from config.load import load_config\nload_config('x.py')", r"broken.py:2: config: x.py: no such config file"),
+        ("import missing_module", r"broken.py:1: ModuleNotFoundError: No module named 'missing_module'"),
+        ("raise ValueError('two\\nlines')", r"broken.py:1: ValueError: two lines"),
+        ("raise SystemExit", r"broken.py:1: SystemExit$"),
+        ("\0", r"broken.py: (SyntaxError|ValueError)"),  # the latter in older Pythons
+    ],
+)
+def test_an_error_in_a_config_file_is_one_line_with_its_place(tmp_path, monkeypatch, text, error):
+    (tmp_path / "the_neighbour.py").write_text("def config():\n    return {}['a']")
+    (tmp_path / "broken.py").write_text(text)
+    with pytest.raises(ConfigError, match=error) as caught:
+        load_config(tmp_path / "broken.py")
+    assert "\n" not in str(caught.value)
+    monkeypatch.setenv("TRACEBACK", "1")
+    with pytest.raises(BaseException) as caught:  # noqa: PT011  # the error itself, with its traceback
+        load_config(tmp_path / "broken.py")
+    assert not isinstance(caught.value, ConfigError) or "x.py" in text
+
+
+def test_a_file_without_a_config_is_one_line(tmp_path):
     (tmp_path / "empty.py").write_text("x = 1")
     with pytest.raises(ConfigError, match="must define `config`, a RunConfig"):
         load_config(tmp_path / "empty.py")

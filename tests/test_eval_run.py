@@ -1,7 +1,10 @@
 """Benchmark scores by the real lm-eval, offline, on small models with small data files."""
 
 import csv
+import itertools
 import json
+import re
+import shutil
 import subprocess
 import sys
 import types
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, environment
+from file_faults import ended_with
 from small_runs import byte_run, hellaswag, phrase
 
 pytest.importorskip("lm_eval")
@@ -292,6 +296,62 @@ def test_an_interrupted_evaluation_continues_with_the_remaining_tasks(folders, d
     assert done[4:] == []
 
 
+def test_two_evaluations_at_once_with_one_folder_lose_no_score(folders, data, tmp_path):
+    """Both start with an empty folder. The later tables show the tasks of both, and the command repeats nothing."""
+    asked = {"one": ["boolq", "piqa", "sciq"], "two": ["winogrande", "piqa"], "one again": ["winogrande", "piqa"]}
+    out, common = tmp_path / "scores", ["--task_data", str(data), "--include_path", str(data), "--device", "cpu"]
+    processes = []
+    for name, tasks in asked.items():
+        command = [sys.executable, "-m", "eval.run", str(folders[name == "two"]), "--tasks", *tasks, "--out", str(out)]
+        options = dict(cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        processes.append(subprocess.Popen([*command, *common], **options))
+    for process in processes:
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, output
+    found = [(s["checkpoint"], s["task"]) for s in json.loads((out / "results.json").read_text())["scores"]]
+    wanted = {("one", task) for task in asked["one"] + asked["one again"]} | {("two", task) for task in asked["two"]}
+    assert sorted(found) == sorted(wanted)  # none twice, either
+    before = (out / "results.json").read_bytes()
+    run.main([str(folders[0]), "--tasks", "boolq", "--out", str(out), *common])
+    assert (out / "results.json").read_bytes() == before
+    text = (out / "table.md").read_text()
+    assert "| PIQA acc_norm | WG acc | SciQ acc_norm |" in text  # what others have scored for this model
+    assert "| two |" not in text
+    assert sorted(p.name for p in out.iterdir()) == ["results.json", "table.csv", "table.md"]
+
+
+@pytest.mark.parametrize("fault", ["ENOSPC", "SIGKILL"])
+def test_results_and_tables_are_old_or_new_whatever_happens(tmp_path, fault):
+    """A fault comes before each operation in turn. The same command then writes the new ones."""
+    facts = dict(checkpoint="x", sha256="a", tokenizer="byte", prefix_token=256, shots=0, metric="acc", stderr=None)
+    old, new = (facts | dict(task=task, score=0.5, all_metrics={}) for task in ("boolq", "piqa"))
+
+    def write(out, record):
+        run.add_record(out / "results.json", record, dict(task=record["task"]))
+        run.write_tables(out, [record], [])
+
+    def content(out):
+        return [(out / name).read_bytes() for name in ("results.json", "table.md", "table.csv")]
+
+    made = [tmp_path / "old", tmp_path / "new"]
+    for folder in made:
+        folder.mkdir()
+        write(folder, old)
+    write(made[1], new)
+    for number in itertools.count(1):
+        out = tmp_path / str(number)
+        shutil.copytree(made[0], out)
+        ended = ended_with(lambda out=out: write(out, new), out, number, fault)
+        for found, *allowed in zip(content(out), *map(content, made), strict=True):
+            assert found in allowed
+        if ended == "done":
+            break
+        assert ended_with(lambda out=out: write(out, new), out, 0, fault) == "done"
+        assert content(out) == content(made[1])
+        assert len(list(out.iterdir())) == 3
+    assert number > 15  # operations
+
+
 def test_a_task_file_of_the_user_with_the_tokenizer_of_the_run(folders, tmp_path, capsys):
     (tmp_path / "tasks").mkdir()
     rows = [dict(q=phrase(i), a=[phrase(i + 1), phrase(i + 2)], gold=i % 2) for i in range(5)]
@@ -305,7 +365,7 @@ validation_split: validation
 doc_to_text: "{{{{q}}}}:"
 doc_to_target: gold
 doc_to_choice: "{{{{a}}}}"
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}, {{metric: acc_norm}}]
 """
     )
     out = tmp_path / "tasks" / "scores"  # among the task files; what it holds is no change of the task
@@ -316,10 +376,15 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
     (score,) = scores()
     items = [(f"{r['q']}:", r["a"], r["gold"]) for r in rows]
-    assert score["score"] == by_hand(open_trained(folders[1], CPU).model, items)[0]
-    assert (score["metric"], score["tokenizer"], score["harness"]) == ("acc", "byte", "0.4.13")
+    acc, acc_norm = by_hand(open_trained(folders[1], CPU).model, items)
+    assert score["score"] == acc_norm
+    assert (score["metric"], score["tokenizer"], score["harness"]) == ("acc_norm", "byte", "0.4.13")
     assert len(score["sha256"]) == 64
-    assert "my_pairs acc" in capsys.readouterr().out
+    text = capsys.readouterr().out  # no metric is chosen silently
+    assert f"my_pairs, 0-shot  acc_norm {100 * acc_norm:.2f} +- " in text
+    assert f", acc {100 * acc:.2f} +- " in text
+    assert "| model | shots | my_pairs acc_norm | my_pairs acc | mean of 9 |" in text
+    assert (out / "table.csv").read_text().startswith("model,shots,my_pairs,my_pairs_stderr,my_pairs_acc,my_pairs_acc_")
     assert scores() == [score]
 
     rows = [r | dict(gold=1 - r["gold"]) for r in rows]  # other answers are not the task that was scored
@@ -412,6 +477,40 @@ def test_bad_arguments_are_one_clear_line(folders, tmp_path, arguments, message)
     assert "\n" not in str(error.value)
 
 
+OWN_TASK = """task: own
+dataset_path: json
+dataset_kwargs: {data_files: {validation: FILE}}
+validation_split: validation
+output_type: multiple_choice
+doc_to_text: "{{q}}"
+doc_to_target: gold
+doc_to_choice: "{{a}}"
+"""
+
+
+@pytest.mark.parametrize(
+    "yaml, rows, message",
+    [
+        ("task: [", b"", 'unknown task "own"; .*broken.yaml cannot be read .*while parsing'),
+        ("task: own\noutput_type: multiple_choice\n", b"", "task own: "),
+        ("task: own\ndataset_path: json\noutput_type: sing\n", b"", "task own: "),
+        (OWN_TASK, b"\xff\xfe{}", "task own: its data could not be read"),
+        (OWN_TASK, b"[[[[", "task own: its data could not be read"),
+        (OWN_TASK, b'{"other": 1}\n', "task own: its data could not be read"),
+    ],
+)
+def test_broken_task_files_are_one_clear_line(folders, tmp_path, capsys, yaml, rows, message):
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "rows.jsonl").write_bytes(rows)
+    (tasks / "broken.yaml").write_text(yaml.replace("FILE", str(tasks / "rows.jsonl")))
+    with pytest.raises(SystemExit) as error:
+        run.main([str(folders[0]), "--tasks", "own", "--include_path", str(tasks), "--out", str(tmp_path / "out")])
+    lines = [*capsys.readouterr().err.splitlines(), str(error.value)]
+    (line,) = [line for line in lines if re.search(message, line)]
+    assert line.startswith("eval.run: ")
+
+
 def test_an_unknown_task_is_one_clear_line(monkeypatch):
     """The list of all tasks is replaced by a short one: reading thousands of task files takes half a minute."""
     folder = Path(lm_eval_tasks.__file__).parent / "hellaswag"
@@ -422,9 +521,20 @@ def test_an_unknown_task_is_one_clear_line(monkeypatch):
 
 
 def test_another_file_as_results_and_a_missing_model_are_errors(folders, tmp_path):
-    (tmp_path / "results.json").write_text("[1, 2]")
-    with pytest.raises(SystemExit, match="not a results file"):
-        run.main([str(folders[0]), "--tasks", "boolq", "--out", str(tmp_path)])
+    odd = [
+        "[1, 2]",
+        "[" * 100_000,
+        '{"scores": 5}',
+        '{"scores": [[1]]}',
+        '{"scores": [{"task": 1}]}',
+        "\xff",
+        '{"scores": null}',
+    ]
+    for content in odd:
+        (tmp_path / "results.json").write_text(content, encoding="latin-1")
+        with pytest.raises(SystemExit, match="results.json: not a results file; repair it or choose another --out"):
+            run.main([str(folders[0]), "--tasks", "boolq", "--out", str(tmp_path)])
+        assert (tmp_path / "results.json").read_text(encoding="latin-1") == content
     with pytest.raises(SystemExit, match="results.json: File exists"):
         run.main([str(folders[0]), "--tasks", "boolq", "--out", str(tmp_path / "results.json")])
     with pytest.raises(SystemExit, match="neither a checkpoint"):
@@ -485,6 +595,16 @@ def test_the_mean_of_published_rows_and_the_sizes():
     assert [size_of(n) for n in (124_000_000, 353_000_000, 1_557_000_000, 3_000_000)] == ["small", "medium", "xl", None]
     assert metric_of("other", {"acc,none": 1, "acc_norm,none": 1, "acc_stderr,none": 1}) == "acc_norm"
     assert metric_of("other", {"alias": "x", "bpb,none": 1, "bpb_stderr,none": 1}) == "bpb"
+
+
+def test_the_table_tells_of_cut_requests():
+    score = dict(checkpoint="run", task="boolq", shots=5, metric="acc", score=0.5, stderr=None, requests=24)
+    whole = markdown([score | dict(requests_cut_on_the_left=0)], [])
+    assert "Requests" not in whole
+    text = markdown([score | dict(requests_cut_on_the_left=3), score | dict(task="piqa", metric="acc_norm")], [])
+    assert text.endswith(
+        "Requests longer than the context, without their first tokens:\n\n- run, 5-shot: boolq 3 of 24\n"
+    )
 
 
 def test_other_weights_or_fewer_documents_get_separate_rows():

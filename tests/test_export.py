@@ -1,7 +1,9 @@
 """Exports to Hugging Face folders, and models from the checkpoints of other programs."""
 
+import itertools
 import json
 import os
+import resource
 import shutil
 import threading
 from dataclasses import replace
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CONFIG
+from file_faults import ended_with
 from safetensors.torch import load_file, save_file
 from small_runs import SHAPE, byte_dataset, byte_run, small_model
 from test_model import CASES, GOLDEN, golden_model
@@ -20,7 +23,8 @@ from data.tokenizer import GPT2_PATTERN, ByteTokenizer, GPT2Tokenizer
 from eval import export
 from eval.checkpoint import load_weights, open_trained
 from model import GPT, GPTConfig
-from runtime.checkpoint import open_checkpoint
+from runtime.checkpoint import open_checkpoint, state_sha256
+from runtime.files import sha256_of
 
 transformers = pytest.importorskip("transformers")
 CPU = torch.device("cpu")
@@ -155,6 +159,12 @@ def pt_file(path: Path, **changes) -> Path:
     return path
 
 
+def changed_weights(change) -> dict:
+    """The weights of a small model, of which one is changed."""
+    weights = dict(small_model(config=replace(SHAPE, scale_attn_by_inverse_layer_idx=False)).state_dict())
+    return weights | {"transformer.wte.weight": change(weights["transformer.wte.weight"])}
+
+
 def test_a_pt_file_can_be_exported(tmp_path):
     export.main([str(pt_file(tmp_path / "ckpt.pt")), str(tmp_path / "hf")])
     assert "| code | nanoGPT |" in (tmp_path / "hf" / "README.md").read_text()
@@ -206,6 +216,19 @@ def break_hugging_face(folder: Path, exported: Path, how: str) -> Path:
         (folder / "tokenizer.json").write_text("{")
     elif how == "gone":
         weights.unlink()
+    elif how == "list":
+        weights.unlink()
+        torch.save([torch.ones(2)], folder / "pytorch_model.bin")
+    elif how == "number":
+        weights.unlink()
+        torch.save({"transformer.h.0.attn.c_attn.weight": 3}, folder / "pytorch_model.bin")
+    elif how == "types":
+        odd = {"n_embd": "wide", "activation_function": ["gelu"]}
+        config.write_text(json.dumps(json.loads(config.read_text()) | odd))
+    elif how == "text":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"n_layer": "two"}))
+    elif how == "nested":
+        config.write_text("[" * 100_000)
     return folder
 
 
@@ -221,6 +244,11 @@ def break_hugging_face(folder: Path, exported: Path, how: str) -> Path:
         ("config", "config.json: not readable as JSON"),
         ("tokenizer", "its tokenizer files cannot be read"),
         ("gone", "no model.safetensors or pytorch_model.bin in it"),
+        ("list", "pytorch_model.bin: not a file of weights"),
+        ("number", "transformer.h.0.attn.c_attn.weight is not a tensor of weights"),
+        ("types", "gpt2 with .'gelu'. is not a GPT-2"),
+        ("text", "its settings are not those of a GPT-2 .n_layer='two'"),
+        ("nested", "config.json: not readable as JSON"),
     ],
 )
 def test_a_broken_hugging_face_folder_is_one_clear_line(exported, tmp_path, how, message):
@@ -245,6 +273,19 @@ def test_a_broken_hugging_face_folder_is_one_clear_line(exported, tmp_path, how,
             "not the token embedding",
         ),
         (dict(config=NotATensor()), "holds more than tensors and numbers"),
+        (
+            dict(model_args=SIZES | dict(vocab_size="many")),
+            "its settings are not those of a GPT-2 .vocab_size",
+        ),
+        (dict(model_args=SIZES | dict(bias=[[1]])), "ckpt.pt: its settings are not those of a GPT-2 .bias"),
+        (dict(model_args=[1]), "not a checkpoint of nanoGPT or MARS"),
+        (dict(model={}), "not the GPT-2 its settings describe"),
+        (dict(model={"a": {"b": [{}]}}), "a is not a tensor of weights"),
+        (dict(model={7: torch.ones(2)}), "not the GPT-2 its settings describe"),
+        (dict(model=changed_weights(lambda t: t.to(torch.int8))), "is not a tensor of weights"),
+        (dict(model=changed_weights(lambda t: t.sum())), "has shape \\(\\), its settings say"),
+        (dict(iter_num="seven"), "its iter_num is not a number"),
+        (dict(best_val_loss=torch.ones(3)), "its best_val_loss is not a number"),
     ],
 )
 def test_a_pt_file_of_another_program_is_one_clear_line(tmp_path, changes, message):
@@ -255,9 +296,9 @@ def test_a_pt_file_of_another_program_is_one_clear_line(tmp_path, changes, messa
 
 def test_damaged_files_are_one_clear_line(dataset, tmp_path):
     path = pt_file(tmp_path / "ckpt.pt")
-    for content in (path.read_bytes()[:3000], b"", b"\xa5no pickle"):
+    for content in (path.read_bytes()[:3000], b"", b"\xa5no pickle", b"PK" + bytes(99), b"\x80\x02]q\x00K\x01a."):
         path.write_bytes(content)
-        with pytest.raises(SystemExit, match="damaged or of another format") as error:
+        with pytest.raises(SystemExit, match="damaged or of another format|not a checkpoint of nanoGPT") as error:
             export.main([str(path), str(tmp_path / "hf")])
         assert "\n" not in str(error.value)
     weights = byte_run(tmp_path, dataset) / "checkpoints" / "step_0000030" / "model.safetensors"
@@ -378,6 +419,31 @@ def test_a_run_starts_with_the_weights_of_an_export(run, exported, dataset, tmp_
     assert all((ours[name] == 0).all() for name in ours.keys() - theirs.keys())  # the biases, which the export adds
 
 
+def test_weights_of_another_model_name_the_settings_to_give(exported, dataset, tmp_path):
+    words = [str(CONFIG), f"--data.path={dataset}", f"--log.folder={tmp_path}", "--name=run", f"--init_from={exported}"]
+    with pytest.raises(SystemExit) as error:
+        train_gpt.main([*words, "--vocab_size=320"])
+    settings = "--n_embd=32 --bias=true --scale_attn_by_inverse_layer_idx=true --vocab_size=257"
+    assert f"init_from={exported}: another model; give {settings} (" in str(error.value)
+    assert "vocab_size: the checkpoint has 257, the run 320" in str(error.value)
+    train_gpt.main([*words, *settings.split(), "--dropout=0", "--steps=1", "--warmup=0", "--min_lr=0"])
+
+
+def test_a_run_whose_name_ends_like_the_averaged_weights_is_reached(dataset, tmp_path):
+    run = byte_run(tmp_path, dataset, name="x:average")
+    assert open_trained(run, CPU).name == "x:average"
+    with pytest.raises(ValueError, match="x:average:average: this run keeps no averaged weights"):
+        open_trained(f"{run}:average", CPU)
+
+
+def test_a_dataset_as_a_run_and_a_shard_as_a_dataset_are_one_clear_line(dataset, tmp_path):
+    with pytest.raises(SystemExit, match=f"{dataset}: is a dataset; name a run or another checkpoint"):
+        export.main([str(dataset), str(tmp_path / "hf")])
+    shard = next(dataset.glob("train*.bin"))
+    with pytest.raises(SystemExit, match=f"data.path {shard}: is a file; give the folder of the shards, {dataset}"):
+        train_gpt.main([str(CONFIG), f"--data.path={shard}", f"--log.folder={tmp_path}"])
+
+
 def anonymous_memory():
     """Bytes of this process that no file backs."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -409,3 +475,92 @@ def test_reading_other_weights_holds_one_extra_copy_at_most(tmp_path, kind):
     thread.join()
     assert size > 100e6
     assert most[0] - before < 1.4 * size
+
+
+OPENAI_KEYS = """activation_function architectures attn_pdrop bos_token_id embd_pdrop eos_token_id initializer_range
+layer_norm_epsilon model_type n_ctx n_embd n_head n_layer n_positions resid_pdrop summary_activation
+summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params vocab_size"""
+
+
+def test_the_config_has_every_key_of_that_of_openai(exported):
+    """Programs such as the converter of llama.cpp ask for these keys."""
+    config = json.loads((exported / "config.json").read_text())
+    assert set(OPENAI_KEYS.split()) <= config.keys()
+    assert (config["n_ctx"], config["n_positions"]) == (64, 64)
+    assert config["architectures"] == ["GPT2LMHeadModel"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_every_file_of_an_export_follows_the_umask(run, tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        export.main([str(run), "--out", str(tmp_path / "hf")])
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "hf").iterdir()} == {0o666 & ~mask}
+    assert (tmp_path / "hf").stat().st_mode & 0o777 == 0o777 & ~mask
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_the_folder_is_named_once(run, tmp_path):
+    for words in ([], [str(tmp_path / "a"), "--out", str(tmp_path / "b")]):
+        with pytest.raises(SystemExit, match="name one folder to write: CHECKPOINT OUT, or CHECKPOINT --out OUT"):
+            export.main([str(run), *words])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("limit", [100, 3000, 60_000])
+def test_an_export_on_a_full_disk_is_one_clear_line(run, tmp_path, limit):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(SystemExit) as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # a write beyond fails, as on a full disk
+        try:
+            export.main([str(run), str(tmp_path / "hf")])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(error.value).startswith(f"eval.export: {tmp_path / 'hf'} was not written: ")
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_weights_are_hashed_and_only_once(dataset, tmp_path, monkeypatch):
+    """The optimizer state is twice as large; nothing that evaluates reads it."""
+    run, hashed = byte_run(tmp_path, dataset), []
+    (folder,) = (run / "checkpoints").iterdir()
+    state = json.loads((folder / "state.json").read_text())
+    state["sha256"]["optimizer-0.safetensors"] = sha256_of(folder / "model.safetensors")
+    state["state_sha256"] = state_sha256(state)
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "optimizer-0.safetensors").write_bytes(b"not the optimizer state")
+    for module in ("runtime.checkpoint", "eval.checkpoint"):
+        monkeypatch.setattr(f"{module}.sha256_of", lambda path: hashed.append(path.name) or sha256_of(path))
+    assert open_trained(run, CPU).sha256 == state["sha256"]["model.safetensors"]
+    assert hashed == ["model.safetensors"]
+    hashed.clear()
+    load_weights(small_model(), str(run))
+    assert hashed == ["model.safetensors"]
+    with pytest.raises(ValueError, match="optimizer-0.safetensors does not match its sha256"):
+        open_checkpoint(folder)  # a trainer reads it
+
+
+@pytest.mark.parametrize("fault", ["ENOSPC", "SIGKILL"])
+def test_an_export_is_complete_or_absent_whatever_happens(run, exported, tmp_path, monkeypatch, fault):
+    """A fault comes before each operation in turn. The next start makes the folder."""
+    trained, complete = open_trained(run, CPU), {p.name: p.read_bytes() for p in exported.iterdir()}
+    monkeypatch.setattr(export, "logits_difference", lambda *_: (0.0, 1.0))  # these two only read
+    monkeypatch.setattr(export, "tokenizers_agree", lambda *_: True)
+    card = "README.md"  # it holds the difference
+    for number in itertools.count(1):
+        out = tmp_path / str(number) / "hf"
+        ended = ended_with(lambda out=out: export.export(trained, out), out.parent, number, fault)
+        if out.exists():
+            found = {p.name: p.read_bytes() for p in out.iterdir()}
+            assert found.keys() == complete.keys()
+            assert all(found[name] == complete[name] for name in found if name != card)
+        else:
+            assert ended in ("killed", "error")
+            assert ended_with(lambda out=out: export.export(trained, out), out.parent, 0, fault) == "done"
+        assert [p.name for p in out.parent.iterdir() if not p.name.startswith("tmp-")] == ["hf"]
+        if ended == "done":
+            break
+    assert number > 15  # operations

@@ -16,7 +16,7 @@ ALLOWED = {  # a name allows itself and everything in it
     "runtime": {"optimizers.settings"},
     "config": {
         "model",
-        "data.loader",
+        *("data.loader", "data.shards", "data.tokenizer"),
         "optimizers",
         *(f"runtime.{m}" for m in ("checkpoint", "compute", "logger", "memory", "schedule")),
     },

@@ -2,10 +2,12 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import asdict
 
 import pytest
-from conftest import CONFIG, ROOT
+from conftest import CONFIG, ROOT, environment
 from small_runs import byte_dataset, byte_run
 
 import train_gpt
@@ -161,6 +163,187 @@ def test_files_without_results_are_one_clear_line(tmp_path):
         report.main([str(folder), "--scores", str(tmp_path / "x.json"), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="name at least one run folder"):
         report.main([])
+
+
+ODD = (
+    *("[]", "{", "[" * 100_000, "\xff", '{"scores": 5, "models": 5, "paired": 5}'),
+    '{"scores": [{"task": []}], "text": "t", "context": 2, "paired": [], "models": [[]]}',
+    '{"text": 1, "context": 2, "paired": [], "models": [{"name": "a", "stderr": null, "loss": "x", "targets": 1}]}',
+    '{"text": 1, "context": 2, "paired": [], "models": [{"name": 1, "stderr": 1, "loss": 1e9, "targets": 1}]}',
+    '{"scores": [{"checkpoint": "a", "task": "b", "shots": 0, "metric": "acc", "score": "x", "stderr": 1}]}',
+)
+
+
+@pytest.mark.parametrize("option", ["--scores", "--paired"])
+@pytest.mark.parametrize("content", ODD, ids=range(len(ODD)))
+def test_odd_results_are_one_clear_line(tmp_path, option, content):
+    folder = run_folder(tmp_path / "a", {1e9: 3.6})
+    (tmp_path / "x.json").write_text(content, encoding="latin-1")
+    with pytest.raises(SystemExit, match=r"report: .*x.json: not a (results.json|file that eval.perplexity)") as error:
+        report.main([str(folder), option, str(tmp_path / "x.json"), "--out", str(tmp_path / "out")])
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_are_no_runs_are_skipped_in_one_line(tmp_path, capsys):
+    run_folder(tmp_path / "good", {1e9: 3.6})
+    for name in ("report", "scores", "sweeps/gamma-laptop/run"):
+        (tmp_path / name).mkdir(parents=True)
+    run_folder(tmp_path / "young", {1e9: 3.6})
+    (tmp_path / "young/metrics.jsonl").write_text('{"step": 1, "tokens": 5, "loss": 3}\n')
+    (tmp_path / "paired.json").write_text("{}")
+    report.main([*map(str, sorted(tmp_path.iterdir())), "--out", str(tmp_path / "out"), "--html"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("report: skipped 5 of 6: ")
+    for problem in (
+        "report: not a run",
+        "scores: not a run",
+        "sweeps: not a run",
+        "young: no evaluation",
+        "paired.json: n",
+    ):
+        assert f"{tmp_path}/{problem}" in line
+    assert "| good | AdamW |" in (tmp_path / "out/report.md").read_text()
+    with pytest.raises(SystemExit, match="report: .*report: not a run folder .no config.json.; .*young: no evaluation"):
+        report.main([str(tmp_path / "report"), str(tmp_path / "young")])
+
+
+MEASURED = dict(data="abc", windows=50, tokens=51_200, sampling="fixed", tokenizer="gpt2", bytes_per_token=4.0)
+
+
+def measured(folder, losses, on, **settings):
+    """A run folder whose evaluations say what they were measured on."""
+    run_folder(folder, losses, **settings)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = [r | dict(measured_on=on) if "val_loss" in r else r for r in records]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folder
+
+
+def written(tmp_path, *runs):
+    report.main([*map(str, runs), "--out", str(tmp_path / "out"), "--html"])
+    return (tmp_path / "out/report.md").read_text(), (tmp_path / "out/report.html").read_text()
+
+
+def section(text, title):
+    """The rows of the first table after a heading, as lists of cells."""
+    lines = text.partition(f"## {title}\n")[2].lstrip("\n").split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("|---")]
+
+
+def test_the_page_begins_with_the_settings_that_differ(tmp_path):
+    a = measured(tmp_path / "a", {1e9: 3.6}, MEASURED, lr=0.01, betas=[0.9, 0.95])
+    b = measured(tmp_path / "b", {1e9: 3.5}, MEASURED, optimizer="mars_m", lr=0.02, gamma=0.025, momentum=0.95)
+    config = json.loads((b / "config.json").read_text()) | dict(seed=7, name="b", log=dict(folder="x"))
+    (b / "config.json").write_text(json.dumps(config))
+    text, html = written(tmp_path, a, b)
+    header, *rows = section(text, "Settings that differ")
+    assert header == ["setting", "a", "b"]
+    assert sorted(rows) == [
+        ["optim, other", "betas=0.9, 0.95", "gamma=0.025, momentum=0.95"],
+        ["optim.lr", "0.01", "0.02"],
+        ["optimizer", "adamw", "mars_m"],
+        ["seed", "1", "7"],
+    ]
+    assert text.index("## Settings that differ") < text.index("![loss]") < text.index("## Runs")
+    assert "Warning" not in text
+    assert "<h2>Settings that differ</h2>" in html
+    assert "optim.lr" in html.partition("<h2>Runs</h2>")[0]
+    text, _ = written(tmp_path, a)
+    assert "Settings that differ" not in text
+    text, _ = written(tmp_path, a, measured(tmp_path / "c", {1e9: 3.4}, MEASURED, lr=0.01, betas=[0.9, 0.95]))
+    assert "## Settings that differ\n\nNone." in text
+
+
+def test_many_runs_are_rows(tmp_path):
+    runs = [measured(tmp_path / f"r{i}", {1e9: 3.6}, MEASURED, lr=0.01 * i) for i in range(1, 9)]
+    text, _ = written(tmp_path, *runs)
+    assert section(text, "Settings that differ")[:3] == [["run", "optim.lr"], ["r1", "0.01"], ["r2", "0.02"]]
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_other_validation_data_are_a_warning_and_have_tables_of_their_own(tmp_path, old):
+    """old: the runs record the data of their evaluations in config.json only."""
+    runs = [
+        measured(tmp_path / name, {1e9: loss}, None if old else MEASURED | dict(windows=windows))
+        for name, loss, windows in (("a", 3.6, 50), ("b", 3.5, 50), ("c", 2.9, 80))
+    ]
+    for run, windows in zip(runs, (50, 50, 80), strict=True):
+        config = json.loads((run / "config.json").read_text())
+        config["data"]["val_windows"] = windows
+        (run / "config.json").write_text(json.dumps(config))
+    text, html = written(tmp_path, *runs)
+    warning = "Warning: validation data differ.{} Compare losses inside a group only. Groups: 1: a, b; 2: c."
+    assert f"**{warning.format('**')}" in text.partition("## Settings")[0]
+    assert warning.format("</strong>") in html
+    settings = section(text, "Settings that differ")
+    assert ["data.val_windows", "50", "50", "80"] in settings
+    assert (["measured on: windows", "50", "50", "80"] in settings) == (not old)
+    rows = section(text, "Runs")
+    assert [row[rows[0].index("group")] for row in rows[1:]] == ["1", "1", "2"]
+    tables = text.partition("## Best validation loss")[2].partition("## On track")[0]
+    assert [line.split()[1] for line in tables.splitlines() if line.startswith("| ")] == ["run", "a", "b", "run", "c"]
+
+
+def test_losses_of_different_tokenizers_are_in_bits_per_byte(tmp_path):
+    """2.7 nats per byte are 3.9 bits; 4.78 nats per token of 4 bytes are 1.7."""
+    byte_model = asdict(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=257))
+    byte = measured(
+        tmp_path / "byte", {1e9: 2.70}, MEASURED | dict(tokenizer="byte", bytes_per_token=1.0), model=byte_model
+    )
+    pairs = measured(tmp_path / "pairs", {1e9: 4.78}, MEASURED)
+    text, html = written(tmp_path, byte, pairs)
+    assert "**Warning: tokenizers differ, and so the validation data do.** Losses are in bits per byte." in text
+    assert "Bits per byte. Brackets" in text
+    rows = {row[0]: row for row in section(text, "Runs")}
+    best = rows["run"].index("best loss")
+    assert (rows["byte"][best], rows["pairs"][best]) == ("3.8953", "1.7240")
+    assert '<td style="text-align:right">1.7240</td>' in html
+    unknown = measured(tmp_path / "unknown", {1e9: 2.70}, MEASURED | dict(tokenizer="x", bytes_per_token=None))
+    text, _ = written(tmp_path, unknown, pairs)
+    assert "Losses per token cannot be compared" in text
+    assert "4.7800" in text
+
+
+def test_on_track_uses_the_evaluations_that_are_measured_as_the_last_one(tmp_path, capsys):
+    run = measured(tmp_path / "a", {1e9: 2.5, 5e9: 2.5, 20e9: 3.03}, MEASURED)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines[:4] = [line.replace('"windows": 50', '"windows": 5') for line in lines[:4]]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    report.main(["--on-track", str(run)])
+    assert "best loss 3.030, published 3.024" in capsys.readouterr().out
+    other = measured(tmp_path / "b", {20e9: 3.03}, MEASURED | dict(tokenizer="tokenizer-0123"))
+    assert "nothing published to compare with" in on_track(read_run(other))
+
+
+def test_runs_with_one_name_are_told_apart(tmp_path):
+    runs = [measured(tmp_path / place / "run", {1e9: 3.6}, MEASURED) for place in "ab"]
+    text, _ = written(tmp_path, *runs)
+    assert all(f"| {run} | AdamW |" in text for run in runs)
+
+
+@pytest.mark.parametrize(
+    "backend", ["module://matplotlib_inline.backend_inline", "module://missing_module", "nonsense"]
+)
+def test_the_backend_of_a_notebook_does_not_stop_curves(tmp_path, backend):
+    """Images are complete: there is no temporary file beside them."""
+    run_folder(tmp_path / "a", {1e9: 3.6})
+    with open(tmp_path / "a/metrics.jsonl", "a") as f:
+        f.write('{"step": 2, "tokens": 5, "loss": 3, "grad_norm": 1, "lr": 0.1}\n')
+    script = f"""
+from runtime import plot
+from scripts import report
+plot.main([{str(tmp_path / "a")!r}])
+report.main([{str(tmp_path / "a")!r}, "--out", {str(tmp_path / "out")!r}])
+import os
+assert os.environ["MPLBACKEND"] == {backend!r}
+"""
+    variables = environment() | {"MPLBACKEND": backend}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for image in (tmp_path / "a/curves.png", tmp_path / "out/report.png"):
+        assert image.read_bytes().startswith(b"\x89PNG")
+        assert not list(image.parent.glob("*.tmp"))
 
 
 def test_the_report_in_html_is_one_file_with_curves_tables_configs_and_samples(tmp_path):

@@ -7,16 +7,20 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import time
+from contextlib import ExitStack, suppress
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIG
+from conftest import CONFIG, ROOT, environment
 
 from bench import sweep
 from bench.sweep import Sweep, interval, load_plan, plan_names, rows_of
 from config.load import load_config
+from runtime.files import locked
 
 SCALES = [(name, scale) for name in plan_names() for scale in load_plan(name).scales]
 
@@ -65,21 +69,31 @@ plan = Plan("Which is better?", "nothing", dict(AdamW=Arm("--optimizer=adamw", d
     return str(path)
 
 
+def start_sweep(plan, folder, **options):
+    """A process that does the sweep of a plan, with its runs in the temporary folder."""
+    script = f"from bench import sweep; sweep.Sweep.root = {str(folder / 'sweeps')!r}; sweep.main()"
+    command = [sys.executable, "-c", script, plan, "--folder", str(folder / "results"), "--workers", "2"]
+    return subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, **options)
+
+
 @pytest.fixture(scope="module")
 def swept(dataset, tmp_path_factory):
     """A folder with the finished runs of the plan in `sweeps`, and their report in `results`.
 
-    The test processes of pytest-xdist share it: the first one makes it, and the others wait.
+    Two sweeps do them at the same time. The test processes of pytest-xdist share the folder: the first one makes it,
+    and the others wait.
     """
     folder = tmp_path_factory.mktemp("swept")
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = tmp_path_factory.getbasetemp().parent / "swept"
         folder.mkdir(exist_ok=True)
-    with open(folder / "lock", "w") as lock, pytest.MonkeyPatch.context() as patch:
+    with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "results").exists():
-            patch.setattr(Sweep, "root", str(folder / "sweeps"))
-            sweep.main([write_plan(folder, dataset), "--folder", str(folder / "results"), "--workers", "2"])
+            plan = write_plan(folder, dataset)
+            for process in [start_sweep(plan, folder, stdout=subprocess.PIPE) for _ in range(2)]:
+                output, _ = process.communicate(timeout=300)
+                assert process.returncode == 0, output
     return folder
 
 
@@ -178,6 +192,24 @@ def test_runs_of_other_settings_are_not_taken_for_those_of_the_plan(finished, tm
     assert not Sweep(finished, arms=["AdamW"]).changed_run()  # the runs of the other arm are as they were
 
 
+def test_runs_on_other_validation_data_are_not_compared(finished, tmp_path):
+    """As if the dataset was prepared again between the runs."""
+    path = tmp_path / "sweeps/small-laptop/Muon-lr0.02-seed1/metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        if "measured_on" in record:
+            record["measured_on"]["data"] = "other"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    problem = (
+        r"AdamW-lr0.01-seed1 and Muon-lr0.02-seed1 were evaluated on different validation data \(data: \w+ and other\)"
+    )
+    with pytest.raises(SystemExit, match=f"{problem}; rename the folder of one of the runs"):
+        sweep.main([finished, "--folder", str(tmp_path / "results")])
+    with pytest.raises(ValueError, match=problem):
+        sweep.report(Sweep(finished), tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
 def test_another_reference_has_its_own_report(finished, tmp_path):
     sweep.main([finished, "--folder", str(tmp_path), "--reference", "Muon"])
     rows = {row["arm"]: row for row in json.loads((tmp_path / "sweep_small_laptop_vs_Muon.json").read_text())["rows"]}
@@ -220,6 +252,42 @@ def test_a_plan_that_cannot_be_used_is_one_line(plan, old, new, problem):
     Path(plan).write_text(Path(plan).read_text().replace(old, new))
     with pytest.raises(SystemExit, match=problem):
         sweep.main([plan, "--dry_run"])
+
+
+def test_two_sweeps_of_one_plan_at_once_do_each_run_once(swept):
+    runs = [p for p in (swept / "sweeps/small-laptop").iterdir() if not p.name.startswith(".")]
+    assert len(runs) == 8
+    for run in runs:
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [r["step"] for r in records if "val_loss" not in r] == list(range(1, 13))
+    assert sorted(p.suffix for p in (swept / "results").iterdir()) == [".json", ".md", ".png"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_the_runs_of_a_killed_sweep_end_with_it(plan, tmp_path):
+    Path(plan).write_text(Path(plan).read_text().replace("--data.path", "--steps=1000000 --data.path"))
+    process, folder = start_sweep(plan, tmp_path), tmp_path / "sweeps/small-laptop"
+
+    def wait_until(reached):
+        end = time.monotonic() + 100
+        while not reached():
+            assert time.monotonic() < end
+            time.sleep(0.1)
+
+    wait_until(lambda: len(list(folder.glob("*/metrics.jsonl"))) == 2)
+    process.kill()
+    process.wait()
+
+    def all_ended():
+        with suppress(BlockingIOError), ExitStack() as locks:
+            for run in folder.glob("*/metrics.jsonl"):
+                locks.enter_context(locked(folder / f".{run.parent.name}.lock"))
+            return True
+
+    wait_until(all_ended)
+    for run in folder.glob("*/metrics.jsonl"):  # the trainers have saved their last step
+        steps = [json.loads(line)["step"] for line in run.read_text().splitlines()]
+        assert (run.parent / f"checkpoints/step_{steps[-1]:07d}/state.json").exists()
 
 
 @pytest.mark.parametrize(
