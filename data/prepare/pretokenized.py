@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from data.prepare.hub import HubFolder
 from data.prepare.output import FETCHED, PROGRESS, staged
-from data.shards import MANIFEST, SPLITS, DataError, examine, names_split, read_shard_header, write_manifest
+from data.shards import MANIFEST, SPLITS, DataError, examine, names_split, read_shard_header, visible, write_manifest
 from data.tokenizer import TOKENIZER_FILE, CustomTokenizer, GPT2Tokenizer, facts_of, get_tokenizer
 from runtime.files import sha256_of, write_durably
 
@@ -50,7 +50,7 @@ def index_in_place(folder: Path, tokenizer: str = "gpt2", separator: str | None 
             if copy.exists():
                 raise DataError(f"{copy} is another tokenizer than {chosen.path}; move it away")
             write_durably(copy, chosen.path.read_bytes())
-    paths = [p for p in sorted(folder.glob("*.bin")) if split_of(p.name) in SPLITS]
+    paths = [p for p in visible(folder) if p.suffix == ".bin" and split_of(p.name) in SPLITS]
     index(folder, paths, {"name": "pretokenized", "root": str(folder.resolve())}, facts)
 
 
