@@ -79,8 +79,8 @@ def read_shard_header(path: Path) -> Shard:
             raise DataError(f"{problem}; the file is truncated or overwritten, prepare or fetch it again")
         return Shard(path, HEADER_BYTES, int(header[2]))
     shard = Shard(path, 0, size // 2)
-    if problem := other_content(bytes(start), shard.samples()):
-        raise DataError(f"{path}: {problem}")
+    if content := other_content(bytes(start), shard.samples()):
+        raise DataError(f"{path}: {content}")
     if path.name in ("train.bin", "val.bin") and size and size % 2 == 0:  # nanoGPT: tokens without a header
         return shard
     found = int(header[0]) if len(header) else "nothing"
@@ -188,7 +188,7 @@ def read_manifest(path: Path) -> dict:
         tokenizer["name"], tokenizer["vocab_size"]
         if "file" in tokenizer and Path(tokenizer["file"]).name != tokenizer["file"]:
             raise UserError(f"bad entry for {tokenizer['file']!r}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: not a dataset manifest ({type(error).__name__}: {error})") from None
     return manifest
 
@@ -196,6 +196,11 @@ def read_manifest(path: Path) -> dict:
 def entries(manifest: dict, *splits: str) -> list[dict]:
     """The entries of a manifest: those of the given splits, or all of them, train first."""
     return [entry for split in splits or SPLITS for entry in manifest["splits"].get(split, [])]
+
+
+def files_of(manifest: dict) -> set[str]:
+    """The names of the files of a dataset."""
+    return {MANIFEST, manifest["tokenizer"].get("file", MANIFEST), *(entry["file"] for entry in entries(manifest))}
 
 
 def listed_shard(folder: Path, entry: dict) -> Shard:
@@ -234,7 +239,7 @@ def examine(shard: Shard, eot: int | None, waits: Sequence[float] = WAITS) -> Sh
     read_at(shard.path, 0, memoryview(header), waits)
     digest = hashlib.sha256(header)
     for tokens in shard.blocks(waits):
-        digest.update(tokens)
+        digest.update(tokens.data)
         largest, documents = max(largest, int(tokens.max())), documents + int(np.count_nonzero(tokens == eot))
     known = documents if eot is not None else None
     return ShardEntry(shard.path.name, shard.tokens, None, largest, digest.hexdigest(), known)
@@ -288,9 +293,7 @@ def shard_problems(folder: Path, hashes: bool = True, rank: int = 0, ranks: int 
     known = [entry["documents"] for entry in listed if entry.get("documents") is not None]
     if read and len(known) == len(listed) and read != (found := sum(known)):
         problems.append(f"{folder}: {read} documents were read, its shards hold {found}")
-    names = {entry["file"] for entry in listed} | {MANIFEST}
-    if file := manifest["tokenizer"].get("file"):
-        names.add(file)
-        if not (folder / file).is_file() or sha256_of(folder / file) != manifest["tokenizer"]["sha256"]:
-            problems.append(f"{folder / file}: missing or changed, the dataset's tokenizer; copy it there again")
+    file, names = manifest["tokenizer"].get("file"), files_of(manifest)
+    if file and not ((folder / file).is_file() and sha256_of(folder / file) == manifest["tokenizer"]["sha256"]):
+        problems.append(f"{folder / file}: missing or changed, the dataset's tokenizer; copy it there again")
     return problems + [f"{p}: not in the manifest" for p in visible(folder) if p.name not in names]

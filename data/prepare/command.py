@@ -20,7 +20,7 @@ from pathlib import Path
 from data.prepare import pretokenized
 from data.prepare.build import build
 from data.prepare.corpora import CORPORA, JOBS, PRETOKENIZED, pretokenized_settings
-from data.prepare.output import unfinished
+from data.prepare.output import is_prepared, locked, temporary, unfinished
 from data.prepare.verify import describe, info, verify
 from data.prepare.workers import Recipe
 from data.shards import DataError, open_dataset
@@ -128,16 +128,19 @@ def prepare(args: argparse.Namespace) -> None:
     out = out.resolve() if out.name in ("", "..") or out.is_symlink() else out
     if not out.name or out.is_mount():
         raise DataError(f"--out {out}: give the name of a folder to be made")
-    pinned = unfinished(out, settings, args.fresh)
-    if pinned is None:
+    if not args.fresh and not temporary(out).exists() and is_prepared(out, settings):
         return
-    if args.command == "pretokenized":
-        pretokenized.fetch(out, settings, pinned)
-    else:
-        source, split, facts = job.open(pinned)
-        how = (args.tokenizer, args.ranks, settings["eot"])
-        recipe = Recipe(*how, split, args.shard_tokens, args.workers, args.eot, args.max_skipped)
-        build(out, source, settings | facts, recipe)
+    with locked(out):
+        pinned = unfinished(out, settings, args.fresh)
+        if pinned is None:
+            return
+        if args.command == "pretokenized":
+            pretokenized.fetch(out, settings, pinned)
+        else:
+            source, split, facts = job.open(pinned)
+            how = (args.tokenizer, args.ranks, settings["eot"])
+            recipe = Recipe(*how, split, args.shard_tokens, args.workers, args.eot, args.max_skipped)
+            build(out, source, settings | facts, recipe)
     print(f"prepared {describe(out)}")
 
 

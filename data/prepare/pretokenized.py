@@ -1,6 +1,5 @@
 """Token shards that others made: fetch them, check every one, and write the manifest that they lack."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data.prepare.hub import HubFolder
-from data.prepare.output import FETCHED, PROGRESS, staged
+from data.prepare.output import FETCHED, begin, publish
 from data.shards import MANIFEST, SPLITS, DataError, examine, names_split, read_shard_header, visible, write_manifest
 from data.tokenizer import TOKENIZER_FILE, CustomTokenizer, GPT2Tokenizer, facts_of, get_tokenizer
 from runtime.files import sha256_of, write_durably
@@ -67,18 +66,17 @@ def fetch(out: Path, settings: dict, pinned: dict) -> None:
     names = [Path(f.name).name for f in files]
     if len(set(names)) < len(names):
         raise DataError(f'{repo}: "{pattern}" matches files of one name in several folders; narrow it')
-    with staged(out) as folder:
-        source = settings | {"revision": hub.revision}
-        state = {"source": source, "files": names}
-        write_durably(folder / PROGRESS, (json.dumps(state) + "\n").encode())
-        bar = tqdm(names, desc=f"fetching {out.name}", unit=" shards", disable=None)
-        for name, file in zip(bar, files, strict=True):
-            path = folder / name
-            if path.exists() and path.stat().st_size == file.size:
-                continue
-            fetched = hub.download(file, folder / FETCHED)
-            if file.sha256 and sha256_of(fetched) != file.sha256:
-                fetched.unlink()
-                raise DataError(f"{repo}: {file.name} is damaged (its sha256 is wrong); the same command continues")
-            os.replace(fetched, path)
-        index(folder, [folder / name for name in names], source)
+    source = settings | {"revision": hub.revision}
+    folder = begin(out, {"source": source, "files": names})
+    bar = tqdm(names, desc=f"fetching {out.name}", unit=" shards", disable=None)
+    for name, file in zip(bar, files, strict=True):
+        path = folder / name
+        if path.exists() and path.stat().st_size == file.size:
+            continue
+        fetched = hub.download(file, folder / FETCHED)
+        if file.sha256 and sha256_of(fetched) != file.sha256:
+            fetched.unlink()
+            raise DataError(f"{repo}: {file.name} is damaged (its sha256 is wrong); the same command continues")
+        os.replace(fetched, path)
+    index(folder, [folder / name for name in names], source)
+    publish(folder, out)
