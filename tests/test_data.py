@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -588,7 +589,7 @@ def test_joined_pieces_of_a_text_are_the_text(tmp_path, monkeypatch):
     texts = {"a.txt": lines, "b.txt": lines.replace("\n", " "), "c.txt": "", "d.txt": "x" * 20_000, "e.txt": "short"}
     for name, content in texts.items():
         (tmp_path / name).write_text(content)
-    found = list(documents(tmp_path, text_files(tmp_path, "*.txt")))
+    found = list(documents(tmp_path, text_files(tmp_path, ["*.txt"])))
     for name, content in texts.items():
         pieces = [(int(n.partition("#")[2]), t) for n, t, _ in found if n.startswith(name)]
         assert "".join(t for _, t in pieces) == content
@@ -604,8 +605,12 @@ def test_joined_pieces_of_a_text_are_the_text(tmp_path, monkeypatch):
 
 def prepared(folder, *more):
     """The documents of `data.prepare text` on a folder, in order, as bytes without their ends."""
-    out = folder.parent / "out"
-    prepare.main(["text", "--root", str(folder), "--out", str(out), "--fresh", *more])
+    return prepared_by(["text", "--root", str(folder), *more], folder.parent / "out")
+
+
+def prepared_by(arguments, out):
+    """The documents of a command, in order, as bytes without their ends."""
+    prepare.main([*arguments, "--out", str(out), "--fresh", "--workers", "1"])
     dataset = open_dataset(out, 257)
     shards = [x for split in ("train", "val") for x in dataset.splits[split]]
     tokens = np.concatenate([np.fromfile(x.path, "<u2", offset=x.start) for x in shards])
@@ -633,10 +638,66 @@ def test_text_files_in_any_case_each_once_and_none_that_is_hidden(tmp_path):
     def found(*arguments):
         return [p.relative_to(root).as_posix() for p in text_files(root, *arguments)]
 
-    assert found("**/*.txt") == ["B.TXT", "a.txt", "drafts/g.txt"]
-    assert found("**/*.txt", ["drafts", "b*"]) == ["B.TXT", "a.txt"]
-    assert found("**/*.txt", ["*/g.*", "B.TXT"]) == ["a.txt"]
-    assert found(".git/*.txt") == [".git/c.txt"]
+    assert found() == found(["**/*.txt"]) == ["B.TXT", "a.txt", "drafts/g.txt"]
+    assert found(["**/*.txt"], ["drafts", "b*"]) == ["B.TXT", "a.txt"]
+    assert found(["**/*.txt"], ["*/g.*", "B.TXT"]) == ["a.txt"]
+    assert found([".git/*.txt"]) == [".git/c.txt"]
+
+
+@pytest.mark.parametrize(
+    "globs, names",
+    [
+        ([], "b.txt c/d.TXT"),
+        (["**/*.{txt,md}"], "a.MD b.txt c/d.TXT"),
+        (["*.md", "c/*.txt"], "a.MD c/d.TXT"),
+        (["{a,c/{d,e}}.*"], "a.MD c/d.TXT c/e.rst"),
+    ],
+)
+def test_globs_add_up_and_may_have_braces_and_what_is_left_out_is_said(tmp_path, capsys, globs, names):
+    root = tmp_path / "root"
+    for name in ("a.MD", "b.txt", "c/d.TXT", "c/e.rst", ".hidden.txt"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"<{name}> " * 900)
+    content = prepared(root, "--val-fraction=0.4", *(f"--glob={glob}" for glob in globs))
+    taken = names.split()
+    assert sorted(set(re.findall(rb"<(.*?)>", content))) == sorted(name.encode() for name in taken)
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.startswith(f"{root}: {len(taken)} of 4 files match {' '.join(globs) or '**/*.txt'}; left out: 1 .")
+    prepared(root, "--val-fraction=0.4", "--glob=*", "--glob=c/*")
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_the_root_may_be_a_file(tmp_path, capsys):
+    (tmp_path / "notes.md").write_text("to be or not to be\n" * 600)
+    arguments = ["text", "--root", str(tmp_path / "notes.md")]
+    assert prepared_by(arguments, tmp_path / "out") == b"to be or not to be\n" * 600
+    assert "left out" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="notes.md is a file; give a folder or no --glob"):
+        prepare.main([*arguments, "--glob", "*.md"])
+    with pytest.raises(SystemExit, match="nowhere: no such file or folder"):
+        prepare.main(["text", "--root", str(tmp_path / "nowhere")])
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "txt.gz"])
+@pytest.mark.parametrize("column", ["text", "body"])
+def test_records_are_read_as_such_and_not_as_raw_text(tmp_path, kind, column, capsys):
+    root, rows = tmp_path / "root", [f'<{i}> says "no"\n' for i in range(400)]
+    root.mkdir()
+    lines = "".join(json.dumps({"id": i, column: row}) + "\n" for i, row in enumerate(rows)).encode() + b"{broken\n"
+    if kind == "parquet":
+        pq = pytest.importorskip("pyarrow.parquet")
+        pa = pytest.importorskip("pyarrow")
+        pq.write_table(pa.table({"id": range(400), column: rows}), root / "a.parquet")
+    elif kind == "txt.gz":
+        for i, row in enumerate(rows):
+            (root / f"{i:03d}.txt.gz").write_bytes(gzip.compress(row.encode()))
+    else:
+        (root / f"a.{kind}").write_bytes(gzip.compress(lines) if kind.endswith("gz") else lines)
+    options = ["--glob", f"*.{kind}", "--column", column]
+    content = prepared(root, *options)
+    assert sorted(content.decode().splitlines(keepends=True)) == sorted(rows)
+    assert ("a." + kind + ": line 401: not JSON" in capsys.readouterr().err) == kind.startswith("jsonl")
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["splits"]["val"][0]["documents"] > 3
 
 
 def test_a_file_name_that_is_not_utf8_is_read(tmp_path):
@@ -664,8 +725,8 @@ def test_one_large_file_gives_both_splits(tmp_path, content):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--root", "/nowhere"], "--root /nowhere: no such folder"),
-        (["--root", "{tmp}"], 'no file under .* matches "\\*\\*/\\*.txt"'),
+        (["--root", "/nowhere"], "--root /nowhere: no such file or folder"),
+        (["--root", "{tmp}"], 'no file under .* matches "\\*\\*/\\*.txt"; it holds 1 .md$'),
         (["--root", "{tmp}", "--glob", "/etc/*"], '--glob "/etc/\\*": .*; give a pattern like'),
         (["--root", "{tmp}", "--glob", "*.md"], "no document fell into the"),
         (["--root", "{tmp}", "--val-fraction", "2"], "--val_fraction 2.0: must be between 0 and 1"),

@@ -1,7 +1,7 @@
 """Turn text into a folder of token shards, and check such folders.
 
     python -m data.prepare pydocs                               prose of the installed packages, no download
-    python -m data.prepare text --root ~/books --glob '**/*.txt' --tokenizer gpt2
+    python -m data.prepare text --root ~/books --glob '**/*.{txt,md}' --tokenizer gpt2
     python -m data.prepare openwebtext                          9 billion tokens
     python -m data.prepare fineweb_edu --sample 100BT
     python -m data.prepare openwebtext --source ~/owt           parquet, JSON lines or text you have
@@ -21,6 +21,7 @@ from data.prepare import pretokenized
 from data.prepare.build import build
 from data.prepare.corpora import CORPORA, JOBS, PRETOKENIZED, pretokenized_settings
 from data.prepare.output import is_prepared, locked, temporary, unfinished
+from data.prepare.text import GLOB
 from data.prepare.verify import describe, info, verify
 from data.prepare.workers import Recipe
 from data.shards import DataError, open_dataset
@@ -35,9 +36,9 @@ def arguments() -> argparse.ArgumentParser:
     parser = Parser(prog="data.prepare", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     pydocs = commands.add_parser("pydocs", help="prose of the installed Python packages: needs no download")
-    text = commands.add_parser("text", help="your own UTF-8 text files")
-    text.add_argument("--root", type=Path, required=True, help="folder to search")
-    text.add_argument("--glob", default="**/*.txt", help="which files in it")
+    text = commands.add_parser("text", help="your own files: UTF-8 text, JSON lines or parquet")
+    text.add_argument("--root", type=Path, required=True, help="folder to search, or a single file")
+    text.add_argument("--glob", action="append", help=f"which files in it (default: {GLOB}); several add up")
     for p in (pydocs, text):
         p.add_argument("--val_fraction", type=float, default=0.05, help="fraction of documents for validation")
         p.set_defaults(tokenizer="byte")
@@ -51,8 +52,9 @@ def arguments() -> argparse.ArgumentParser:
         p.add_argument("--repo", default=corpus.repo, help="dataset repository")
         p.add_argument("--pattern", help="which of its files")
         p.add_argument("--revision", help="commit, tag or branch (default: a fixed commit; for another --repo, main)")
-        p.add_argument("--column", default="text", help="column or key of the text")
         corpora.append(p)
+    for p in (text, *corpora):
+        p.add_argument("--column", default="text", help="column or key of the text, in parquet and JSON lines")
     ready = commands.add_parser("pretokenized", help="GPT-2 token shards that others made")
     ready.add_argument("which", nargs="?", help=", ".join(PRETOKENIZED))
     ready.add_argument("--source", type=Path, help="index this folder of shards in place")
