@@ -172,6 +172,31 @@ def test_the_quickstart_samples_from_a_finished_run_and_shows_how_an_interrupted
     assert lines[-len(ending) :] == ending
 
 
+PYTHON_OF_A_VERSION = f"""#!/bin/bash
+[[ $1 == -c ]] && exec {sys.executable} -c "import sys; sys.version_info = ($VERSION); exec(sys.argv[1])" "$2"
+echo "$*"
+[[ $2 != venv ]] || {{ mkdir -p "$4/bin" && cp "$0" "$4/bin/python"; }}
+"""
+
+
+@pytest.mark.parametrize("version, is_new_enough", [("3, 10, 14", False), ("3, 11, 4", False), ("3, 11, 5", True)])
+@pytest.mark.parametrize("set_up_before", [False, True])
+def test_setup_refuses_a_python_whose_workers_can_hang(tmp_path, version, is_new_enough, set_up_before):
+    """An environment of an older Python, which was set up before, is not used either."""
+    files = {"scripts/setup.sh": (ROOT / "scripts" / "setup.sh").read_text(), "python": PYTHON_OF_A_VERSION}
+    if set_up_before:
+        files |= {".venv/bin/python": PYTHON_OF_A_VERSION, ".venv/requirements.installed": "torch\n"}
+    write_programs(tmp_path, files | {"requirements.txt": "torch\n"})
+    command = ["bash", str(tmp_path / "scripts/setup.sh")]
+    env = environment() | {"PYTHON": str(tmp_path / "python"), "VERSION": version}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    installed = "-m pip install --quiet --disable-pip-version-check -r requirements.txt" in done.stdout
+    assert (done.returncode, installed) == (0 if is_new_enough else 1, is_new_enough and not set_up_before)
+    if not is_new_enough:
+        assert done.stderr.startswith(f"setup: {tmp_path}/python is missing or older than Python 3.11.5; name another")
+        assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("build", ["", "cpu", "cuda"])
 def test_the_tests_of_cuda_code_use_an_environment_with_cuda_or_set_one_up(tmp_path, build):
     """Stand-ins for Python are named after the build of torch in their environment."""
@@ -361,7 +386,9 @@ def test_the_wandb_sweep_recipe_trains_with_the_arguments_of_an_agent(dataset, t
     assert {(run.optim.lr, run.optim.gamma, run.seed) for run in runs} >= {(0.005, 0.025, 1), (0.02, 0.1, 2)}
 
     given: dict = {}
-    run = SimpleNamespace(log=lambda numbers, step: given.update(numbers), finish=lambda: None)
+    run = SimpleNamespace(
+        log=lambda numbers, step: given.update(numbers), define_metric=lambda *_, **__: None, finish=lambda: None
+    )
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: given.update(settings) or run))
     monkeypatch.setenv("WANDB_RUN_ID", "id-of-the-agent")
     tiny = ["--steps=2", "--eval_every=2", f"--data.path={dataset}", f"--log.folder={tmp_path}", *TINY]
