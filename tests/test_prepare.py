@@ -502,6 +502,17 @@ def test_two_preparations_of_one_folder(corpus, tmp_path):
     assert "another preparation is writing there" in message
 
 
+def test_without_workers_one_per_core_that_this_process_may_use(corpus, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
+    monkeypatch.setattr(prepare, "build", lambda out, source, settings, recipe: asked.append(recipe.workers))
+    monkeypatch.setattr(prepare, "describe", str)
+    arguments = command("openwebtext", corpus, tmp_path / "owt")
+    prepare.main(arguments)
+    prepare.main([a for a in arguments if a not in ("--workers", "1")])
+    assert asked == [1, 3]
+
+
 def test_a_worker_that_dies_is_reported(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("data.prepare.workers._start_worker", dying_worker)
     message = stops(command("openwebtext", corpus, tmp_path / "owt", "--workers", "2"))

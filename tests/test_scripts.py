@@ -64,6 +64,24 @@ def test_shellcheck(path):
     assert done.returncode == 0, done.stdout
 
 
+def test_a_clone_that_converts_line_ends_leaves_these_files_as_they_are(tmp_path):
+    """git for Windows sets core.autocrlf=true. Bash in WSL cannot read a script with its line ends."""
+    origin, texts = tmp_path / "origin", [*SCRIPTS, ROOT / ".ci/run", ROOT / "pyproject.toml", ROOT / ".gitattributes"]
+    contents = {path.relative_to(ROOT): path.read_bytes() for path in texts}
+    contents |= {
+        Path(f"tests/a{suffix}"): b"lines\r\nof\nboth kinds" for suffix in (".npz", ".png", ".safetensors", ".bin")
+    }
+    for name, content in contents.items():
+        (origin / name).parent.mkdir(parents=True, exist_ok=True)
+        (origin / name).write_bytes(content)
+    git = ["git", "-C", str(origin), "-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "core.autocrlf=true"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "files"]):
+        subprocess.run([*git, *command], check=True, capture_output=True)
+    clone = ["git", "clone", "-q", "-c", "core.autocrlf=true", str(origin), str(tmp_path / "clone")]
+    subprocess.run(clone, check=True, capture_output=True)
+    assert {name: (tmp_path / "clone" / name).read_bytes() for name in contents} == contents
+
+
 @pytest.mark.parametrize(
     "listed, visible, processes",
     [
@@ -311,10 +329,12 @@ echo "$@" >>"$FAKE/requests"
 def test_a_task_of_a_job_becomes_a_process_of_the_run(tmp_path):
     facts = "SLURM_PROCID=11 SLURM_LOCALID=3 SLURM_NTASKS=16 SLURM_NTASKS_PER_NODE=8"
     python = "#!/bin/sh\necho process $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE"
+    python += ", $SRUN_CPUS_PER_TASK cores, $TORCHINDUCTOR_COMPILE_THREADS workers"
     write_programs(tmp_path, {"srun": f'#!/bin/bash\n{facts} "${{@:2}}"', "python": python})
     path = f"{tmp_path}:{os.environ['PATH']}"
-    done = run("train.sbatch", "small", PATH=path, PYTHON=str(tmp_path / "python"), SLURM_SUBMIT_DIR=str(ROOT))
-    assert done.stdout.splitlines()[-1] == "process 11 3 16 8", done.stderr
+    job = dict(PATH=path, PYTHON=str(tmp_path / "python"), SLURM_SUBMIT_DIR=str(ROOT), SLURM_CPUS_PER_TASK="6")
+    done = run("train.sbatch", "small", **job)
+    assert done.stdout.splitlines()[-1] == "process 11 3 16 8, 6 cores, 6 workers", done.stderr
 
 
 @pytest.mark.parametrize("status, requeued", [(0, True), (128 + signal.SIGUSR1, True), (1, False)])

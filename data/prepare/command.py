@@ -14,7 +14,6 @@ The folder appears when it is complete. To continue an interrupted command, give
 
 import argparse
 import errno
-import os
 from pathlib import Path
 
 from data.prepare import pretokenized
@@ -70,7 +69,7 @@ def arguments() -> argparse.ArgumentParser:
     for p in (pydocs, text, *corpora):
         p.add_argument("--ranks", help="local GPT-2 ranks file, for machines without a network")
         p.add_argument("--shard_tokens", type=at_least(1, 2**31 - 1), default=100_000_000, help="tokens per shard")
-        p.add_argument("--workers", type=at_least(1, 4096), default=cores(), help="processes (default: all cores)")
+        p.add_argument("--workers", type=at_least(1, 4096), help="processes (default: one per core)")
         skipped = "stop when over 100 documents, and over this fraction, cannot be read"
         p.add_argument("--max_skipped", type=float, default=0.1, help=skipped)
     for p in (text, *corpora):
@@ -84,11 +83,6 @@ def arguments() -> argparse.ArgumentParser:
     facts.add_argument("config", nargs="?", help="config file of a run, to state its epochs; --key=value may follow")
     facts.add_argument("--budget", type=parse_number, help="training tokens, to state the epochs that they make")
     return parser
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -118,6 +112,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def prepare(args: argparse.Namespace) -> None:
     """Make or continue a dataset, unless it is complete already."""
+    from runtime.hardware import cores  # brings torch, which the workers do not need
+
     check(args)
     if args.command == "pretokenized":
         if (args.tokenizer, args.eot) != ("gpt2", None):
@@ -140,8 +136,8 @@ def prepare(args: argparse.Namespace) -> None:
             pretokenized.fetch(out, settings, pinned)
         else:
             source, split, facts = job.open(pinned)
-            how = (args.tokenizer, args.ranks, settings["eot"])
-            recipe = Recipe(*how, split, args.shard_tokens, args.workers, args.eot, args.max_skipped)
+            how, workers = (args.tokenizer, args.ranks, settings["eot"]), args.workers or cores()
+            recipe = Recipe(*how, split, args.shard_tokens, workers, args.eot, args.max_skipped)
             build(out, source, settings | facts, recipe)
     print(f"prepared {describe(out)}")
 
