@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, environment
-from fake_hub import COMMIT, FakeHub
+from fake_hub import COMMIT, REFUSALS, FakeHub
 
 from data import shards
 from data.loader import DataConfig, TrainLoader
@@ -24,7 +24,7 @@ from data.prepare import build, output, sources
 from data.prepare import command as prepare
 from data.prepare.hub import answers, hub_problem
 from data.prepare.split import NanoGPT
-from data.shards import HEADER_BYTES, open_dataset, shard_problems, write_shard
+from data.shards import HEADER_BYTES, DataError, open_dataset, shard_problems, write_shard
 from data.tokenizer import ByteTokenizer, pieces
 from runtime import files
 
@@ -760,6 +760,25 @@ def test_no_network_is_one_line_that_names_the_alternative(online, tmp_path, mon
     assert "no network? The same command continues; files you have can be given with --source DIR" in message
 
 
+@pytest.mark.parametrize("secret", ["user:s3cret@", "user:s3c@s3cret@", "s3cret@"])
+def test_a_password_in_the_address_of_the_hub_is_in_no_message(hub, tmp_path, monkeypatch, secret):
+    import datasets.config
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    hub.wrong_sha = True
+    messages, ready = [], ["pretokenized", "--repo", "some/data", "--pattern", "fineweb_*.bin"]
+    for address in (hub.address, "http://127.0.0.1:9"):
+        monkeypatch.setenv("HF_ENDPOINT", address.replace("://", f"://{secret}"))
+        for repo in ("some/data", *REFUSALS):
+            messages.append(stops(hub_command(tmp_path / "out", "--revision", "nope", repo=repo)))
+        messages.append(stops([*ready, "--out", str(tmp_path / "ready")]))
+    with pytest.raises(DataError) as raised, answers("some/data", "main", "a.parquet"):
+        raise OSError(f"cannot read http://{secret}127.0.0.1:9/a.parquet?token=s3cret")
+    messages += [str(raised.value), hub_problem()]
+    assert [m for m in messages if "s3c" in m] == []
+    assert messages[-1] == "http://***@127.0.0.1:9 does not answer"
+
+
 def test_a_hub_that_does_not_answer_is_not_asked_again(hub, monkeypatch):
     """Otherwise its libraries try for half a minute, for each dataset of each task."""
     import datasets.config
@@ -1016,9 +1035,28 @@ def test_suffixes_may_have_capital_letters_and_hidden_folders_and_second_links_a
     )
 
 
-@pytest.mark.parametrize(
-    "content", ["[]", "{", "{}", '{"source": 3}', '{"source": {}, "files": 7}', "\ud800", "null"], ids=range(7)
-)
+def test_control_characters_in_names_are_printed_as_codes(tmp_path, capsys):
+    source, out = tmp_path / "source", tmp_path / "out\x1b[31m\r"
+    source.mkdir()
+    (source / "a\x1b]0;title\x07\nskipped b.txt").write_bytes(b"\xff")
+    (source / "c\x9b2J.jsonl").write_text('{"\\u001b[2Jkey": 1}\n{"text": "good"}\n' + '{"text": "good"}\n' * 20)
+    prepare.main(command("fineweb_edu", source, out, "--shard-tokens", "30"))
+    error = capsys.readouterr().err.replace("\r", "")  # the progress bar returns to the start of its line
+    assert error.isprintable() or not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", error)
+    assert "a\\x1b]0;title\\x07\\x0askipped b.txt: not UTF-8 (byte 0)\n" in error
+    assert 'c\\x9b2J.jsonl: line 1: no string "text" in it (it has: \\x1b[2Jkey)' in error
+    assert "preparing out\\x1b[31m\\x0d:" in error
+    message = stops(command("fineweb_edu", tmp_path / "no\x1b[31m", out))
+    assert "no\\x1b[31m: no such folder" in message
+
+
+ODD_PROGRESS = [
+    *("[]", "{", "{}", '{"source": 3}', '{"source": {}, "files": 7}', "\ud800", "null", "[" * 10**5, "1e999"),
+    *('{"source": {"revision": 5}}', '{"source": {"documents": "x"}}', '{"source": [1]}', '{"source": null}'),
+]
+
+
+@pytest.mark.parametrize("content", ODD_PROGRESS, ids=range(len(ODD_PROGRESS)))
 def test_a_damaged_progress_file_is_named(corpus, tmp_path, monkeypatch, content):
     out = tmp_path / "owt"
     monkeypatch.setattr(build.Preparation, "finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -1029,7 +1067,15 @@ def test_a_damaged_progress_file_is_named(corpus, tmp_path, monkeypatch, content
 
 
 @pytest.mark.parametrize(
-    "key, value", [("position", 3), ("held", {}), ("streams", [1]), ("documents", None), ("streams", None)]
+    "key, value",
+    [
+        *(("position", 3), ("position", [[]]), ("position", ["x"]), ("position", None)),
+        *(("held", {}), ("held", 5), ("held", None)),
+        *(("streams", [1]), ("streams", None), ("streams", [{}, {}]), ("streams", {}), ("documents", None)),
+        ("streams", [dict(held=-1, held_bytes=0, shards=[])] * 2),
+        ("streams", [dict(held=0, held_bytes=0, shards=[{"file": "x"}])] * 2),
+        ("streams", [dict(held=0, held_bytes=0, shards=5)] * 2),
+    ],
 )
 def test_a_progress_file_that_somebody_changed_is_named(corpus, tmp_path, monkeypatch, key, value):
     out = tmp_path / "owt"
@@ -1038,3 +1084,13 @@ def test_a_progress_file_that_somebody_changed_is_named(corpus, tmp_path, monkey
     path = output.temporary(out) / "progress.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     assert f"{path}: damaged (" in stops(command("openwebtext", corpus, out))
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../held-000000", ".", ""])
+def test_a_progress_file_that_names_a_file_elsewhere_is_refused(corpus, tmp_path, monkeypatch, name):
+    out = tmp_path / "owt"
+    monkeypatch.setattr(build.Preparation, "finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    stops(command("openwebtext", corpus, out))
+    path = output.temporary(out) / "progress.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"held": {"file": name, "sha256": "0"}}))
+    assert "is missing or damaged; start over with --fresh" in stops(command("openwebtext", corpus, out))

@@ -21,6 +21,7 @@ from data.prepare.workers import Encoded, Recipe, encoded
 from data.shards import SPLITS, DataError, ShardEntry, listed_shard, write_manifest, write_shard
 from data.tokenizer import TOKENIZER_FILE, CustomTokenizer, Tokenizer, facts_of, get_tokenizer
 from runtime.files import sha256_of, write_durably
+from runtime.streams import printable
 
 NOTICES = 20  # unreadable documents that are named; all are counted
 
@@ -92,7 +93,8 @@ class Preparation:
             self.writers[stream[0]].add(tokens, int(sizes.sum()))
         self.documents += len(result.lengths)
         for where in result.unreadable[: max(0, NOTICES - self.unreadable)]:
-            tqdm.write(f"skipped {where}", file=sys.stderr)  # does not disturb the progress bar
+            line = printable(where).replace("\n", "\\x0a")
+            tqdm.write(f"skipped {line}", file=sys.stderr)  # does not disturb the progress bar
         self.unreadable += len(result.unreadable)
         self.last = f"; the last one: {result.unreadable[-1]}" if result.unreadable else self.last
         if self.unreadable > max(100, self.max_skipped * self.documents):
@@ -128,8 +130,9 @@ class Preparation:
     def _read(self, state: dict) -> None:
         self.position = tuple(map(int, state["position"]))
         self.documents, self.unreadable = int(state["documents"]), int(state["unreadable"])
-        path = self.folder / state["held"]["file"]
-        if not re.fullmatch(r"held-\d+", path.name) or not path.is_file() or sha256_of(path) != state["held"]["sha256"]:
+        name = state["held"]["file"]
+        path = self.folder / name
+        if not re.fullmatch(r"held-\d+", name) or not path.is_file() or sha256_of(path) != state["held"]["sha256"]:
             raise DataError(f"{path} is missing or damaged; start over with --fresh")
         tokens = np.fromfile(path, dtype="<u2")
         for writer, saved in zip(self.writers, state["streams"], strict=True):
@@ -170,7 +173,7 @@ def build(out: Path, source: Source, settings: dict, recipe: Recipe) -> None:
         ends = None  # its texts may contain the separator
         write_durably(folder / TOKENIZER_FILE, tokenizer.path.read_bytes())
     preparation = Preparation(folder, settings, recipe, ends)
-    look = dict(desc=f"preparing {out.name}", unit=" tokens", unit_scale=True, initial=preparation.tokens)
+    look = dict(desc=printable(f"preparing {out.name}"), unit=" tokens", unit_scale=True, initial=preparation.tokens)
     interval = 0.1 if sys.stderr.isatty() else 60  # seconds between updates of the bar; a log gets one per minute
     chunks = source.chunks(preparation.position)
     with closing(chunks), tqdm(**look, mininterval=interval) as bar, closing(encoded(chunks, recipe)) as results:

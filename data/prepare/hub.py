@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from data.prepare.formats import SourceFile, library
 from data.shards import DataError
 from runtime.command import first_line
+from runtime.streams import masked
 
 BLOCK_BYTES = 1 << 25  # fetched at a time
 REFUSALS = {  # by the class of huggingface_hub's error
@@ -52,7 +53,7 @@ def hub_problem() -> str | None:
     except Exception as error:
         if not _is_network_error(error):
             raise
-        problem = f"{endpoint()} does not answer"
+        problem = masked(f"{endpoint()} does not answer")
     hub.constants.HF_HUB_OFFLINE = library("datasets.config").HF_HUB_OFFLINE = True
     return problem
 
@@ -76,7 +77,7 @@ def answers(repo: str, revision: str, file: str = "") -> Iterator[None]:
             reason = f"{endpoint()} does not answer ({kind.__name__}): no network? The same command continues"
         else:
             raise
-        raise DataError(f"{reason}; files you have can be given with --source DIR") from None
+        raise DataError(f"{masked(reason)}; files you have can be given with --source DIR") from None
 
 
 def _is_network_error(error: Exception) -> bool:

@@ -11,6 +11,7 @@ from data.prepare.output import FETCHED, begin, publish
 from data.shards import MANIFEST, SPLITS, DataError, examine, names_split, read_shard_header, visible, write_manifest
 from data.tokenizer import TOKENIZER_FILE, CustomTokenizer, GPT2Tokenizer, facts_of, get_tokenizer
 from runtime.files import sha256_of, write_durably
+from runtime.streams import printable
 
 GPT2: dict[str, Any] = {"name": "gpt2", "vocab_size": GPT2Tokenizer.vocab_size, "eot": GPT2Tokenizer.eot}
 
@@ -23,7 +24,7 @@ def split_of(name: str) -> str:
 def index(folder: Path, paths: list[Path], source: dict, tokenizer: dict = GPT2) -> None:
     """Check a folder of shards and write its manifest. Raises DataError for a damaged shard or another tokenizer."""
     splits: dict = {split: [] for split in SPLITS}
-    for path in tqdm(paths, desc=f"checking {folder.name}", unit=" shards", disable=None):
+    for path in tqdm(paths, desc=printable(f"checking {folder.name}"), unit=" shards", disable=None):
         entry = examine(read_shard_header(path), None if "file" in tokenizer else tokenizer["eot"])
         if entry.max_token >= tokenizer["vocab_size"]:
             ids = f"{tokenizer['name']} with {tokenizer['vocab_size']} ids"
@@ -68,7 +69,7 @@ def fetch(out: Path, settings: dict, pinned: dict) -> None:
         raise DataError(f'{repo}: "{pattern}" matches files of one name in several folders; narrow it')
     source = settings | {"revision": hub.revision}
     folder = begin(out, {"source": source, "files": names})
-    bar = tqdm(names, desc=f"fetching {out.name}", unit=" shards", disable=None)
+    bar = tqdm(names, desc=printable(f"fetching {out.name}"), unit=" shards", disable=None)
     for name, file in zip(bar, files, strict=True):
         path = folder / name
         if path.exists() and path.stat().st_size == file.size:
