@@ -55,7 +55,7 @@ def read_items(path: str, count: int, tokenizer: Tokenizer) -> list[Item]:
             query = plain(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
             endings, right = [plain(e) for e in row["endings"]], int(row["label"])
             endings[right]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise DataError(f"data.hellaswag={path}: line {number + 1} is not a HellaSwag row ({reason})") from None
         context = tokenizer.encode(query)

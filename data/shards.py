@@ -179,15 +179,21 @@ def read_manifest(path: Path) -> dict:
             raise UserError(f"format {manifest['format']!r}, this program reads 1")
         listed = entries(manifest)
         for e in listed:
-            numbers = [e["tokens"], e["max_token"], e.get("bytes") or 0]
+            known = (e[key] for key in ("bytes", "documents") if e.get(key) is not None)
+            numbers = [e["tokens"], e["max_token"], *known]
             if Path(e["file"]).name != e["file"] or any(type(n) is not int or n < 0 for n in numbers):
                 raise UserError(f"bad entry for {e['file']!r}")
         if len({e["file"] for e in listed}) < len(listed):
             raise UserError("a file is listed twice")
-        tokenizer = manifest["tokenizer"]
-        tokenizer["name"], tokenizer["vocab_size"]
+        tokenizer, source = manifest["tokenizer"], manifest.get("source", {})
+        kinds = {"name": (str,), "vocab_size": (int,), "eot": (int, type(None)), "file": (str, type(None))}
+        if wrong := [key for key, allowed in kinds.items() if type(tokenizer.get(key)) not in allowed]:
+            raise UserError(f"bad entry for the tokenizer's {wrong[0]}")
         if "file" in tokenizer and Path(tokenizer["file"]).name != tokenizer["file"]:
             raise UserError(f"bad entry for {tokenizer['file']!r}")
+        counts = source.get("read") or {"documents": 0, "unreadable": 0}
+        if type(counts["documents"] - counts["unreadable"]) is not int:
+            raise UserError(f"bad entry for {counts!r}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: not a dataset manifest ({type(error).__name__}: {error})") from None
     return manifest

@@ -96,6 +96,15 @@ def damage_manifest(key, value):
     return damage
 
 
+def damage_facts(key, value):
+    def damage(folder):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest |= {key: value} if key == "source" else {"tokenizer": manifest["tokenizer"] | {key: value}}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
 def remove_validation(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["splits"]["val"] = []
@@ -117,6 +126,14 @@ def remove_validation(folder):
             "manifest.json: not a dataset manifest .*bad entry for 'train_000000.bin'",
         ),
         (damage_manifest("bytes", -5), "bad entry"),
+        (damage_manifest("documents", "7"), "bad entry"),
+        (damage_facts("vocab_size", "60"), "bad entry for the tokenizer's vocab_size"),
+        (damage_facts("eot", []), "bad entry for the tokenizer's eot"),
+        (damage_facts("source", ["x"]), "manifest.json: not a dataset manifest"),
+        (
+            damage_facts("source", {"read": {"documents": "1", "unreadable": 0}}),
+            "manifest.json: not a dataset manifest",
+        ),
         (damage_manifest("file", "../x/train_000000.bin"), "bad entry for '../x/train_000000.bin'"),
         (damage_manifest("file", "train_000001.bin"), "a file is listed twice"),
         (remove_validation, r"no \*val\*.bin shards"),

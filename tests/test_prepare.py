@@ -427,8 +427,11 @@ def test_the_same_command_without_fresh_continues_an_interrupted_replacement(
     assert contents(out) == contents(whole)
     assert not output.temporary(out).exists()
     capsys.readouterr()
+    (out / output.REPLACED).mkdir()  # the command was killed while it deleted the old dataset
+    (out / output.REPLACED / "train_000000.bin").touch()
     prepare.main(command("openwebtext", corpus, out))
     assert "already prepared" in capsys.readouterr().out
+    assert contents(out) == contents(whole)
 
 
 def test_names_that_begin_with_a_dot_are_left_alone(corpus, whole, tmp_path, monkeypatch):
@@ -939,6 +942,32 @@ def test_a_full_disk_keeps_what_was_written(corpus, whole, tmp_path):
     assert "Traceback" not in done.stderr
     prepare.main(command("openwebtext", corpus, out))
     assert contents(out) == contents(whole)
+
+
+def fails_with(number: int, *filename):
+    def fail(*arguments):
+        raise OSError(number, os.strerror(number), *filename)
+
+    return fail
+
+
+def test_a_quota_is_like_a_full_disk_and_neither_is_a_missing_network(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "write_shard", fails_with(errno.EDQUOT, "owt.tmp/train_000000.bin"))
+    message = stops(command("openwebtext", corpus, tmp_path / "owt"))
+    assert message.endswith(
+        "Disk quota exceeded: 'owt.tmp/train_000000.bin'; make room there, the same command continues"
+    )
+    pytest.importorskip("huggingface_hub")
+    for fail in (fails_with(errno.EDQUOT), fails_with(errno.EROFS, "fetched/a.bin"), fails_with(errno.ENOENT, "a.bin")):
+        with pytest.raises(OSError, match="Errno"), answers("some/data", "main"):
+            fail()
+
+
+def test_a_source_that_cannot_be_read_to_its_end_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("to be or not to be")
+    monkeypatch.setattr("data.prepare.text.text_pieces", fails_with(errno.EIO))
+    message = stops(["text", "--root", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "1"])
+    assert message.endswith("a.txt: cannot be read (Input/output error); the same command continues")
 
 
 def test_a_folder_that_is_something_else(corpus, tmp_path):

@@ -13,13 +13,13 @@ The folder appears when it is complete. To continue an interrupted command, give
 """
 
 import argparse
-import errno
 from pathlib import Path
 
 from data.prepare import pretokenized
 from data.prepare.build import build
 from data.prepare.corpora import CORPORA, JOBS, PRETOKENIZED, pretokenized_settings
-from data.prepare.output import is_prepared, locked, temporary, unfinished
+from data.prepare.formats import NO_ROOM
+from data.prepare.output import is_interrupted, is_prepared, locked, unfinished
 from data.prepare.text import GLOB
 from data.prepare.verify import describe, info, verify
 from data.prepare.workers import Recipe
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 prepare(args)
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EFBIG):
+                if error.errno not in NO_ROOM:
                     raise
                 raise DataError(f"{error}; make room there, the same command continues") from None
 
@@ -126,7 +126,7 @@ def prepare(args: argparse.Namespace) -> None:
     out = out.resolve() if out.name in ("", "..") or out.is_symlink() else out
     if not out.name or out.is_mount():
         raise DataError(f"--out {out}: give the name of a folder to be made")
-    if not args.fresh and not temporary(out).exists() and is_prepared(out, settings):
+    if not args.fresh and not is_interrupted(out) and is_prepared(out, settings):
         return
     with locked(out):
         pinned = unfinished(out, settings, args.fresh)

@@ -4,7 +4,6 @@ Only names and bytes are read: nothing from the repository is ever executed. Fil
 as they are read, so that only token shards are written to the disk.
 """
 
-import errno
 import fnmatch
 import logging
 import os
@@ -14,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data.prepare.formats import SourceFile, library
+from data.prepare.formats import NO_ROOM, SourceFile, library
 from data.shards import DataError
 from runtime.command import first_line
 from runtime.streams import masked
@@ -83,7 +82,7 @@ def answers(repo: str, revision: str, file: str = "") -> Iterator[None]:
 def _is_network_error(error: Exception) -> bool:
     """Whether an exception comes from the hub's client or its HTTP libraries."""
     if isinstance(error, OSError):
-        return error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EACCES)
+        return error.filename is None and error.errno not in NO_ROOM
     return type(error).__module__.startswith(("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "fsspec"))
 
 

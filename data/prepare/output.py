@@ -109,6 +109,11 @@ def unfinished(out: Path, settings: dict, fresh: bool) -> dict | None:
     return None if is_prepared(out, settings) else {}
 
 
+def is_interrupted(out: Path) -> bool:
+    """Whether a preparation of `out` or its replacement has to be continued."""
+    return temporary(out).exists() or (out / REPLACED).exists()
+
+
 def changed(before: dict, now: dict) -> str:
     """Names of the settings that differ."""
     return ", ".join(sorted(k for k in before | now if k not in PINNED and before.get(k) != now.get(k)))

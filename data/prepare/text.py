@@ -104,13 +104,16 @@ def records(path: Path, column: str) -> Iterator[tuple[int, str | Undecodable, f
 
 def pieces_of(path: Path, piece: int) -> Iterator[tuple[int, str | Undecodable, float]]:
     """(first character, text, bytes read) of the pieces of a text file."""
-    bad = undecodable_byte(path)
-    if bad is not None:
-        yield 0, Undecodable(f"{path}: not UTF-8 (byte {bad})"), path.stat().st_size
-        return
-    with open(path, encoding="utf-8", newline="") as f:  # line ends stay as they are
-        for start, text in text_pieces(f, piece):
-            yield start, text, f.buffer.tell()  # type: ignore[attr-defined]
+    try:
+        bad = undecodable_byte(path)
+        if bad is not None:
+            yield 0, Undecodable(f"{path}: not UTF-8 (byte {bad})"), path.stat().st_size
+            return
+        with open(path, encoding="utf-8", newline="") as f:  # line ends stay as they are
+            for start, text in text_pieces(f, piece):
+                yield start, text, f.buffer.tell()  # type: ignore[attr-defined]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); the same command continues") from None
 
 
 def undecodable_byte(path: Path) -> int | None:
