@@ -143,6 +143,11 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def cores() -> int:
+    """CPU cores that this process may use: a part of the machine in a SLURM job, in a container or under taskset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def available_memory(device: torch.device) -> tuple[int, int]:
     """Bytes that this process can use, and bytes that the device has. On a GPU, used ones count as usable."""
     if device.type == "cuda":

@@ -163,7 +163,7 @@ def test_compile_workers_ignore_the_signals_that_stop_a_run():
 @pytest.mark.parametrize("processes, workers", [(1, 32), (8, 8), (128, 1)])
 def test_the_processes_of_a_machine_divide_its_cores_among_their_compile_workers(monkeypatch, processes, workers):
     monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
     monkeypatch.setattr(AsyncCompile, "warm_pool", lambda: None)
     with inductor.patch(compile_threads=32):  # the most that Inductor starts
         start_compile_workers(processes)
