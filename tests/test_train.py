@@ -188,7 +188,7 @@ def test_compiled_training_equals_eager(arguments, monkeypatch):
 
 @pytest.mark.parametrize(("optimizer", "settings"), [("adamw", []), ("mars_m", ["--gamma_end=0.1"])])
 def test_a_run_that_an_earlier_version_began_continues(dataset, tmp_path, optimizer, settings):
-    """tests/old_runs: step 6 of 12 as this command wrote it when state.json got format 2, and the weights of step 12."""
+    """tests/old_runs: step 6 of 12 as this command wrote it with format 2 of state.json, and step 12."""
     old = ROOT / "tests" / "old_runs" / optimizer
     shutil.copytree(old, tmp_path / optimizer)
     shape = ["--n_layer=1", "--n_embd=4", "--block_size=8", "--checkpoint.every=6"]
