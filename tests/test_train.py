@@ -851,6 +851,36 @@ def test_a_checkpoint_of_a_newer_version_is_one_line(arguments, straight, kind):
     assert "\n" not in message
 
 
+def test_a_bug_in_a_users_optimizer_keeps_its_traceback(dataset, tmp_path):
+    """The error class is one that a wrong setting has, too; file and line say where to look."""
+    program = """
+from dataclasses import dataclass
+from torch.optim import SGD
+from optimizers import Settings
+from tests.tiny_config import config, optimizers
+
+class Mine(SGD):
+    def step(self):
+        first, second = self.param_groups[0]["params"], 3, 4
+
+@dataclass(frozen=True)
+class MineConfig(Settings):
+    lr: float = 0.1
+    weight_decay: float = 0.0
+
+    def build(self, assignments, *_):
+        return Mine([a.param for a in assignments], lr=self.lr)
+
+optimizers = {"mine": MineConfig()}
+"""
+    (tmp_path / "mine.py").write_text(program)
+    places = [f"--data.path={dataset}", f"--log.folder={tmp_path}", "--name=run", "--optimizer=mine"]
+    output, _ = (process := launch([str(tmp_path / "mine.py"), *places])).communicate(timeout=120)
+    assert process.returncode == 1
+    assert "ValueError: too many values to unpack (expected 2)" in output
+    assert f'File "{tmp_path / "mine.py"}", line 9, in step' in output
+
+
 def test_another_optimizer_cannot_continue_a_state_and_says_so(arguments, straight):
     shutil.copytree(straight, folder_of(arguments))
     message = stops(arguments, "--optimizer=lion", "--accept_changes")
