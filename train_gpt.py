@@ -74,7 +74,7 @@ class Trainer:
             compute.cast_per_step(self.model, self.optimizer)
         exact = getattr(self.optimizer, "needs_lookahead", False)  # the exact form of MARS and MARS-M
         self.lookahead: Any = self.optimizer if exact else None
-        self.clipper = GradientClipper(self.model, self.optimizer, run.grad_clip)
+        self.clipper = GradientClipper(self.model, run.grad_clip)
 
         self.folder, self.fresh = Path(run.log.folder) / run.name, fresh
         self.checkpoints = Checkpointer(self.folder / "checkpoints", run.checkpoint, world)
@@ -137,7 +137,8 @@ class Trainer:
         self.average = WeightAverage(self.model, run.ema, saved) if run.ema else None
         state = found.state if found else dict(step=0, tokens=0, sequences=0)
         self.steps = run.steps_after(state["step"], state["tokens"])
-        if found and (problem := budget_problem(state, run.schedule, self.steps, branch=self.origin is not None)):
+        problem = budget_problem(state, run.schedule, run.optim.lr, self.steps, self.continues) if found else None
+        if problem:
             if not accept_changes or state["step"] > self.steps:
                 raise UserError(problem)
             world.say(f"note: {problem}")
@@ -161,6 +162,7 @@ class Trainer:
                 start_branch(self.origin, self.folder)
         self.log = RunLogger(self.folder, run.log, self.settings, run.name, self.steps, self.step, world)
         self.batches = prefetch(self.loader, self.step, pin=world.device.type == "cuda")
+        self.unreadable: DataError | None = None
         self.ahead: deque[Any] = deque()  # the next batches; an error takes the place of one that cannot be read
 
     @property
@@ -191,7 +193,7 @@ class Trainer:
 
     # ---- one step
 
-    def next_batch(self) -> Tensor:
+    def next_batch(self) -> Any:
         """This rank's part of the step's batch, (sequences, block_size + 1) uint16.
 
         If it cannot be read, or one of the next two cannot, `unreadable` says why. Stopping takes two steps, because
@@ -203,9 +205,6 @@ class Trainer:
         used = itertools.islice(self.ahead, self.steps - self.step + self.passes - 1)
         self.unreadable = next((b for b in used if isinstance(b, DataError)), None)
         batch, self.following_batch = self.ahead.popleft(), self.ahead[0]
-        for needed in (batch, self.following_batch)[: self.passes]:
-            if isinstance(needed, DataError):  # the first batch of this start; later ones stop the run in time
-                raise needed
         return batch
 
     def set_rates(self) -> None:
@@ -222,7 +221,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         loss, norm = self.accumulate(batch, self.step), self.clipper.clip(self.step)
         if self.tuner and self.tuner.due(self.step):
-            self.tuner.estimate(self.step)
+            self.tuner.estimate(self.step, (self.clipper.max_norm / (norm + 1e-6)).clamp(max=1))
         return loss, norm
 
     def accumulate(self, batch: Tensor, step: int) -> Tensor:
@@ -263,10 +262,10 @@ class Trainer:
     # ---- between steps
 
     def log_if_due(self, loss: Tensor, norm: Tensor) -> None:
-        """Log the step. Before anything is logged or saved, and on a CPU always, check that gradients are finite."""
+        """Log the step. Before anything is logged, evaluated or saved, check that all gradients were finite."""
         self.last_loss, self.last_norm = loss, norm
         intervals = (self.run.log.every, self.run.eval_every, *self.run.checkpoint.intervals)
-        if self.world.device.type == "cpu" or any(map(self.due, intervals)):
+        if any(map(self.due, intervals)):
             self.clipper.check()
         if self.due(self.run.log.every):
             self.log_step()
@@ -341,7 +340,7 @@ class Trainer:
 
 def train(t: Trainer) -> None:
     """Run steps until the budget is spent or somebody asks to stop."""
-    stop, goes_on = StopRequest(t.world), True
+    stop, goes_on, failed = StopRequest(t.world), True, True
     try:
         if t.due(t.run.eval_every) and t.val_loss is None:  # the evaluation was cut short by a stop request
             t.saved_step = -1
@@ -351,6 +350,8 @@ def train(t: Trainer) -> None:
             batch = t.next_batch()
             if stop.agreed(t.unreadable is not None):
                 break
+            if isinstance(batch, DataError) or (t.lookahead and isinstance(t.following_batch, DataError)):
+                raise t.unreadable or batch  # at the first step of a start there was no time to agree
             t.set_rates()
             loss, norm = t.gradients(batch)
             t.update()
@@ -361,6 +362,7 @@ def train(t: Trainer) -> None:
         t.clipper.check()
         t.log_step()
         t.save_if_due(last=True)
+        failed = False
         t.world.raise_first(t.unreadable)
     except DataError:  # every rank is here, or no step has been taken since the last save
         t.save_if_due(last=True)
@@ -371,7 +373,7 @@ def train(t: Trainer) -> None:
         raise
     finally:
         t.batches.close()
-        stop.close()
+        stop.close(wait=not failed)
     if t.step < t.steps:
         t.log.say(f"stopped at step {t.step} of {t.steps}; the same command continues the run")
 
@@ -409,6 +411,7 @@ def arguments() -> Parser:
     parser.add_argument("--preflight", action="store_true", help="report memory, disk, data, time, network, and stop")
     parser.add_argument("--verify", action="store_true", help="with --preflight: hash every shard, too")
     parser.add_argument("--tokens_per_s", help="with --preflight: the speed to compute the time from")
+    parser.add_argument("--as", dest="machines", help="with --preflight: plan for other GPUs, for example 2x8xH100")
     return parser
 
 
@@ -428,11 +431,11 @@ def main(argv: list[str] | None = None) -> None:
         if args.help:
             print(f"{parser.format_help()}\nkeys, as {args.config[0]} sets them:\n{describe_keys(run)}")
             return
-        if not args.preflight and (args.verify or args.tokens_per_s):
-            raise ConfigError(["--tokens_per_s=N and --verify: belong to --preflight; give that, too"])
+        if not args.preflight and (args.verify or args.tokens_per_s or args.machines):
+            raise ConfigError(["--tokens_per_s=N, --verify and --as=GPUS: belong to --preflight; give that, too"])
         with compute.torch_settings(run.compute), start_world(run.device) as world:
             if args.preflight:
-                preflight(run, world, args.verify, args.tokens_per_s)
+                preflight(run, world, args.verify, args.tokens_per_s, args.machines)
                 return
             with run_lock(Path(run.log.folder) / run.name, world):
                 train_run(run, world, args.fresh, args.accept_changes)

@@ -7,7 +7,6 @@ files, and each version of it needs one exact build of torch.
 import gzip
 import hashlib
 import io
-import pickle
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,7 +98,7 @@ def read_idx(path: Path) -> Tensor:
     """An array of bytes in the idx format of MNIST, packed with gzip or not. Raises UserError for another format."""
     packed = path.with_name(path.name + ".gz")
     if not path.exists() and not packed.exists():
-        raise FileNotFoundError(f"{path}: no such file, nor {packed.name}; --data names the folder of the idx files")
+        raise UserError(f"{path}: no such file, nor {packed.name}; --data names the folder of the idx files")
     data = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
     dimensions = data[3] if len(data) > 3 else 0
     shape = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
@@ -121,21 +120,21 @@ def read_fashion(folder: Path) -> tuple[Split, Split]:
 
 @dataclass(frozen=True)
 class CIFAR:
-    """The archive of an image set of Krizhevsky (2009): pickled rows of 3 x 32 x 32 bytes.
+    """The binary archive of an image set of Krizhevsky (2009): records of labels and 3 x 32 x 32 bytes.
 
-    Unpickling can run code, so an archive with another MD5 than the published one is not read.
+    The other archive of the same page holds pickled rows. Unpickling can run code, so it is not read.
     """
 
     name: str
     md5: str
     train: tuple[str, ...]
     test: str
-    labels: bytes
+    labels: int  # in each record; the last one counts, the finest
 
     def __call__(self, folder: Path) -> tuple[Split, Split]:
         path = folder / self.name
         if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file; get it from https://www.cs.toronto.edu/~kriz/cifar.html")
+            raise UserError(f"{path}: no such file; get it from https://www.cs.toronto.edu/~kriz/cifar.html")
         data = path.read_bytes()
         if (found := hashlib.md5(data).hexdigest()) != self.md5:
             raise UserError(f"{path}: has MD5 {found} instead of {self.md5}; it is damaged or another file")
@@ -147,23 +146,24 @@ class CIFAR:
     def _split(self, archive: tarfile.TarFile, member: str) -> Split:
         file = archive.extractfile(member)
         assert file is not None, f"{member}: not a file"
-        found = pickle.load(file, encoding="bytes")
-        return torch.from_numpy(found[b"data"].reshape(-1, 3, 32, 32)), torch.tensor(found[self.labels])
+        records = np.frombuffer(file.read(), np.uint8).reshape(-1, self.labels + 3072)
+        images = records[:, self.labels :].reshape(-1, 3, 32, 32)
+        return torch.from_numpy(images.copy()), torch.from_numpy(records[:, self.labels - 1].astype(np.int64))
 
 
 CIFAR10 = CIFAR(
-    "cifar-10-python.tar.gz",
-    "c58f30108f718f92721af3b95e74349a",
-    tuple(f"cifar-10-batches-py/data_batch_{i}" for i in range(1, 6)),
-    "cifar-10-batches-py/test_batch",
-    b"labels",
+    "cifar-10-binary.tar.gz",
+    "c32a1d4ab5d03f1284b67883e8d87530",
+    tuple(f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)),
+    "cifar-10-batches-bin/test_batch.bin",
+    labels=1,
 )
 CIFAR100 = CIFAR(
-    "cifar-100-python.tar.gz",
-    "eb9058c3a382ffc7106e4002c42a8d85",
-    ("cifar-100-python/train",),
-    "cifar-100-python/test",
-    b"fine_labels",
+    "cifar-100-binary.tar.gz",
+    "03b5dce01913d631647c71ecec9e9cb8",
+    ("cifar-100-binary/train.bin",),
+    "cifar-100-binary/test.bin",
+    labels=2,
 )
 DATASETS = {
     "digits": Dataset(read_digits, (0.305,), (0.376,), 237),
@@ -176,7 +176,7 @@ DATASETS = {
 def load_images(name: str, folder: str = "") -> Images:
     """An image set of DATASETS from a folder; a fixed random part of the training images is held out.
 
-    Raises FileNotFoundError or UserError, naming the file or the missing package.
+    Raises UserError, naming the file or the missing package.
     """
     kind = DATASETS[name]
     (images, labels), test = kind.read(Path(folder))

@@ -28,12 +28,12 @@ from pathlib import Path
 from bench.report import Report, bench_parser, results_folder
 from data.prepare import pydocs
 from data.prepare.build import build
-from data.prepare.command import cores
 from data.prepare.sources import Files, LocalFolder
 from data.prepare.split import FirstShard
 from data.prepare.workers import Recipe
 from data.tokenizer import GPT2Tokenizer, Tokenizer, get_tokenizer
 from runtime.command import at_least, one_line
+from runtime.hardware import cores
 
 CORPORA = {"OpenWebText": 9e9, "FineWeb-Edu 100BT": 100e9}  # tokens
 

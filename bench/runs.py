@@ -74,6 +74,7 @@ def opened(run: RunConfig | list[str], trainer_class: Callable[..., Any] = Train
     run = load_config(run[0], run[1:]) if isinstance(run, list) else run
     with torch_settings(run.compute), start_world(run.device) as world, collector_paused():
         trainer = trainer_class(run, world, fresh=True)
+        trainer.begin()
         try:
             yield trainer
         finally:
@@ -114,7 +115,7 @@ def optimizer_step(optimizer: Any, gradient: Callable[[Any], None], batch: Any, 
 
 def step_function(model: nn.Module, optimizer: Any, idx: Tensor, targets: Tensor) -> Callable[[], int]:
     """A function that trains on one batch with gradient clipping."""
-    clipper = GradientClipper(model, optimizer, 1.0)
+    clipper = GradientClipper(model, 1.0)
 
     def gradient(batch: tuple[Tensor, Tensor]) -> None:
         model(*batch).backward()

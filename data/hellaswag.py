@@ -1,13 +1,12 @@
 """A small fixed set of HellaSwag items, scored during training by the rules of lm-eval.
 
-The model answers an item with the ending that has the highest log-likelihood per character (acc_norm).
+The model answers an item with the ending that has the highest log-likelihood (acc), or the highest one per character
+(acc_norm).
 """
 
 import json
-import math
 import random
 import re
-import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -56,7 +55,7 @@ def read_items(path: str, count: int, tokenizer: Tokenizer) -> list[Item]:
             query = plain(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
             endings, right = [plain(e) for e in row["endings"]], int(row["label"])
             endings[right]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise DataError(f"data.hellaswag={path}: line {number + 1} is not a HellaSwag row ({reason})") from None
         context = tokenizer.encode(query)
@@ -70,8 +69,8 @@ def read_items(path: str, count: int, tokenizer: Tokenizer) -> list[Item]:
 class HellaSwag:
     """Items that all ranks score together. Every rank holds all of them."""
 
-    def __init__(self, items: list[Item], seconds: float = math.inf) -> None:
-        self.items, self.seconds = items, seconds
+    def __init__(self, items: list[Item]) -> None:
+        self.items = items
 
     @classmethod
     def of_run(cls, config: DataConfig, dataset: Dataset) -> "HellaSwag":
@@ -79,35 +78,35 @@ class HellaSwag:
         if dataset.tokenizer is None:
             raise DataError(f"data.hellaswag={config.hellaswag}: {dataset.folder} names no tokenizer to read it with")
         tokenizer = tokenizer_of(dataset.tokenizer, (dataset.folder,))
-        return cls(read_items(config.hellaswag, config.hellaswag_items, tokenizer), config.hellaswag_seconds)
+        return cls(read_items(config.hellaswag, config.hellaswag_items, tokenizer))
 
     def score(self, model: nn.Module, world: World, autocast: AbstractContextManager) -> dict[str, float | int]:
         """Metrics of a model. Every rank calls this; each item is scored on one rank."""
         model.eval()
         with autocast:
-            sums = count_right(model, self.items[world.rank :: world.size], world.device, self.seconds)
+            right = count_right(model, self.items[world.rank :: world.size], world.device)
         model.train()
-        right, count = world.sum(sums).tolist()
-        return dict(hellaswag_acc_norm=right / count, hellaswag_items=round(count))
+        acc_norm, acc = (world.sum(right) / len(self.items)).tolist()
+        return dict(hellaswag_acc_norm=acc_norm, hellaswag_acc=acc, hellaswag_items=len(self.items))
 
 
 @torch.no_grad()
-def count_right(model: Any, items: Iterable[Item], device: torch.device, seconds: float = math.inf) -> Tensor:
-    """Number of right answers and of scored items, (2,) float64. After `seconds` no other item is started.
+def count_right(model: Any, items: Iterable[Item], device: torch.device) -> Tensor:
+    """Number of right answers (2,) float64: by log-likelihood per character, and by log-likelihood.
 
     The model needs hidden, logits and config.block_size, as GPT has.
     """
-    right, scored, longest, end = 0, 0, model.config.block_size + 1, time.monotonic() + seconds
+    right, longest = torch.zeros(2, dtype=torch.float64), model.config.block_size + 1
     for item in items:
-        if time.monotonic() > end and scored:
-            break
         rows = [torch.tensor((item.context + ending)[-longest:]) for ending in item.endings]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
         logp = model.logits(model.hidden(ids[:, :-1])).float().log_softmax(-1)
         logp = logp.gather(-1, ids[:, 1:, None])[..., 0].cpu()
-        scores = []
+        sums, lengths = [], []
         for row, ending, characters, values in zip(rows, item.endings, item.characters, logp, strict=True):
             last = len(row) - 1
-            scores.append(values[last - min(len(ending), last) : last].sum().item() / max(1, characters))
-        right, scored = right + (scores.index(max(scores)) == item.right), scored + 1
-    return torch.tensor([right, scored], dtype=torch.float64, device=device)
+            sums.append(values[last - min(len(ending), last) : last].sum().item())
+            lengths.append(max(1, characters))
+        by_length = [x / n for x, n in zip(sums, lengths, strict=True)]
+        right += torch.tensor([scores.index(max(scores)) == item.right for scores in (by_length, sums)])
+    return right.to(device)

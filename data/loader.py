@@ -27,7 +27,6 @@ from optimizers.options import accepts_old_names, errors_of, option
     choices="hellaswag",
     choices_every="hellaswag_every",
     choices_items="hellaswag_items",
-    choices_seconds="hellaswag_seconds",
 )
 @dataclass(frozen=True)
 class DataConfig:
@@ -45,9 +44,6 @@ class DataConfig:
     hellaswag: str = option("", "file of HellaSwag rows to score during training; empty: none", on_resume="free")
     hellaswag_every: int = option(5, "score HellaSwag at every so many evaluations", least=1, on_resume="free")
     hellaswag_items: int = option(256, "HellaSwag items to score, at most", least=1, on_resume="free")
-    hellaswag_seconds: float = option(
-        60.0, "stop starting new items after this many seconds", above=0, on_resume="free"
-    )
 
     def errors(self) -> list[str]:
         """Every error of this config, one line each."""

@@ -8,28 +8,24 @@ sha256.
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
+from data.reading import FILES, WAITS, DataError, read_at
 from data.tokenizer import facts_by_size
+from data.unlabelled import other_content
 from runtime.errors import UserError
 from runtime.files import sha256_of, write_durably, write_json
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
-
-
-class DataError(UserError):
-    """A dataset that cannot be used. The message names the file and says what to do."""
+BLOCK = 1 << 21  # tokens read at a time when a whole shard is read
 
 
 @dataclass(frozen=True)
@@ -40,30 +36,40 @@ class Shard:
     start: int
     tokens: int
 
-    def read(self, offset: int, out: np.ndarray) -> None:
-        """Fill out (n,) uint16 with the tokens from offset on.
+    def read(self, offset: int, out: np.ndarray, waits: Sequence[float] = WAITS) -> None:
+        """Fill out (n,) uint16 with the tokens from offset on. Raises DataError if that is impossible.
 
-        Each read is a system call of its own. A memory map would count every page it ever read as resident memory.
+        waits: as in `read_at`.
         """
-        file = _handle(self.path)  # keeps the file open, if another thread drops it from the cache
-        got = os.preadv(file.fileno(), [out.data.cast("B")], self.start + 2 * offset)
-        if got != out.nbytes:
+        got = read_at(self.path, self.start + 2 * offset, out.view(np.uint8).data, waits)
+        if got < out.nbytes:
             raise DataError(f"{self.path}: ends {out.nbytes - got} bytes early; it was truncated after it was opened")
 
+    def samples(self, places: int = 16, length: int = 4096) -> np.ndarray:
+        """Tokens (places, at most length) uint16 from evenly spaced places, which start at multiples of 4."""
+        out = np.empty((places, min(length, self.tokens)), dtype="<u2")
+        for row, offset in zip(out, np.linspace(0, self.tokens - out.shape[1], places), strict=True):
+            self.read(int(offset) // 4 * 4, row)
+        return out
 
-@lru_cache(maxsize=256)  # limits the number of open files
-def _handle(path: Path) -> BinaryIO:
-    return open(path, "rb", buffering=0)
+    def blocks(self, waits: Sequence[float] = WAITS) -> Iterator[np.ndarray]:
+        """All tokens, in arrays of at most BLOCK tokens. Each array is overwritten by the next one."""
+        block = np.empty(min(BLOCK, self.tokens), dtype="<u2")
+        for start in range(0, self.tokens, BLOCK):
+            tokens = block[: self.tokens - start]
+            self.read(start, tokens, waits)
+            yield tokens
 
 
 def read_shard_header(path: Path) -> Shard:
     """Check a shard's header and size. Raises DataError for a wrong magic, version or length."""
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as f:
-            header = np.frombuffer(f.read(HEADER_BYTES), dtype="<i4", count=3 if size >= 12 else 0)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such shard") from None
+    if not path.is_file():
+        raise DataError(f"{path}: no such shard")
+    size = path.stat().st_size
+    FILES.drop(path)  # another file may have had this name
+    start = bytearray(min(size, HEADER_BYTES))
+    read_at(path, 0, memoryview(start))
+    header = np.frombuffer(start, dtype="<i4", count=3 if size >= 12 else 0)
     if size >= HEADER_BYTES and header[0] == MAGIC:
         if header[1] != VERSION:
             raise DataError(f"{path}: shard version {header[1]}, this program reads version {VERSION}")
@@ -72,14 +78,11 @@ def read_shard_header(path: Path) -> Shard:
             problem = f"{path}: {size} bytes where its header promises {expected}"
             raise DataError(f"{problem}; the file is truncated or overwritten, prepare or fetch it again")
         return Shard(path, HEADER_BYTES, int(header[2]))
+    shard = Shard(path, 0, size // 2)
+    if content := other_content(bytes(start), shard.samples()):
+        raise DataError(f"{path}: {content}")
     if path.name in ("train.bin", "val.bin") and size and size % 2 == 0:  # nanoGPT: tokens without a header
-        start = np.fromfile(path, dtype="<u2", count=1 << 16)
-        if len(start) >= 64 and start.any() and not start[1::2].any():  # every second number of wider integers is 0
-            raise DataError(
-                f"{path}: holds wider integers than uint16; write it again: "
-                f"np.fromfile('{path}', dtype=...).astype(np.uint16).tofile('{path}')"
-            )
-        return Shard(path, 0, size // 2)
+        return shard
     found = int(header[0]) if len(header) else "nothing"
     hint = "nanoGPT's files have the names train.bin and val.bin and an even size; python -m data.prepare reads text"
     raise DataError(f"{path}: not a token shard (it starts with {found}, a shard with {MAGIC}); {hint}")
@@ -124,12 +127,7 @@ def open_dataset(folder: str | Path, vocab_size: int) -> Dataset:
     if folder.is_file():
         raise DataError(f"data.path {folder}: is a file; give the folder of the shards, {folder.parent}")
     if not folder.is_dir():
-        command = "openwebtext" if folder.name == "openwebtext" else "pydocs"
-        if re.fullmatch(r"fineweb(_edu)?_\d+B", folder.name):
-            command = f"pretokenized {folder.name}"
-        raise DataError(
-            f"dataset folder {folder}: not found; prepare one, for example: python -m data.prepare {command}"
-        )
+        raise DataError(missing_dataset(folder))
     manifest: dict = {}
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder / MANIFEST)
@@ -142,11 +140,12 @@ def open_dataset(folder: str | Path, vocab_size: int) -> Dataset:
             if not (folder / tokenizer["file"]).is_file():
                 raise DataError(f"{folder / tokenizer['file']}: missing, the dataset's tokenizer; copy it there again")
     else:
-        files = {s: [p for p in sorted(folder.glob("*.bin")) if names_split(p.name, s)] for s in SPLITS}
+        paths = [p for p in visible(folder) if p.suffix == ".bin"]
+        files = {s: [p for p in paths if names_split(p.name, s)] for s in SPLITS}
         if both := set(files["train"]) & set(files["val"]):
             raise DataError(f"{min(both)}: its name says both train and val; rename it")
-        splits = {s: [read_shard_header(p) for p in paths] for s, paths in files.items()}
-        largest = max((_largest_token(shard) for s in SPLITS for shard in splits[s]), default=-1)
+        splits = {s: [read_shard_header(p) for p in found] for s, found in files.items()}
+        largest = max((int(shard.samples().max(initial=0)) for s in SPLITS for shard in splits[s]), default=-1)
         where = "found when checking parts of its shards"
     for split in SPLITS:
         if not splits[split]:
@@ -159,19 +158,22 @@ def open_dataset(folder: str | Path, vocab_size: int) -> Dataset:
     return Dataset(folder, splits, manifest, manifest.get("tokenizer") or facts_by_size(vocab_size))
 
 
+def missing_dataset(folder: Path) -> str:
+    """What to say of a dataset that does not exist: the command that makes it."""
+    command = "openwebtext" if folder.name == "openwebtext" else "pydocs"
+    if re.fullmatch(r"fineweb(_edu)?_\d+B", folder.name):
+        command = f"pretokenized {folder.name}"
+    return f"dataset folder {folder}: not found; prepare one, for example: python -m data.prepare {command}"
+
+
+def visible(folder: Path) -> list[Path]:
+    """What is in a folder, in order, without names that begin with a dot: the system makes such files by itself."""
+    return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+
+
 def names_split(name: str, split: str) -> bool:
     """Whether "train" or "val" is a word in a file name; "retrieval" does not contain the word "val"."""
     return re.search(rf"(^|[^a-z]){split}([^a-z]|$)", name.lower()) is not None
-
-
-def _largest_token(shard: Shard, places: int = 16, length: int = 4096) -> int:
-    """The largest token in some evenly spaced places of a shard."""
-    buffer = np.empty(min(length, shard.tokens), dtype="<u2")
-    largest = -1
-    for offset in np.linspace(0, shard.tokens - len(buffer), places).astype(int) if len(buffer) else ():
-        shard.read(int(offset), buffer)
-        largest = max(largest, int(buffer.max()))
-    return largest
 
 
 def read_manifest(path: Path) -> dict:
@@ -182,16 +184,22 @@ def read_manifest(path: Path) -> dict:
             raise UserError(f"format {manifest['format']!r}, this program reads 1")
         listed = entries(manifest)
         for e in listed:
-            numbers = [e["tokens"], e["max_token"], e.get("bytes") or 0]
+            known = (e[key] for key in ("bytes", "documents") if e.get(key) is not None)
+            numbers = [e["tokens"], e["max_token"], *known]
             if Path(e["file"]).name != e["file"] or any(type(n) is not int or n < 0 for n in numbers):
                 raise UserError(f"bad entry for {e['file']!r}")
         if len({e["file"] for e in listed}) < len(listed):
             raise UserError("a file is listed twice")
-        tokenizer = manifest["tokenizer"]
-        tokenizer["name"], tokenizer["vocab_size"]
+        tokenizer, source = manifest["tokenizer"], manifest.get("source", {})
+        kinds = {"name": (str,), "vocab_size": (int,), "eot": (int, type(None)), "file": (str, type(None))}
+        if wrong := [key for key, allowed in kinds.items() if type(tokenizer.get(key)) not in allowed]:
+            raise UserError(f"bad entry for the tokenizer's {wrong[0]}")
         if "file" in tokenizer and Path(tokenizer["file"]).name != tokenizer["file"]:
             raise UserError(f"bad entry for {tokenizer['file']!r}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        counts = source.get("read") or {"documents": 0, "unreadable": 0}
+        if type(counts["documents"] - counts["unreadable"]) is not int:
+            raise UserError(f"bad entry for {counts!r}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: not a dataset manifest ({type(error).__name__}: {error})") from None
     return manifest
 
@@ -199,6 +207,11 @@ def read_manifest(path: Path) -> dict:
 def entries(manifest: dict, *splits: str) -> list[dict]:
     """The entries of a manifest: those of the given splits, or all of them, train first."""
     return [entry for split in splits or SPLITS for entry in manifest["splits"].get(split, [])]
+
+
+def files_of(manifest: dict) -> set[str]:
+    """The names of the files of a dataset."""
+    return {MANIFEST, manifest["tokenizer"].get("file", MANIFEST), *(entry["file"] for entry in entries(manifest))}
 
 
 def listed_shard(folder: Path, entry: dict) -> Shard:
@@ -231,15 +244,14 @@ def write_shard(path: Path, tokens: np.ndarray, text_bytes: int | None, eot: int
     return ShardEntry(path.name, len(tokens), text_bytes, int(tokens.max(initial=0)), digest, documents)
 
 
-def examine(shard: Shard, eot: int | None) -> ShardEntry:
+def examine(shard: Shard, eot: int | None, waits: Sequence[float] = WAITS) -> ShardEntry:
     """Read a whole shard: its sha256, its largest token and its number of documents."""
-    digest, largest, documents = hashlib.sha256(), 0, 0
-    with open(shard.path, "rb") as f:
-        digest.update(f.read(shard.start))
-        while block := f.read(1 << 22):
-            digest.update(block)
-            tokens = np.frombuffer(block, dtype="<u2")
-            largest, documents = max(largest, int(tokens.max())), documents + int(np.count_nonzero(tokens == eot))
+    header, largest, documents = bytearray(shard.start), 0, 0
+    read_at(shard.path, 0, memoryview(header), waits)
+    digest = hashlib.sha256(header)
+    for tokens in shard.blocks(waits):
+        digest.update(tokens.data)
+        largest, documents = max(largest, int(tokens.max())), documents + int(np.count_nonzero(tokens == eot))
     known = documents if eot is not None else None
     return ShardEntry(shard.path.name, shard.tokens, None, largest, digest.hexdigest(), known)
 
@@ -292,9 +304,7 @@ def shard_problems(folder: Path, hashes: bool = True, rank: int = 0, ranks: int 
     known = [entry["documents"] for entry in listed if entry.get("documents") is not None]
     if read and len(known) == len(listed) and read != (found := sum(known)):
         problems.append(f"{folder}: {read} documents were read, its shards hold {found}")
-    names = {entry["file"] for entry in listed} | {MANIFEST}
-    if file := manifest["tokenizer"].get("file"):
-        names.add(file)
-        if not (folder / file).is_file() or sha256_of(folder / file) != manifest["tokenizer"]["sha256"]:
-            problems.append(f"{folder / file}: missing or changed, the dataset's tokenizer; copy it there again")
-    return problems + [f"{p}: not in the manifest" for p in sorted(folder.iterdir()) if p.name not in names]
+    file, names = manifest["tokenizer"].get("file"), files_of(manifest)
+    if file and not ((folder / file).is_file() and sha256_of(folder / file) == manifest["tokenizer"]["sha256"]):
+        problems.append(f"{folder / file}: missing or changed, the dataset's tokenizer; copy it there again")
+    return problems + [f"{p}: not in the manifest" for p in visible(folder) if p.name not in names]

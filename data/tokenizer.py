@@ -250,7 +250,7 @@ def get_tokenizer(
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path}: not JSON, so no tokenizer.json and no character map; see docs/data.md") from None
     if isinstance(content, dict) and content.keys() & {"stoi", "itos"}:
         return CharacterTokenizer(path, _character_ids(content, path), eot)

@@ -1,12 +1,16 @@
-"""Optimizers for pretraining: a gradient, raw or variance-reduced, times a direction. Needs nothing but torch.
+"""Optimizers for pretraining. Each turns a raw or variance-reduced gradient into an update by one rule.
+
+They need nothing but torch:
 
 from optimizers import MARS, MARSM, Muon, Lion, build_optimizer
 """
 
+from collections.abc import Callable
+
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from optimizers.adamw import AdamWConfig
+from optimizers.adamw import AdamWConfig, fused_adamw
 from optimizers.ademamix import AdEMAMix, AdEMAMixConfig
 from optimizers.lion import Lion, LionConfig
 from optimizers.mars import MARS, MARSConfig
@@ -14,7 +18,7 @@ from optimizers.mars_m import MARSM, MARSMConfig
 from optimizers.muon import Muon, MuonConfig
 from optimizers.normuon import NorMuon, NorMuonConfig
 from optimizers.roles import ModelWithRoles, assign_roles
-from optimizers.settings import Settings
+from optimizers.settings import Settings, register
 from optimizers.shampoo import Shampoo, ShampooConfig
 from optimizers.soap import SOAP, SOAPConfig
 
@@ -22,6 +26,7 @@ __all__ = [
     "MARS",
     "MARSM",
     "OPTIMIZERS",
+    "REGISTRY",
     "SOAP",
     "AdEMAMix",
     "AdEMAMixConfig",
@@ -39,22 +44,25 @@ __all__ = [
     "Shampoo",
     "ShampooConfig",
     "build_optimizer",
+    "register",
 ]
 
-OPTIMIZERS: dict[str, Settings] = {  # names that every run can use, with the settings a config file need not repeat
-    "adamw": AdamWConfig(),
-    "lion": LionConfig(),
-    "muon": MuonConfig(),
-    "muon_original": MuonConfig(scale="original", lr=2e-2, adamw_lr=6e-4, weight_decay=0.0),
-    "mars": MARSConfig(),
-    "mars_lion": MARSConfig(mars_type="mars-lion", lr=6e-4, weight_decay=0.1),
-    "mars_shampoo": MARSConfig(mars_type="mars-shampoo", lr=2e-2),
-    "mars_m": MARSMConfig(),
-    "shampoo": ShampooConfig(),
-    "ademamix": AdEMAMixConfig(),
-    "soap": SOAPConfig(),
-    "normuon": NorMuonConfig(),
+# every name that a run can use: the class, and the settings that a config file need not repeat
+REGISTRY: dict[str, tuple[Callable[..., Optimizer], Settings]] = {
+    "adamw": (fused_adamw, AdamWConfig()),
+    "lion": (Lion, LionConfig()),
+    "muon": (Muon, MuonConfig()),
+    "muon_original": (Muon, MuonConfig(scale="original", lr=2e-2, adamw_lr=6e-4, weight_decay=0.0)),
+    "mars": (MARS, MARSConfig()),
+    "mars_lion": (MARS, MARSConfig(mars_type="mars-lion", lr=6e-4, weight_decay=0.1)),
+    "mars_shampoo": (MARS, MARSConfig(mars_type="mars-shampoo", lr=2e-2)),
+    "mars_m": (MARSM, MARSMConfig()),
+    "shampoo": (Shampoo, ShampooConfig()),
+    "ademamix": (AdEMAMix, AdEMAMixConfig()),
+    "soap": (SOAP, SOAPConfig()),
+    "normuon": (NorMuon, NorMuonConfig()),
 }
+OPTIMIZERS: dict[str, Settings] = {name: register(make, settings) for name, (make, settings) in REGISTRY.items()}
 
 
 def build_optimizer(

@@ -11,11 +11,10 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from optimizers.composed import ComposedOptimizer
-from optimizers.directions import LARGEST_SQUARED, Direction, Step
+from optimizers.directions import Direction, Step, move_
 from optimizers.options import option
 from optimizers.settings import Rule, Settings
 
@@ -23,15 +22,15 @@ from optimizers.settings import Rule, Settings
 class Numbers(NamedTuple):
     """Numbers of `TwoAverages.update`."""
 
-    decay: Tensor
-    rate: Tensor
-    weight1: Tensor
-    weight2: Tensor
-    weight3: Tensor
-    alpha: Tensor
-    correction1: Tensor  # 1 - beta1^t
-    root_correction2: Tensor  # sqrt(1 - beta2^t)
-    eps: Tensor
+    decay: float
+    rate: float
+    weight1: float
+    weight2: float
+    weight3: float
+    alpha: float
+    inverse: float  # 1 / (1 - beta1^t)
+    root: float  # 1 / sqrt(1 - beta2^t)
+    eps: float
 
 
 @dataclass(frozen=True)
@@ -43,31 +42,28 @@ class TwoAverages(Direction):
     alpha: float
     eps: float
     warmup: int
-    label = "adaptive, two averages"
+    label = "two-average adaptive"
     counts_steps = True
     state_names = ("exp_avg", "exp_avg_slow", "exp_avg_sq")
 
     def numbers(self, step: Step) -> Numbers:
-        beta1, beta2 = self.betas
-        progress = (step.count / max(1, self.warmup)).clamp(max=1.0)
-        beta3 = torch.full_like(progress, self.beta3)
-        if self.warmup and 0 < beta1 < self.beta3:
-            start, end = math.log(beta1), math.log(self.beta3)
-            beta3 = (start * end / ((1 - progress) * end + progress * start)).exp()
-        weights = (step.weight(1 - beta1), step.weight(1 - beta2), step.weight(1 - beta3))
-        corrections = (1 - beta1**step.count, (1 - beta2**step.count).sqrt())
-        eps = torch.full_like(progress, self.eps)
-        return Numbers(step.decay, step.rate, *weights, self.alpha * progress, *corrections, eps)
+        (beta1, beta2), beta3 = self.betas, self.beta3
+        progress = min(1.0, step.count / max(1, self.warmup))
+        if progress < 1:  # as in the authors' code, the half-life of beta1 = 0 is that of 1e-8
+            start, end = math.log(max(beta1, 1e-8)), math.log(max(beta3, 1e-8))
+            beta3 = math.exp(start * end / ((1 - progress) * end + progress * start))
+        inverse, root = 1 / (1 - beta1**step.count), (1 - beta2**step.count) ** -0.5
+        weights, alpha = (1 - beta1, 1 - beta2, 1 - beta3), self.alpha * progress
+        return Numbers(step.decay, step.lr, *weights, alpha, inverse, root, self.eps)
 
     @staticmethod
-    def update(p: Tensor, gradient: Tensor, state: list[Tensor], n: Numbers, scratch: Tensor | None) -> None:
+    def update(p: Tensor, gradient: Tensor, state: list[Tensor], n: Numbers) -> None:
         m1, m2, v = state
-        gradient.clamp_(-LARGEST_SQUARED, LARGEST_SQUARED)
         m1.lerp_(gradient, n.weight1)
         m2.lerp_(gradient, n.weight3)
-        v.lerp_(gradient * gradient, n.weight2)
-        denominator = v.sqrt().div_(n.root_correction2).add_(n.eps)
-        p.mul_(n.decay).sub_((m1 / n.correction1 + n.alpha * m2).div_(denominator).mul_(n.rate))
+        v.lerp_(gradient.mul_(gradient), n.weight2)
+        denominator = v.sqrt().mul_(n.root).add_(n.eps)
+        move_(p, (m1 * n.inverse).add_(m2 * n.alpha).div_(denominator), n.decay, n.rate)
 
 
 @dataclass(frozen=True)

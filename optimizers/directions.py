@@ -1,11 +1,10 @@
 """Directions: how a gradient moves a weight. A direction updates its own averages and the weight, nothing else.
 
-The gradient that a direction receives may already be corrected (variance reduction) and clipped. Every number that
-may change during a run enters as a 0-d tensor, so a compiled update is compiled once and the host never waits for
-the device.
+The gradient that a direction receives may already be corrected (variance reduction) and clipped. `numbers` computes on
+the host, as floats, every number of a step. A compiled update receives them as 0-d tensors on the CPU, so that another
+learning rate does not compile again.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,25 +18,14 @@ State = dict[str, Tensor]  # state tensors of one parameter, by name
 class Step:
     """What a direction has to know of the coming step."""
 
-    take: Tensor  # 0-d float64: 1, or 0 if the step is skipped because a gradient is not finite
-    count: Tensor  # 0-d float64: number of this step, from 1; 1 for directions that do not count steps
+    count: int  # number of the parameter's step, from 1; always 1 for directions that do not count steps
     lr: float
     weight_decay: float
-    index: int = 1  # for matrices: number of the parameter's calls, from 1, skipped ones included; known to the host
-
-    def weight(self, x: float | Tensor) -> Tensor:
-        """A mixing weight that is 0 in a skipped step, for `average.lerp_(new, weight)`."""
-        return self.take * x
 
     @property
-    def decay(self) -> Tensor:
-        """What decoupled weight decay multiplies a weight with; 1 in a skipped step."""
-        return 1 - self.take * (self.lr * self.weight_decay)
-
-    @property
-    def rate(self) -> Tensor:
-        """The learning rate; 0 in a skipped step."""
-        return self.take * self.lr
+    def decay(self) -> float:
+        """What decoupled weight decay multiplies a weight with."""
+        return 1 - self.lr * self.weight_decay
 
 
 class Direction:
@@ -45,39 +33,43 @@ class Direction:
 
     A subclass names its state tensors, turns its hyperparameters into the numbers of a step, and updates with them.
     `numbers` runs once a step; `update` runs for every parameter, possibly compiled, possibly block by block, so it
-    must be elementwise. A skipped step must change nothing: use `step.weight`, `step.decay` and `step.rate`.
+    must be elementwise.
     """
 
     label: ClassVar[str]  # the direction's name in the table of parameters
     state_names: tuple[str, ...]  # state tensors of the parameter's shape, in the order that `update` receives them
-    counts_steps: ClassVar[bool] = False  # whether `numbers` reads step.count
+    counts_steps: ClassVar[bool] = False  # whether the direction reads step.count
 
     def state(self, p: Tensor, blocks: int = 1) -> State:
         """State of a parameter before its first step. blocks: row blocks that a matrix is treated as."""
         return {name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name in self.state_names}
 
-    def numbers(self, step: Step) -> NamedTuple:
-        """The 0-d tensors of a step; the caller converts them to the parameters' dtype."""
+    def numbers(self, step: Step) -> Any:
+        """The numbers of a step, a NamedTuple of floats."""
         raise NotImplementedError
 
     @staticmethod
-    def update(p: Tensor, gradient: Tensor, state: list[Tensor], n: Any, scratch: Tensor | None) -> None:
-        """Update p and its state in place; `gradient` may be overwritten.
-
-        n: the result of `numbers`. scratch: memory of the same shape to work in, or None.
-        """
+    def update(p: Tensor, gradient: Tensor, state: list[Tensor], n: Any) -> None:
+        """Update p and its state in place; `gradient`, a copy, may be overwritten. n: the result of `numbers`."""
         raise NotImplementedError
 
-    def cpu_kernel(self, step: Step) -> Callable[[Tensor, Tensor, list[Tensor]], None] | None:
-        """`update` as one kernel for contiguous tensors on a CPU in eager mode, if there is one."""
-        return None
+
+def add_scaled_(x: Tensor, y: Tensor, factor: Any) -> Tensor:
+    """x <- x + factor y, with a float, or in compiled code a 0-d tensor, which `alpha` does not take."""
+    return x.add_(y * factor) if isinstance(factor, Tensor) else x.add_(y, alpha=factor)
+
+
+def move_(p: Tensor, update: Tensor, decay: Any, rate: Any) -> None:
+    """p <- decay p - rate update, with numbers as above."""
+    p.mul_(decay)
+    p.sub_(update * rate) if isinstance(rate, Tensor) else p.sub_(update, alpha=rate)
 
 
 class MatrixNumbers(NamedTuple):
     """What every rank needs to move a matrix."""
 
-    decay: Tensor
-    rate: Tensor
+    decay: float
+    rate: float
 
 
 class MatrixDirection(Direction):
@@ -88,8 +80,8 @@ class MatrixDirection(Direction):
     """
 
     def numbers(self, step: Step) -> Any:
-        """The 0-d tensors that `accumulate` needs, among them the rate and decay of the weights."""
-        return MatrixNumbers(step.decay, step.rate)
+        """The numbers that `accumulate` needs, among them the rate and decay of the weights."""
+        return MatrixNumbers(step.decay, step.lr)
 
     @staticmethod
     def accumulate(gradient: Tensor, state: list[Tensor], n: Any, out: Tensor) -> None:
@@ -117,17 +109,15 @@ class MatrixDirection(Direction):
         return small * small * (2 * large + small)
 
 
-LARGEST_SQUARED = 1e18  # gradients are cut off here before they are squared; an infinite average would never recover
-
-
 class AdaptiveNumbers(NamedTuple):
-    """Numbers of `Adaptive.update`, which divides by `root_factor` sqrt(v) + `eps_term`."""
+    """Numbers of `Adaptive.update`."""
 
-    decay: Tensor
-    weight1: Tensor
-    weight2: Tensor
-    root_factor: Tensor
-    eps_term: Tensor
+    decay: float
+    rate: float  # lr / (1 - beta1^t)
+    weight1: float
+    weight2: float
+    root: float  # 1 / sqrt(1 - beta2^t)
+    eps: float
 
 
 @dataclass(frozen=True)
@@ -152,50 +142,22 @@ class Adaptive(Direction):
         return ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if self.amsgrad else ())
 
     def numbers(self, step: Step) -> AdaptiveNumbers:
-        """lr m_hat / (sqrt(v_hat) + eps) = m / (root_factor sqrt(v) + eps_term).
-
-        root_factor = correction1 / (lr sqrt(correction2)); eps_term = eps correction1 / lr, or eps root_factor if
-        eps is added first. The term is infinite where the weight must not move.
-        """
         beta1, beta2 = self.betas
-        correction1, correction2 = 1 - beta1**step.count, 1 - beta2**step.count
-        lr = step.lr or 1.0
-        root_factor = correction1 / correction2.sqrt() / lr
-        eps_term = self.eps * root_factor if self.eps_first else self.eps * correction1 / lr
-        moves = step.take > 0 if step.lr else torch.zeros_like(step.take, dtype=torch.bool)
-        eps_term = torch.where(moves, eps_term, torch.inf)
-        return AdaptiveNumbers(step.decay, step.weight(1 - beta1), step.weight(1 - beta2), root_factor, eps_term)
+        rate, root = step.lr / (1 - beta1**step.count), (1 - beta2**step.count) ** -0.5
+        eps = self.eps * root if self.eps_first else self.eps
+        return AdaptiveNumbers(step.decay, rate, 1 - beta1, 1 - beta2, root, eps)
 
     @staticmethod
-    def update(p: Tensor, gradient: Tensor, state: list[Tensor], n: AdaptiveNumbers, scratch: Tensor | None) -> None:
+    def update(p: Tensor, gradient: Tensor, state: list[Tensor], n: AdaptiveNumbers) -> None:
         m, v, *largest = state
-        gradient.clamp_(-LARGEST_SQUARED, LARGEST_SQUARED)
         m.lerp_(gradient, n.weight1)
-        v.lerp_(torch.mul(gradient, gradient, out=gradient), n.weight2)
-        v_used = torch.maximum(largest[0], v, out=largest[0]) if largest else v
-        Adaptive.move(p, m, v_used, n, scratch)
+        v.lerp_(gradient.mul_(gradient), n.weight2)
+        Adaptive.move(p, m, torch.maximum(largest[0], v, out=largest[0]) if largest else v, n)
 
     @staticmethod
-    def move(p: Tensor, m: Tensor, v: Tensor, n: AdaptiveNumbers, scratch: Tensor | None) -> None:
+    def move(p: Tensor, m: Tensor, v: Tensor, n: AdaptiveNumbers) -> None:
         """Decay p and move it by both averages."""
-        denominator = torch.sqrt(v, out=scratch).mul_(n.root_factor).add_(n.eps_term)
-        p.mul_(n.decay).addcdiv_(m, denominator, value=-1)
-
-    def cpu_kernel(self, step: Step) -> Callable[[Tensor, Tensor, list[Tensor]], None] | None:
-        """The kernel of torch's fused AdamW: one pass over memory where `update` makes eight."""
-        if self.eps_first:
-            return None
-        count, skip = step.count.float(), 1 - step.take.float()
-        beta1, beta2 = self.betas
-        numbers: dict[str, Any] = dict(lr=step.lr, beta1=beta1, beta2=beta2, weight_decay=step.weight_decay)
-        numbers |= dict(eps=self.eps, maximize=False, amsgrad=self.amsgrad, found_inf=skip)
-
-        def kernel(p: Tensor, gradient: Tensor, state: list[Tensor]) -> None:
-            m, v, *largest = ([t] for t in state)
-            gradient.clamp_(-LARGEST_SQUARED, LARGEST_SQUARED)
-            torch._fused_adamw_([p], [gradient], m, v, largest[0] if largest else [], [count], **numbers)
-
-        return kernel
+        move_(p, m / v.sqrt().mul_(n.root).add_(n.eps), n.decay, n.rate)
 
 
 @dataclass(frozen=True)
@@ -205,19 +167,15 @@ class AdaptiveByRaw(Adaptive):
     The raw gradient is the state "previous", where the approximate form of MARS has just put it for the next step.
     """
 
-    label = "adaptive by raw"
+    label = "raw-normalized adaptive"
     state_names = ("exp_avg", "exp_avg_sq", "previous")
 
     @staticmethod
-    def update(p: Tensor, gradient: Tensor, state: list[Tensor], n: AdaptiveNumbers, scratch: Tensor | None) -> None:
+    def update(p: Tensor, gradient: Tensor, state: list[Tensor], n: AdaptiveNumbers) -> None:
         m, v, raw = state
-        m.lerp_(gradient.clamp_(-LARGEST_SQUARED, LARGEST_SQUARED), n.weight1)
-        torch.clamp(raw, -LARGEST_SQUARED, LARGEST_SQUARED, out=gradient)
-        v.lerp_(gradient.mul_(gradient), n.weight2)
-        Adaptive.move(p, m, v, n, scratch)
-
-    def cpu_kernel(self, step: Step) -> None:
-        return None
+        m.lerp_(gradient, n.weight1)
+        v.lerp_(raw * raw, n.weight2)
+        Adaptive.move(p, m, v, n)
 
 
 @dataclass(frozen=True)
@@ -264,31 +222,24 @@ def interpolated(beta1: float, beta2: float) -> Momentum:
 class MomentumNumbers(NamedTuple):
     """Numbers of `mix` and of the update that follows it."""
 
-    decay: Tensor
-    rate: Tensor
-    stored_momentum: Tensor
-    stored_gradient: Tensor
-    used_momentum: Tensor
-    used_gradient: Tensor
+    decay: float
+    rate: float
+    stored_momentum: float
+    stored_gradient: float
+    used_momentum: float
+    used_gradient: float
 
 
 def momentum_numbers(momentum: Momentum, step: Step) -> MomentumNumbers:
-    """The numbers of a momentum step; a skipped step keeps the momentum."""
-    return MomentumNumbers(
-        step.decay,
-        step.rate,
-        1 - step.weight(1 - momentum.stored[0]),
-        step.weight(momentum.stored[1]),
-        step.weight(momentum.used[0]),
-        step.weight(momentum.used[1]),
-    )
+    """The numbers of a momentum step."""
+    return MomentumNumbers(step.decay, step.lr, *momentum.stored, *momentum.used)
 
 
-def mix(gradient: Tensor, m: Tensor, n: MomentumNumbers, out: Tensor) -> Tensor:
-    """Update the momentum m in place; fill and return `out`, which gives the direction. All of one shape."""
-    torch.mul(m, n.used_momentum, out=out).addcmul_(gradient, n.used_gradient)
-    m.mul_(n.stored_momentum).addcmul_(gradient, n.stored_gradient)
-    return out
+def mix(gradient: Tensor, m: Tensor, n: MomentumNumbers, out: Tensor | None = None) -> Tensor:
+    """Update the momentum m in place; returns the mixture that gives the direction, in `out` if given."""
+    used = add_scaled_(torch.mul(m, n.used_momentum, out=out), gradient, n.used_gradient)
+    add_scaled_(m.mul_(n.stored_momentum), gradient, n.stored_gradient)
+    return used
 
 
 @dataclass(frozen=True)
@@ -303,6 +254,5 @@ class Sign(Direction):
         return momentum_numbers(self.momentum, step)
 
     @staticmethod
-    def update(p: Tensor, gradient: Tensor, state: list[Tensor], n: MomentumNumbers, scratch: Tensor | None) -> None:
-        used = mix(gradient, state[0], n, out=torch.empty_like(gradient))
-        p.mul_(n.decay).addcmul_(used.sign_(), n.rate, value=-1)
+    def update(p: Tensor, gradient: Tensor, state: list[Tensor], n: MomentumNumbers) -> None:
+        move_(p, mix(gradient, state[0], n).sign_(), n.decay, n.rate)

@@ -1,4 +1,4 @@
-"""MARS (Yuan et al. 2024, arXiv 2411.10438): the corrected gradient times one of three directions.
+"""MARS (Yuan et al. 2024, arXiv 2411.10438): the corrected gradient by one of three rules.
 
 c = g + gamma beta1/(1-beta1) (g - previous), clipped to unit norm per tensor
 mars-adamw    m, v averages of c, c^2;   p <- p - lr (wd p + m_hat / (sqrt(v_hat) + eps))

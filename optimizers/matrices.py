@@ -9,7 +9,7 @@ from torch import Tensor
 
 def matrix_shape(p: Tensor, blocks: int) -> tuple[int, int]:
     """Rows and columns of a parameter seen as `blocks` matrices; filters are flattened to (out, rest)."""
-    return p.shape[0] // blocks, p[0].numel()
+    return p.shape[0] // blocks, p.shape[1:].numel()
 
 
 def as_wide_matrices(p: Tensor, blocks: int) -> Tensor:
@@ -55,14 +55,14 @@ class Ownership:
 
     def gather(
         self, family: list[Tensor], results: dict[Tensor, Tensor], shape: torch.Size, dtype: torch.dtype
-    ) -> tuple[dist.Work | None, list[Tensor | None]]:
+    ) -> tuple[dist.Work | None, list[Tensor]]:
         """Start to exchange the results, all of one shape, of a family's parameters.
 
-        results: this rank's, by parameter; a parameter without a gradient has none.
+        results: this rank's, by parameter.
         Returns the pending transfer (None if there is none) and the results in the family's order, valid after it.
         """
         if self.size == 1:
-            return None, [results.get(p) for p in family]
+            return None, [results[p] for p in family]
         device, slot_of, taken = family[0].device, {}, [0] * self.size
         for p in family:
             slot_of[p], taken[self.owner[p]] = taken[self.owner[p]], taken[self.owner[p]] + 1

@@ -39,7 +39,7 @@ class OrthogonalConfig(Settings):
     adamw_eps_first: bool = option(False, "AdamW: add eps before the bias correction of v (as published)")
 
     def adamw(self) -> Rule:
-        """The rule of what is no matrix."""
+        """The AdamW rule for embeddings and vectors."""
         direction = Adaptive(self.adamw_betas, self.adamw_eps, eps_first=self.adamw_eps_first)
         return Rule(direction, self.lr, self.weight_decay)
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from optimizers.directions import MatrixDirection, Momentum, MomentumNumbers, State, Step, mix, momentum_numbers
-from optimizers.norms import norms_of_matrices
 
 # K. Jordan, "Muon" (2024): steepest at zero. Singular values end between about 0.7 and 1.2, not at 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -76,8 +75,8 @@ def orthogonalize(G: Tensor, steps: int = 5, eps: float = 1e-7, dtype: torch.dty
     """
     transposed = G.size(-2) > G.size(-1)
     X = G.mT if transposed else G
-    divisor = (norms_of_matrices(X) + eps).to(X.dtype)
-    X = torch.div(X, divisor, out=torch.empty_like(X, dtype=dtype))
+    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
+    X = torch.div(X, norm + eps, out=torch.empty_like(X, dtype=dtype))
     wide = X.size(-1) >= GRAM_FROM_ASPECT * X.size(-2)
     exact = dtype == torch.float32 and X.device.type == "cpu"
     X = (_iterate_on_gram if wide and exact else _iterate)(X, steps)

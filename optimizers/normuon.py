@@ -25,7 +25,7 @@ class NormalizedOrthogonal(Orthogonal):
     """The direction of NorMuon. A matrix (rows, columns) has one neuron a row."""
 
     beta2: float = 0.95
-    label = "orthogonal, rows normalized"
+    label = "row-normalized orthogonal"
 
     def state(self, p: Tensor, blocks: int = 1) -> State:
         """Adds the rows' mean squares, in the layout of wide matrices: a tall matrix has its rows in columns."""
@@ -38,7 +38,7 @@ class NormalizedOrthogonal(Orthogonal):
         for matrix, state in zip(found.split(len(stack) // len(states)), states, strict=True):
             v = state["row_sq"]
             mean = matrix.to(v.dtype).square().mean(2 if v.size(2) == 1 else 1, keepdim=True)
-            v.lerp_(mean, step.weight(1 - self.beta2).to(v.dtype))
+            v.lerp_(mean, 1 - self.beta2)
             scaled = matrix / (v.sqrt() + EPS)
             normalized.append(scaled / torch.linalg.matrix_norm(scaled, keepdim=True).clamp(min=EPS))
         return torch.cat(normalized).to(found.dtype)

@@ -59,7 +59,7 @@ def grouped(assignments: list[Assignment], **settings: Mapping[str, Any] | Calla
 
 
 def update_table(optimizer: Optimizer, names: Mapping[Tensor, str]) -> list[Row]:
-    """How each parameter is updated, in the order of `names`; of a foreign optimizer the name of its class."""
+    """How each parameter is updated, in the order of `names`. Of another library's optimizer, only the class name."""
     rows = {}
     for group in optimizer.param_groups:
         for p in group["params"]:

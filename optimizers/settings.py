@@ -15,7 +15,7 @@ from optimizers.roles import Assignment, grouped
 
 @dataclass(frozen=True)
 class Rule:
-    """How one tensor is updated in one step: a gradient, raw or corrected, and a direction."""
+    """How one tensor is updated in one step: a direction, and the gradient that it receives."""
 
     direction: Direction
     lr: float
@@ -24,8 +24,8 @@ class Rule:
     clip: bool = False  # scale the gradient of each tensor to at most unit norm
 
     def __str__(self) -> str:
-        gradient = "raw" if self.correction is None else "corrected" + (" clipped" if self.clip else "")
-        return f"{gradient} x {self.direction.label}"
+        gradient = "raw" if self.correction is None else ("clipped, " if self.clip else "") + "corrected"
+        return f"{self.direction.label} update of the {gradient} gradient"
 
 
 class Settings:
@@ -34,7 +34,6 @@ class Settings:
     The same dataclass is a section of the command line, the defaults of the optimizer class, and a parameter group.
     """
 
-    optimizer: ClassVar[Callable[..., Optimizer] | None] = None  # the class that these settings configure
     added_later: ClassVar[tuple[str, ...]] = ()  # keys that an older state_dict may lack; they get their default
     lr: float
     weight_decay: float
@@ -62,14 +61,17 @@ class Settings:
     def build(
         self, assignments: list[Assignment], process_group: ProcessGroup | None = None, compiled: bool = False
     ) -> Optimizer:
-        """The optimizer over a model's parameters.
+        """The optimizer over a model's parameters. Settings of optimizers of other libraries define it themselves.
 
         process_group: ranks that hold equal gradients and share the work on matrices.
         compiled: compile the elementwise updates.
+        Raises ValueError if no optimizer class is registered for these settings.
         """
-        assert self.optimizer is not None, f"{type(self).__name__} must name its optimizer class, or define build()"
-        groups, settings = self.groups(assignments), self.as_group()
-        return self.optimizer(groups, process_group=process_group, compiled=compiled, **settings)
+        make = next((_makers[cls] for cls in type(self).__mro__ if cls in _makers), None)
+        if make is None:
+            name = type(self).__name__
+            raise ValueError(f"{name}: call register(YourOptimizer, {name}()) first, or define build() in {name}")
+        return make(self.groups(assignments), process_group=process_group, compiled=compiled, **self.as_group())
 
     def as_group(self) -> dict[str, Any]:
         """The settings that a parameter group holds."""
@@ -84,6 +86,20 @@ class Settings:
         """The settings that a parameter group holds."""
         values = {key: group[key] for key, (_, o) in options_of(cls).items() if not o.run_only}
         return cls(**{key: _plain(value) for key, value in values.items()})
+
+
+_makers: dict[type, Callable[..., Optimizer]] = {}  # by the type of settings
+
+
+def register(make: Callable[..., Optimizer], settings: Settings) -> Settings:
+    """Let `build_optimizer` call `make`, an optimizer class, for settings of this type; returns the settings.
+
+    Raises ValueError if settings of this type already belong to another class.
+    """
+    owner, name = _makers.setdefault(type(settings), make), type(settings).__name__
+    if owner is not make:
+        raise ValueError(f"{name}: belongs to {owner.__name__}; derive other settings from it for {make.__name__}")
+    return settings
 
 
 def _plain(value: Any) -> Any:

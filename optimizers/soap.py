@@ -1,10 +1,15 @@
 """SOAP (Vyas et al. 2024, arXiv 2409.11321): Adam in the slowly rotating eigenbasis of Shampoo's preconditioners.
 
 m <- beta1 m + (1 - beta1) g;  v <- beta2 v + (1 - beta2) (Q_L^T g Q_R)^2
-p <- (1 - lr wd) p - lr Q_L (Q_L^T m_hat Q_R / (sqrt(v_hat) + eps)) Q_R^T
-L <- beta2 L + (1 - beta2) g g^T;  R <- beta2 R + (1 - beta2) g^T g;  every few steps Q_L <- QR(L Q_L), Q_R <- QR(R Q_R)
+p <- (1 - lr wd) (p - lr Q_L (Q_L^T m_hat Q_R / (sqrt(v_hat) + eps / sqrt(1 - beta2^t))) Q_R^T)
+L <- beta2 L + (1 - beta2) g g^T;  R <- beta2 R + (1 - beta2) g^T g
+every few steps: Q_L <- QR(L Q_L), Q_R <- QR(R Q_R), columns and v sorted by the eigenvalues that Q^T L Q estimates
 
-As in the authors' code, the first gradient only sets L, R and their eigenvectors. Other tensors get AdamW.
+A matrix is updated as by the authors' code, step by step: the first gradient only sets L, R and their eigenvectors,
+and t counts the steps after it. What differs, on purpose:
+- Embeddings and vectors get AdamW. The authors treat embeddings as matrices, and vectors by Adam with decay.
+- Filters are flattened to (out, rest). The authors keep a basis for each of their four sides.
+- The first eigenvectors are computed in float64, because the solver can fail in float32.
 """
 
 from dataclasses import dataclass
@@ -13,13 +18,12 @@ import torch
 from torch import Tensor
 
 from optimizers.composed import ComposedOptimizer
-from optimizers.directions import Adaptive, MatrixDirection, State, Step
+from optimizers.directions import Adaptive, MatrixDirection, MatrixNumbers, State, Step
 from optimizers.matrices import as_wide_matrices
-from optimizers.norms import norm_of
 from optimizers.options import option
 from optimizers.settings import Rule, Settings
 
-LARGEST_NORM = 1e15  # larger gradients are scaled to this norm, so that their squares and products stay finite
+SIDES = ("left", "right")
 
 
 @dataclass(frozen=True)
@@ -29,47 +33,79 @@ class Rotated(MatrixDirection):
     betas: tuple[float, float]
     eps: float
     refresh_every: int
-    label = "adaptive in Shampoo's eigenbasis"
+    largest_side: int
+    label = "rotated adaptive"
+    counts_steps = True
     state_names = ()
 
     def state(self, p: Tensor, blocks: int = 1) -> State:
-        """The averages (blocks, m, n), the preconditioners and their bases (blocks, m, m) and (blocks, n, n)."""
+        """The averages (blocks, m, n) in the bases, the preconditioners and bases (blocks, m, m) and (blocks, n, n).
+
+        A side above `largest_side` has neither.
+        """
         wide = as_wide_matrices(p.detach(), blocks)
-        out = {key: wide.new_zeros(wide.shape) for key in ("exp_avg", "exp_avg_sq")} | {"count": wide.new_zeros(())}
-        for side, size in (("left", wide.size(1)), ("right", wide.size(2))):
-            out[side] = wide.new_zeros(blocks, size, size)
-            out[f"{side}_basis"] = torch.eye(size, dtype=p.dtype, device=p.device).repeat(blocks, 1, 1)
+        out = {key: wide.new_zeros(wide.shape) for key in ("exp_avg", "exp_avg_sq")}
+        for side, size in zip(SIDES, wide.shape[1:], strict=True):
+            if size <= self.largest_side:
+                out[side] = wide.new_zeros(blocks, size, size)
+                out[f"{side}_basis"] = torch.eye(size, dtype=p.dtype, device=p.device).repeat(blocks, 1, 1)
         return out
 
+    def numbers(self, step: Step) -> MatrixNumbers:
+        return MatrixNumbers(step.decay if step.count > 1 else 1.0, step.lr)
+
     def directions(self, stack: Tensor, states: list[State], step: Step) -> Tensor:
-        each = stack.split(len(stack) // len(states))
-        return torch.cat([self.direction(g, s, step) for g, s in zip(each, states, strict=True)])
+        of_blocks = [
+            {key: t[block] for key, t in s.items() if t.dim()}
+            for s in states
+            for block in range(len(stack) // len(states))
+        ]
+        return torch.stack([self.direction(g, s, step) for g, s in zip(stack, of_blocks, strict=True)])
 
     def direction(self, g: Tensor, s: State, step: Step) -> Tensor:
-        """The direction of one parameter from its gradient g (blocks, m, n)."""
-        (beta1, beta2), take = self.betas, step.take.to(g.dtype)
-        s["count"].add_(take)
-        g = g * (LARGEST_NORM / norm_of(g)).clamp(max=1).to(g.dtype)
+        """The direction of one matrix from its gradient g (m, n)."""
+        (beta1, beta2), count = self.betas, step.count - 1  # without the first step
         update = torch.zeros_like(g)
-        if step.index > 1:
-            rotated = s["left_basis"].mT @ g @ s["right_basis"]
-            s["exp_avg"].lerp_(g, take * (1 - beta1))
-            s["exp_avg_sq"].lerp_(rotated.square(), take * (1 - beta2))
-            count = (s["count"].double() - 1).clamp(min=1)
-            m = s["left_basis"].mT @ s["exp_avg"] @ s["right_basis"] / (1 - beta1**count).to(g.dtype)
-            v = s["exp_avg_sq"] / (1 - beta2**count).to(g.dtype)
-            update = s["left_basis"] @ (m / (v.sqrt() + self.eps)) @ s["right_basis"].mT
-        for side, square in (("left", g @ g.mT), ("right", g.mT @ g)):
-            s[side].lerp_(square, take * (1 - beta2))
-            if step.index == 1:  # in float64: in float32 the solver can fail where many inputs are always zero
-                s[f"{side}_basis"].copy_(torch.linalg.eigh(s[side].double()).eigenvectors)
-            elif step.index % self.refresh_every == 0:
-                refreshed = torch.linalg.qr(s[side] @ s[f"{side}_basis"]).Q
-                s[f"{side}_basis"].copy_(torch.where(take > 0, refreshed, s[f"{side}_basis"]))
+        if count:
+            rotated = _to_bases(g, s)
+            s["exp_avg"].lerp_(rotated, 1 - beta1)
+            s["exp_avg_sq"].lerp_(rotated.square(), 1 - beta2)
+            factor = (1 - beta2**count) ** 0.5 / (1 - beta1**count) * step.decay
+            update = _from_bases(s["exp_avg"] / (s["exp_avg_sq"].sqrt() + self.eps), s) * factor
+        for side, x in zip(SIDES, (g, g.T), strict=True):
+            if side in s:
+                s[side].lerp_(x @ x.T, 1 - beta2)
+                if not count:  # in float64: in float32 the solver can fail where many inputs are always zero
+                    s[f"{side}_basis"].copy_(torch.linalg.eigh(s[side].double()).eigenvectors.flip(1))
+        if count and count % self.refresh_every == 0:
+            self.refresh(s)
         return update
 
+    def refresh(self, s: State) -> None:
+        """One power iteration on each basis, sorted by eigenvalue, and the averages brought to the new bases."""
+        average = _from_bases(s["exp_avg"], s)
+        for dim, side in enumerate(SIDES):
+            if side in s:
+                basis = s[f"{side}_basis"]
+                order = (basis.T @ s[side] @ basis).diagonal().argsort(descending=True)
+                s["exp_avg_sq"].copy_(s["exp_avg_sq"].index_select(dim, order))
+                basis.copy_(torch.linalg.qr(s[side] @ basis[:, order]).Q)
+        s["exp_avg"].copy_(_to_bases(average, s))
+
     def cost(self, rows: int, columns: int) -> float:
-        return float(rows**3 + columns**3)
+        return float(rows * columns + sum(side**3 for side in (rows, columns) if side <= self.largest_side))
+
+
+def _to_bases(x: Tensor, s: State) -> Tensor:
+    """Q_L^T x Q_R; a side without a basis stays as it is."""
+    x = s["left_basis"].T @ x if "left_basis" in s else x
+    return x @ s["right_basis"] if "right_basis" in s else x
+
+
+def _from_bases(x: Tensor, s: State) -> Tensor:
+    """Q_L x Q_R^T."""
+    x = s["left_basis"] @ x if "left_basis" in s else x
+    return x @ s["right_basis"].T if "right_basis" in s else x
 
 
 @dataclass(frozen=True)
@@ -82,17 +118,15 @@ class SOAPConfig(Settings):
     )
     eps: float = option(1e-8, "added to sqrt(v_hat)", above=0)
     refresh_every: int = option(10, "steps between refreshes of the eigenbasis", least=1)
+    largest_side: int = option(10_000, "a longer side of a matrix is not rotated", least=1)
     weight_decay: float = option(0.01, "weight decay of matrices", least=0)
 
     def rule(self, role: str, lr_factor: float) -> Rule:
-        matrix = Rotated(self.betas, self.eps, self.refresh_every)
+        matrix = Rotated(self.betas, self.eps, self.refresh_every, self.largest_side)
         return Rule(matrix if role == "matrix" else Adaptive(self.betas, self.eps), self.lr, self.weight_decay)
 
 
 class SOAP(ComposedOptimizer):
-    """SOAP. State of a matrix (m, n): 2 m n + 2 m^2 + 2 n^2 numbers, divided over the ranks; 8 bytes elsewhere.
-
-    The first step must not be skipped, because it sets the bases. A GradScaler skips first steps if its scale is high.
-    """
+    """SOAP. State of a matrix (m, n): 2 m n + 2 m^2 + 2 n^2 numbers, divided over the ranks; 8 bytes elsewhere."""
 
     settings = SOAPConfig

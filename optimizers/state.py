@@ -43,6 +43,7 @@ def load_named_state(optimizer: Optimizer, model: nn.Module, saved: Mapping[str,
     Each rank reads what it holds. Raises ValueError if another kind of optimizer made it, or if shapes differ.
     """
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    owner, rank = (o.owner, o.rank) if (o := getattr(optimizer, "ownership", None)) else ({}, 0)
     keys: dict[str, list[str]] = defaultdict(list)
     for full in sorted(saved):
         name, _, key = full.rpartition("/")
@@ -54,6 +55,8 @@ def load_named_state(optimizer: Optimizer, model: nn.Module, saved: Mapping[str,
         if allocated and p not in optimizer.state:
             continue  # another rank owns this state
         found = {key.partition("#")[0]: key for key in keys[name]}
+        if owner.get(p, rank) != rank:  # this rank only counts the steps of this parameter
+            found = {key: full for key, full in found.items() if key in present}
         if allocated and found.keys() != present.keys():
             raise ValueError(
                 f"optimizer state of {name}: saved {sorted(found) or 'nothing'}, expected {sorted(present)}; "

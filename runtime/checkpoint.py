@@ -422,7 +422,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     for name, t in ordered:
         start, end = end, end + t.numel() * t.element_size()
         header[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     contents = (t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for _, t in ordered)
     return write_new(path, itertools.chain((len(text).to_bytes(8, "little"), text), contents))

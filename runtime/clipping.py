@@ -1,17 +1,16 @@
 """Gradient clipping by global norm, and the stop at a gradient that is not finite."""
 
-from typing import Any
+import math
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.nn.utils import clip_grad_norm_
 
-from optimizers.norms import total_norm
 from runtime.errors import UserError
 
 
 class NonFiniteError(UserError):
-    """Loss or gradient was not finite at `step`. No update was applied from that step on."""
+    """Loss or gradient was not finite at `step`. Nothing from that step on was saved."""
 
     def __init__(self, message: str, step: int = -1) -> None:
         super().__init__(message)
@@ -19,47 +18,41 @@ class NonFiniteError(UserError):
 
 
 class GradientClipper:
-    """Clips the gradients of a model and prevents updates with gradients that are not finite.
+    """Clips the gradients of a model and stops the run at a gradient that is not finite.
 
-    An optimizer with `_step_supports_amp_scaling`, as torch's fused classes and ours have, receives two device
-    scalars: it divides gradients by `grad_scale`, and does nothing where `found_inf` is 1. So no step waits for the
-    device. After the first norm that is not finite, that step and all later ones are skipped until `check` raises.
-    For any other optimizer, `clip` waits for the device, checks the gradients and clips them before the step.
+    On a CPU `clip` raises before such a gradient is applied. On a GPU the host must not wait for the device: the norm
+    is copied to the host and looked at in the next call of `clip`. By then the bad update has reached the weights, so
+    call `check` before anything is logged, evaluated or saved.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, max_norm: float) -> None:
+    def __init__(self, model: nn.Module, max_norm: float, late: bool | None = None) -> None:
+        """max_norm: largest global norm; 0: no clipping. late: look at norms one call late; None: on a GPU."""
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer: Any = optimizer
-        self.max_norm = max_norm
-        self.optimizer_clips = getattr(optimizer, "_step_supports_amp_scaling", False)
-        self._bad_step = torch.full((), -1, dtype=torch.int64, device=self.parameters[0].device)
+        self.max_norm = max_norm or math.inf
+        self.late = self.parameters[0].device.type != "cpu" if late is None else late
+        self._copied: list[tuple[int, Tensor, torch.cuda.Event | None]] = []  # step, norm on the host, end of its copy
 
     def clip(self, step: int) -> Tensor:
-        """Prepare the gradients of a step and return their global norm before clipping.
+        """Clip the gradients of a step and return their global norm before clipping.
 
-        Gradients are divided by max(1, (norm + 1e-6) / max_norm), as in torch's clip_grad_norm_.
-        Raises NonFiniteError at once if the optimizer cannot skip a step by itself.
+        Raises NonFiniteError for this gradient on a CPU, and for the one before on a GPU.
         """
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = total_norm(gradients)
-        bad = (self._bad_step < 0) & ~torch.isfinite(norm)
-        self._bad_step = torch.where(bad, step, self._bad_step)
-        largest = torch.finfo(torch.float32).max
-        scale = ((norm + 1e-6) / self.max_norm).clamp(1.0, largest).float() if self.max_norm else None
-        if self.optimizer_clips:
-            self.optimizer.found_inf, self.optimizer.grad_scale = (self._bad_step >= 0).float(), scale
-        else:
+        norm = clip_grad_norm_(self.parameters, self.max_norm, foreach=True)
+        if self.late:
             self.check()
-            if scale is not None:
-                torch._foreach_div_(gradients, scale)
+        on_host = norm.to("cpu", non_blocking=True)  # page-locked
+        event = torch.cuda.current_stream(norm.device).record_event() if norm.is_cuda else None
+        self._copied.append((step, on_host, event))
+        if not self.late:
+            self.check()
         return norm
 
     def check(self) -> None:
-        """Wait for the device. Raises NonFiniteError with the first bad step, if there is one."""
-        step = int(self._bad_step)
-        if step >= 0:
-            raise NonFiniteError(
-                f"the gradient of step {step} (counted from 0) is not finite; it was not applied, "
-                "and the checkpoints before it are good",
-                step,
-            )
+        """Wait for the norms that are on their way. Raises NonFiniteError for the first that is not finite."""
+        while self._copied:
+            step, norm, event = self._copied.pop(0)
+            if event is not None and not event.query():  # all ranks stop at the same step, so none may look later
+                event.synchronize()
+            if not math.isfinite(norm):
+                message = f"the gradient of step {step} (counted from 0) is not finite; earlier checkpoints are good"
+                raise NonFiniteError(message, step)

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from optimizers.options import errors_of, option
 from runtime.distributed import signals_ignored
 from runtime.errors import UserError
+from runtime.hardware import cores
 
 # The backends that are enabled for each setting of attention. On Hopper and Blackwell GPUs, torch prefers cuDNN
 # whatever order is set. So a setting that must not use cuDNN has to disable it.
@@ -88,8 +89,8 @@ def start_compile_workers(local_size: int) -> None:
     if not any(map(shutil.which, (os.environ.get("CC", "gcc"), os.environ.get("CXX", "g++"), "cc", "clang"))):
         raise UserError("compilation needs a C compiler, and there is none: install gcc, or give --compile=false")
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
-        cores = os.cpu_count() or 1
-        inductor.compile_threads = max(1, min(inductor.compile_threads or cores, cores // local_size))
+        most = cores()
+        inductor.compile_threads = max(1, min(inductor.compile_threads or most, most // local_size))
     with signals_ignored():
         AsyncCompile.warm_pool()
 

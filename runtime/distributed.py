@@ -4,7 +4,9 @@ Only this module and runtime/command.py read the environment variables of torchr
 """
 
 import ctypes
+import itertools
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -21,11 +23,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from runtime.command import first_line, is_out_of_memory
 from runtime.errors import UserError
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=10)  # a collective that takes longer ends the run, so that it does not hang
-CONTROL_TIMEOUT = timedelta(hours=1)  # the same for messages, which wait for the slowest rank to write a checkpoint
+# Ranks wait so long for each other, for the slowest one to write a checkpoint, for example. Then the run ends, so that
+# it does not hang. Messages on the CPU wait less than NCCL, whose own end of the process explains nothing.
+PATIENCE = float(os.environ.get("RANKS_WAIT_SECONDS", "540"))
+TIMEOUT, NCCL_TIMEOUT = timedelta(seconds=PATIENCE), timedelta(seconds=PATIENCE + 30)
+BEAT = 2.0  # seconds between two signs of life of a rank
 REPEATED = 1.0  # seconds after the first signal from which another one counts as a second request
 
 
@@ -101,20 +107,85 @@ def start_world(device: str) -> Iterator[World]:
         yield World(0, 1, torch_device)
         return
     _stop_with_launcher()
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=torch_device if on_gpu else None)
-    shut_down = True
+    backend, timeout = ("nccl", NCCL_TIMEOUT) if on_gpu else ("gloo", TIMEOUT)
     try:
-        control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        yield World(dist.get_rank(), dist.get_world_size(), torch_device, control, local_size)
-    except (Exception, KeyboardInterrupt):
+        dist.init_process_group(backend, timeout=timeout, device_id=torch_device if on_gpu else None)
+    except dist.DistError as error:
+        raise UserError(f"the processes of this run did not find each other ({first_line(error)})") from None
+    rank, size, shut_down = dist.get_rank(), dist.get_world_size(), True
+    roll = Roll(rank, size)
+    try:
+        control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        yield World(rank, size, torch_device, control, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    except (Exception, KeyboardInterrupt) as error:
         # NCCL's shutdown waits for all pending collectives. If only this rank has failed, the others never join them,
         # and the shutdown would hang before the error is printed. Ending the process aborts the collectives.
         shut_down = not on_gpu
-        raise
+        if not _is_of_collective(error):
+            raise
+        shut_down = False
+        raise LostRankError(roll.missing()) from error
     finally:
+        roll.close()
         if shut_down:
             dist.destroy_process_group()
+
+
+def _is_of_collective(error: BaseException) -> bool:
+    """Whether an error says that a collective could not end."""
+    failed = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    return failed and not is_out_of_memory(error)
+
+
+class LostRankError(UserError):
+    """Another rank does not answer any more."""
+
+
+class Roll:
+    """Signs of life of all ranks, in the store through which they have found each other.
+
+    A thread of each rank writes them. So a rank whose process was killed or stopped, or whose machine is lost, is
+    known by name, while the other ranks only know that some collective failed.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self.store = dist.PrefixStore("roll", dist.distributed_c10d._get_default_store())
+        self.store.set(f"name/{rank}", f"rank {rank} (process {os.getpid()} on {platform.node()})")
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
+
+    def _beat(self) -> None:
+        with suppress(RuntimeError):  # the machine of the store is lost
+            for number in itertools.count():
+                self.store.set(f"beat/{self.rank}", str(number))
+                if self._closed.wait(BEAT):
+                    return
+
+    def _read(self, key: str) -> list[bytes | None]:
+        keys = [f"{key}/{rank}" for rank in range(self.size)]
+        return [self.store.get(key) if self.store.check([key]) else None for key in keys]
+
+    def missing(self) -> str:
+        """What to tell of the ranks that do not answer: without signs of life, or else not waiting as this one does."""
+        again = "the same command continues from the last checkpoint"
+        try:
+            self.store.set(f"waits/{self.rank}", "yes")
+            before = self._read("beat")
+            time.sleep(3 * BEAT)
+            found = zip(self._read("name"), before, self._read("beat"), self._read("waits"), strict=True)
+        except RuntimeError:
+            where = os.environ.get("MASTER_ADDR", "the first machine")
+            return f"the processes on {where} cannot be reached any more; {again}"
+        ranks = [(name or b"a rank", beat != later, waits) for name, beat, later, waits in found]
+        lost = [name for name, alive, _ in ranks if not alive] or [name for name, _, waits in ranks if not waits]
+        names = b", ".join(lost[:8]).decode() or "a rank"
+        return f"{names}{' and others' if len(lost) > 8 else ''}: no answer; {again}"
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join(10)  # torch aborts a process that exits while a thread is inside torch
 
 
 def _stop_with_launcher() -> None:
@@ -259,9 +330,10 @@ class StopRequest:
         """Whether all ranks stop now. also: this rank has another reason than a signal."""
         return bool(self._exchange.any(also or self.signal is not None))
 
-    def close(self) -> None:
-        """Finish the pending exchange and restore the previous signal handlers."""
-        self._exchange.close()
+    def close(self, wait: bool = True) -> None:
+        """Restore the previous signal handlers. wait: finish the pending exchange first; not if a rank has failed."""
+        if wait:
+            self._exchange.close()
         signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked_before)
         for number, handler in self._handlers_before.items():
             signal.signal(number, handler)

@@ -110,6 +110,10 @@ def bad_samples(t: "Trainer", step: int) -> str:
         with t.autocast:
             return t.model(*to_device(row[None], t.world.device))
 
+    if not all(torch.isfinite(p).all() for p in t.model.parameters()):  # on a GPU the bad update is in the weights
+        if (found := t.checkpoints.latest()) is None:
+            return "unknown, because the weights are lost and there is no checkpoint"
+        t.model.load_state_dict(found.model())
     bad = [name for names in t.world.gather(t.loader.bad_samples(step, loss_of)) for name in names]
     if not bad:
         return "none alone has a loss that is not finite"

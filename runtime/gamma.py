@@ -68,13 +68,12 @@ class GammaTuner:
         self.halves = {p: p.grad.clone() for p in self.matrices if p in self.optimizer.state and p.grad is not None}
 
     @torch.no_grad()
-    def estimate(self, step: int) -> None:
-        """Update A and gamma from the present gradients g, which may still have to be divided by grad_scale."""
+    def estimate(self, step: int, clipped: Tensor | float = 1.0) -> None:
+        """Update A and gamma from the present gradients g, which were multiplied by `clipped` to clip them."""
         sums = torch.zeros(2, len(self.matrices), dtype=torch.float64, device=self.world.device)
-        scale = getattr(self.optimizer, "grad_scale", None)
         for i, p in enumerate(self.matrices):  # one place per matrix: the sum does not depend on the number of ranks
             if p in self.halves and p.grad is not None:
-                g, half = (p.grad, self.halves[p]) if scale is None else (p.grad / scale, self.halves[p] / scale)
+                g, half = p.grad, self.halves[p] * clipped
                 average = self.optimizer.state[p]["momentum"] / (1 - self.beta**step)
                 sums[0, i] = (2 * half - g).square().sum()
                 sums[1, i] = (average - g).square().sum()

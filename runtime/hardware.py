@@ -6,10 +6,14 @@ import re
 import resource
 import subprocess
 import sys
+from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
+
+from runtime.errors import UserError
 
 # Peak in TFLOP/s of bf16 products that are summed in float32, without sparsity. The longest key that occurs in the
 # device's name counts. Sources: NVIDIA's and AMD's data sheets of each product, whose figures with sparsity are halved.
@@ -63,6 +67,16 @@ PEAK_TFLOPS = {
     "MI325X": 1307.4,
     "MI300X": 1307.4,
 }
+# Memory in GB of 10^9 bytes, from the same data sheets, of the cards that somebody may plan for. A name that stands for
+# several products has its smallest memory.
+MEMORY_GB = {
+    **{"B300": 288, "GB300": 288, "B200": 180, "GB200": 186, "GH200": 96},
+    **{"H200": 141, "H200 NVL": 141, "H100": 80, "H100 PCIe": 80, "H100 NVL": 94, "H800": 80, "H20": 96},
+    **{"A100": 40, "A100-40GB": 40, "A100-80GB": 80, "A800": 80, "A40": 48, "A30": 24, "A10G": 24, "A10": 24},
+    **{"L40S": 48, "L40": 48, "L4": 24, "RTX A6000": 48, "RTX A5000": 24, "RTX 6000 Ada": 48, "RTX 5000 Ada": 32},
+    **{"RTX 5090": 32, "RTX 5080": 16, "RTX 4090": 24, "RTX 4080": 16, "RTX 3090": 24, "RTX 3080": 10},
+    **{"MI300X": 192, "MI325X": 256, "MI350X": 288, "MI355X": 288},
+}
 OTHER_PRODUCTS = re.compile(r"\b(MIG|Laptop|Max-Q|D)\b")  # parts of a GPU, and slower ones with the same name
 PACKAGES = ("torch", "numpy", "safetensors", "transformers", "datasets", "tiktoken", "wandb", "lm_eval")
 
@@ -70,10 +84,55 @@ PACKAGES = ("torch", "numpy", "safetensors", "transformers", "datasets", "tiktok
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 peak of a device in FLOP/s; None for a CPU, an unknown GPU, a part of a GPU, and GPUs of laptops."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    if OTHER_PRODUCTS.search(name):
-        return None
+    return None if OTHER_PRODUCTS.search(name) else peak_of_card(name)
+
+
+def peak_of_card(name: str) -> float | None:
+    """Dense bf16 peak in FLOP/s of a card whose name contains a known one; None for others."""
     found = [key for key in PEAK_TFLOPS if re.search(rf"\b{key}\b", name)]
     return 1e12 * PEAK_TFLOPS[max(found, key=len)] if found else None
+
+
+@dataclass(frozen=True)
+class Machines:
+    """GPUs to plan for: machines of equally many cards of one kind."""
+
+    count: int
+    gpus: int  # of each machine
+    card: str  # a key of MEMORY_GB
+
+    @property
+    def processes(self) -> int:
+        return self.count * self.gpus
+
+    @property
+    def memory(self) -> int:
+        """Bytes of a card."""
+        return round(1e9 * MEMORY_GB[self.card])
+
+    def __str__(self) -> str:
+        return f"{self.count} x {self.gpus} x {self.card}"
+
+
+def parse_machines(text: str) -> Machines:
+    """The text "2x8xH100" (machines x GPUs x card), "8xH100" or "H100". Raises UserError with the nearest cards."""
+
+    def plain(name: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", name.lower())
+
+    match = re.fullmatch(r"((?:\d+\s*[x*]\s*){0,2})(.*)", text.strip(), re.IGNORECASE | re.DOTALL)
+    numbers, card = (re.findall(r"\d+", match[1]), match[2]) if match else ([], text)
+    known = {plain(key): key for key in MEMORY_GB}
+    if "0" in numbers or re.match(r"\d+\s*[x*]", card):
+        raise UserError(f"--as={text}: must be MACHINESxGPUSxCARD, for example 2x8xH100, or 8xA100-80GB")
+    if plain(card) not in known:
+        joined = None if numbers else re.fullmatch(r"(\d+)(\D.*)", card)  # "8H100"
+        name, numbers = (joined[2], [joined[1]]) if joined else (card, numbers)
+        near = [known[k] for k in get_close_matches(plain(name), known, n=3, cutoff=0.4)] or ["H100", "A100-80GB"]
+        count = "".join(f"{n}x" for n in numbers)
+        raise UserError(f"--as={text}: unknown card; nearest: {', '.join(count + name for name in near)}")
+    machines, gpus = [1, 1, *map(int, numbers)][-2:]
+    return Machines(machines, gpus, known[plain(card)])
 
 
 def memory_gb(device: torch.device) -> float:
@@ -82,6 +141,11 @@ def memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def cores() -> int:
+    """CPU cores that this process may use: a part of the machine in a SLURM job, in a container or under taskset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_memory(device: torch.device) -> tuple[int, int]:

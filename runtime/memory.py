@@ -57,15 +57,20 @@ def estimated_micro_batch(need: MemoryEstimate, per_process: int, world: World, 
     per_process: sequences per step of one process; the micro-batch divides it.
     memory: bytes that are available, and bytes that the device has. All processes of a CPU use the same memory.
     """
+    return min(world.gather(largest_fitting(need, per_process, world, memory)))
+
+
+def largest_fitting(need: MemoryEstimate, per_process: int, world: World, memory: tuple[int, int]) -> int:
+    """The largest micro-batch that fits by the estimate on this rank; 1 if none fits."""
     sizes = divisors(per_process, per_process if world.device.type == "cuda" else CPU_MOST)
     room = _room(world, memory)
-    return min(world.gather(next((m for m in sizes if need.total(m) <= room), 1)))
+    return next((m for m in sizes if need.total(m) <= room), 1)
 
 
 def _room(world: World, memory: tuple[int, int]) -> int:
     """Bytes that a process can fill."""
     available, total = memory
-    return available - round(MARGIN * total) if world.device.type == "cuda" else available // world.size
+    return available - round(MARGIN * total) if world.device.type == "cuda" else available // world.local_size
 
 
 def first_attempt(need: MemoryEstimate, estimate: int, per_process: int, world: World, memory: tuple[int, int]) -> int:

@@ -1,11 +1,11 @@
 """Check what a run needs before it starts: memory, disk, data, time, and communication between the ranks."""
 
 import math
-import os
 import shutil
 import statistics
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -18,28 +18,32 @@ from torch.optim import Optimizer
 from config.schema import RunConfig
 from data.hellaswag import HellaSwag
 from data.loader import TrainLoader, to_device
-from data.shards import MANIFEST, Dataset, open_dataset, shard_problems
+from data.shards import MANIFEST, Dataset, missing_dataset, open_dataset, shard_problems
 from model import GPT
 from optimizers import build_optimizer
 from optimizers.state import state_bytes
 from runtime.command import first_line, parse_number
 from runtime.compute import apply_compute, wants_bf16, wants_compile
-from runtime.distributed import World
+from runtime.distributed import ALONE, World
 from runtime.errors import UserError
 from runtime.gamma import copied_bytes
-from runtime.hardware import available_memory
+from runtime.hardware import Machines, available_memory, parse_machines, peak_of_card
 from runtime.logger import METRICS, read_metrics
 from runtime.memory import (
     MemoryEstimate,
     MicroBatch,
     choose_micro_batch,
     divisors,
-    estimated_micro_batch,
+    largest_fitting,
     peak_of_pass,
 )
+from runtime.probe import existing_parent, open_files, probe
 
 if TYPE_CHECKING:
     from train_gpt import Trainer
+
+MANY_EPOCHS = 10
+ASSUMED_MFU = 0.4  # fraction of the peak that a run on planned GPUs is assumed to reach
 
 
 def memory_estimate(run: RunConfig, model: GPT, optimizer: Optimizer, world: World) -> MemoryEstimate:
@@ -110,16 +114,6 @@ def checkpoints_kept(steps: int, every: int, keep: int, milestone_every: int) ->
     return min(saved, keep + 1 + milestones) + 1
 
 
-def free_bytes(folder: Path) -> int:
-    """Free bytes on the disk of a run folder that may not exist yet. Raises UserError if it cannot be created."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"run folder {folder}: {existing} cannot be written into; choose another with --log.folder")
-    return shutil.disk_usage(existing).free
-
-
 def measured_rate(records: list[dict]) -> float | None:
     """Median tokens per second of a run's last 100 logged steps; None if there are none."""
     rates = [r["tokens_per_s"] for r in records if "tokens_per_s" in r][-100:]
@@ -151,53 +145,97 @@ def all_reduce_seconds(world: World, elements: int = 1 << 22) -> float | None:
     return time.perf_counter() - start
 
 
-def report(run: RunConfig, world: World, verify: bool, rate: float | None) -> tuple[str, bool]:
-    """What the run needs, one fact a line, and whether all of it is available. Called by every rank.
+def planned_state(optimizer: Optimizer, processes: int) -> int:
+    """Bytes of state of one of several processes that do not exist: each owns an equal part of the matrices."""
+    owned = getattr(getattr(optimizer, "ownership", None), "owner", ())
+    of_matrices = sum(t.nbytes for p in owned for t in optimizer.state[p].values())
+    return state_bytes(optimizer) - of_matrices + -(-of_matrices // processes)
 
-    verify: hash every shard. rate: tokens/s; None: as an earlier start of this run measured it, if there was one.
-    Raises UserError for a file or a batch that cannot be used, and if the ranks cannot communicate.
-    """
-    folder, steps, saving = Path(run.log.folder) / run.name, run.total_steps, run.checkpoint
-    tokens, per_process = steps * run.tokens_per_step, run.per_process(world.size)
-    dataset = open_dataset(run.data.path, run.model.vocab_size)
-    if run.data.hellaswag:
-        HellaSwag.of_run(run.data, dataset)
-    sizes = dict(block_size=run.model.block_size, vocab_size=run.model.vocab_size, seed=run.seed)
-    epochs = TrainLoader(dataset, run.data, batch_size=run.sequences, **sizes).epochs(steps * run.sequences)
-    problems, checked = check_shards(dataset, world, verify)
-    if rate is None and (folder / METRICS).exists():
-        rate = measured_rate(read_metrics(folder / METRICS))
 
+def memory_lines(run: RunConfig, world: World, machines: Machines | None) -> tuple[list[str], bool]:
+    """What a process and the checkpoints need, one fact a line, and whether memory and disk suffice."""
     model, optimizer = on_meta_device(run, world)
-    need, memory = memory_estimate(run, model, optimizer, world), available_memory(world.device)
-    estimated = "" if run.micro_batch else ", estimated to fit"
+    need, all_state = memory_estimate(run, model, optimizer, world), state_bytes(optimizer)
+    if machines:
+        need, memory = replace(need, optimizer=planned_state(optimizer, world.size)), (machines.memory, machines.memory)
+    else:
+        memory, all_state = available_memory(world.device), state_bytes(build_optimizer(model, run.optim))
     divided = run.divided(world.size)
-    most = run.micro_batch or estimated_micro_batch(need, divided, world, memory)
-    micro_batch = divisors(divided, most)[0]
-    total, limit = need.total(micro_batch), memory[1] if world.device.type == "cuda" else math.inf
-
-    weights, all_state = (8 if run.ema else 4) * model.num_params(), state_bytes(build_optimizer(model, run.optim))
-    kept = checkpoints_kept(steps, saving.every, saving.keep, saving.milestone_every)
-    disk, free = kept * (weights + all_state), free_bytes(folder)
-    seconds = all_reduce_seconds(world)
+    most = run.micro_batch or largest_fitting(need, divided, world, memory)
+    micro_batch = divisors(divided, most if machines else min(world.gather(most)))[0]
+    total, limit = need.total(micro_batch), memory[1] if world.device.type == "cuda" else memory[0] // world.local_size
+    saving, weights = run.checkpoint, (8 if run.ema else 4) * model.num_params()
+    kept = checkpoints_kept(run.total_steps, saving.every, saving.keep, saving.milestone_every)
+    disk = kept * (weights + all_state)
+    free = math.inf if machines else shutil.disk_usage(existing_parent(Path(run.log.folder) / run.name)).free
     lines = [
-        f"preflight of {run.name} on {world.size} x {world.device.type}",
         f"  memory   at least {gb(total)} a process: weights {gb(need.weights)}, "
         f"gradients {gb(need.gradients + need.halves)}, optimizer {gb(need.optimizer)}, "
         f"activations {gb(micro_batch * need.activations)}{compared(total, limit)}",
         f"  batch    {run.sequences} sequences = {world.size} processes x {micro_batch} x "
-        f"{per_process // micro_batch}{estimated}",
-        f"  tokens   {tokens:,} in {steps:,} steps: {epochs:.2f} epochs of {dataset.tokens('train'):,} "
-        f"in {run.data.path}",
-        f"  shards   {'; '.join(problems) or checked}",
+        f"{run.per_process(world.size) // micro_batch}{'' if run.micro_batch else ', estimated to fit'}",
         f"  disk     {gb(disk)} for {kept} checkpoints{compared(disk, free)}",
-        f"  time     {time_needed(tokens, rate)}",
-        f"  network  {f'all-reduce of 17 MB in {1e3 * seconds:.1f} ms' if seconds else 'one process'}",
     ]
     if saving.background:  # on the first process; the others copy no weights
         copy = gb(weights + need.optimizer)
-        lines.insert(2, f"  host     {copy} for the copy that background checkpoints are written from")
-    return "\n".join(lines), not problems and total <= limit and disk <= free
+        lines.append(f"  host     {copy} for the copy that background checkpoints are written from")
+    return lines, total <= limit and disk <= free
+
+
+def data_lines(run: RunConfig, world: World, verify: bool) -> tuple[list[str], bool]:
+    """The facts of the dataset, and whether it is good. A dataset that does not exist yet is a fact, too."""
+    budget = f"{run.total_steps * run.tokens_per_step:,} in {run.total_steps:,} steps"
+    if not Path(run.data.path).exists():
+        return [f"  tokens   {budget}", f"  shards   {missing_dataset(Path(run.data.path))}"], False
+    dataset = open_dataset(run.data.path, run.model.vocab_size)
+    if run.data.hellaswag:
+        HellaSwag.of_run(run.data, dataset)
+    sizes = dict(block_size=run.model.block_size, vocab_size=run.model.vocab_size, seed=run.seed)
+    loader = TrainLoader(dataset, run.data, batch_size=run.sequences, **sizes)
+    epochs = loader.epochs(run.total_steps * run.sequences)
+    many = f"; more than {MANY_EPOCHS}: the model will know the text by heart" if epochs > MANY_EPOCHS else ""
+    problems, checked = check_shards(dataset, world, verify)
+    return [
+        f"  tokens   {budget}: {epochs:,.2f} epochs of {dataset.tokens('train'):,} in {run.data.path}{many}",
+        f"  shards   {'; '.join(problems) or checked}",
+    ], not problems
+
+
+def report(
+    run: RunConfig, world: World, verify: bool, rate: float | None, machines: Machines | None
+) -> tuple[str, bool]:
+    """What the run needs, one fact a line, and whether all of it is available. Called by every rank.
+
+    verify: hash every shard. rate: tokens/s; None: as an earlier start of this run measured it, if there was one.
+    machines: plan for these GPUs instead of the machine at hand.
+    Raises UserError for a file or a batch that cannot be used, and if the ranks cannot communicate.
+    """
+    folder, tokens = Path(run.log.folder) / run.name, run.total_steps * run.tokens_per_step
+    planned, title = world, f"{world.size} x {world.device.type}"
+    if machines:
+        run = replace(run, dtype="bfloat16" if run.dtype == "auto" else run.dtype)
+        run = replace(run, compile="true" if run.compile == "auto" else run.compile)
+        planned = World(0, machines.processes, torch.device("cuda"), local_size=machines.gpus)
+        title = str(machines)
+    memory, enough = memory_lines(run, planned, machines)
+    data, good = data_lines(run, world, verify)
+    if rate is None and not machines and (folder / METRICS).exists():
+        rate = measured_rate(read_metrics(folder / METRICS))
+    time_line = f"  time     {time_needed(tokens, rate)}"
+    if machines and rate is None and (peak := peak_of_card(machines.card)):
+        passes = 1 if getattr(run.optim, "is_approx", True) else 2
+        flops = passes * on_meta_device(run, ALONE)[0].flops_per_token()
+        assumed = ASSUMED_MFU * machines.processes * peak / flops
+        time_line = f"  time     {time_needed(tokens, assumed)}, with an assumed MFU of {ASSUMED_MFU:.0%}, not measured"
+    lines = [f"preflight of {run.name} on {title}", *memory, *data, time_line]
+    if not machines:
+        seconds = all_reduce_seconds(world)
+        lines.append(f"  network  {f'all-reduce of 17 MB in {1e3 * seconds:.1f} ms' if seconds else 'one process'}")
+        cannot, writable = probe(existing_parent(folder))
+        lines += [f"  files    {line}" for line in cannot or ["write, flush, lock and rename work"]]
+        lines.append(f"  files    {open_files():,} may be open at a time")
+        enough = enough and writable
+    return "\n".join(lines), enough and (good or machines is not None)  # a plan needs no data yet
 
 
 def gb(size: float) -> str:
@@ -216,15 +254,16 @@ def time_needed(tokens: int, rate: float | None) -> str:
     return f"{timedelta(seconds=math.ceil(tokens / rate))} at {rate:,.0f} tokens/s" if rate else "unknown"
 
 
-def preflight(run: RunConfig, world: World, verify: bool, rate: str | None) -> None:
-    """Print what the run needs; the exit status is 1 if something is missing. Raises UserError for a bad rate."""
+def preflight(run: RunConfig, world: World, verify: bool, rate: str | None, machines: str | None) -> None:
+    """Print what the run needs; the exit status is 1 if something is missing. Raises UserError for a bad option."""
+    planned = parse_machines(machines) if machines else None
     try:
         tokens_per_s = parse_number(rate) if rate is not None else None
     except ValueError:
         tokens_per_s = math.nan
     if tokens_per_s is not None and not 1 <= tokens_per_s < math.inf:
         raise UserError(f"--tokens_per_s={rate}: must be a number of at least 1")
-    text, good = report(run, world, verify, tokens_per_s)
+    text, good = report(run, world, verify, tokens_per_s, planned)
     if world.is_main:
         print(text, flush=True)
     if not world.from_main(good):

@@ -67,21 +67,22 @@ def learning_rate(config: ScheduleConfig, step: int, steps: int, peak: float) ->
     return low + SHAPES[config.shape](progress, config.wsd_decay) * (peak - low)
 
 
-def budget_problem(state: dict, schedule: ScheduleConfig, steps: int, branch: bool) -> str | None:
+def budget_problem(state: dict, schedule: ScheduleConfig, peak: float, steps: int, continues: bool) -> str | None:
     """Why a budget of `steps` steps cannot continue a checkpoint; None if it can.
 
-    state: the checkpoint's state.json. branch: another run begins there, which may have another learning rate.
+    state: the checkpoint's state.json. peak: the learning rate that `schedule` scales. continues: the run
+    itself goes on; another run that begins there may have another learning rate.
     """
     step, before, saved = state["step"], state["steps"], state["config"]["schedule"]
     if step > steps:
         return f"a budget of {steps} steps is smaller than the {step} that are done"
     old = ScheduleConfig(**{key: saved[key] for key in vars(schedule).keys() & saved.keys()})
-    then, now = learning_rate(old, step, before, 1.0), learning_rate(schedule, step, steps, 1.0)
-    if branch or step == steps == before or math.isclose(then, now, rel_tol=1e-6):
+    then, now = learning_rate(old, step, before, peak), learning_rate(schedule, step, steps, peak)
+    if not continues or step == steps == before or math.isclose(then, now, rel_tol=1e-6):
         return None
     return (
-        f"the learning rate would jump at step {step} from {then:.3g} to {now:.3g} times its peak, because the budget "
-        f"of {before} steps becomes {steps}; begin another run before the decay with --branch_from=RUN@STEP, or give "
+        f"the learning rate would jump at step {step} from {then:.3g} to {now:.3g}, because the budget of {before} "
+        f"steps becomes {steps}; begin another run before the decay with --branch_from=RUN@STEP, or give "
         "--accept_changes"
     )
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-ADDRESS_USER = re.compile(r"(\w+://)[^/@\s]+@")  # a name and a password in an address
+ADDRESS_USER = re.compile(r"(\w+://)[^/\s]+@")  # a name and a password in an address; it may hold an @
 ADDRESS_SECRET = re.compile(r"([?&]\w*(?:token|key|secret|signature|password)\w*=)[^&\s]+", re.IGNORECASE)
 
 

@@ -1,5 +1,6 @@
 """What several test files share: a small dataset, a small config, and ways to run the trainer."""
 
+import json
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)
 
 from data.shards import write_manifest, write_shard  # noqa: E402
+from runtime.checkpoint import state_sha256  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -60,6 +62,12 @@ def dataset(tmp_path_factory) -> Path:
 def arguments(dataset, tmp_path) -> list[str]:
     """Arguments of a tiny run of 12 steps in a folder of its own."""
     return [str(CONFIG), f"--data.path={dataset}", f"--log.folder={tmp_path / 'runs'}", "--name=run"]
+
+
+def change_state(folder: Path, **changes) -> None:
+    """Change what the state.json of a checkpoint folder says, as if the program had written it."""
+    state = json.loads((folder / "state.json").read_text()) | changes
+    (folder / "state.json").write_text(json.dumps(state | {"state_sha256": state_sha256(state)}))
 
 
 def environment() -> dict[str, str]:

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import ROOT, change_state, environment
+from safetensors.torch import load_file, save_file
 
 from optimizers import AdamWConfig, build_optimizer
 from optimizers.state import load_named_state, named_state
 from runtime import checkpoint
 from runtime.checkpoint import CheckpointConfig, Checkpointer, CheckpointError, damage, open_checkpoint
 from runtime.distributed import ALONE, start_world
+from runtime.files import sha256_of
 
 
 class Small(torch.nn.Module):
@@ -39,10 +41,33 @@ def stepped(model, steps=3):
     return optimizer
 
 
+def state_of(step, **more):
+    return dict(step=step, steps=100, tokens=10 * step, sequences=step, config={}) | more
+
+
 def save(checkpointer, step, val_loss=None, model=None):
     model = model or Small()
-    state = dict(step=step, val_loss=val_loss, config={})
+    state = state_of(step, val_loss=val_loss)
     checkpointer.save(dict(model.named_parameters()), named_state(stepped(model), model), state)
+
+
+CHANGED = "state.json was changed: it does not match its own sha256"
+NO_FILES = "state.json does not name the files of a checkpoint"
+NO_NUMBERS = (
+    "state.json holds something else than numbers under step, tokens, sequences, val_loss, best_val_loss, train_seconds"
+)
+
+
+def edit(folder, old, new):
+    """Change the text of a state.json, as somebody with an editor would."""
+    path = folder / "state.json"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+def link(path, target):
+    path.unlink()
+    path.symlink_to(target)
 
 
 def steps_in(folder):
@@ -61,7 +86,7 @@ def test_state_is_restored_by_name(tmp_path):
     model = Small()
     optimizer = stepped(model)
     checkpointer = Checkpointer(tmp_path, CheckpointConfig(), ALONE)
-    checkpointer.save(dict(model.named_parameters()), named_state(optimizer, model), dict(step=3, config={}))
+    checkpointer.save(dict(model.named_parameters()), named_state(optimizer, model), state_of(3))
     found = checkpointer.latest()
     assert set(found.optimizer()) == {f"{n}/{k}" for n in ("matrix", "gain") for k in ("step", "exp_avg", "exp_avg_sq")}
     other = Small()
@@ -89,8 +114,20 @@ def test_state_of_other_shapes_or_parameters_is_an_error(tmp_path):
     [
         (lambda f: os.truncate(f / "model.safetensors", 50), "model.safetensors does not match its sha256"),
         (lambda f: (f / "optimizer-0.safetensors").unlink(), "optimizer-0.safetensors is missing"),
-        (lambda f: (f / "state.json").write_text('{"step":'), "state.json is missing or unreadable"),
-        (lambda f: (f / "state.json").unlink(), "state.json is missing or unreadable"),
+        (lambda f: link(f / "model.safetensors", "/dev/zero"), "model.safetensors is missing"),
+        (lambda f: (f / "state.json").write_text('{"step":'), "state.json cannot be read: not one of this program's"),
+        (lambda f: (f / "state.json").unlink(), "state.json cannot be read: No such file or directory"),
+        (lambda f: edit(f, '"step": 2', '"step": 1'), CHANGED),
+        (lambda f: edit(f, '"val_loss": null', '"val_loss": 0.1'), CHANGED),
+        (lambda f: edit(f, "optimizer-0", "optimizer-1"), CHANGED),
+        (lambda f: change_state(f, step=3), "state.json is that of step 3"),
+        (lambda f: change_state(f, sha256={"model.safetensors": "", "../x": ""}), NO_FILES),
+        (lambda f: change_state(f, sha256={"/dev/zero": ""}), NO_FILES),
+        (lambda f: change_state(f, sha256=[]), NO_FILES),
+        (lambda f: change_state(f, tokens="20"), NO_NUMBERS),
+        (lambda f: change_state(f, sequences=-1), NO_NUMBERS),
+        (lambda f: change_state(f, best_val_loss="low"), NO_NUMBERS),
+        (lambda f: change_state(f, format=1), "state.json has format 1, and this version reads 2"),
     ],
 )
 def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path, capsys, break_it, reason):
@@ -113,6 +150,67 @@ def test_damaged_checkpoints_of_later_steps_do_not_replace_a_new_one(tmp_path):
     save(checkpointer, 14)
     assert steps_in(tmp_path) == [14, 20, 30]
     assert checkpointer.latest().state["step"] == 14
+
+
+def test_only_losses_that_were_measured_on_the_same_are_compared(tmp_path):
+    """Step 1 has the lowest loss, but on other validation data than the newest step."""
+    checkpointer, model = Checkpointer(tmp_path, CheckpointConfig(keep=1), ALONE), Small()
+    for step, loss, data in ((1, 0.5, "a"), (2, 3.0, "b"), (3, 4.0, "b"), (4, 5.0, "b")):
+        state = state_of(step, val_loss=loss, measured_on={"data": data})
+        checkpointer.save(dict(model.named_parameters()), {}, state)
+    assert steps_in(tmp_path) == [2, 4]
+
+
+def test_a_reader_of_the_weights_reads_no_other_file(tmp_path):
+    save(Checkpointer(tmp_path / "checkpoints", CheckpointConfig(), ALONE), 1)
+    folder = tmp_path / "checkpoints" / "step_0000001"
+    (folder / "optimizer-0.safetensors").write_bytes(b"of no interest")
+    for path in (tmp_path, folder):
+        assert open_checkpoint(path, {"model.safetensors"}).model().keys() == {"matrix", "gain"}
+        with pytest.raises(CheckpointError, match="is damaged"):
+            open_checkpoint(path)
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_the_permissions_of_all_files_follow_the_umask(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        save(Checkpointer(tmp_path, CheckpointConfig(), ALONE), 1)
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "step_0000001").iterdir()} == {mode}
+
+
+def test_a_file_of_tensors_is_what_its_library_writes(tmp_path):
+    """Every dtype, 0-d and empty tensors, and one that is not contiguous."""
+    numbers = torch.arange(-6, 6).view(3, 4)
+    tensors = {str(t): numbers.to(t) for t in checkpoint.DTYPES}
+    tensors |= {"0-d": torch.tensor(2.5), "empty": torch.empty(0, 3), "turned": numbers.t()}
+    digest = checkpoint.write_tensors(tmp_path / "ours", tensors)
+    assert digest == sha256_of(tmp_path / "ours")
+    found = load_file(tmp_path / "ours")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[k], t) and found[k].dtype == t.dtype for k, t in tensors.items())
+    save_file({k: t.contiguous() for k, t in tensors.items()}, tmp_path / "theirs")
+    assert (tmp_path / "ours").stat().st_size == (tmp_path / "theirs").stat().st_size
+
+
+def test_a_folder_that_the_file_system_cannot_flush_is_saved_all_the_same(tmp_path, monkeypatch):
+    """Folders on CIFS give EINVAL, on some FUSE systems ENOTSUP or ENOSYS; EIO and a full disk remain errors."""
+    sync, code = os.fsync, errno.EINVAL
+
+    def fsync(handle):
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(code, os.strerror(code))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for step, code in enumerate((errno.EINVAL, errno.ENOTSUP, errno.ENOSYS), 1):  # noqa: B007  fsync reads it
+        save(Checkpointer(tmp_path, CheckpointConfig(), ALONE), step)
+    assert steps_in(tmp_path) == [2, 3]
+    for code in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+        with pytest.raises(CheckpointError, match=os.strerror(code)):
+            save(Checkpointer(tmp_path, CheckpointConfig(), ALONE), 4)
 
 
 def test_if_every_checkpoint_is_damaged_it_is_an_error(tmp_path):
@@ -185,7 +283,7 @@ def poll_until_saved(checkpointer) -> Path:
 
 def test_a_background_save_writes_the_tensors_as_they_were_at_the_save(tmp_path, gate):
     model = Small()
-    optimizer, state = stepped(model), dict(step=3, config={"a": 1}, val_loss=0.1)
+    optimizer, state = stepped(model), state_of(3, val_loss=0.1)
     background = in_background(tmp_path / "b")
     tensors = dict(model.named_parameters()), named_state(optimizer, model)
     assert background.save(*tensors, state) is None
@@ -255,7 +353,7 @@ def main(folder: str) -> None:
             if world.rank == 1:
                 slow = lambda path, tensors: (time.sleep(0.2), write(path, tensors))[1]  # noqa: E731
                 checkpoint.write_tensors = disk_full if step == 1 else slow
-            background.save({"p": parameter}, {f"p{world.rank}/m": parameter + step}, dict(step=step, config={}))
+            background.save({"p": parameter}, {f"p{world.rank}/m": parameter + step}, state_of(step))
             polls, outcome = 0, None
             while outcome is None:
                 world.sum(torch.ones(1))  # communication of the training

@@ -8,7 +8,6 @@ from conftest import CONFIG, finish, launch
 from small_runs import byte_dataset, hellaswag, small_model
 
 import train_gpt
-from data import hellaswag as hellaswag_module
 from data.hellaswag import count_right, plain, read_items
 from data.shards import DataError
 from data.tokenizer import ByteTokenizer
@@ -31,9 +30,9 @@ def arguments(root, folder, *more):
     return [*out, "--steps=6", "--eval_every=1", "--block_size=256", *more]
 
 
-def scored(folder):
+def scored(folder, metric="acc_norm"):
     records = read_metrics(folder / "run" / "metrics.jsonl")
-    return {r["step"]: r["hellaswag_acc_norm"] for r in records if "hellaswag_acc_norm" in r}
+    return {r["step"]: r[f"hellaswag_{metric}"] for r in records if f"hellaswag_{metric}" in r}
 
 
 def test_training_logs_what_the_harness_gives_for_its_checkpoint(root, tmp_path, capsys):
@@ -48,6 +47,8 @@ def test_training_logs_what_the_harness_gives_for_its_checkpoint(root, tmp_path,
     score = json.loads((tmp_path / "scores" / "results.json").read_text())["scores"][0]
     assert (score["metric"], score["documents"]) == ("acc_norm", 30)
     assert found[6] == pytest.approx(score["score"])
+    assert scored(tmp_path, "acc")[6] == pytest.approx(score["all_metrics"]["acc,none"])
+    assert set(scored(tmp_path, "items").values()) == {30}
 
 
 def test_it_is_off_by_default_and_changes_nothing_else(root, tmp_path):
@@ -68,23 +69,26 @@ def test_two_processes_score_what_one_scores(root, tmp_path):
     options += ["--schedule.warmup=0", "--dropout=0"]
     train_gpt.main(arguments(root, tmp_path / "one", *options))
     finish(launch(arguments(root, tmp_path / "two", *options), processes=2))
-    assert scored(tmp_path / "one") == scored(tmp_path / "two") != {}
+    for metric, values in (("acc_norm", None), ("acc", None), ("items", {1: 7})):
+        one, two = scored(tmp_path / "one", metric), scored(tmp_path / "two", metric)
+        assert one == two == (values or one) != {}
 
 
-def test_the_ending_likeliest_per_character_counts(root):
+def test_the_ending_likeliest_per_character_counts_for_acc_norm_and_the_likeliest_for_acc(root):
     items = read_items(str(root / "hellaswag" / "validation.jsonl"), 100, ByteTokenizer())
-    model, right = small_model(), 0
+    model, right = small_model(), [0, 0]
     for item in items:
-        scores = []
-        for ending, characters in zip(item.endings, item.characters, strict=True):
+        sums = []
+        for ending in item.endings:
             ids = (item.context + ending)[-65:]
             with torch.no_grad():
                 logp = model(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
             n = min(len(ending), len(ids) - 1)
-            scores.append(logp[-n:].gather(1, torch.tensor(ids[-n:])[:, None]).sum().item() / characters)
-        right += max(range(4), key=scores.__getitem__) == item.right
-    assert count_right(model, items, torch.device("cpu")).tolist() == [right, 30]
-    assert 0 < right < 30
+            sums.append(logp[-n:].gather(1, torch.tensor(ids[-n:])[:, None]).sum().item())
+        right[0] += max(range(4), key=lambda i: sums[i] / item.characters[i]) == item.right
+        right[1] += max(range(4), key=sums.__getitem__) == item.right
+    assert count_right(model, items, torch.device("cpu")).tolist() == right
+    assert 0 < right[0] != right[1] < 30
 
 
 def test_marks_in_brackets_are_removed():
@@ -99,15 +103,6 @@ def test_the_same_items_are_drawn_in_the_same_mixed_order(root):
     assert all(item in every for item in some)
     in_file = [json.loads(line)["activity_label"] for line in (root / "hellaswag" / "validation.jsonl").open()]
     assert [bytes(i.context).decode().split(":")[0] for i in every] != in_file
-
-
-def test_no_item_is_started_after_the_time_limit(root, monkeypatch):
-    items = read_items(str(root / "hellaswag" / "validation.jsonl"), 30, ByteTokenizer())
-    clock = iter(range(100))
-    monkeypatch.setattr(hellaswag_module.time, "monotonic", lambda: next(clock))
-    model, device = small_model(), torch.device("cpu")
-    assert count_right(model, items, device, seconds=7).tolist() == count_right(model, items[:7], device).tolist()
-    assert count_right(model, items, device, seconds=0)[1] == 1  # one item always
 
 
 @pytest.mark.parametrize(

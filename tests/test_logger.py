@@ -2,6 +2,8 @@
 
 import io
 import json
+import resource
+import signal
 import sys
 import time
 import types
@@ -10,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 from runtime.distributed import ALONE
-from runtime.logger import LogConfig, Meter, RunLogger, read_metrics
+from runtime.logger import LogConfig, Meter, MetricsFile, RunLogger, read_metrics
 from runtime.plot import plot_run
 
 
@@ -76,6 +78,10 @@ def test_wandb_offline_gets_the_records_and_keeps_its_id(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob(f"wandb/offline-run-*-{run_id}"))) >= 1
 
 
+def wandb_run(log=lambda *a, **k: None, define_metric=lambda *a, **k: None):
+    return types.SimpleNamespace(log=log, finish=lambda: None, define_metric=define_metric)
+
+
 def fake_wandb(monkeypatch, init):
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
 
@@ -87,7 +93,7 @@ def test_wandb_online_without_a_network_falls_back_to_offline(tmp_path, monkeypa
         modes.append(mode)
         if mode == "online":
             raise ConnectionError("no route")
-        return types.SimpleNamespace(log=lambda *a, **k: None, finish=lambda: None)
+        return wandb_run()
 
     fake_wandb(monkeypatch, init)
     logger(tmp_path, wandb="online").close()
@@ -95,9 +101,26 @@ def test_wandb_online_without_a_network_falls_back_to_offline(tmp_path, monkeypa
     assert "wandb (online) did not start: no route" in capsys.readouterr().out
 
 
+def test_wandb_plots_over_tokens_keeps_the_best_loss_and_groups_seeds(tmp_path, monkeypatch):
+    defined, given = {}, {}
+    define = lambda name, **how: defined.update({name: how})  # noqa: E731
+    fake_wandb(monkeypatch, lambda **settings: given.update(settings) or wandb_run(define_metric=define))
+    RunLogger(tmp_path, LogConfig(wandb="online"), {}, "small-mars-owt-1B-lr0.01-seed3", 10, 0, ALONE).close()
+    assert defined["*"] == {"step_metric": "tokens"}
+    assert defined["val_loss"]["summary"] == "min"
+    assert given["group"] == "small-mars-owt-1B-lr0.01"
+
+
+@pytest.mark.parametrize("value", ["true", "1", "yes"])
+def test_wandb_disabled_in_the_environment_is_off(tmp_path, monkeypatch, value):
+    fake_wandb(monkeypatch, lambda **settings: pytest.fail("started"))
+    monkeypatch.setenv("WANDB_DISABLED", value)
+    logger(tmp_path, wandb="online").close()
+
+
 def test_wandb_follows_its_own_environment_variables(tmp_path, monkeypatch):
     given = {}
-    fake_wandb(monkeypatch, lambda **settings: given.update(settings) or types.SimpleNamespace(finish=lambda: None))
+    fake_wandb(monkeypatch, lambda **settings: given.update(settings) or wandb_run())
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     logger(tmp_path, wandb="online", project="p").close()
@@ -141,21 +164,69 @@ def test_a_wandb_error_during_a_run_does_not_stop_it(tmp_path, monkeypatch, caps
     def log(numbers, step):
         raise OSError("backend gone")
 
-    fake_wandb(monkeypatch, lambda **settings: types.SimpleNamespace(log=log, finish=lambda: None))
+    fake_wandb(monkeypatch, lambda **settings: wandb_run(log=log))
     run = logger(tmp_path, wandb="online")
     run.record({"step": 1, "loss": 2.0}, "")
     run.record({"step": 2, "loss": 1.0}, "")
     run.close()
-    assert capsys.readouterr().out.count("wandb failed (backend gone); training goes on without it") == 1
+    assert capsys.readouterr().out.count("wandb failed (backend gone); training continues without it") == 1
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
 
 
-def test_a_metrics_file_that_cannot_be_written_does_not_stop_a_run(tmp_path, capsys):
-    (tmp_path / "metrics.jsonl").mkdir()
-    run = logger(tmp_path)
-    run.record({"step": 1, "loss": 2.0}, "")
+def test_records_wait_until_they_can_be_written(tmp_path, capsys):
+    """The folder cannot be written for two records, then it can; afterwards somebody deletes the file."""
+    run, path = logger(tmp_path), tmp_path / "metrics.jsonl"
+    run.record({"step": 1}, "")
+    path.rename(tmp_path / "away")
+    path.mkdir()
+    run.record({"step": 2}, "")
+    run.record({"step": 3}, "")
+    path.rmdir()
+    (tmp_path / "away").rename(path)
+    run.record({"step": 4}, "")
+    assert [r["step"] for r in read_metrics(path)] == [1, 2, 3, 4]
+    path.unlink()
+    run.record({"step": 5}, "")
     run.close()
-    assert "metrics.jsonl failed (" in capsys.readouterr().out
+    assert [r["step"] for r in read_metrics(path)] == [5]
+    said = capsys.readouterr().out
+    assert said.count("metrics.jsonl: Is a directory; its records wait in memory, and every record tries again") == 1
+    assert said.count("metrics.jsonl: all records are written now") == 1
+    assert run.lost == ""
+
+
+def test_a_cut_line_is_ended_before_the_next_record(tmp_path):
+    """A disk that is full in the middle of a line: 30 bytes fit, and later all."""
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30, limit[1]))
+    try:
+        for step in (1, 2, 3):
+            file.record({"step": step, "loss": 0.25})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "File too large" in file.problem
+    assert file.record({"step": 4, "loss": 0.25}).endswith("all records are written now")
+    assert [r["step"] for r in read_metrics(file.path)] == [1, 2, 3, 4]
+    assert file.close() == ""
+
+
+def test_records_that_are_lost_at_the_end_are_an_error(tmp_path):
+    run = logger(tmp_path)
+    (tmp_path / "metrics.jsonl").mkdir()
+    run.record({"step": 1}, "")
+    run.close()
+    assert run.lost.endswith("metrics.jsonl: the last 1 records could not be written (Is a directory)")
+
+
+def test_unreadable_lines_are_counted_and_kept(tmp_path, capsys):
+    lines = ['{"step": 1}', "\x00\x00", '{"st', '{"step": 2}', '{"step": 9}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    logger(tmp_path, resume_step=2).close()
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert (tmp_path / "metrics.unreadable").read_text() == '\x00\x00\n{"st\n'
+    assert "2 lines are no records; they are in metrics.unreadable now" in capsys.readouterr().out
 
 
 def test_the_meter_excludes_evaluations_and_counts_waiting():

@@ -55,7 +55,7 @@ def test_the_processes_of_a_cpu_divide_its_memory(monkeypatch):
     room = NEED.total(4)
     assert estimated_micro_batch(NEED, 480, ALONE, (room, room)) == 4
     monkeypatch.setattr(World, "gather", lambda self, item: [item] * self.size)
-    assert estimated_micro_batch(NEED, 480, World(0, 2, torch.device("cpu")), (room, room)) == 1
+    assert estimated_micro_batch(NEED, 480, World(0, 2, torch.device("cpu"), local_size=2), (room, room)) == 1
 
 
 def test_a_size_that_runs_out_of_memory_is_followed_by_the_next_divisor(capsys):

@@ -23,7 +23,7 @@ from optimizers.state import load_named_state, named_state, state_bytes
 from runtime.checkpoint import CheckpointConfig, Checkpointer
 from runtime.distributed import start_world
 
-CONFIGS = {name: settings for name, settings in OPTIMIZERS.items() if settings.optimizer} | {  # without torch's own
+CONFIGS = {name: settings for name, settings in OPTIMIZERS.items() if name != "adamw"} | {  # without torch's own
     "muon": MuonConfig(split_qkv=True),
     "mars_m_exact": MARSMConfig(is_approx=False),
     "mars_m_one_buffer": MARSMConfig(clip_c=False),

@@ -1,12 +1,15 @@
 """The preflight: a check of what a run needs, before it starts."""
 
+import errno
 import json
 import math
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CONFIG, finish, launch, make_dataset
+from conftest import CONFIG, ROOT, finish, launch, make_dataset
 
 import train_gpt
 from config.load import load_config
@@ -15,16 +18,20 @@ from optimizers import AdamWConfig, build_optimizer
 from optimizers.state import state_bytes
 from runtime.compute import ComputeConfig, apply_compute
 from runtime.distributed import ALONE, World
+from runtime.errors import UserError
+from runtime.hardware import MEMORY_GB, Machines, parse_machines, peak_of_card
+from runtime.memory import MemoryEstimate
 from runtime.preflight import (
     all_reduce_seconds,
     checkpoints_kept,
     compared,
-    free_bytes,
     measured_rate,
     memory_estimate,
+    memory_lines,
     on_meta_device,
     time_needed,
 )
+from runtime.probe import existing_parent, probe
 
 
 def estimate(run, world=ALONE):
@@ -75,7 +82,6 @@ def test_weights_gradients_and_state_are_those_of_the_trainer(arguments, optimiz
     run = load_config(arguments[0], [*arguments[1:], f"--optimizer={optimizer}"])
     need = estimate(run)
     trainer = train_gpt.Trainer(run, ALONE, False)
-    trainer.log.close()
     assert need.optimizer == state_bytes(trainer.optimizer)
     assert need.weights == need.gradients == sum(4 * p.numel() for p in trainer.model.parameters())
     assert need.total(2) == need.weights + need.gradients + need.optimizer + 2 * need.activations
@@ -99,7 +105,6 @@ def test_gamma_auto_keeps_the_gradients_of_half_a_batch(arguments):
     run = load_config(arguments[0], auto)
     need = estimate(run)
     trainer = train_gpt.Trainer(run, ALONE, False)
-    trainer.log.close()
     for p in trainer.model.parameters():
         p.grad = torch.zeros_like(p)
     trainer.tuner.keep_first_half()
@@ -120,7 +125,7 @@ def test_sizes_rates_and_times(tmp_path):
     assert time_needed(180_122, 2.0) == "1 day, 1:01:01 at 2 tokens/s"
     assert time_needed(1, 2.0) == "0:00:01 at 2 tokens/s"
     assert time_needed(5, None) == "unknown"
-    assert free_bytes(tmp_path / "not" / "yet") == pytest.approx(free_bytes(tmp_path), rel=0.01)
+    assert existing_parent(tmp_path / "not" / "yet") == tmp_path
     assert measured_rate([{"tokens_per_s": 3.0}, {"val_loss": 1.0}, {"tokens_per_s": 5.0}]) == 4.0
     assert measured_rate([]) is None
     assert compared(2e9, 1e9) == ", exceeds the 1.00 GB available"
@@ -133,12 +138,13 @@ def test_the_preflight_creates_no_folder(arguments, capsys, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "preflight of run on 1 x cpu"
     assert [line.split()[0] for line in lines[1:]] == [
-        *("memory", "batch", "tokens", "shards", "disk", "time", "network"),
+        *("memory", "batch", "disk", "tokens", "shards", "time", "network", "files", "files"),
     ]
-    assert "2,304 in 12 steps: 0.12 epochs of 20,000" in lines[3]
-    assert lines[4] == "  shards   headers, counts and sha256 agree"
-    assert "for 4 checkpoints; " in lines[5]
+    assert "for 4 checkpoints; " in lines[3]
+    assert "2,304 in 12 steps: 0.12 epochs of 20,000" in lines[4]
+    assert lines[5] == "  shards   headers, counts and sha256 agree"
     assert lines[6] == "  time     0:02:00 at 19 tokens/s"
+    assert lines[8] == "  files    write, flush, lock and rename work"
     assert not (tmp_path / "runs").exists()
 
 
@@ -169,8 +175,108 @@ def test_a_damaged_shard_fails_the_preflight(tmp_path, capsys):
     assert "train_000000.bin: its sha256 is not the manifest's" in capsys.readouterr().out
 
 
+def test_all_processes_of_a_cpu_share_its_memory(arguments, capsys, monkeypatch):
+    """Two processes of 20.5 GB do not fit into 23 GB."""
+    run = load_config(arguments[0], arguments[1:])
+    monkeypatch.setattr("runtime.preflight.available_memory", lambda device: (23 * 10**9, 25 * 10**9))
+    huge = MemoryEstimate(weights=20 * 10**9, gradients=0, optimizer=0, activations=10**7)
+    monkeypatch.setattr("runtime.preflight.memory_estimate", lambda *_: huge)
+    for processes, enough in ((1, True), (2, False)):
+        world = World(0, processes, torch.device("cpu"), local_size=processes)
+        with monkeypatch.context() as patched:
+            patched.setattr(World, "gather", lambda self, item: [item])
+            patched.setattr(World, "group", None)
+            lines, fits = memory_lines(run, world, None)
+        assert fits is enough
+        assert ("exceeds the 11.50 GB available" in lines[0]) is not enough
+
+
+def test_more_than_ten_epochs_are_a_warning(arguments, capsys):
+    train_gpt.main([*arguments, "--preflight", "--steps=2000"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  tokens"))
+    assert line.endswith("; more than 10: the model will know the text by heart")
+    assert "19.23 epochs" in line
+
+
+def test_without_a_dataset_memory_disk_and_time_are_reported_all_the_same(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train_gpt.main([*arguments, "--preflight", "--data.path=nowhere", "--tokens_per_s=100"])
+    assert caught.value.code == 1
+    printed = capsys.readouterr().out
+    assert "shards   dataset folder nowhere: not found; prepare one, for example: python -m data.prepare" in printed
+    assert "time     0:00:24 at 100 tokens/s" in printed
+    assert "memory   at least" in printed
+
+
+def test_a_run_is_planned_for_machines_that_are_not_here(capsys):
+    """8 x A100: 6 N + 12 L C T FLOPs a token at 40 % of 312 TFLOP/s, and a sixteenth of the state of the matrices."""
+    config = ROOT / "config" / "gpt2_small.py"
+    printed = []
+    for cards in ("8xA100-80GB", "2x8xA100-80GB"):
+        train_gpt.main([str(config), "--optimizer=mars_m", "--preflight", f"--as={cards}", "--data.path=nowhere"])
+        printed.append(capsys.readouterr().out)
+    model = GPT(load_config(config).model)
+    rate = 0.4 * 8 * 312e12 / model.flops_per_token()
+    assert printed[0].startswith("preflight of gpt2_small-mars_m-nowhere-49.2B on 1 x 8 x A100-80GB\n")
+    assert f"at {rate:,.0f} tokens/s, with an assumed MFU of 40%, not measured" in printed[0]
+    assert "80.00 GB are available" in printed[0]
+    matrices = sum(p.numel() for n, p in model.named_parameters() if model.parameter_roles()[n] == "matrix")
+    rest = model.num_params() - matrices
+    assert f"optimizer {(8 * matrices / 16 + 8 * rest) / 1e9:.2f} GB" in printed[1]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("8H100", "unknown card; nearest: 8xH100"),
+        ("8xH1000", "unknown card; nearest: 8xH100"),
+        ("2x4x8xH100", "must be MACHINESxGPUSxCARD, for example 2x8xH100"),
+        ("0xH100", "must be MACHINESxGPUSxCARD"),
+        ("", "unknown card"),
+    ],
+)
+def test_machines_that_nobody_has_are_named(text, message):
+    with pytest.raises(UserError, match=f"--as={text}: .*{message}"):
+        parse_machines(text)
+
+
+def test_machines_are_read_in_the_forms_that_people_write():
+    assert parse_machines("H100") == Machines(1, 1, "H100")
+    assert parse_machines("8xrtx4090") == Machines(1, 8, "RTX 4090")
+    assert parse_machines("2 x 8 x a100-80gb") == Machines(2, 8, "A100-80GB")
+    assert all(peak_of_card(card) for card in MEMORY_GB)
+
+
+@pytest.mark.parametrize(
+    "call, code, line, enough",
+    [
+        ("os.fsync", errno.EINVAL, "cannot flush a folder (Invalid argument): after a power failure", True),
+        ("os.fsync of files", errno.EIO, "cannot flush a file (Input/output error): no checkpoint", False),
+        ("fcntl.flock", errno.ENOSYS, "cannot lock a file (Function not implemented): never start", True),
+        ("os.replace", errno.EPERM, "cannot rename a file (Operation not permitted): no record", False),
+        ("os.rename", errno.EXDEV, "cannot rename a folder (Invalid cross-device link): no checkpoint", False),
+        ("os.mkdir", errno.EROFS, "cannot write (Read-only file system): no run can start here", False),
+    ],
+)
+def test_what_the_file_system_cannot_do_is_said_with_what_follows(tmp_path, monkeypatch, call, code, line, enough):
+    sync = os.fsync
+
+    def refuse(*arguments):
+        is_folder = call.startswith("os.fsync") and os.path.isdir(f"/proc/self/fd/{arguments[0]}")
+        if call.startswith("os.fsync") and is_folder == call.endswith("files"):
+            return sync(*arguments)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(call.split()[0], refuse)
+    lines, good = probe(tmp_path)
+    monkeypatch.undo()
+    assert [found for found in lines if line in found] == lines
+    assert (len(lines), good) == (1, enough)
+    assert not list(tmp_path.iterdir())
+
+
 def test_too_little_disk_fails_the_preflight(arguments, capsys, monkeypatch):
-    monkeypatch.setattr("runtime.preflight.free_bytes", lambda folder: 100)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=100))
     with pytest.raises(SystemExit):
         train_gpt.main([*arguments, "--preflight"])
     assert "exceeds the 0.00 GB available" in capsys.readouterr().out
@@ -182,9 +288,9 @@ def test_a_speed_must_be_a_number_of_at_least_1(arguments, rate):
         train_gpt.main([*arguments, "--preflight", f"--tokens_per_s={rate}"])
 
 
-@pytest.mark.parametrize("word", ["--verify", "--tokens_per_s=5"])
+@pytest.mark.parametrize("word", ["--verify", "--tokens_per_s=5", "--as=8xH100"])
 def test_options_of_the_preflight_are_refused_without_it(arguments, word):
-    with pytest.raises(SystemExit, match="--tokens_per_s=N and --verify: belong to --preflight"):
+    with pytest.raises(SystemExit, match="--tokens_per_s=N, --verify and --as=GPUS: belong to --preflight"):
         train_gpt.main([*arguments, word])
 
 

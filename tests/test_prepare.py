@@ -1,6 +1,8 @@
 """Preparing corpora: content of the shards, interruptions, workers, checks, and error messages of one line."""
 
+import errno
 import gzip
+import io
 import json
 import os
 import re
@@ -14,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, environment
-from fake_hub import COMMIT, FakeHub
+from fake_hub import COMMIT, REFUSALS, FakeHub
 
 from data import shards
 from data.loader import DataConfig, TrainLoader
@@ -22,8 +24,9 @@ from data.prepare import build, output, sources
 from data.prepare import command as prepare
 from data.prepare.hub import answers, hub_problem
 from data.prepare.split import NanoGPT
-from data.shards import HEADER_BYTES, open_dataset, shard_problems, write_shard
+from data.shards import HEADER_BYTES, DataError, open_dataset, shard_problems, write_shard
 from data.tokenizer import ByteTokenizer, pieces
+from runtime import files
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -241,7 +244,7 @@ def test_a_crash_at_any_write_changes_nothing(corpus, whole, tmp_path, monkeypat
             original(path, *parts)
         raise KeyboardInterrupt
 
-    for module in (shards, build):
+    for module in (shards, build, output):
         monkeypatch.setattr(module, "write_durably", dying)
     messages = set()
     while not (tmp_path / "owt").exists() and starts < 100:
@@ -251,7 +254,7 @@ def test_a_crash_at_any_write_changes_nothing(corpus, whole, tmp_path, monkeypat
         except SystemExit as stop:
             messages.add(stop.code)
     assert messages == {"data.prepare: interrupted; the same command continues"}
-    assert starts > 10
+    assert starts >= 10
     assert contents(tmp_path / "owt") == contents(whole)
 
 
@@ -308,19 +311,115 @@ def test_other_settings_do_not_continue_a_preparation(corpus, tmp_path, monkeypa
     assert "exists with other settings (shard_tokens)" in stops(command("openwebtext", corpus, tmp_path / "owt"))
 
 
-@pytest.mark.parametrize("moment", ["publish", "discard", "rename"])
-def test_a_crash_while_an_old_folder_is_replaced(corpus, whole, tmp_path, monkeypatch, moment, capsys):
-    """The command has --fresh. Without it, the same command continues, even if the old folder still exists."""
+class Fault:
+    """Fails before the n-th operation of this process that changes something in a folder, with EIO or by SIGKILL.
+
+    Operations are: open for writing, write, fsync, rename, replace, unlink, rmdir and mkdir.
+    """
+
+    def __init__(self, folder: Path, number: int, kind: str, report: int) -> None:
+        self.folder, self.left, self.kind, self.report = str(folder), number, kind, report
+        real_sync, files.open, os.fsync = (
+            os.fsync,
+            self.open,
+            lambda handle: (self.operation("fsync"), real_sync(handle)),
+        )
+        sys.addaudithook(self.hook)
+
+    def hook(self, event, arguments):
+        changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+        changes |= event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        path = os.fsdecode(arguments[0]) if changes and not isinstance(arguments[0], int) else ""
+        if changes and (path.startswith(self.folder) or (event == "os.remove" and arguments[1] != -1)):
+            self.operation(event)
+
+    def open(self, path, mode):
+        if "x" not in mode or not str(path).startswith(self.folder):
+            return open(path, mode)
+        operation = self.operation
+
+        class File(io.FileIO):
+            def write(self, data):
+                operation("write")
+                return super().write(data)
+
+        return io.BufferedWriter(File(path, "x"))
+
+    def operation(self, name):
+        self.left -= 1
+        if self.left == 0:
+            os.write(self.report, name.encode())
+            if self.kind == "SIGKILL":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(errno.EIO, os.strerror(errno.EIO), name)
+
+
+def start(arguments: list[str], *fault) -> tuple[int, str]:
+    """Prepare in a process of its own. Returns its exit status, and the operation that failed, or ""."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            if fault:
+                Fault(*fault, writing)
+            prepare.main(arguments)
+            os._exit(0)
+        except SystemExit as stop:
+            os._exit(1 if isinstance(stop.code, str) and "\n" not in stop.code else 2)
+        except BaseException:
+            os._exit(3)
+    os.close(writing)
+    with open(reading) as report:
+        failed = report.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), failed
+
+
+@pytest.mark.parametrize("kind", ["EIO", "SIGKILL"])
+@pytest.mark.parametrize("replaces", [False, True])
+def test_before_any_operation_a_fault_loses_nothing(tmp_path, replaces, kind):
+    """At every moment, the old or the new dataset is under its name, or the next start puts it back first of all."""
+    root, out = tmp_path / "root", tmp_path / "tokens" / "owt"
+    root.mkdir()
+    (root / "a.txt").write_text("to be or not to be\n" * 600)
+    arguments = ["text", "--root", str(root), "--out", str(out), "--workers", "1", "--val-fraction", "0.4"]
+    prepare.main([*arguments, "--shard-tokens", "9000"])
+    (out / ".notes").write_text("of the user")
+    old = contents(out)
+    out.rename(tmp_path / "old")
+    arguments += ["--fresh"] * replaces
+    prepare.main(arguments)
+    new = contents(out) | ({".notes": b"of the user"} if replaces else {})
+    shutil.rmtree(out)
+    seen, number = set(), 0
+    while True:
+        if replaces:
+            shutil.copytree(tmp_path / "old", out)
+        number += 1
+        status, failed = start(arguments, out.parent, number, kind)
+        if not failed:
+            break
+        seen.add(failed)
+        assert status in ((0, 1) if kind == "EIO" else (-signal.SIGKILL,)), (number, failed)
+        with output.locked(out):
+            output.restore(out)
+        if replaces or out.exists():
+            assert contents(out) in (old, new), (number, failed)
+        assert start(arguments) == (0, ""), (number, failed)
+        assert contents(out) == new
+        assert [p.name for p in out.parent.iterdir()] == ["owt"]
+        shutil.rmtree(out)
+    assert status == 0
+    assert seen >= {"open", "write", "fsync", "os.rename", "os.remove", "os.mkdir", *(["os.rmdir"] * replaces)}
+    assert number > 30
+
+
+def test_the_same_command_without_fresh_continues_an_interrupted_replacement(
+    corpus, whole, tmp_path, monkeypatch, capsys
+):
     out = tmp_path / "owt"
     prepare.main(command("openwebtext", corpus, out, "--shard-tokens", "20000"))
-
-    def dying(*arguments):
-        raise KeyboardInterrupt
-
-    where = {"publish": output, "discard": output, "rename": Path}[moment]
-    monkeypatch.setattr(where, moment, dying)
-    if moment == "discard":
-        monkeypatch.setattr(output, "discard", lambda folder: (next(folder.glob("*.bin")).unlink(), dying()))
+    monkeypatch.setattr(build, "publish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     message = stops(command("openwebtext", corpus, out, "--fresh"))
     assert message == "data.prepare: interrupted; the same command, without --fresh, continues"
     monkeypatch.undo()
@@ -328,8 +427,29 @@ def test_a_crash_while_an_old_folder_is_replaced(corpus, whole, tmp_path, monkey
     assert contents(out) == contents(whole)
     assert not output.temporary(out).exists()
     capsys.readouterr()
+    (out / output.REPLACED).mkdir()  # the command was killed while it deleted the old dataset
+    (out / output.REPLACED / "train_000000.bin").touch()
     prepare.main(command("openwebtext", corpus, out))
     assert "already prepared" in capsys.readouterr().out
+    assert contents(out) == contents(whole)
+
+
+def test_names_that_begin_with_a_dot_are_left_alone(corpus, whole, tmp_path, monkeypatch):
+    """In a dataset, in an unfinished preparation, and while either is replaced."""
+    out, names = tmp_path / "owt", (".DS_Store", "._train_000000.bin", ".nfs0000000012", ".gitignore")
+    prepare.main(command("openwebtext", corpus, out, "--shard-tokens", "20000"))
+    for name in names:
+        (out / name).write_text(f"old {name}")
+    monkeypatch.setattr(build, "publish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    stops(command("openwebtext", corpus, out, "--fresh"))
+    (output.temporary(out) / "._held-000001").write_text("new")
+    stops(command("openwebtext", corpus, out, "--fresh"))
+    monkeypatch.undo()
+    prepare.main(command("openwebtext", corpus, out))
+    expected = {name: f"old {name}".encode() for name in names} | {"._held-000001": b"new"}
+    assert contents(out) == contents(whole) | expected
+    prepare.main(["verify", str(out)])
+    prepare.main(command("openwebtext", corpus, out))
 
 
 # ---- no file of the user is ever deleted
@@ -342,6 +462,11 @@ def test_a_folder_with_files_of_the_user_is_never_replaced(corpus, tmp_path):
     (tmp_path / "private" / "thesis.tex").write_text("precious")
     (tmp_path / "also.tmp").mkdir()
     (tmp_path / "also.tmp" / "train_000000.bin").write_text("precious")
+    for name in ("lock", "tokenizer.json", "fetched"):
+        (tmp_path / f"{name}.tmp").mkdir()
+        (tmp_path / f"{name}.tmp" / name).write_text("precious")
+    (tmp_path / "old-made").mkdir()
+    (tmp_path / "old-made" / "thesis.tex").write_text("precious")
     prepare.main(command("openwebtext", corpus, tmp_path / "made"))
     (tmp_path / "made" / "notes.txt").write_text("precious")
     for name in ("x_val_0.bin", "x_train_1.bin"):
@@ -350,7 +475,8 @@ def test_a_folder_with_files_of_the_user_is_never_replaced(corpus, tmp_path):
     prepare.main(["pretokenized", "--source", str(tmp_path / "indexed")])
     (tmp_path / "link").symlink_to(tmp_path / "private")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    for out in ("source", "private", "private/..", "also", "made", "indexed", "link", "source/../private"):
+    ours = ("also", "made", "indexed", "lock", "tokenizer.json", "fetched")
+    for out in ("source", "private", "private/..", "link", "source/../private", *ours):
         for fresh in ((), ("--fresh",)):
             message = stops(command("fineweb_edu", tmp_path / "source", tmp_path / out, *fresh))
             assert "give another --out" in message or "not a file of a preparation; move it away" in message
@@ -366,20 +492,28 @@ def test_paths_that_cannot_be_a_dataset(corpus, name, tmp_path, monkeypatch):
 
 
 def test_a_fresh_start_does_not_delete_the_folder_of_a_running_preparation(corpus, tmp_path):
-    folder = output.temporary(tmp_path / "owt")
-    folder.mkdir()
-    with output.locked(folder):
+    folder = output.begin(tmp_path / "owt", {"source": {}})
+    with output.locked(tmp_path / "owt"):
         message = stops(command("openwebtext", corpus, tmp_path / "owt", "--fresh"))
         assert "another preparation is writing there" in message
         assert folder.exists()
 
 
 def test_two_preparations_of_one_folder(corpus, tmp_path):
-    folder = output.temporary(tmp_path / "owt")
-    folder.mkdir()
-    with output.locked(folder):
+    with output.locked(tmp_path / "owt"):
         message = stops(command("openwebtext", corpus, tmp_path / "owt"))
     assert "another preparation is writing there" in message
+
+
+def test_without_workers_one_per_core_that_this_process_may_use(corpus, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
+    monkeypatch.setattr(prepare, "build", lambda out, source, settings, recipe: asked.append(recipe.workers))
+    monkeypatch.setattr(prepare, "describe", str)
+    arguments = command("openwebtext", corpus, tmp_path / "owt")
+    prepare.main(arguments)
+    prepare.main([a for a in arguments if a not in ("--workers", "1")])
+    assert asked == [1, 3]
 
 
 def test_a_worker_that_dies_is_reported(corpus, tmp_path, monkeypatch):
@@ -565,7 +699,7 @@ def test_files_of_the_hub_are_not_written_to_the_disk(hub, tmp_path, monkeypatch
     cached = set(Path(HF_HUB_CACHE).rglob("*"))
     prepare.main(hub_command(tmp_path / "out"))
     assert set(Path(HF_HUB_CACHE).rglob("*")) == cached
-    assert all(re.fullmatch(r"(train|val)_\d+\.bin|progress\.json|lock|held-\d+", name) for name in names), names
+    assert all(re.fullmatch(r"(train|val)_\d+\.bin|progress\.json|held-\d+", name) for name in names), names
 
 
 def test_json_lines_of_the_hub_make_the_same_shards(hub, whole, tmp_path):
@@ -629,6 +763,25 @@ def test_no_network_is_one_line_that_names_the_alternative(online, tmp_path, mon
     assert "no network? The same command continues; files you have can be given with --source DIR" in message
 
 
+@pytest.mark.parametrize("secret", ["user:s3cret@", "user:s3c@s3cret@", "s3cret@"])
+def test_a_password_in_the_address_of_the_hub_is_in_no_message(hub, tmp_path, monkeypatch, secret):
+    import datasets.config
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    hub.wrong_sha = True
+    messages, ready = [], ["pretokenized", "--repo", "some/data", "--pattern", "fineweb_*.bin"]
+    for address in (hub.address, "http://127.0.0.1:9"):
+        monkeypatch.setenv("HF_ENDPOINT", address.replace("://", f"://{secret}"))
+        for repo in ("some/data", *REFUSALS):
+            messages.append(stops(hub_command(tmp_path / "out", "--revision", "nope", repo=repo)))
+        messages.append(stops([*ready, "--out", str(tmp_path / "ready")]))
+    with pytest.raises(DataError) as raised, answers("some/data", "main", "a.parquet"):
+        raise OSError(f"cannot read http://{secret}127.0.0.1:9/a.parquet?token=s3cret")
+    messages += [str(raised.value), hub_problem()]
+    assert [m for m in messages if "s3c" in m] == []
+    assert messages[-1] == "http://***@127.0.0.1:9 does not answer"
+
+
 def test_a_hub_that_does_not_answer_is_not_asked_again(hub, monkeypatch):
     """Otherwise its libraries try for half a minute, for each dataset of each task."""
     import datasets.config
@@ -670,10 +823,10 @@ def test_local_shards_are_indexed_in_place(tmp_path, capsys):
     assert "has a manifest.json; check it with" in stops(["pretokenized", "--source", str(tmp_path)])
     (tmp_path / "manifest.json").unlink()
     write_shard(tmp_path / "x_test_0.bin", np.array([50256, 2], dtype=np.uint16), None)
-    raw = open_dataset(tmp_path, 50257).fingerprint(raw=True)
+    raw = open_dataset(tmp_path, 50257).tokens("train")
     prepare.main(["pretokenized", "--source", str(tmp_path)])
     assert open_dataset(tmp_path, 50257).tokens("train") == 2  # a test split stays out
-    assert open_dataset(tmp_path, 50257).fingerprint(raw=True) == raw
+    assert open_dataset(tmp_path, 50257).tokens("train") == raw
     (tmp_path / "manifest.json").unlink()
     write_shard(tmp_path / "x_train_2.bin", np.array([60_000], dtype=np.uint16), None)
     assert "holds token 60000, which gpt2 with 50257 ids lacks" in stops(["pretokenized", "--source", str(tmp_path)])
@@ -791,6 +944,32 @@ def test_a_full_disk_keeps_what_was_written(corpus, whole, tmp_path):
     assert contents(out) == contents(whole)
 
 
+def fails_with(number: int, *filename):
+    def fail(*arguments):
+        raise OSError(number, os.strerror(number), *filename)
+
+    return fail
+
+
+def test_a_quota_is_like_a_full_disk_and_neither_is_a_missing_network(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "write_shard", fails_with(errno.EDQUOT, "owt.tmp/train_000000.bin"))
+    message = stops(command("openwebtext", corpus, tmp_path / "owt"))
+    assert message.endswith(
+        "Disk quota exceeded: 'owt.tmp/train_000000.bin'; make room there, the same command continues"
+    )
+    pytest.importorskip("huggingface_hub")
+    for fail in (fails_with(errno.EDQUOT), fails_with(errno.EROFS, "fetched/a.bin"), fails_with(errno.ENOENT, "a.bin")):
+        with pytest.raises(OSError, match="Errno"), answers("some/data", "main"):
+            fail()
+
+
+def test_a_source_that_cannot_be_read_to_its_end_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("to be or not to be")
+    monkeypatch.setattr("data.prepare.text.text_pieces", fails_with(errno.EIO))
+    message = stops(["text", "--root", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "1"])
+    assert message.endswith("a.txt: cannot be read (Input/output error); the same command continues")
+
+
 def test_a_folder_that_is_something_else(corpus, tmp_path):
     (tmp_path / "out").write_text("a file")
     assert "exists and has no manifest.json" in stops(command("openwebtext", corpus, tmp_path / "out"))
@@ -885,9 +1064,28 @@ def test_suffixes_may_have_capital_letters_and_hidden_folders_and_second_links_a
     )
 
 
-@pytest.mark.parametrize(
-    "content", ["[]", "{", "{}", '{"source": 3}', '{"source": {}, "files": 7}', "\ud800", "null"], ids=range(7)
-)
+def test_control_characters_in_names_are_printed_as_codes(tmp_path, capsys):
+    source, out = tmp_path / "source", tmp_path / "out\x1b[31m\r"
+    source.mkdir()
+    (source / "a\x1b]0;title\x07\nskipped b.txt").write_bytes(b"\xff")
+    (source / "c\x9b2J.jsonl").write_text('{"\\u001b[2Jkey": 1}\n{"text": "good"}\n' + '{"text": "good"}\n' * 20)
+    prepare.main(command("fineweb_edu", source, out, "--shard-tokens", "30"))
+    error = capsys.readouterr().err.replace("\r", "")  # the progress bar returns to the start of its line
+    assert error.isprintable() or not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", error)
+    assert "a\\x1b]0;title\\x07\\x0askipped b.txt: not UTF-8 (byte 0)\n" in error
+    assert 'c\\x9b2J.jsonl: line 1: no string "text" in it (it has: \\x1b[2Jkey)' in error
+    assert "preparing out\\x1b[31m\\x0d:" in error
+    message = stops(command("fineweb_edu", tmp_path / "no\x1b[31m", out))
+    assert "no\\x1b[31m: no such folder" in message
+
+
+ODD_PROGRESS = [
+    *("[]", "{", "{}", '{"source": 3}', '{"source": {}, "files": 7}', "\ud800", "null", "[" * 10**5, "1e999"),
+    *('{"source": {"revision": 5}}', '{"source": {"documents": "x"}}', '{"source": [1]}', '{"source": null}'),
+]
+
+
+@pytest.mark.parametrize("content", ODD_PROGRESS, ids=range(len(ODD_PROGRESS)))
 def test_a_damaged_progress_file_is_named(corpus, tmp_path, monkeypatch, content):
     out = tmp_path / "owt"
     monkeypatch.setattr(build.Preparation, "finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -898,7 +1096,15 @@ def test_a_damaged_progress_file_is_named(corpus, tmp_path, monkeypatch, content
 
 
 @pytest.mark.parametrize(
-    "key, value", [("position", 3), ("held", {}), ("streams", [1]), ("documents", None), ("streams", None)]
+    "key, value",
+    [
+        *(("position", 3), ("position", [[]]), ("position", ["x"]), ("position", None)),
+        *(("held", {}), ("held", 5), ("held", None)),
+        *(("streams", [1]), ("streams", None), ("streams", [{}, {}]), ("streams", {}), ("documents", None)),
+        ("streams", [dict(held=-1, held_bytes=0, shards=[])] * 2),
+        ("streams", [dict(held=0, held_bytes=0, shards=[{"file": "x"}])] * 2),
+        ("streams", [dict(held=0, held_bytes=0, shards=5)] * 2),
+    ],
 )
 def test_a_progress_file_that_somebody_changed_is_named(corpus, tmp_path, monkeypatch, key, value):
     out = tmp_path / "owt"
@@ -907,3 +1113,13 @@ def test_a_progress_file_that_somebody_changed_is_named(corpus, tmp_path, monkey
     path = output.temporary(out) / "progress.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     assert f"{path}: damaged (" in stops(command("openwebtext", corpus, out))
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../held-000000", ".", ""])
+def test_a_progress_file_that_names_a_file_elsewhere_is_refused(corpus, tmp_path, monkeypatch, name):
+    out = tmp_path / "owt"
+    monkeypatch.setattr(build.Preparation, "finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    stops(command("openwebtext", corpus, out))
+    path = output.temporary(out) / "progress.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"held": {"file": name, "sha256": "0"}}))
+    assert "is missing or damaged; start over with --fresh" in stops(command("openwebtext", corpus, out))

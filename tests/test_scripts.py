@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import ROOT, environment
+from conftest import CONFIG, ROOT, environment
 
 import train_gpt
 from config.load import load_config
@@ -62,6 +63,24 @@ SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os
 def test_shellcheck(path):
     done = subprocess.run([SHELLCHECK, path], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_a_clone_that_converts_line_ends_leaves_these_files_as_they_are(tmp_path):
+    """git for Windows sets core.autocrlf=true. Bash in WSL cannot read a script with its line ends."""
+    origin, texts = tmp_path / "origin", [*SCRIPTS, ROOT / ".ci/run", ROOT / "pyproject.toml", ROOT / ".gitattributes"]
+    contents = {path.relative_to(ROOT): path.read_bytes() for path in texts}
+    contents |= {
+        Path(f"tests/a{suffix}"): b"lines\r\nof\nboth kinds" for suffix in (".npz", ".png", ".safetensors", ".bin")
+    }
+    for name, content in contents.items():
+        (origin / name).parent.mkdir(parents=True, exist_ok=True)
+        (origin / name).write_bytes(content)
+    git = ["git", "-C", str(origin), "-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "core.autocrlf=true"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "files"]):
+        subprocess.run([*git, *command], check=True, capture_output=True)
+    clone = ["git", "clone", "-q", "-c", "core.autocrlf=true", str(origin), str(tmp_path / "clone")]
+    subprocess.run(clone, check=True, capture_output=True)
+    assert {name: (tmp_path / "clone" / name).read_bytes() for name in contents} == contents
 
 
 @pytest.mark.parametrize(
@@ -170,6 +189,31 @@ def test_the_quickstart_samples_from_a_finished_run_and_shows_how_an_interrupted
     if not interrupted:
         ending = ["sample", "called -m eval.sample runs/quick --max-tokens 400", "run folder: runs/quick"]
     assert lines[-len(ending) :] == ending
+
+
+PYTHON_OF_A_VERSION = f"""#!/bin/bash
+[[ $1 == -c ]] && exec {sys.executable} -c "import sys; sys.version_info = ($VERSION); exec(sys.argv[1])" "$2"
+echo "$*"
+[[ $2 != venv ]] || {{ mkdir -p "$4/bin" && cp "$0" "$4/bin/python"; }}
+"""
+
+
+@pytest.mark.parametrize("version, is_new_enough", [("3, 10, 14", False), ("3, 11, 4", False), ("3, 11, 5", True)])
+@pytest.mark.parametrize("set_up_before", [False, True])
+def test_setup_refuses_a_python_whose_workers_can_hang(tmp_path, version, is_new_enough, set_up_before):
+    """An environment of an older Python, which was set up before, is not used either."""
+    files = {"scripts/setup.sh": (ROOT / "scripts" / "setup.sh").read_text(), "python": PYTHON_OF_A_VERSION}
+    if set_up_before:
+        files |= {".venv/bin/python": PYTHON_OF_A_VERSION, ".venv/requirements.installed": "torch\n"}
+    write_programs(tmp_path, files | {"requirements.txt": "torch\n"})
+    command = ["bash", str(tmp_path / "scripts/setup.sh")]
+    env = environment() | {"PYTHON": str(tmp_path / "python"), "VERSION": version}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    installed = "-m pip install --quiet --disable-pip-version-check -r requirements.txt" in done.stdout
+    assert (done.returncode, installed) == (0 if is_new_enough else 1, is_new_enough and not set_up_before)
+    if not is_new_enough:
+        assert done.stderr.startswith(f"setup: {tmp_path}/python is missing or older than Python 3.11.5; name another")
+        assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("build", ["", "cpu", "cuda"])
@@ -286,10 +330,12 @@ echo "$@" >>"$FAKE/requests"
 def test_a_task_of_a_job_becomes_a_process_of_the_run(tmp_path):
     facts = "SLURM_PROCID=11 SLURM_LOCALID=3 SLURM_NTASKS=16 SLURM_NTASKS_PER_NODE=8"
     python = "#!/bin/sh\necho process $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE"
+    python += ", $SRUN_CPUS_PER_TASK cores, $TORCHINDUCTOR_COMPILE_THREADS workers"
     write_programs(tmp_path, {"srun": f'#!/bin/bash\n{facts} "${{@:2}}"', "python": python})
     path = f"{tmp_path}:{os.environ['PATH']}"
-    done = run("train.sbatch", "small", PATH=path, PYTHON=str(tmp_path / "python"), SLURM_SUBMIT_DIR=str(ROOT))
-    assert done.stdout.splitlines()[-1] == "process 11 3 16 8", done.stderr
+    job = dict(PATH=path, PYTHON=str(tmp_path / "python"), SLURM_SUBMIT_DIR=str(ROOT), SLURM_CPUS_PER_TASK="6")
+    done = run("train.sbatch", "small", **job)
+    assert done.stdout.splitlines()[-1] == "process 11 3 16 8, 6 cores, 6 workers", done.stderr
 
 
 @pytest.mark.parametrize("status, requeued", [(0, True), (128 + signal.SIGUSR1, True), (1, False)])
@@ -361,7 +407,9 @@ def test_the_wandb_sweep_recipe_trains_with_the_arguments_of_an_agent(dataset, t
     assert {(run.optim.lr, run.optim.gamma, run.seed) for run in runs} >= {(0.005, 0.025, 1), (0.02, 0.1, 2)}
 
     given: dict = {}
-    run = SimpleNamespace(log=lambda numbers, step: given.update(numbers), finish=lambda: None)
+    run = SimpleNamespace(
+        log=lambda numbers, step: given.update(numbers), define_metric=lambda *_, **__: None, finish=lambda: None
+    )
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: given.update(settings) or run))
     monkeypatch.setenv("WANDB_RUN_ID", "id-of-the-agent")
     tiny = ["--steps=2", "--eval_every=2", f"--data.path={dataset}", f"--log.folder={tmp_path}", *TINY]
@@ -369,3 +417,27 @@ def test_the_wandb_sweep_recipe_trains_with_the_arguments_of_an_agent(dataset, t
     assert given["id"] == "id-of-the-agent"
     assert given["config"]["optim"]["lr"] == 0.005
     assert recipe["metric"]["name"] in given
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_every_surviving_rank_says_in_one_line_which_rank_is_missing(dataset, tmp_path, number):
+    """Rank 1 of 3 is killed, or hangs. The others end within the stated time, here 6 seconds and the last words."""
+    arguments = [str(CONFIG), f"--data.path={dataset}", f"--log.folder={tmp_path}", "--name=run", "--steps=100000"]
+    command = [*LAUNCHER, "--nproc_per_node=3", "train_gpt.py", *arguments, "--micro_batch=1"]
+    environ, pipe = environment() | {"RANKS_WAIT_SECONDS": "6"}, subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, env=environ, stdout=pipe, stderr=subprocess.STDOUT, text=True) as launcher:
+        for line in launcher.stdout:
+            if line.startswith("step      5"):
+                break
+        ranks = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
+        victim = next(p for p in ranks if b"\0RANK=1\0" in Path(f"/proc/{p}/environ").read_bytes())
+        os.kill(int(victim), number)
+        start = time.monotonic()
+        printed, _ = launcher.communicate(timeout=120)
+        assert time.monotonic() - start < 100
+    assert launcher.returncode != 0
+    of_torchrun = re.compile(r"[WE]\d{4} .*torch/distributed/elastic")
+    lines = [s for s in printed.splitlines() if not s.startswith("step ") and not of_torchrun.match(s)]
+    told = f"train_gpt: rank 1 (process {victim} on {platform.node()}): no answer; the same command continues from"
+    assert 1 <= sum(line.startswith(told) for line in lines) <= 2, printed
+    assert len(lines) <= 3, printed  # the last one is the launcher's

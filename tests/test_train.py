@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIG, ROOT, VOCAB, environment, finish, launch, make_dataset, make_tokens
+from conftest import CONFIG, ROOT, VOCAB, change_state, environment, finish, launch, make_dataset, make_tokens
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
@@ -26,13 +26,15 @@ import train_gpt
 from config.load import load_config
 from data.loader import DataConfig, TrainLoader
 from data.prepare.pretokenized import index_in_place
-from data.shards import open_dataset
+from data.shards import DataError, open_dataset
 from model import GPT
 from optimizers import MARSM
 from runtime import checkpoint, preflight
 from runtime.checkpoint import Checkpointer, write_tensors
 from runtime.command import one_line
 from runtime.distributed import ALONE
+from runtime.errors import UserError
+from runtime.evaluation import bad_samples
 from runtime.folder import run_lock
 from runtime.logger import read_metrics
 from runtime.memory import MicroBatch
@@ -151,7 +153,8 @@ def test_the_parameter_table_is_printed_and_kept(arguments, capsys):
     folder = run_in_process(arguments, "--optimizer=mars_m")
     lines = (folder / "parameters.txt").read_text().splitlines()
     assert len(lines) == 1 + len(load_file(folder / FINAL))
-    assert "transformer.h.1.mlp.c_fc.weight\t64x16\tMARSM: corrected clipped x orthogonal\t0.006\t0.1" in lines
+    rule = "MARSM: orthogonal update of the clipped, corrected gradient"
+    assert f"transformer.h.1.mlp.c_fc.weight\t64x16\t{rule}\t0.006\t0.1" in lines
     output = capsys.readouterr().out
     assert "transformer.h.*.mlp.c_fc.weight (2)" in output
     assert "MB of optimizer state in this process" in output
@@ -185,7 +188,7 @@ def test_compiled_training_equals_eager(arguments, monkeypatch):
 
 @pytest.mark.parametrize(("optimizer", "settings"), [("adamw", []), ("mars_m", ["--gamma_end=0.1"])])
 def test_a_run_that_an_earlier_version_began_continues(dataset, tmp_path, optimizer, settings):
-    """tests/old_runs: step 6 of 12 as commit fbe2168 wrote it with this command, and the weights of its step 12."""
+    """tests/old_runs: step 6 of 12 as this command wrote it with format 2 of state.json, and step 12."""
     old = ROOT / "tests" / "old_runs" / optimizer
     shutil.copytree(old, tmp_path / optimizer)
     shape = ["--n_layer=1", "--n_embd=4", "--block_size=8", "--checkpoint.every=6"]
@@ -305,7 +308,7 @@ def test_an_evaluation_that_was_cut_short_is_made_when_the_run_continues(argumen
         return scores(self, t, stop)
 
     monkeypatch.setattr(train_gpt.Evaluator, "scores", interrupted)
-    monkeypatch.setattr(train_gpt.StopRequest, "agreed", lambda self: False)  # several ranks agree one step later
+    monkeypatch.setattr(train_gpt.StopRequest, "agreed", lambda self, also: False)  # several ranks agree one step later
     folder = run_in_process(arguments)
     assert max(series(folder)) == step
     assert step not in series(folder, "val_loss")
@@ -327,7 +330,7 @@ def test_another_dataset_under_the_same_path_is_refused(arguments, tmp_path):
 
 def test_a_compiled_run_starts_its_compile_workers_first(arguments, monkeypatch):
     def start(processes):
-        raise ValueError(f"workers for {processes} processes")
+        raise UserError(f"workers for {processes} processes")
 
     monkeypatch.setattr("runtime.compute.start_compile_workers", start)
     monkeypatch.setattr(train_gpt, "start_world", lambda device: nullcontext(replace(ALONE, local_size=8)))
@@ -365,13 +368,124 @@ def test_out_of_memory_is_one_line(arguments):
     assert "out of memory; use a smaller --micro_batch or model" in stops(arguments, "--n_embd=100000000")
 
 
-def test_a_finished_run_is_not_run_again(arguments, straight, capsys):
-    shutil.copytree(straight, folder_of(arguments))
-    before = (folder_of(arguments) / FINAL).stat().st_mtime_ns
-    run_in_process(arguments)
-    assert "continuing at step 12" in capsys.readouterr().out
-    assert (folder_of(arguments) / FINAL).stat().st_mtime_ns == before
-    assert series(folder_of(arguments)) == series(straight)
+@pytest.mark.parametrize("changes", [[], ["--eval_every=5", "--val_windows=7", "--log.every=3", "--checkpoint.keep=1"]])
+def test_a_start_of_a_finished_run_changes_no_file(arguments, straight, capsys, changes):
+    folder = folder_of(arguments)
+    shutil.copytree(straight, folder)
+    before = {p: (p.stat().st_mtime_ns, p.is_file() and p.read_bytes()) for p in [folder, *folder.rglob("*")]}
+    run_in_process(arguments, *changes)
+    assert "is finished: 12 steps, validation loss" in capsys.readouterr().out
+    assert {p: (p.stat().st_mtime_ns, p.is_file() and p.read_bytes()) for p in [folder, *folder.rglob("*")]} == before
+
+
+def test_a_best_loss_on_other_validation_data_does_not_count(arguments, straight, capsys):
+    """The run goes on with fewer windows: a loss that was lower on others is not the best one any more."""
+    folder = folder_of(arguments)
+    shutil.copytree(straight, folder)
+    shutil.rmtree(folder / "checkpoints/step_0000012")
+    change_state(folder / "checkpoints/step_0000008", best_val_loss=0.5)
+    run_in_process(arguments, "--val_windows=7")
+    assert "note: validation has other data, windows, tokens than before; the best loss" in capsys.readouterr().out
+    state = json.loads((folder / FINAL).with_name("state.json").read_text())
+    assert state["best_val_loss"] == min(series(folder, "val_loss")[step] for step in (8, 12))
+    records = {
+        r["step"]: r["measured_on"]["windows"] for r in read_metrics(folder / "metrics.jsonl") if "val_loss" in r
+    }
+    assert records[12] == 7
+
+
+def test_a_run_whose_batch_size_changes_reads_on_where_it_was(dataset, tmp_path):
+    """4 sequences a step up to step 8, then 6: tokens go on from there, and no window comes twice or is left out."""
+    run = [str(CONFIG), f"--data.path={dataset}", f"--log.folder={tmp_path}", "--name=run", "--micro_batch=2"]
+    train_gpt.main([*run, "--batch_size=4"])
+    folder = tmp_path / "run"
+    shutil.rmtree(folder / "checkpoints/step_0000012")
+    read, ids = [], TrainLoader.window_ids
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TrainLoader, "window_ids", lambda self, step: read.append(ids(self, step)) or read[-1])
+        train_gpt.main([*run, "--batch_size=6", "--accept_changes"])
+    sizes = dict(block_size=16, vocab_size=VOCAB, seed=load_config(CONFIG).seed)
+    loader = TrainLoader(open_dataset(dataset, VOCAB), DataConfig(), batch_size=1, **sizes)
+    order = np.concatenate([loader.window_ids(i) for i in range(8 * 4, 8 * 4 + 4 * 6)])
+    assert np.array_equal(np.concatenate(read)[: len(order)], order)
+    expected = {step: 16 * (4 * min(step, 8) + 6 * max(0, step - 8)) for step in range(1, 13)}
+    assert series(folder, "tokens") == expected
+    state = json.loads((folder / FINAL).with_name("state.json").read_text())
+    assert (state["step"], state["tokens"], state["sequences"]) == (12, 16 * 56, 56)
+
+
+def test_a_budget_in_tokens_is_kept_when_the_batch_size_changes(dataset, tmp_path):
+    """768 tokens are 12 steps of 64. After 8 of them, 256 tokens are left: 2 steps of 128."""
+    run = [str(CONFIG), f"--data.path={dataset}", f"--log.folder={tmp_path}", "--name=run", "--micro_batch=2"]
+    train_gpt.main([*run, "--batch_size=4", "--tokens=768"])
+    shutil.rmtree(tmp_path / "run" / "checkpoints/step_0000012")
+    train_gpt.main([*run, "--batch_size=8", "--tokens=768", "--accept_changes"])
+    assert max(series(tmp_path / "run", "tokens").items()) == (10, 768)
+
+
+def test_a_new_budget_may_not_make_the_learning_rate_jump(arguments, capsys):
+    """The decay of 12 steps begins at step 9.2: a later budget continues step 8 and refuses step 12."""
+    wsd = [*arguments, "--shape=wsd", "--wsd_decay=0.3"]
+    run_in_process(wsd)
+    message = stops(wsd, "--steps=20")
+    assert "the learning rate would jump at step 12 from 0.0001 to 0.01, because" in message
+    assert "the budget of 12 steps becomes 20" in message
+    shutil.rmtree((folder_of(arguments) / FINAL).parent)
+    run_in_process(wsd, "--steps=20")
+    rates = series(folder_of(arguments), "lr")
+    assert rates[12] == rates[8] == 0.01
+    assert rates[20] < 0.004
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("optimizer", ["adamw", "mars_m --optim.is_approx=false"])
+def test_tokens_that_cannot_be_read_any_more_cost_no_step(dataset, tmp_path, processes, optimizer):
+    """From step 7 on, one rank gets EIO. The steps before are saved, and the error names the file."""
+    program = f"""if True:
+        import train_gpt
+        from data.loader import TrainLoader
+        from data.shards import DataError
+        batch = TrainLoader.batch
+        def broken(self, step):
+            if step >= 7 and self.rows.stop == 12:
+                raise DataError("train_000000.bin: Input/output error")
+            return batch(self, step)
+        TrainLoader.batch = broken
+        train_gpt.main({[str(CONFIG), f"--data.path={dataset}", f"--log.folder={tmp_path}", "--name=run"]!r}
+            + ["--micro_batch=3"] + "--optimizer={optimizer}".split())"""
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*command, str(tmp_path / "program.py")] if processes > 1 else [sys.executable, tmp_path / "program.py"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert (done.stdout + done.stderr).count("train_gpt: train_000000.bin: Input/output error") == 1
+    last = max(series(tmp_path / "run"))
+    assert 5 <= last <= 7
+    assert (tmp_path / "run" / "checkpoints" / f"step_{last:07d}").exists()
+
+
+def test_validation_that_cannot_be_read_costs_no_step(arguments, monkeypatch):
+    def broken(self, number, step):
+        raise DataError("val_000000.bin: Input/output error")
+
+    monkeypatch.setattr(train_gpt.ValidationSet, "batch", broken)
+    message = stops(arguments, "--eval_every=6", "--checkpoint.every=100")
+    assert message == "train_gpt: val_000000.bin: Input/output error"
+    assert [p.name for p in (folder_of(arguments) / "checkpoints").iterdir()] == ["step_0000006"]
+
+
+def test_zeros_in_a_validation_shard_are_another_measure(arguments, tmp_path):
+    """Nothing else shows them before a hash of the whole shard: header, size and ids are good."""
+    data = make_dataset(tmp_path / "tokens")
+    changed = [a for a in arguments if not a.startswith("--data.path")] + [f"--data.path={data}"]
+    folder = run_in_process(changed)
+    with open(data / "val_000000.bin", "r+b") as f:
+        f.seek(2000)
+        f.write(bytes(1000))
+    run_in_process(changed, "--name=other")
+    one, two = (read_metrics(f / "metrics.jsonl") for f in (folder, folder.with_name("other")))
+    assert one[-1]["measured_on"]["data"] != two[-1]["measured_on"]["data"]
+    assert [r["loss"] for r in one if "loss" in r] == [r["loss"] for r in two if "loss" in r]
 
 
 def test_fresh_starts_over_and_keeps_the_old_run(arguments, straight):
@@ -416,7 +530,7 @@ def test_a_process_that_fails_alone_prints_its_line(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr("time.sleep", waits.append)
     with pytest.raises(SystemExit, match="program: a reason"), one_line("program"):
-        raise ValueError("a reason")
+        raise UserError("a reason")
     assert waits == [5]
 
 
@@ -479,7 +593,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(argumen
 
 
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(arguments, straight, monkeypatch, capsys):
-    """Step 8 cannot be written; training goes on, step 4 is still there, step 12 is saved."""
+    """Step 8 cannot be written; training continues, step 4 is still there, step 12 is saved."""
     save, refused = Checkpointer.save, []
 
     def full_at_8(self, model, optimizer, state, average):
@@ -621,7 +735,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(arguments, optimizer,
     monkeypatch.setattr(GPT, "forward", poison)
     arguments = [*arguments, f"--optimizer={optimizer}", f"--checkpoint.background={background}"]
     message = stops(arguments)
-    assert "the gradient of step 9 (counted from 0) is not finite; it was not applied" in message
+    assert "the gradient of step 9 (counted from 0) is not finite; earlier checkpoints are good" in message
     assert message.endswith(f"sequences: {shard.path.name}@{offset}")
     saved = sorted(p.name for p in (folder_of(arguments) / "checkpoints").iterdir())
     assert saved == ["step_0000004", "step_0000008"]
@@ -631,6 +745,25 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(arguments, optimizer,
     run_in_process(arguments, "--fresh")
     straight = load_file(folder_of(arguments) / FINAL)
     assert all(torch.equal(continued[name], straight[name]) for name in straight)
+
+
+def test_sequences_are_named_by_the_last_checkpoint_if_the_update_has_spoilt_the_weights(arguments):
+    """On a GPU, a gradient that is not finite is seen after its update."""
+    run = load_config(CONFIG, [*arguments[1:], "--steps=8"])
+    t = train_gpt.Trainer(run, ALONE, fresh=False)
+    t.log.close()
+    spoil(t.model)
+    assert bad_samples(t, 9) == "unknown, because the weights are lost and there is no checkpoint"
+    run_in_process(arguments, "--steps=8")
+    t = train_gpt.Trainer(run, ALONE, fresh=False)
+    t.log.close()
+    spoil(t.model)
+    assert bad_samples(t, 9) == "none alone has a loss that is not finite"
+
+
+def spoil(model):
+    for p in model.parameters():
+        p.detach().fill_(float("nan"))
 
 
 def test_weights_that_overflow_in_the_last_step_are_not_saved(arguments):
@@ -645,7 +778,9 @@ def test_ctrl_c_before_the_loop_is_one_line(arguments, monkeypatch, owner, when)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(owner, when, interrupt)
-    assert "interrupted; the checkpoints so far are untouched" in stops(arguments, "--micro_batch=auto")
+    assert "interrupted. Run the same command to resume from the last checkpoint" in stops(
+        arguments, "--micro_batch=auto"
+    )
 
 
 def test_usage_and_help(capsys):
@@ -667,8 +802,8 @@ def test_from_the_command_line_errors_are_one_line(dataset):
     assert output.count("config: n_heads: unknown key") == 1
 
 
-def test_shards_that_get_a_manifest_midway_do_not_refuse_the_resume(tmp_path):
-    """`data.prepare pretokenized --source` does so. Other tokens are still refused."""
+def test_shards_that_get_a_manifest_midway_are_accepted_as_a_change(tmp_path):
+    """`data.prepare pretokenized --source` does so."""
     raw = tmp_path / "raw"
     raw.mkdir()
     make_tokens(3000).tofile(raw / "train.bin")
@@ -677,12 +812,9 @@ def test_shards_that_get_a_manifest_midway_do_not_refuse_the_resume(tmp_path):
     train_gpt.main(arguments)
     shutil.rmtree((folder_of(arguments) / FINAL).parent)
     index_in_place(raw)
-    for _ in range(2):  # from then on the run knows the hashes
-        train_gpt.main(arguments)
-    make_tokens(500, seed=9).tofile(raw / "val.bin")
-    (raw / "manifest.json").unlink()
-    index_in_place(raw)
-    assert "dataset: " in stops(arguments)
+    assert "--accept_changes continues it" in stops(arguments)
+    train_gpt.main([*arguments, "--accept_changes"])
+    assert len(series(folder_of(arguments))) == 12
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "null", "{", '"x"'])
@@ -709,9 +841,9 @@ def test_a_checkpoint_of_a_newer_version_is_one_line(arguments, straight, kind):
         tensors = load_file(folder / name)
         first = next(iter(tensors))
         tensors["transformer.new.weight" if kind == "another weight" else f"{first}_new"] = torch.ones(2)
-        state = json.loads((folder / "state.json").read_text())
-        state["sha256"][name] = write_tensors(folder / name, tensors)
-        (folder / "state.json").write_text(json.dumps(state))
+        (folder / name).unlink()
+        digest = write_tensors(folder / name, tensors)
+        change_state(folder, sha256=json.loads((folder / "state.json").read_text())["sha256"] | {name: digest})
     message = stops(arguments)
     assert re.match(
         r"train_gpt: checkpoint \S+/checkpoints/step_0000012: .*new.*; another version of the program", message

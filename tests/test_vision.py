@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import io
 import json
-import pickle
 import tarfile
 from dataclasses import replace
 
@@ -19,6 +18,7 @@ from bench.sweep import Sweep, load_plan, rows_of, table
 from bench.sweep import main as sweep_main
 from eval.table import published as published_results
 from optimizers import build_optimizer
+from runtime.errors import UserError
 from runtime.logger import read_metrics
 
 PLAN = load_plan("vision")
@@ -95,36 +95,40 @@ def test_a_damaged_or_missing_idx_file_is_named(fashion):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte: is no complete idx file"):
         load_images("fashion", str(fashion))
-    with pytest.raises(FileNotFoundError, match=r"--data names the folder of the idx files"):
+    with pytest.raises(UserError, match=r"--data names the folder of the idx files"):
         read_idx(fashion / "nothing")
 
 
 def cifar_archive(folder, kind):
-    """An archive in the official form with 20 images in each file; returns its MD5."""
+    """An archive in the official binary form with 20 images in each file; returns its MD5, and the records of the test.
+
+    A record is a label, or a coarse and a fine one, and the bytes of the image: red, green and blue rows.
+    """
     random = np.random.default_rng(0)
     with tarfile.open(folder / kind.name, "w:gz") as archive:
         for member in (*kind.train, kind.test):
-            rows = random.integers(0, 256, (20, 3072), dtype=np.uint8)
-            data = pickle.dumps({b"data": rows, kind.labels: random.integers(0, 10, 20).tolist()})
+            records = random.integers(0, 256, (20, kind.labels + 3072), dtype=np.uint8)
+            records[:, : kind.labels] %= 10
             info = tarfile.TarInfo(member)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return hashlib.md5((folder / kind.name).read_bytes()).hexdigest()
+            info.size = records.size
+            archive.addfile(info, io.BytesIO(records.tobytes()))
+    return hashlib.md5((folder / kind.name).read_bytes()).hexdigest(), records
 
 
-@pytest.mark.parametrize("name, train", [("cifar10", 100), ("cifar100", 20)])
-def test_cifar_archives_are_read_and_others_refused(name, train, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, train, label", [("cifar10", 100, 0), ("cifar100", 20, 1)])
+def test_cifar_archives_are_read_without_pickle_and_others_refused(name, train, label, tmp_path, monkeypatch):
     kind = DATASETS[name]
-    with pytest.raises(FileNotFoundError, match="python.tar.gz: no such file; get it from"):
+    with pytest.raises(UserError, match=r"binary.tar.gz: no such file; get it from"):
         load_images(name, str(tmp_path))
-    md5 = cifar_archive(tmp_path, kind.read)
+    md5, test = cifar_archive(tmp_path, kind.read)
     with pytest.raises(SystemExit) as stopped:
         vision.main([name, f"--data={tmp_path}"])
     assert f"has MD5 {md5} instead of {kind.read.md5}" in stopped.value.code
     monkeypatch.setitem(DATASETS, name, replace(kind, read=replace(kind.read, md5=md5)))
     found = load_images(name, str(tmp_path))
     assert len(found.train[1]) + len(found.validation[1]) == train
-    assert found.test[0].shape == (20, 3, 32, 32)
+    assert found.test[1].tolist() == test[:, label].tolist()
+    assert found.test[0][3, 2, 5, 7] == test[3, label + 1 + 2 * 1024 + 5 * 32 + 7]  # image 3, blue, row 5, column 7
     vision.main([name, f"--data={tmp_path}", "--width=2", "--epochs=1", "--name=run", f"--log.folder={tmp_path}"])
     assert len(read_metrics(tmp_path / "run/metrics.jsonl")) == 1
 

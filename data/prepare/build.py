@@ -6,7 +6,7 @@ ends with the same bytes. The number of workers does not change them either.
 """
 
 import json
-import shutil
+import re
 import sys
 from contextlib import closing
 from dataclasses import asdict
@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.prepare.output import PROGRESS, progress, staged
+from data.prepare.output import PROGRESS, begin, discard, progress, publish
 from data.prepare.sources import Chunk, Source
 from data.prepare.workers import Encoded, Recipe, encoded
 from data.shards import SPLITS, DataError, ShardEntry, listed_shard, write_manifest, write_shard
 from data.tokenizer import TOKENIZER_FILE, CustomTokenizer, Tokenizer, facts_of, get_tokenizer
 from runtime.files import sha256_of, write_durably
+from runtime.streams import printable
 
 NOTICES = 20  # unreadable documents that are named; all are counted
 
@@ -67,7 +68,8 @@ class Preparation:
         self.documents = self.unreadable = 0
         self.max_skipped, self.last = recipe.max_skipped, ""  # last: names the last document that could not be read
         self.writers = [ShardWriter(folder, splits, recipe.shard_tokens, eot) for splits in recipe.split.streams]
-        if state := progress(folder):
+        state = progress(folder) or {}
+        if "position" in state:
             self._restore(state)
 
     @property
@@ -91,7 +93,8 @@ class Preparation:
             self.writers[stream[0]].add(tokens, int(sizes.sum()))
         self.documents += len(result.lengths)
         for where in result.unreadable[: max(0, NOTICES - self.unreadable)]:
-            tqdm.write(f"skipped {where}", file=sys.stderr)  # does not disturb the progress bar
+            line = printable(where).replace("\n", "\\x0a")
+            tqdm.write(f"skipped {line}", file=sys.stderr)  # does not disturb the progress bar
         self.unreadable += len(result.unreadable)
         self.last = f"; the last one: {result.unreadable[-1]}" if result.unreadable else self.last
         if self.unreadable > max(100, self.max_skipped * self.documents):
@@ -118,17 +121,18 @@ class Preparation:
     def _restore(self, state: dict) -> None:
         try:
             self._read(state)
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, DataError):
-                raise
+        except DataError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             path = self.folder / PROGRESS
             raise DataError(f"{path}: damaged ({type(error).__name__}: {error}); start over with --fresh") from None
 
     def _read(self, state: dict) -> None:
         self.position = tuple(map(int, state["position"]))
         self.documents, self.unreadable = int(state["documents"]), int(state["unreadable"])
-        path = self.folder / state["held"]["file"]
-        if not path.exists() or sha256_of(path) != state["held"]["sha256"]:
+        name = state["held"]["file"]
+        path = self.folder / name
+        if not re.fullmatch(r"held-\d+", name) or not path.is_file() or sha256_of(path) != state["held"]["sha256"]:
             raise DataError(f"{path} is missing or damaged; start over with --fresh")
         tokens = np.fromfile(path, dtype="<u2")
         for writer, saved in zip(self.writers, state["streams"], strict=True):
@@ -147,7 +151,7 @@ class Preparation:
                 splits[writer.split_of(number)].append(entry)
         empty = [split for split, entries in splits.items() if not entries]
         if empty:
-            shutil.rmtree(self.folder)
+            discard(self.folder)
             problem = f"no document fell into the {empty[0]} split; {self.split.hint}"
             if self.documents == self.unreadable:
                 problem = f"the source holds no document that can be read{self.last}"
@@ -163,21 +167,20 @@ def build(out: Path, source: Source, settings: dict, recipe: Recipe) -> None:
     Raises DataError for a source, a folder or a tokenizer that cannot be used, OSError for a full disk.
     """
     tokenizer = get_tokenizer(recipe.tokenizer, recipe.ranks, recipe.separator)
-    ends: int | None = tokenizer.eot
-    with staged(out) as folder:
-        if isinstance(tokenizer, CustomTokenizer):
-            ends = None  # its texts may contain the separator
-            write_durably(folder / TOKENIZER_FILE, tokenizer.path.read_bytes())
-        preparation = Preparation(folder, settings, recipe, ends)
-        if not preparation.position:
-            preparation.save()  # records what the source is before it is read
-        look = dict(desc=f"preparing {out.name}", unit=" tokens", unit_scale=True, initial=preparation.tokens)
-        interval = 0.1 if sys.stderr.isatty() else 60  # seconds between updates of the bar; a log gets one per minute
-        chunks = source.chunks(preparation.position)
-        with closing(chunks), tqdm(**look, mininterval=interval) as bar, closing(encoded(chunks, recipe)) as results:
-            for chunk, result in results:
-                preparation.add(chunk, result)
-                if chunk.fraction:
-                    bar.total = round(preparation.tokens / chunk.fraction)
-                bar.update(len(result.tokens))
-        preparation.finish(tokenizer)
+    ends: int | None
+    folder, ends = begin(out, {"source": settings}), tokenizer.eot
+    if isinstance(tokenizer, CustomTokenizer):
+        ends = None  # its texts may contain the separator
+        write_durably(folder / TOKENIZER_FILE, tokenizer.path.read_bytes())
+    preparation = Preparation(folder, settings, recipe, ends)
+    look = dict(desc=printable(f"preparing {out.name}"), unit=" tokens", unit_scale=True, initial=preparation.tokens)
+    interval = 0.1 if sys.stderr.isatty() else 60  # seconds between updates of the bar; a log gets one per minute
+    chunks = source.chunks(preparation.position)
+    with closing(chunks), tqdm(**look, mininterval=interval) as bar, closing(encoded(chunks, recipe)) as results:
+        for chunk, result in results:
+            preparation.add(chunk, result)
+            if chunk.fraction:
+                bar.total = round(preparation.tokens / chunk.fraction)
+            bar.update(len(result.tokens))
+    preparation.finish(tokenizer)
+    publish(folder, out)

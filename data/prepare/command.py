@@ -1,7 +1,7 @@
 """Turn text into a folder of token shards, and check such folders.
 
     python -m data.prepare pydocs                               prose of the installed packages, no download
-    python -m data.prepare text --root ~/books --glob '**/*.txt' --tokenizer gpt2
+    python -m data.prepare text --root ~/books --glob '**/*.{txt,md}' --tokenizer gpt2
     python -m data.prepare openwebtext                          9 billion tokens
     python -m data.prepare fineweb_edu --sample 100BT
     python -m data.prepare openwebtext --source ~/owt           parquet, JSON lines or text you have
@@ -13,14 +13,14 @@ The folder appears when it is complete. To continue an interrupted command, give
 """
 
 import argparse
-import errno
-import os
 from pathlib import Path
 
 from data.prepare import pretokenized
 from data.prepare.build import build
 from data.prepare.corpora import CORPORA, JOBS, PRETOKENIZED, pretokenized_settings
-from data.prepare.output import unfinished
+from data.prepare.formats import NO_ROOM
+from data.prepare.output import is_interrupted, is_prepared, locked, unfinished
+from data.prepare.text import GLOB
 from data.prepare.verify import describe, info, verify
 from data.prepare.workers import Recipe
 from data.shards import DataError, open_dataset
@@ -35,9 +35,9 @@ def arguments() -> argparse.ArgumentParser:
     parser = Parser(prog="data.prepare", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     pydocs = commands.add_parser("pydocs", help="prose of the installed Python packages: needs no download")
-    text = commands.add_parser("text", help="your own UTF-8 text files")
-    text.add_argument("--root", type=Path, required=True, help="folder to search")
-    text.add_argument("--glob", default="**/*.txt", help="which files in it")
+    text = commands.add_parser("text", help="your own files: UTF-8 text, JSON lines or parquet")
+    text.add_argument("--root", type=Path, required=True, help="folder to search, or a single file")
+    text.add_argument("--glob", action="append", help=f"which files in it (default: {GLOB}); several add up")
     for p in (pydocs, text):
         p.add_argument("--val_fraction", type=float, default=0.05, help="fraction of documents for validation")
         p.set_defaults(tokenizer="byte")
@@ -51,8 +51,9 @@ def arguments() -> argparse.ArgumentParser:
         p.add_argument("--repo", default=corpus.repo, help="dataset repository")
         p.add_argument("--pattern", help="which of its files")
         p.add_argument("--revision", help="commit, tag or branch (default: a fixed commit; for another --repo, main)")
-        p.add_argument("--column", default="text", help="column or key of the text")
         corpora.append(p)
+    for p in (text, *corpora):
+        p.add_argument("--column", default="text", help="column or key of the text, in parquet and JSON lines")
     ready = commands.add_parser("pretokenized", help="GPT-2 token shards that others made")
     ready.add_argument("which", nargs="?", help=", ".join(PRETOKENIZED))
     ready.add_argument("--source", type=Path, help="index this folder of shards in place")
@@ -68,7 +69,7 @@ def arguments() -> argparse.ArgumentParser:
     for p in (pydocs, text, *corpora):
         p.add_argument("--ranks", help="local GPT-2 ranks file, for machines without a network")
         p.add_argument("--shard_tokens", type=at_least(1, 2**31 - 1), default=100_000_000, help="tokens per shard")
-        p.add_argument("--workers", type=at_least(1, 4096), default=cores(), help="processes (default: all cores)")
+        p.add_argument("--workers", type=at_least(1, 4096), help="processes (default: one per core)")
         skipped = "stop when over 100 documents, and over this fraction, cannot be read"
         p.add_argument("--max_skipped", type=float, default=0.1, help=skipped)
     for p in (text, *corpora):
@@ -82,11 +83,6 @@ def arguments() -> argparse.ArgumentParser:
     facts.add_argument("config", nargs="?", help="config file of a run, to state its epochs; --key=value may follow")
     facts.add_argument("--budget", type=parse_number, help="training tokens, to state the epochs that they make")
     return parser
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -109,13 +105,15 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 prepare(args)
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EFBIG):
+                if error.errno not in NO_ROOM:
                     raise
                 raise DataError(f"{error}; make room there, the same command continues") from None
 
 
 def prepare(args: argparse.Namespace) -> None:
     """Make or continue a dataset, unless it is complete already."""
+    from runtime.hardware import cores  # brings torch, which the workers do not need
+
     check(args)
     if args.command == "pretokenized":
         if (args.tokenizer, args.eot) != ("gpt2", None):
@@ -128,16 +126,19 @@ def prepare(args: argparse.Namespace) -> None:
     out = out.resolve() if out.name in ("", "..") or out.is_symlink() else out
     if not out.name or out.is_mount():
         raise DataError(f"--out {out}: give the name of a folder to be made")
-    pinned = unfinished(out, settings, args.fresh)
-    if pinned is None:
+    if not args.fresh and not is_interrupted(out) and is_prepared(out, settings):
         return
-    if args.command == "pretokenized":
-        pretokenized.fetch(out, settings, pinned)
-    else:
-        source, split, facts = job.open(pinned)
-        how = (args.tokenizer, args.ranks, settings["eot"])
-        recipe = Recipe(*how, split, args.shard_tokens, args.workers, args.eot, args.max_skipped)
-        build(out, source, settings | facts, recipe)
+    with locked(out):
+        pinned = unfinished(out, settings, args.fresh)
+        if pinned is None:
+            return
+        if args.command == "pretokenized":
+            pretokenized.fetch(out, settings, pinned)
+        else:
+            source, split, facts = job.open(pinned)
+            how, workers = (args.tokenizer, args.ranks, settings["eot"]), args.workers or cores()
+            recipe = Recipe(*how, split, args.shard_tokens, workers, args.eot, args.max_skipped)
+            build(out, source, settings | facts, recipe)
     print(f"prepared {describe(out)}")
 
 

@@ -72,15 +72,25 @@ def pydocs_job(args: argparse.Namespace) -> Job:
 
 def text_job(args: argparse.Namespace) -> Job:
     """The user's text files."""
-    files = text.text_files(args.root, args.glob, args.exclude)
-    sizes = [(p.relative_to(args.root).as_posix(), p.stat().st_size) for p in files]
+    if args.glob and args.root.is_file():
+        raise DataError(f"--glob {args.glob[0]}: --root {args.root} is a file; give a folder or no --glob")
+    globs = args.glob or [text.GLOB]
+    files, folder = text.text_files(args.root, globs, args.exclude), args.root
+    if args.root.is_file():
+        folder = args.root.parent
+    elif left := text.others(folder, files, args.exclude):
+        counts = f"{len(files)} of {len(files) + left.total()} files match {' '.join(globs)}"
+        print(f"{folder}: {counts}; left out: {text.listed(left)}; --glob adds more")
+    sizes = [(p.relative_to(folder).as_posix(), p.stat().st_size) for p in files]
     digest = hashlib.sha256(repr(sizes).encode()).hexdigest()
     root = args.root.resolve()
-    settings = {"name": "text", "root": str(root), "glob": args.glob, "val_fraction": args.val_fraction}
+    settings = {"name": "text", "root": str(root), "glob": " ".join(globs), "val_fraction": args.val_fraction}
     settings |= {"files": len(files), "files_sha256": digest, "eot": "after"}
     settings |= {"exclude": sorted(set(args.exclude))} if args.exclude else {}
-    documents = text.documents(args.root, files)
-    return Job(root.name, settings, lambda pinned: (Named(documents), ByName(args.val_fraction), {}))
+    settings |= {"column": args.column} if any(map(text.holds_records, files)) else {}
+    documents = text.documents(folder, files, args.column)
+    name = root.name if args.root.is_dir() else root.stem
+    return Job(name, settings, lambda pinned: (Named(documents), ByName(args.val_fraction), {}))
 
 
 def corpus_job(args: argparse.Namespace) -> Job:

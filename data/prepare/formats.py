@@ -1,5 +1,6 @@
 """Reading corpus files: lines, compressed or not, and one column of a parquet file. Every error names the file."""
 
+import errno
 import importlib
 import io
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,7 @@ CHUNK_BYTES = 1 << 20  # a chunk takes about 0.1 s to tokenize, far longer than 
 CHUNK_DOCUMENTS = 512
 BATCH_ROWS = 256  # parquet rows decoded at a time
 BUFFER_BYTES = 1 << 20
+NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)  # the disk, a file size or a quota is exhausted
 
 T = TypeVar("T")
 

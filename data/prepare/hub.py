@@ -4,7 +4,6 @@ Only names and bytes are read: nothing from the repository is ever executed. Fil
 as they are read, so that only token shards are written to the disk.
 """
 
-import errno
 import fnmatch
 import logging
 import os
@@ -14,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data.prepare.formats import SourceFile, library
+from data.prepare.formats import NO_ROOM, SourceFile, library
 from data.shards import DataError
 from runtime.command import first_line
+from runtime.streams import masked
 
 BLOCK_BYTES = 1 << 25  # fetched at a time
 REFUSALS = {  # by the class of huggingface_hub's error
@@ -52,7 +52,7 @@ def hub_problem() -> str | None:
     except Exception as error:
         if not _is_network_error(error):
             raise
-        problem = f"{endpoint()} does not answer"
+        problem = masked(f"{endpoint()} does not answer")
     hub.constants.HF_HUB_OFFLINE = library("datasets.config").HF_HUB_OFFLINE = True
     return problem
 
@@ -76,13 +76,13 @@ def answers(repo: str, revision: str, file: str = "") -> Iterator[None]:
             reason = f"{endpoint()} does not answer ({kind.__name__}): no network? The same command continues"
         else:
             raise
-        raise DataError(f"{reason}; files you have can be given with --source DIR") from None
+        raise DataError(f"{masked(reason)}; files you have can be given with --source DIR") from None
 
 
 def _is_network_error(error: Exception) -> bool:
     """Whether an exception comes from the hub's client or its HTTP libraries."""
     if isinstance(error, OSError):
-        return error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EACCES)
+        return error.filename is None and error.errno not in NO_ROOM
     return type(error).__module__.startswith(("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "fsspec"))
 
 

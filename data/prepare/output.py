@@ -1,22 +1,24 @@
-"""The output folder. A dataset is made in FOLDER.tmp, which is renamed when it is complete.
+"""The output folder. A dataset is made in FOLDER.tmp, which gets the name FOLDER when it is complete.
 
-Only files that a preparation made are ever deleted.
+Only files that a preparation made are ever deleted. Its first file is progress.json, and its last one manifest.json. So
+a folder without either is not ours. Names that begin with a dot are not looked at, and such files are never deleted.
 """
 
 import json
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Set
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data.prepare.verify import describe
-from data.shards import MANIFEST, SPLITS, DataError, entries, read_manifest
+from data.shards import MANIFEST, SPLITS, DataError, files_of, read_manifest, visible
 from runtime.files import locked as file_locked
+from runtime.files import sync_folder, write_durably
 
-PROGRESS, LOCK, FETCHED = "progress.json", "lock", "fetched"
-RECORDS = re.compile(r"(lock|(progress|manifest|tokenizer)\.json|held-\d+)(\.tmp)?")
-SHARDS = re.compile(rf"({'|'.join(SPLITS)})_\d+\.bin(\.tmp)?")
+PROGRESS, FETCHED = "progress.json", "fetched"
+REPLACED = ".replaced_dataset"  # an old dataset, inside the folder of the new one
+OURS = re.compile(rf"((progress|manifest|tokenizer)\.json|held-\d+|({'|'.join(SPLITS)})_\d+\.bin)(\.tmp)?|{FETCHED}")
 PINNED = ("revision", "documents", "read")  # facts that the source adds to the settings
 
 
@@ -32,10 +34,12 @@ def progress(folder: Path) -> dict | None:
         return None
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(state["source"], dict) or not isinstance(state.get("files", []), list):
+        source = state["source"]
+        kinds = (source, dict), (state.get("files", []), list), (source.get("revision", ""), str)
+        if not all(isinstance(value, kind) for value, kind in (*kinds, (source.get("documents", 0), int))):
             raise TypeError("another structure than this program writes")
         return state
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: damaged ({type(error).__name__}: {error}); delete its folder") from None
 
 
@@ -50,18 +54,35 @@ def refuse_foreign_files(folder: Path) -> None:
     """DataError for a folder with a file that no preparation made: it must not be written to or deleted."""
     if not folder.exists():
         return
-    state = progress(folder)
-    known = {FETCHED, *state.get("files", [])} if state else set()
+    state, known = progress(folder), {PROGRESS + ".tmp"}
+    if state:
+        known |= set(state.get("files", []))
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder / MANIFEST)
         source = manifest.get("source", {})
         if source.get("name") == "pretokenized" and "root" in source:
             raise DataError(f"{folder} holds shards that were indexed in place, not made here; give another --out")
-        known |= {e["file"] for e in entries(manifest)}
-    for path in sorted(folder.iterdir()):
-        if path.name in known or RECORDS.fullmatch(path.name) or (state and SHARDS.fullmatch(path.name)):
-            continue
-        raise DataError(f"{path}: not a file of a preparation; move it away, or give another --out")
+        known |= files_of(manifest)
+    for path in visible(folder):
+        if path.name not in known and not (state and OURS.fullmatch(path.name)):
+            raise DataError(f"{path}: not a file of a preparation; move it away, or give another --out")
+
+
+def is_prepared(out: Path, settings: dict) -> bool:
+    """Whether `out` is a complete dataset of these settings; then says so.
+
+    Raises DataError if the folder holds something else.
+    """
+    if not out.exists() or (out.is_dir() and not visible(out)):
+        return False
+    before = recorded_source(out)
+    if before is None:
+        raise DataError(f"{out} exists and has no {MANIFEST}: not a dataset made here; give another --out")
+    if different := changed(before, settings):
+        refuse_foreign_files(out)
+        raise DataError(f"{out} exists with other settings ({different}); give --fresh to replace it")
+    print(f"already prepared: {describe(out)}")
+    return True
 
 
 def unfinished(out: Path, settings: dict, fresh: bool) -> dict | None:
@@ -70,13 +91,12 @@ def unfinished(out: Path, settings: dict, fresh: bool) -> dict | None:
     fresh: delete an unfinished preparation; a complete one will be replaced.
     Raises DataError if the folder holds something else, or a preparation with other settings.
     """
+    restore(out)
     folder = temporary(out)
     refuse_foreign_files(folder)
     if fresh:
         refuse_foreign_files(out)
-        if folder.exists():
-            with locked(folder):
-                discard(folder)
+        discard(folder)
         return {}
     before = recorded_source(folder)
     if before is not None:
@@ -85,18 +105,13 @@ def unfinished(out: Path, settings: dict, fresh: bool) -> dict | None:
         if not (folder / MANIFEST).exists():
             print(f"continuing {folder}")
             return before
-        with staged(out):
-            pass  # it is complete and needs only its name
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return {}
-    before = recorded_source(out)
-    if before is None:
-        raise DataError(f"{out} exists and has no {MANIFEST}: not a dataset made here; give another --out")
-    if different := changed(before, settings):
-        refuse_foreign_files(out)
-        raise DataError(f"{out} exists with other settings ({different}); give --fresh to replace it")
-    print(f"already prepared: {describe(out)}")
-    return None
+        publish(folder, out)  # it is complete and needs only its name
+    return None if is_prepared(out, settings) else {}
+
+
+def is_interrupted(out: Path) -> bool:
+    """Whether a preparation of `out` or its replacement has to be continued."""
+    return temporary(out).exists() or (out / REPLACED).exists()
 
 
 def changed(before: dict, now: dict) -> str:
@@ -104,41 +119,70 @@ def changed(before: dict, now: dict) -> str:
     return ", ".join(sorted(k for k in before | now if k not in PINNED and before.get(k) != now.get(k)))
 
 
-def discard(folder: Path) -> None:
-    """Delete a folder that a preparation made. Raises DataError, and deletes nothing, for any other folder."""
+def begin(out: Path, state: dict) -> Path:
+    """The folder in which `out` is made; state: the first content of progress.json, if it has none."""
+    folder = temporary(out)
+    folder.mkdir(exist_ok=True)
+    if not (folder / PROGRESS).exists():
+        write_durably(folder / PROGRESS, (json.dumps(state) + "\n").encode())
+    return folder
+
+
+def discard(folder: Path, kept: Set[str] = frozenset()) -> None:
+    """Delete what a preparation made in a folder, except the kept names, and then the folder, if it is empty.
+
+    Raises DataError, and deletes nothing, if a file is not ours.
+    """
     refuse_foreign_files(folder)
     if folder.exists():
-        shutil.rmtree(folder / FETCHED, ignore_errors=True)
         # The records go last. If this is interrupted, they still show that the other files are ours.
-        for path in sorted(folder.iterdir(), key=lambda p: p.name in (MANIFEST, PROGRESS)):
-            path.unlink()
-        folder.rmdir()
+        for path in sorted(visible(folder), key=lambda p: p.name in (MANIFEST, PROGRESS)):
+            if path.name == FETCHED:
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name not in kept:
+                path.unlink()
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def publish(folder: Path, out: Path) -> None:
-    """Rename a complete folder to `out`, and replace a dataset that may be there."""
-    shutil.rmtree(folder / FETCHED, ignore_errors=True)
-    for record in (*folder.glob("held-*"), folder / PROGRESS, folder / LOCK):
-        record.unlink(missing_ok=True)
-    discard(out)
-    folder.rename(out)
+    """Give a complete folder the name `out`, in place of a dataset that may be there.
+
+    The old dataset is moved into the folder first. So at every moment, either there is a complete dataset under the
+    name, or `restore` puts the old one back.
+    """
+    refuse_foreign_files(out)
+    discard(folder, kept=files_of(read_manifest(folder / MANIFEST)))
+    sync_folder(folder)
+    if out.exists():
+        out.rename(folder / REPLACED)
+    try:
+        folder.rename(out)
+    except OSError:
+        restore(out)
+        raise
+    sync_folder(out.parent)
+    restore(out)
+
+
+def restore(out: Path) -> None:
+    """Undo or finish an interrupted replacement."""
+    waiting, old = temporary(out) / REPLACED, out / REPLACED
+    if waiting.exists() and not out.exists():
+        waiting.rename(out)
+    if old.exists():
+        for path in old.glob(".*"):  # perhaps files of the user
+            if not (out / path.name).exists():
+                path.rename(out / path.name)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(out: Path) -> Iterator[None]:
     """Keep a second preparation out of a folder."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with file_locked(folder / LOCK):
+        with file_locked(out.with_name(f".{out.name}.lock")):
             yield
     except BlockingIOError:
-        raise DataError(f"{folder}: another preparation is writing there; wait for it or give another --out") from None
-
-
-@contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """The temporary folder of a dataset, locked for writing, which becomes `out` at the end."""
-    folder = temporary(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        yield folder
-        publish(folder, out)
+        raise DataError(f"{out}: another preparation is writing there; wait for it or give another --out") from None

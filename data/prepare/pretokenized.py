@@ -1,6 +1,5 @@
 """Token shards that others made: fetch them, check every one, and write the manifest that they lack."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,11 @@ from typing import Any
 from tqdm import tqdm
 
 from data.prepare.hub import HubFolder
-from data.prepare.output import FETCHED, PROGRESS, staged
-from data.shards import MANIFEST, SPLITS, DataError, examine, names_split, read_shard_header, write_manifest
+from data.prepare.output import FETCHED, begin, publish
+from data.shards import MANIFEST, SPLITS, DataError, examine, names_split, read_shard_header, visible, write_manifest
 from data.tokenizer import TOKENIZER_FILE, CustomTokenizer, GPT2Tokenizer, facts_of, get_tokenizer
 from runtime.files import sha256_of, write_durably
+from runtime.streams import printable
 
 GPT2: dict[str, Any] = {"name": "gpt2", "vocab_size": GPT2Tokenizer.vocab_size, "eot": GPT2Tokenizer.eot}
 
@@ -24,7 +24,7 @@ def split_of(name: str) -> str:
 def index(folder: Path, paths: list[Path], source: dict, tokenizer: dict = GPT2) -> None:
     """Check a folder of shards and write its manifest. Raises DataError for a damaged shard or another tokenizer."""
     splits: dict = {split: [] for split in SPLITS}
-    for path in tqdm(paths, desc=f"checking {folder.name}", unit=" shards", disable=None):
+    for path in tqdm(paths, desc=printable(f"checking {folder.name}"), unit=" shards", disable=None):
         entry = examine(read_shard_header(path), None if "file" in tokenizer else tokenizer["eot"])
         if entry.max_token >= tokenizer["vocab_size"]:
             ids = f"{tokenizer['name']} with {tokenizer['vocab_size']} ids"
@@ -50,7 +50,7 @@ def index_in_place(folder: Path, tokenizer: str = "gpt2", separator: str | None 
             if copy.exists():
                 raise DataError(f"{copy} is another tokenizer than {chosen.path}; move it away")
             write_durably(copy, chosen.path.read_bytes())
-    paths = [p for p in sorted(folder.glob("*.bin")) if split_of(p.name) in SPLITS]
+    paths = [p for p in visible(folder) if p.suffix == ".bin" and split_of(p.name) in SPLITS]
     index(folder, paths, {"name": "pretokenized", "root": str(folder.resolve())}, facts)
 
 
@@ -67,18 +67,17 @@ def fetch(out: Path, settings: dict, pinned: dict) -> None:
     names = [Path(f.name).name for f in files]
     if len(set(names)) < len(names):
         raise DataError(f'{repo}: "{pattern}" matches files of one name in several folders; narrow it')
-    with staged(out) as folder:
-        source = settings | {"revision": hub.revision}
-        state = {"source": source, "files": names}
-        write_durably(folder / PROGRESS, (json.dumps(state) + "\n").encode())
-        bar = tqdm(names, desc=f"fetching {out.name}", unit=" shards", disable=None)
-        for name, file in zip(bar, files, strict=True):
-            path = folder / name
-            if path.exists() and path.stat().st_size == file.size:
-                continue
-            fetched = hub.download(file, folder / FETCHED)
-            if file.sha256 and sha256_of(fetched) != file.sha256:
-                fetched.unlink()
-                raise DataError(f"{repo}: {file.name} is damaged (its sha256 is wrong); the same command continues")
-            os.replace(fetched, path)
-        index(folder, [folder / name for name in names], source)
+    source = settings | {"revision": hub.revision}
+    folder = begin(out, {"source": source, "files": names})
+    bar = tqdm(names, desc=printable(f"fetching {out.name}"), unit=" shards", disable=None)
+    for name, file in zip(bar, files, strict=True):
+        path = folder / name
+        if path.exists() and path.stat().st_size == file.size:
+            continue
+        fetched = hub.download(file, folder / FETCHED)
+        if file.sha256 and sha256_of(fetched) != file.sha256:
+            fetched.unlink()
+            raise DataError(f"{repo}: {file.name} is damaged (its sha256 is wrong); the same command continues")
+        os.replace(fetched, path)
+    index(folder, [folder / name for name in names], source)
+    publish(folder, out)

@@ -82,13 +82,15 @@ def files_below(root: Path, pattern: str, exclude: Sequence[str] = ()) -> dict[s
         hidden = not hidden_too and any(part.startswith(".") for part in parts)
         if path.is_file() and not hidden and not any(fnmatch.fnmatch(n, x) for n in names for x in exclude):
             found[names[0]] = path
-    seen: set[tuple[int, int]] = set()
-    for name, path in sorted(found.items()):
-        identity = (path.stat().st_dev, path.stat().st_ino)
-        if identity in seen:
-            del found[name]
-        seen.add(identity)
-    return dict(sorted(found.items()))
+    return unlinked(found)
+
+
+def unlinked(files: dict[str, Path]) -> dict[str, Path]:
+    """Files in the order of their names. One that is there twice through links counts once."""
+    by_identity: dict[tuple[int, int], str] = {}
+    for name, path in sorted(files.items()):
+        by_identity.setdefault((path.stat().st_dev, path.stat().st_ino), name)
+    return {name: files[name] for name in by_identity.values()}
 
 
 class LocalFolder:

@@ -8,8 +8,6 @@ from tqdm import tqdm
 
 from data.shards import MANIFEST, SPLITS, DataError, Dataset, entries, open_dataset, required_manifest, shard_problems
 
-BLOCK = 1 << 21  # tokens read at a time
-
 
 def verify(folder: Path) -> str:
     """One line if all is well; DataError with a line for each problem."""
@@ -62,9 +60,7 @@ def _facts_of_manifest(dataset: Dataset, split: str) -> str:
 def _facts_of_tokens(dataset: Dataset, split: str) -> str:
     largest = zeros = 0
     for shard in tqdm(dataset.splits[split], desc=f"reading {split}", unit=" shards", disable=None):
-        for start in range(0, shard.tokens, BLOCK):
-            tokens = np.empty(min(BLOCK, shard.tokens - start), dtype="<u2")
-            shard.read(start, tokens)
+        for tokens in shard.blocks():
             largest, zeros = max(largest, int(tokens.max())), zeros + int(np.count_nonzero(tokens == 0))
     share = zeros / max(1, dataset.tokens(split))
     return f"{len(dataset.splits[split])} shards, largest token {largest}, {share:.1%} of them 0"

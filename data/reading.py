@@ -1,0 +1,96 @@
+"""Reading parts of many large files, some of them on drives of a network."""
+
+import errno
+import os
+import resource
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from threading import Lock
+from typing import BinaryIO
+
+from runtime.errors import UserError
+
+WAITS = (0.1, 1.0, 3.0)  # seconds before a file that could not be read is read again
+MOST_FILES = 1 << 16  # more help nobody, and some programs close all file numbers up to the limit one by one
+
+
+class DataError(UserError):
+    """A dataset that cannot be used. The message names the file and says what to do."""
+
+
+class OpenFiles:
+    """Files that stay open between reads: at most a quarter of those that the process may open.
+
+    If there are more, the least recently used one is closed.
+    """
+
+    def __init__(self) -> None:
+        self.files: OrderedDict[Path, BinaryIO] = OrderedDict()
+        self.lock, self.most = Lock(), 0
+
+    def get(self, path: Path) -> BinaryIO:
+        """An open file. Whoever holds it keeps it open, even if it is dropped here."""
+        with self.lock:
+            self.most = self.most or max(1, _raised_limit() // 4)
+            if path not in self.files:
+                self.files[path] = self._opened(path)
+            self.files.move_to_end(path)
+            if len(self.files) > self.most:
+                self.files.popitem(last=False)
+            return self.files[path]
+
+    def drop(self, path: Path) -> None:
+        """Open a file anew when it is read again."""
+        with self.lock:
+            self.files.pop(path, None)
+
+    def _opened(self, path: Path) -> BinaryIO:
+        while True:
+            try:
+                return open(path, "rb", buffering=0)
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE) or not self.files:
+                    raise
+            self.files.popitem(last=False)  # other parts of the program have opened many files
+
+
+FILES = OpenFiles()
+
+
+def _raised_limit() -> int:
+    """The number of files that this process may open, after raising it as far as it may."""
+    soft, hard = (MOST_FILES if n == resource.RLIM_INFINITY else n for n in resource.getrlimit(resource.RLIMIT_NOFILE))
+    for more in (min(hard, MOST_FILES), 10240):  # macOS may state no limit and still refuse more than 10240
+        if more > soft:
+            with suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (more, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+                return more
+    return soft
+
+
+def read_at(path: Path, place: int, out: memoryview, waits: Sequence[float] = WAITS) -> int:
+    """Read bytes of a file into out, from byte `place` on. Returns their number, smaller only at the end of the file.
+
+    Errors of a network drive often pass. So after each error and one of the waits (in seconds), the file is opened and
+    read again. If none is left, raises DataError with the name of the file and the reason.
+    Each read is a system call of its own. A memory map would count every page it ever read as resident memory.
+    """
+    done, pauses = 0, list(waits)
+    while done < len(out):
+        try:
+            file = FILES.get(path)
+            got = os.preadv(file.fileno(), [out[done:]], place + done)
+            if not got:
+                if os.fstat(file.fileno()).st_size <= place + done:
+                    break
+                raise OSError(errno.EIO, "the file system returned no bytes")
+            done += got
+        except OSError as error:
+            FILES.drop(path)
+            if not pauses:
+                raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+            time.sleep(pauses.pop(0))
+    return done

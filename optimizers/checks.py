@@ -1,0 +1,67 @@
+"""What an optimizer refuses: unsuitable parameters, gradients, and the state of other optimizers."""
+
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimizers.directions import State
+from optimizers.roles import ROLES
+
+OF_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")  # their keys in groups
+DTYPES = (torch.float32, torch.float64)
+
+
+def group_errors(group: dict[str, Any], settings: Iterable[str], role_of: Callable[[Tensor], str]) -> list[str]:
+    """What is wrong with a parameter group beside its settings.
+
+    settings: the keys of all settings. role_of: gives the role of a parameter of this group.
+    """
+    n, out = group.get("blocks", 1), []
+    known = [*settings, "role", "blocks", "params", "constructed_lr"]
+    for key in group.keys() - {*known, *OF_SCHEDULERS}:
+        if likely := get_close_matches(key, known, n=1, cutoff=0.8):
+            return [f"{key}={group[key]!r}: a group has no such setting; is {likely[0]} meant?"]
+    if group.get("role") not in (None, *ROLES):
+        return [f"role={group['role']!r}: must be one of {', '.join(ROLES)}"]
+    if type(n) is not int or n < 1:
+        return [f"blocks={n}: must be a whole number of at least 1"]
+    for p in group["params"]:
+        if p.dtype not in DTYPES or p.dtype != group["params"][0].dtype:
+            out.append(f"parameter of dtype {p.dtype}: must be float32 or float64, the same in the whole group")
+        elif hasattr(p, "device_mesh"):
+            out.append("parameter is a DTensor: sharded parameters are not supported; use DistributedDataParallel")
+        elif role_of(p) == "matrix" and p.dim() < 2:
+            out.append(f"parameter of shape {tuple(p.shape)}: has the role of a matrix and is none")
+        elif p.dim() and p.shape[0] % n:
+            out.append(f"blocks={n}: does not divide the rows of shape {tuple(p.shape)}")
+    return out
+
+
+def check_gradients(params: list[Tensor]) -> None:
+    """Raises ValueError for a gradient that is sparse or not float32 or float64."""
+    for p in params:
+        g = p.grad
+        if g is not None and (g.is_sparse or g.dtype not in DTYPES):
+            kind = "sparse" if g.is_sparse else str(g.dtype)
+            raise ValueError(
+                f"gradient of a parameter of shape {tuple(p.shape)} is {kind}: must be dense and float32 or float64; "
+                "for embeddings set sparse=False, for lower precision keep the weights in float32 and use autocast"
+            )
+
+
+def check_state(params: Iterable[Tensor], present: Mapping[Tensor, State], loaded: Mapping[Tensor, State]) -> None:
+    """Raises ValueError if the loaded state of some parameters is not of the kind and shape of the present state."""
+    for number, p in enumerate(params):
+        ours, saved = present.get(p, {}), loaded.get(p, {})
+        if not p.requires_grad and not (ours and saved):
+            continue  # as in torch, a frozen parameter may be without state
+        if bool(ours) != bool(saved):
+            raise ValueError("state_dict: its state is that of other parameters")
+        if ours.keys() != saved.keys():
+            raise ValueError(f"state_dict: parameter {number} has {sorted(saved)}, expected {sorted(ours)}")
+        for key, t in ours.items():
+            if t.shape != torch.as_tensor(saved[key]).shape:
+                raise ValueError(f"state_dict: {key} of parameter {number} has another shape than {tuple(t.shape)}")
