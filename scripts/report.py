@@ -256,8 +256,9 @@ def loss_tables(runs: list[Run]) -> str:
     name = unit(runs)
     text = f"{markdown_table(header, rows)}\n## Best validation loss up to a token count\n\n"
     text += f"{name.capitalize()}. Brackets: the published loss for the same method, size and data.\n\n"
-    tables = [runs] if name == "bits per byte" else found.values()
-    return text + "\n".join(losses_at_counts(group) for group in tables)
+    if name == "bits per byte" or len(found) == 1:
+        return text + losses_at_counts(runs)
+    return text + "\n".join(f"Group {number}:\n\n{losses_at_counts(group)}" for number, group in found.items())
 
 
 def losses_at_counts(runs: list[Run]) -> str:
