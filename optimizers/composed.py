@@ -35,7 +35,7 @@ class ComposedOptimizer(Optimizer):
 
     As in torch's optimizers, a step never skips an update and never looks at the values of gradients. Whether they are
     finite is the caller's business; `torch.amp.GradScaler` unscales them and leaves out the steps in which they are
-    not. In the exact form, unscale the next batch's gradient before `update_previous_grad()`.
+    not. Do not use it with the exact form: it unscales one gradient a step, and the exact form needs two.
 
     process_group: a group whose ranks hold equal gradients; the work on matrices is divided over it.
     compiled: run the elementwise updates through torch.compile.
