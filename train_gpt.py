@@ -39,7 +39,6 @@ from runtime.distributed import StopRequest, World, start_world
 from runtime.errors import UserError
 from runtime.evaluation import Evaluator, bad_samples
 from runtime.folder import INIT_SHA256, Comparison, compare_settings, run_lock, write_settings
-from runtime.gamma import GammaTuner
 from runtime.hardware import environment, memory_gb, peak_flops
 from runtime.logger import Meter, RunLogger
 from runtime.memory import divisors
@@ -55,7 +54,7 @@ class Trainer:
 
     def __init__(self, run: RunConfig, world: World, fresh: bool, accept_changes: bool = False) -> None:
         self.run, self.world = run, world
-        run.divided(world.size)  # raises UserError for a batch that does not divide
+        run.per_process(world.size)  # raises UserError for a batch that does not divide
         self.dataset = dataset = open_dataset(run.data.path, run.model.vocab_size)
         sizes = dict(block_size=run.model.block_size, vocab_size=run.model.vocab_size, seed=run.seed)
         ranks = dict(rank=world.rank, world_size=world.size)
@@ -85,9 +84,6 @@ class Trainer:
         self.logged_step = self.saved_step = self.step
         self.loader.start_at(self.step, state["sequences"])
 
-        self.tuner = None  # of gamma
-        if run.chooses_gamma:
-            self.tuner = GammaTuner(self.model, self.optimizer, world, state.get("gamma_tuner"))
         self.autocast = compute.autocast(run.dtype, world.device)
         self.compiled: Any = torch.compile(self.model, fullgraph=True, dynamic=False) if compiles else self.model
         self.forward: Any = self.compiled
@@ -185,7 +181,7 @@ class Trainer:
 
     def divide_batch(self) -> None:
         """Choose the micro-batch and the number of them in a step of this process."""
-        divided, given = self.run.divided(self.world.size), self.run.micro_batch
+        divided, given = self.run.per_process(self.world.size), self.run.micro_batch
         self.chosen = None if given else fitting_micro_batch(self, divided)
         self.micro_batch = self.chosen.size if self.chosen else divisors(divided, given or 1)[0]
         self.accumulation = self.run.per_process(self.world.size) // self.micro_batch
@@ -205,7 +201,7 @@ class Trainer:
         with self.meter.waiting():
             while len(self.ahead) < 3:
                 self.ahead.append(next(self.batches))
-        used = itertools.islice(self.ahead, self.steps - self.step + self.passes - 1)
+        used = itertools.islice(self.ahead, max(0, self.steps - self.step + self.passes - 1))
         self.unreadable = next((b for b in used if isinstance(b, DataError)), None)
         batch, self.following_batch = self.ahead.popleft(), self.ahead[0]
         return batch
@@ -223,8 +219,6 @@ class Trainer:
             self.lookahead.update_previous_grad()
             self.optimizer.zero_grad(set_to_none=True)
         loss, norm = self.accumulate(batch, self.step), self.clipper.clip(self.step)
-        if self.tuner and self.tuner.due(self.step):
-            self.tuner.estimate(self.step, (self.clipper.max_norm / (norm + 1e-6)).clamp(max=1))
         return loss, norm
 
     def accumulate(self, batch: Tensor, step: int) -> Tensor:
@@ -232,19 +226,12 @@ class Trainer:
         # the seed depends on step and rank, so a resumed run draws the same dropout without saving generator states
         torch.manual_seed(self.run.seed + 1_000_003 * (step + 1) + 7919 * self.world.rank)
         total = torch.zeros((), device=self.world.device)
-        ends = {self.accumulation - 1}  # micro-batches after which the ranks average their gradients
-        halving = self.tuner if self.tuner and self.tuner.due(step) else None
-        if halving:
-            ends.add(self.accumulation // 2 - 1)
-            batch = torch.cat((batch[::2], batch[1::2]))  # equal halves for any number of processes
         for i, part in enumerate(batch.split(self.micro_batch)):
-            with nullcontext() if i in ends else self.unsynchronized():
+            with nullcontext() if i == self.accumulation - 1 else self.unsynchronized():
                 with self.autocast:
                     loss = self.forward(*to_device(part, self.world.device))
                 (loss * (self.run.grad_multiple / self.accumulation)).backward()
             total += loss.detach() / self.accumulation
-            if halving and i == self.accumulation // 2 - 1:
-                halving.keep_first_half()
         return total
 
     def unsynchronized(self) -> AbstractContextManager[None]:
@@ -280,7 +267,6 @@ class Trainer:
         loss = (self.world.sum(self.last_loss.clone()) / self.world.size).item()
         numbers = dict(step=self.step, tokens=self.tokens, loss=loss, lr=self.lr)
         numbers |= dict(grad_norm=self.last_norm.item(), gradient_evaluations=self.step * self.passes)
-        numbers |= dict(gamma=self.tuner.gamma) if self.tuner else {}
         numbers |= self.meter.read(self.step - self.logged_step) | dict(memory_gb=memory_gb(self.world.device))
         self.log.record(numbers, console.step_line(numbers, self.steps))
         self.logged_step = self.step
@@ -323,7 +309,7 @@ class Trainer:
         state = dict(step=self.step, tokens=self.tokens, sequences=self.sequences, steps=self.steps)
         state |= dict(config=self.settings, measured_on=self.evaluator.measured_on)
         state |= dict(val_loss=self.val_loss, best_val_loss=self.best_val_loss, train_seconds=self.meter.trained)
-        state |= dict(processes=self.world.size) | (dict(gamma_tuner=self.tuner.state()) if self.tuner else {})
+        state |= dict(processes=self.world.size)
         if self.tokenizer and "file" in self.tokenizer:  # a copy of the file lies in the run folder
             state["tokenizer"] = self.tokenizer
         self.log.flush()

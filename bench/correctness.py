@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
         folder, micro = Path(name), MICRO[args.size]
         arguments = partial(run_arguments, folder, args.size, args.smoke)
         check_numbers(session, partial(arguments, "batch_size=8", "micro_batch=4", "steps=1"))
-        steady = ("optimizer=mars_m", "gamma_end=0.05", "warmup=100", "steps=200", "compile=true")
+        steady = ("optimizer=mars_m", "moves=gamma:0.05", "warmup=100", "steps=200", "compile=true")
         batch = (f"batch_size={micro}", f"micro_batch={micro // 4}")
         check_steady(session, arguments(*steady, *batch), folder)
         check_resume(session, folder, args.size)

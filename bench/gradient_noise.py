@@ -30,7 +30,6 @@ from config.load import saved_config
 from runtime.average import weights_in_model
 from runtime.command import at_least, one_line
 from runtime.errors import UserError
-from runtime.gamma import best_gamma
 from runtime.plot import new_figure, save
 from train_gpt import Trainer, train
 
@@ -49,6 +48,11 @@ def combined(*parts: tuple[float, Gradients]) -> Gradients:
     for factor, gradients in parts[1:]:
         torch._foreach_add_(out, gradients, alpha=factor)
     return list(out)
+
+
+def best_gamma(a: float, beta: float) -> float:
+    """The gamma in [0, 1] with the smallest error of the momentum; see the top of this file."""
+    return min(1.0, max(0.0, (a - (1 - beta)) / (a - 2 * (1 - beta) + 1)))
 
 
 def lowest(errors: tuple[float, float, float]) -> float:

@@ -127,8 +127,6 @@ def parse(argv: Sequence[str] | None) -> tuple[VisionConfig, argparse.Namespace]
     args, settings = parser.parse_with_settings(argv)
     args.name = args.name or f"{args.dataset}-{args.optimizer}-seed{args.seed}"
     optim = optimizer_settings(args.optimizer, settings)
-    if optim.moving() or getattr(optim, "gamma", 0.0) is None:
-        parser.error("a gamma that moves or is chosen (--gamma_end, --gamma=auto) works only in train_gpt.py")
     return VisionConfig(args.dataset, args.width, args.epochs, args.limit, args.seed, args.optimizer, optim), args
 
 

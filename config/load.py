@@ -77,6 +77,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), as_published: b
     if (source := given.get("init_from")) in ("resume", "scratch") and not Path(source).exists():
         errors.append(f"init_from={source}: leave it out; the same command continues a run, and --fresh starts it over")
 
+    for key in ("gamma_end", "optim.gamma_end"):  # another spelling of schedule.moves
+        if key in given:
+            others = [given.pop(k) for k in ("moves", "schedule.moves") if k in given]
+            given["schedule.moves"] = ",".join([*filter(None, others), f"gamma:{given.pop(key)}"])
+
     name, settings = given.pop("optimizer", config.optimizer) or "", OPTIMIZERS | optimizers
     if name not in settings:
         near = difflib.get_close_matches(name, settings, n=3, cutoff=0.4) or sorted(settings)

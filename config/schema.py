@@ -87,23 +87,16 @@ class RunConfig:
         if (self.schedule.min_lr or 0.0) > self.optim.lr:
             out.append(f"schedule.min_lr={self.schedule.min_lr}: is above optim.lr={self.optim.lr}, the peak")
         moves = parse_moves(self.schedule.moves)
-        # the learning rate follows schedule.shape, and gamma=auto is no number
+        # the learning rate follows schedule.shape
         numbers = [key for key in self.optim.as_group() if isinstance(getattr(self.optim, key), float) and key != "lr"]
         if unknown := moves.keys() - numbers:
             for key in sorted(unknown):
                 out.append(f'schedule.moves: {self.optimizer} cannot move "{key}"; it can move {", ".join(numbers)}')
         else:
             out += [f"schedule.moves: final {error}" for error in self.optim.changed(**moves).errors()]
-        if self.chooses_gamma and "momentum" in moves:
-            out.append("gamma=auto: needs a momentum that does not move")
         if not out and self.schedule.warmup > self.total_steps:
             out.append(f"schedule.warmup={self.schedule.warmup}: is longer than the run of {self.total_steps} steps")
         return out
-
-    @property
-    def chooses_gamma(self) -> bool:
-        """Whether gamma is chosen during training (gamma=auto)."""
-        return isinstance(self.optim, MARSMConfig) and self.optim.gamma is None
 
     @property
     def sequences(self) -> int:
@@ -127,7 +120,7 @@ class RunConfig:
     @property
     def moves(self) -> dict[str, float]:
         """Hyperparameters of the optimizer that move linearly over the run, with their final values."""
-        return self.optim.moving() | parse_moves(self.schedule.moves)
+        return parse_moves(self.schedule.moves)
 
     def per_process(self, world_size: int) -> int:
         """Sequences per step of one process. Raises UserError, with advice, if the batch does not divide."""
@@ -140,16 +133,6 @@ class RunConfig:
             f"a batch of {self.sequences} sequences does not divide into {world_size} processes; "
             f"use {' or '.join(advice)}"
         )
-
-    def divided(self, world_size: int) -> int:
-        """Sequences that the micro-batch must divide: those of one process, and with gamma=auto half of them.
-
-        gamma=auto compares the gradients of two halves of the batch. Raises UserError, with advice, for other numbers.
-        """
-        count = self.per_process(world_size)
-        if self.chooses_gamma and count % 2:
-            raise UserError(f"gamma=auto: needs an even number of sequences per process, and there are {count}")
-        return count // 2 if self.chooses_gamma else count
 
 
 def all_keys(config: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -145,13 +145,10 @@ class ComposedOptimizer(Optimizer):
         loaded = "defaults" not in state
         if loaded:
             check_state((p for g in self.param_groups for p in g["params"]), self.state, state["state"])
-            known, name = self.settings().as_group().keys() - self.settings.added_later, type(self).__name__
+            known, name = self.settings().as_group().keys(), type(self).__name__
             for missing in filter(None, (sorted(known - group.keys()) for group in state["param_groups"])):
                 raise ValueError(f"state_dict: a group has no {', '.join(missing)}; it is not a {name}'s")
         super().__setstate__(state)
-        for group in self.param_groups:
-            for key in self.settings.added_later:
-                group.setdefault(key, self.defaults[key])
         for s in self.state.values() if loaded else ():
             if "step" in s:  # on the CPU, and of this parameter alone
                 s["step"] = torch.tensor(float(s["step"]))

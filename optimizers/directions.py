@@ -206,14 +206,6 @@ def corrected_average(beta: float, gamma: float) -> Momentum:
     return Momentum((beta, weight), (beta, weight + gamma))
 
 
-def average_and_gradient(beta: float, gamma: float) -> Momentum:
-    """M <- beta M + (1 - beta) g; direction of (1 - gamma) M + gamma g.
-
-    At constant gamma this equals `corrected_average`, with n = (1 - gamma) M. M is free of gamma, which may change.
-    """
-    return Momentum((beta, 1 - beta), (beta * (1 - gamma), 1 - beta + beta * gamma))
-
-
 def interpolated(beta1: float, beta2: float) -> Momentum:
     """m <- beta2 m + (1 - beta2) g; direction of beta1 m_old + (1 - beta1) g (Lion)."""
     return Momentum((beta2, 1 - beta2), (beta1, 1 - beta1))

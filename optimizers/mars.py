@@ -9,7 +9,7 @@ mars-shampoo  m average of c;            p <- p - lr (wd p + sqrt(max(1, rows/co
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -35,9 +35,6 @@ class MARSConfig(Settings):
     eps: float = option(1e-8, "added to sqrt(v_hat); mars-shampoo: to the norm, too", above=0)
     weight_decay: float = option(0.01, "weight decay of matrices", least=0)
     gamma: float = option(0.025, "strength of the correction", least=0)
-    gamma_end: float | None = option(
-        None, "final value of gamma, which moves there linearly over the run; none: constant", least=0, run_only=True
-    )
     clip_c: bool = option(True, "clip the corrected gradient of each tensor to unit norm")
     is_approx: bool = option(True, "false: exact correction, a second gradient per step")
     mars_type: MARSType = option("mars-adamw", "direction of matrices")
@@ -50,7 +47,6 @@ class MARSConfig(Settings):
     second_moment: SecondMoment = option(
         "corrected", "gradient whose square mars-adamw averages: corrected (as published), or raw and never clipped"
     )
-    added_later: ClassVar = ("second_moment",)
 
     def rule(self, role: str, lr_factor: float) -> Rule:
         if role == "vector" and not self.optimize_1d:
@@ -76,9 +72,6 @@ class MARSConfig(Settings):
         if self.second_moment == "raw" and (self.mars_type != "mars-adamw" or self.amsgrad or not self.is_approx):
             out.append("second_moment=raw: needs mars_type=mars-adamw, amsgrad=false and is_approx=true")
         return out
-
-    def moving(self) -> dict[str, float]:
-        return {} if self.gamma_end is None else {"gamma": self.gamma_end}
 
 
 class MARS(ComposedOptimizer):

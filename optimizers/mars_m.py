@@ -6,12 +6,11 @@ m <- beta m + (1 - beta) c;  p <- (1 - lr wd) p - lr 0.2 sqrt(max(rows, columns)
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 from torch.distributed import ProcessGroup
 
 from optimizers.composed import ComposedOptimizer
-from optimizers.directions import average_and_gradient, averaged, corrected_average
+from optimizers.directions import averaged, corrected_average
 from optimizers.muon import OrthogonalConfig
 from optimizers.newton_schulz import NSDtype, Scale
 from optimizers.options import option
@@ -22,49 +21,19 @@ from optimizers.settings import Rule
 class MARSMConfig(OrthogonalConfig):
     """MARS-M on matrices."""
 
-    gamma: float | None = option(
-        0.025, "strength of the correction; auto: chosen from the noise of the gradient (experimental)", least=0
-    )
-    gamma_end: float | None = option(
-        None, "final value of gamma, which moves there linearly over the run; none: constant", least=0, run_only=True
-    )
+    gamma: float = option(0.025, "strength of the correction", least=0)
     clip_c: bool = option(True, "clip the corrected gradient of each tensor to unit norm; false: one buffer less")
     is_approx: bool = option(True, "false: exact correction, a second gradient per step")
-    added_later: ClassVar = ("free_gamma",)
     keep_previous: bool = option(False, "keep the previous gradient without clipping, too, so that gamma may change")
-    free_gamma: bool = option(False, "without clipping: keep a momentum free of gamma, so that gamma may change")
 
     def rule(self, role: str, lr_factor: float) -> Rule:
         if role != "matrix":
             return self.adamw()
-        if self.gamma is None:  # as_group has replaced auto
-            raise ValueError("gamma=None: a parameter group needs a number; gamma=auto works in train_gpt.py")
         momentum = averaged(self.momentum)
         correction: tuple[float, float] | None = (self.gamma, self.momentum)
-        if self.free_gamma:
-            momentum, correction = average_and_gradient(self.momentum, self.gamma), None
-        elif self.is_approx and not self.clip_c and not self.keep_previous:
+        if self.is_approx and not self.clip_c and not self.keep_previous:
             momentum, correction = corrected_average(self.momentum, self.gamma), None
         return Rule(self.orthogonal(momentum), self.lr, self.weight_decay, correction, self.clip_c)
-
-    def errors(self) -> list[str]:
-        """Everything wrong with these settings, one line each."""
-        out = super().errors()
-        if (self.gamma is None or self.free_gamma) and (self.clip_c or not self.is_approx):
-            out.append("gamma=auto and free_gamma=true: need clip_c=false and is_approx=true")
-        if self.gamma is None and self.gamma_end is not None:
-            out.append("gamma=auto: excludes gamma_end")
-        if self.gamma is None and self.momentum == 0:
-            out.append("gamma=auto: needs a momentum above 0")
-        return out
-
-    def as_group(self) -> dict[str, Any]:
-        """The settings that a parameter group holds; gamma=auto starts at Muon's gamma, 1 - momentum."""
-        auto = dict(gamma=1 - self.momentum, free_gamma=True) if self.gamma is None else {}
-        return super().as_group() | auto
-
-    def moving(self) -> dict[str, float]:
-        return {} if self.gamma_end is None else {"gamma": self.gamma_end}
 
 
 class MARSM(ComposedOptimizer):
@@ -75,7 +44,6 @@ class MARSM(ComposedOptimizer):
     "vector"), and without one the number of dimensions does. Put embeddings in a group of their own role.
     clip_c: scale the corrected gradient of each tensor to at most unit norm, as the official runs do. Without it the
     approximate form is Nesterov momentum with mixing weight gamma and keeps one buffer; keep_previous=True keeps both.
-    free_gamma: without clipping, keep one buffer that is free of gamma, so that gamma may change at any step.
     adamw_eps_first: add eps before the bias correction of v, as the official code does.
     """
 
@@ -97,7 +65,6 @@ class MARSM(ComposedOptimizer):
         scale: Scale = "moonlight",
         ns_dtype: NSDtype = "auto",
         keep_previous: bool = False,
-        free_gamma: bool = False,
         *,
         process_group: ProcessGroup | None = None,
         compiled: bool = False,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -34,7 +34,6 @@ class Settings:
     The same dataclass is a section of the command line, the defaults of the optimizer class, and a parameter group.
     """
 
-    added_later: ClassVar[tuple[str, ...]] = ()  # keys that an older state_dict may lack; they get their default
     lr: float
     weight_decay: float
 
@@ -76,10 +75,6 @@ class Settings:
     def as_group(self) -> dict[str, Any]:
         """The settings that a parameter group holds."""
         return {key: getattr(self, key) for key, (_, o) in options_of(type(self)).items() if not o.run_only}
-
-    def moving(self) -> dict[str, float]:
-        """Hyperparameters that move linearly over a run, with their final values."""
-        return {}
 
     @classmethod
     def of(cls, group: dict[str, Any]) -> "Settings":

@@ -26,10 +26,9 @@ class MemoryEstimate:
     gradients: int
     optimizer: int
     activations: int  # for each sequence of a micro-batch
-    halves: int = 0  # gamma=auto: gradients of the first half of the batch
 
     def total(self, micro_batch: int) -> int:
-        return self.weights + self.gradients + self.halves + self.optimizer + micro_batch * self.activations
+        return self.weights + self.gradients + self.optimizer + micro_batch * self.activations
 
 
 @dataclass(frozen=True)

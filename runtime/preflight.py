@@ -26,7 +26,6 @@ from runtime.command import first_line, parse_number
 from runtime.compute import apply_compute, wants_bf16, wants_compile
 from runtime.distributed import ALONE, World
 from runtime.errors import UserError
-from runtime.gamma import copied_bytes
 from runtime.hardware import Machines, available_memory, parse_machines, peak_of_card
 from runtime.logger import METRICS, read_metrics
 from runtime.memory import (
@@ -69,7 +68,6 @@ def memory_estimate(run: RunConfig, model: GPT, optimizer: Optimizer, world: Wor
         gradients=4 * params * (2 if world.size > 1 else 1),  # the accumulated ones, and the all-reduce buckets
         optimizer=state_bytes(optimizer),
         activations=round(c.block_size * (blocks * c.n_embd + logits * c.padded_vocab_size)),
-        halves=copied_bytes(optimizer) if run.chooses_gamma else 0,
     )
 
 
@@ -86,7 +84,7 @@ def fitting_micro_batch(t: "Trainer", sequences: int) -> MicroBatch:
 
     need = memory_estimate(t.run, t.model, t.optimizer, t.world)
     late = 0 if t.optimizer.state else need.optimizer  # torch optimizers allocate state at their first step
-    reserve = need.halves + late
+    reserve = late
     return choose_micro_batch(need, sequences, t.world, attempt)
 
 
@@ -160,7 +158,7 @@ def memory_lines(run: RunConfig, world: World, machines: Machines | None) -> tup
         need, memory = replace(need, optimizer=planned_state(optimizer, world.size)), (machines.memory, machines.memory)
     else:
         memory, all_state = available_memory(world.device), state_bytes(build_optimizer(model, run.optim))
-    divided = run.divided(world.size)
+    divided = run.per_process(world.size)
     most = run.micro_batch or largest_fitting(need, divided, world, memory)
     micro_batch = divisors(divided, most if machines else min(world.gather(most)))[0]
     total, limit = need.total(micro_batch), memory[1] if world.device.type == "cuda" else memory[0] // world.local_size
@@ -170,7 +168,7 @@ def memory_lines(run: RunConfig, world: World, machines: Machines | None) -> tup
     free = math.inf if machines else shutil.disk_usage(existing_parent(Path(run.log.folder) / run.name)).free
     lines = [
         f"  memory   at least {gb(total)} a process: weights {gb(need.weights)}, "
-        f"gradients {gb(need.gradients + need.halves)}, optimizer {gb(need.optimizer)}, "
+        f"gradients {gb(need.gradients)}, optimizer {gb(need.optimizer)}, "
         f"activations {gb(micro_batch * need.activations)}{compared(total, limit)}",
         f"  batch    {run.sequences} sequences = {world.size} processes x {micro_batch} x "
         f"{run.per_process(world.size) // micro_batch}{'' if run.micro_batch else ', estimated to fit'}",

@@ -330,10 +330,12 @@ def test_keys_may_be_written_with_hyphens():
 def test_moving_hyperparameters_are_checked_against_the_optimizer():
     assert load_config(CONFIG, ["--optimizer=mars_m", "--moves=gamma:0.1,momentum:0.99"]).moves["momentum"] == 0.99
     assert load_config(CONFIG, ["--optimizer=mars_m", "--gamma_end=0.1"]).moves == {"gamma": 0.1}
+    both = ["--optimizer=mars_m", "--moves=momentum:0.99", "--gamma_end=0.1"]
+    assert load_config(CONFIG, both).moves == {"gamma": 0.1, "momentum": 0.99}
     with pytest.raises(ConfigError, match='schedule.moves: muon cannot move "gamma"; it can move weight_decay, mome'):
         load_config(CONFIG, ["--optimizer=muon", "--moves=gamma:0.1"])
-    with pytest.raises(ConfigError, match='schedule.moves: mars_m cannot move "gamma"'):
-        load_config(CONFIG, ["--optimizer=mars_m", "--gamma=auto", "--clip_c=false", "--moves=gamma:0.1"])
+    with pytest.raises(ConfigError, match='schedule.moves: adamw cannot move "gamma"'):
+        load_config(CONFIG, ["--optimizer=adamw", "--gamma_end=0.1"])
     with pytest.raises(ConfigError, match='schedule.moves: mars_m cannot move "lr"'):  # schedule.shape moves it
         load_config(CONFIG, ["--optimizer=mars_m", "--moves=lr:0.1"])
     with pytest.raises(ConfigError, match=r"schedule.moves: final momentum=1.0: must be a number in \[0, 1\)"):

@@ -26,7 +26,7 @@ ALLOWED = {  # a name allows itself and everything in it
     "scripts": {"model", "eval", "runtime", "config"},
 }
 ON_TOP = {  # parts of a room that stand above the others
-    "data/prepare/command.py": {"config"},
+    "data/prepare/command.py": {"config", "runtime.hardware"},
     "runtime/evaluation.py": {"data", "train_gpt"},
     "runtime/preflight.py": {"config", "data", "model", "optimizers", "train_gpt"},
     "runtime/console.py": {"config", "data.tokenizer", "optimizers", "train_gpt"},

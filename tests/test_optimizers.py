@@ -904,7 +904,7 @@ def test_keys_of_torchs_schedulers_stay_in_the_groups():
         (lambda p: Muon([{"params": list(p), "role": "matrix"}]), r"shape \(16,\): has the role of a matrix"),
         (lambda p: Muon([{"params": list(p), "blocks": 0}]), "blocks=0: must be a whole number of at least 1"),
         (lambda p: MARSM(p, ns_steps=2.5), "ns_steps=2.5: must be a whole number"),
-        (lambda p: MARSM(p, gamma=None, clip_c=False), "gamma=None: a parameter group needs a number"),
+        (lambda p: MARSM(p, gamma=None, clip_c=False), "gamma=None: must be a number of at least 0"),
         (lambda p: MARSM([{"params": list(p), "rolle": "matrix"}]), "rolle='matrix': .* is role meant"),
         (lambda p: MARS([{"params": list(p), "weight_decy": 1.0}]), "weight_decy=1.0: .* is weight_decay meant"),
         (lambda p: Muon([{"params": list(p), "blocks": 5}]), r"blocks=5: does not divide the rows of shape \(6, 24\)"),

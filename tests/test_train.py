@@ -751,14 +751,12 @@ def test_sequences_are_named_by_the_last_checkpoint_if_the_update_has_spoilt_the
     """On a GPU, a gradient that is not finite is seen after its update."""
     run = load_config(CONFIG, [*arguments[1:], "--steps=8"])
     t = train_gpt.Trainer(run, ALONE, fresh=False)
-    t.log.close()
     spoil(t.model)
     assert bad_samples(t, 9) == "unknown, because the weights are lost and there is no checkpoint"
     run_in_process(arguments, "--steps=8")
     t = train_gpt.Trainer(run, ALONE, fresh=False)
-    t.log.close()
     spoil(t.model)
-    assert bad_samples(t, 9) == "none alone has a loss that is not finite"
+    assert bad_samples(t, 9).startswith("none alone have a loss that is not finite")
 
 
 def spoil(model):
@@ -809,6 +807,7 @@ def test_shards_that_get_a_manifest_midway_are_accepted_as_a_change(tmp_path):
     make_tokens(3000).tofile(raw / "train.bin")
     make_tokens(500).tofile(raw / "val.bin")
     arguments = [str(CONFIG), f"--data.path={raw}", f"--log.folder={tmp_path / 'runs'}", "--name=run"]
+    arguments.append(f"--vocab_size={VOCAB}")  # else that of the manifest's tokenizer
     train_gpt.main(arguments)
     shutil.rmtree((folder_of(arguments) / FINAL).parent)
     index_in_place(raw)

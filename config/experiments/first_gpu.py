@@ -35,7 +35,6 @@ plan = Plan(
         "MARS-AdamW": arm("--optimizer=mars", 6e-3, lr_1d=0.5),
         "Muon": arm("--optimizer=muon --adamw_lr=3e-3", 1e-2),
         **{f"MARS-M gamma {gamma:g}": mars_m(gamma) for gamma in (0.0, 0.025, 0.1)},
-        "MARS-M gamma auto": arm("--optimizer=mars_m --clip_c=false --gamma=auto --adamw_lr=3e-3", 1e-2),
     },
     reference="Muon",
     scales=SCALES,

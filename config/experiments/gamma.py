@@ -21,7 +21,6 @@ plan = Plan(
         "Muon without Nesterov": arm("--optimizer=muon --nesterov=false"),  # equals gamma 0
         **unclipped,
         **clipped,
-        "MARS-M gamma auto": arm("--optimizer=mars_m --clip_c=false --gamma=auto"),
         "MARS-M gamma 0.025 exact": arm("--optimizer=mars_m --is_approx=false"),
     },
     reference="Muon",

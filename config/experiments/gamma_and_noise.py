@@ -12,8 +12,7 @@ MORE = dict.fromkeys(LR, "--adamw_lr=0.01")
 plan = Plan(
     question="Does the best gamma of MARS-M depend on the batch size and the number of steps?",
     source="MARS paper, table of gamma; Semenov et al. 2025: MARS leads at large batches",
-    arms={f"gamma {g:g}": Arm(f"{UNCLIPPED} --gamma={g:g}", HIGHER if g > 0.1 else LR, MORE, gamma=g) for g in GAMMAS}
-    | {"gamma auto": Arm(f"{UNCLIPPED} --gamma=auto", LR, MORE)},
+    arms={f"gamma {g:g}": Arm(f"{UNCLIPPED} --gamma={g:g}", HIGHER if g > 0.1 else LR, MORE, gamma=g) for g in GAMMAS},
     reference="gamma 0.05",  # equals Muon with Nesterov momentum 0.95
     scales=dict(large_batch=LAPTOP_LARGE_BATCH, long=LAPTOP_LONG),
 )
