@@ -1055,8 +1055,11 @@ def test_suffixes_may_have_capital_letters_and_hidden_folders_and_second_links_a
     (source / "link.txt").symlink_to(source / "b.Txt")
     os.link(source / "b.Txt", source / "same.txt")
     (source / "gone.txt").symlink_to(source / "nothing")
+    (source / "notes.md").write_text("no corpus file")
     excluded = ["--exclude", "drafts", "--exclude=*.bak.*"]
     prepare.main(command("fineweb_edu", source, tmp_path / "out", "--shard-tokens", "9", *excluded))
+    assert f"{source}: 4 of 5 files end in .parquet, .jsonl, " in (said := capsys.readouterr().out.splitlines()[0])
+    assert said.endswith("; left out: 1 .md")
     tokens = np.concatenate([stream(tmp_path / "out", split) for split in ("val", "train")])
     assert documents_in(tokens, "before") == ["json", "b.Txt", "c.TXT.GZ", "rows"]
     assert "other settings (exclude, files, files_sha256)" in stops(
