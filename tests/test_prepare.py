@@ -815,6 +815,17 @@ def test_ready_made_shards_are_fetched_checked_and_indexed(hub, tmp_path, capsys
     assert dataset.manifest["splits"]["val"][0]["documents"] == 1
 
 
+def test_what_was_fetched_is_deleted_before_a_dataset_gets_its_name(hub, tmp_path, monkeypatch):
+    out = tmp_path / "ready"
+    arguments = ["pretokenized", "--repo", "some/data", "--pattern", "fineweb_*.bin", "--out", str(out)]
+    with monkeypatch.context() as broken:
+        broken.setattr(shutil, "rmtree", fails_with(errno.EIO, str(out)))
+        assert stops(arguments) == f"data.prepare: {out}: Input/output error"
+    assert not out.exists()
+    prepare.main(arguments)
+    assert all(name.endswith((".bin", ".json")) for name in contents(out))
+
+
 def test_local_shards_are_indexed_in_place(tmp_path, capsys):
     for name in ("x_val_0.bin", "x_train_1.bin"):
         write_shard(tmp_path / name, np.array([50256, 1], dtype=np.uint16), None)
