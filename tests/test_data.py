@@ -337,6 +337,7 @@ TOKENS = {
     "DNA": IDS % 4,
     "two ids": IDS % 2,
     "one id": np.ones(70_000),
+    "one large id": np.where(IDS % 3, 0x8000, 0),
     "zeros": np.zeros(70_000),
     "zeros at first": np.r_[np.zeros(40_000), IDS],
     "65536 ids": zipf(100_000, 65536),
