@@ -2,7 +2,6 @@
 
 import errno
 import os
-import resource
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -63,11 +62,14 @@ FILES = OpenFiles()
 
 def _raised_limit() -> int:
     """The number of files that this process may open, after raising it as far as it may."""
-    soft, hard = (MOST_FILES if n == resource.RLIM_INFINITY else n for n in resource.getrlimit(resource.RLIMIT_NOFILE))
+    import resource  # not on Windows, where runtime.files says in one line that this program needs WSL
+
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (MOST_FILES if limit == resource.RLIM_INFINITY else limit for limit in limits)
     for more in (min(hard, MOST_FILES), 10240):  # macOS may state no limit and still refuse more than 10240
         if more > soft:
             with suppress(ValueError, OSError):
-                resource.setrlimit(resource.RLIMIT_NOFILE, (more, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+                resource.setrlimit(resource.RLIMIT_NOFILE, (more, limits[1]))
                 return more
     return soft
 

@@ -57,8 +57,10 @@ def _are_floats(x: np.ndarray, is_short: bool) -> bool:
     have both signs or lie between 0 and 1, as those of most arrays do.
     """
     x = x[x != 0]
+    if not len(x):
+        return False
     size = np.abs(x)
-    usual = len(x) > 0 and np.isfinite(x).all() and np.mean((size > 1e-4) & (size < 1e5)) > 0.98
+    usual = np.isfinite(x).all() and np.mean((size > 1e-4) & (size < 1e5)) > 0.98
     ids = (x == np.floor(x)).all() and np.mean((size >= 1) & (size < 1024)) > 0.25
     signs = 0.2 < np.mean(x < 0) < 0.8
     fractions = (x > 0).all() and (x <= 1).all() and np.mean(x >= 0.5) > 0.4

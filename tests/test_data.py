@@ -337,6 +337,7 @@ TOKENS = {
     "DNA": IDS % 4,
     "two ids": IDS % 2,
     "one id": np.ones(70_000),
+    "one large id": np.where(IDS % 3, 0x8000, 0),
     "zeros": np.zeros(70_000),
     "zeros at first": np.r_[np.zeros(40_000), IDS],
     "65536 ids": zipf(100_000, 65536),
@@ -681,7 +682,9 @@ def test_globs_add_up_and_may_have_braces_and_what_is_left_out_is_said(tmp_path,
     taken = names.split()
     assert sorted(set(re.findall(rb"<(.*?)>", content))) == sorted(name.encode() for name in taken)
     said = capsys.readouterr().out.splitlines()[0]
-    assert said.startswith(f"{root}: {len(taken)} of 4 files match {' '.join(globs) or '**/*.txt'}; left out: 1 .")
+    assert said.startswith(
+        f"{root}: {len(taken)} of 4 files match --glob {' '.join(globs) or '**/*.txt'}; left out: 1 ."
+    )
     prepared(root, "--val-fraction=0.4", "--glob=*", "--glob=c/*")
     assert "left out" not in capsys.readouterr().out
 

@@ -815,6 +815,17 @@ def test_ready_made_shards_are_fetched_checked_and_indexed(hub, tmp_path, capsys
     assert dataset.manifest["splits"]["val"][0]["documents"] == 1
 
 
+def test_what_was_fetched_is_deleted_before_a_dataset_gets_its_name(hub, tmp_path, monkeypatch):
+    out = tmp_path / "ready"
+    arguments = ["pretokenized", "--repo", "some/data", "--pattern", "fineweb_*.bin", "--out", str(out)]
+    with monkeypatch.context() as broken:
+        broken.setattr(shutil, "rmtree", fails_with(errno.EIO, str(out)))
+        assert stops(arguments) == f"data.prepare: {out}: Input/output error"
+    assert not out.exists()
+    prepare.main(arguments)
+    assert all(name.endswith((".bin", ".json")) for name in contents(out))
+
+
 def test_local_shards_are_indexed_in_place(tmp_path, capsys):
     for name in ("x_val_0.bin", "x_train_1.bin"):
         write_shard(tmp_path / name, np.array([50256, 1], dtype=np.uint16), None)
@@ -1055,8 +1066,11 @@ def test_suffixes_may_have_capital_letters_and_hidden_folders_and_second_links_a
     (source / "link.txt").symlink_to(source / "b.Txt")
     os.link(source / "b.Txt", source / "same.txt")
     (source / "gone.txt").symlink_to(source / "nothing")
+    (source / "notes.md").write_text("no corpus file")
     excluded = ["--exclude", "drafts", "--exclude=*.bak.*"]
     prepare.main(command("fineweb_edu", source, tmp_path / "out", "--shard-tokens", "9", *excluded))
+    assert f"{source}: 4 of 5 files end in .parquet, .jsonl, " in (said := capsys.readouterr().out.splitlines()[0])
+    assert said.endswith("; left out: 1 .md")
     tokens = np.concatenate([stream(tmp_path / "out", split) for split in ("val", "train")])
     assert documents_in(tokens, "before") == ["json", "b.Txt", "c.TXT.GZ", "rows"]
     assert "other settings (exclude, files, files_sha256)" in stops(

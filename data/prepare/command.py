@@ -112,8 +112,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def prepare(args: argparse.Namespace) -> None:
     """Make or continue a dataset, unless it is complete already."""
-    from runtime.hardware import cores  # brings torch, which the workers do not need
-
     check(args)
     if args.command == "pretokenized":
         if (args.tokenizer, args.eot) != ("gpt2", None):
@@ -136,10 +134,17 @@ def prepare(args: argparse.Namespace) -> None:
             pretokenized.fetch(out, settings, pinned)
         else:
             source, split, facts = job.open(pinned)
-            how, workers = (args.tokenizer, args.ranks, settings["eot"]), args.workers or cores()
+            how, workers = (args.tokenizer, args.ranks, settings["eot"]), args.workers or default_workers()
             recipe = Recipe(*how, split, args.shard_tokens, workers, args.eot, args.max_skipped)
             build(out, source, settings | facts, recipe)
     print(f"prepared {describe(out)}")
+
+
+def default_workers() -> int:
+    """One process per core that this process may use."""
+    from runtime.hardware import cores  # imports torch, which takes a second and is not needed otherwise
+
+    return cores()
 
 
 def tokenizer_settings(args: argparse.Namespace) -> dict:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from data.prepare import pydocs, text
 from data.prepare.hub import HubFolder
-from data.prepare.sources import Files, Folder, LocalFolder, Named, Source
+from data.prepare.sources import SUFFIXES, Files, Folder, LocalFolder, Named, Source
 from data.prepare.split import ByName, FirstShard, NanoGPT, Split
 from data.shards import DataError
 
@@ -78,9 +78,8 @@ def text_job(args: argparse.Namespace) -> Job:
     files, folder = text.text_files(args.root, globs, args.exclude), args.root
     if args.root.is_file():
         folder = args.root.parent
-    elif left := text.others(folder, files, args.exclude):
-        counts = f"{len(files)} of {len(files) + left.total()} files match {' '.join(globs)}"
-        print(f"{folder}: {counts}; left out: {text.listed(left)}; --glob adds more")
+    else:
+        text.say_what_is_left_out(folder, files, args.exclude, f"match --glob {' '.join(globs)}")
     sizes = [(p.relative_to(folder).as_posix(), p.stat().st_size) for p in files]
     digest = hashlib.sha256(repr(sizes).encode()).hexdigest()
     root = args.root.resolve()
@@ -101,6 +100,8 @@ def corpus_job(args: argparse.Namespace) -> Job:
     revision = args.revision or (corpus.commit if args.repo == corpus.repo else "main")
     pattern = args.pattern or corpus.pattern.format(sample=args.sample)
     if local:
+        paths = [args.source / file.name for file in local.files]
+        text.say_what_is_left_out(args.source, paths, args.exclude, f"end in {', '.join(SUFFIXES)}")
         settings |= {"root": str(args.source.resolve()), "files": len(local.files), "files_sha256": local.digest()}
         settings |= {"exclude": sorted(set(args.exclude))} if args.exclude else {}
     else:

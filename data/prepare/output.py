@@ -138,7 +138,7 @@ def discard(folder: Path, kept: Set[str] = frozenset()) -> None:
         # The records go last. If this is interrupted, they still show that the other files are ours.
         for path in sorted(visible(folder), key=lambda p: p.name in (MANIFEST, PROGRESS)):
             if path.name == FETCHED:
-                shutil.rmtree(path, ignore_errors=True)
+                shutil.rmtree(path)
             elif path.name not in kept:
                 path.unlink()
         with suppress(OSError):

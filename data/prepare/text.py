@@ -70,6 +70,12 @@ def listed(kinds: Counter[str]) -> str:
     return ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(4)) + ", ..." * (len(kinds) > 4)
 
 
+def say_what_is_left_out(folder: Path, taken: Sequence[Path], exclude: Sequence[str], which: str) -> None:
+    """Print one line if a folder has other files than the taken ones; which: the rule that chose these."""
+    if left := others(folder, taken, exclude):
+        print(f"{folder}: {len(taken)} of {len(taken) + left.total()} files {which}; left out: {listed(left)}")
+
+
 def documents(root: Path, files: list[Path], column: str = "text") -> Iterator[tuple[str, str | Undecodable, float]]:
     """Yield (name, text, fraction of the bytes read) of files below root.
 
