@@ -10,6 +10,7 @@ CONFIG --help lists them all.
 import gc
 import itertools
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -130,8 +131,10 @@ class Trainer:
                 self.model.load_state_dict(found.model())
                 load_named_state(self.optimizer, self.model, found.optimizer())
             except (RuntimeError, ValueError) as error:
-                reason = " ".join(str(error).split())
+                reason, before = " ".join(str(error).split()), found.state["config"].get("optimizer")
                 advice = "another version of the program wrote it, or its files do not belong together"
+                if before != run.optimizer:
+                    advice = f"its optimizer is {before}; --init_from starts a new run with the weights alone"
                 raise CheckpointError(f"checkpoint {found.folder}: {reason}; {advice}") from None
         saved = found.average() if found else None
         self.average = WeightAverage(self.model, run.ema, saved) if run.ema else None
@@ -335,7 +338,8 @@ class Trainer:
                 self.log.say(f"saved {folder}")
         except CheckpointError as error:
             self.saved_step = -1
-            self.log.say(f"{error}; training continues; earlier checkpoints are intact")
+            goes_on = "training continues; " if self.step < self.steps else ""
+            self.log.say(f"{error}; {goes_on}earlier checkpoints are intact")
 
 
 def train(t: Trainer) -> None:
@@ -379,7 +383,9 @@ def train(t: Trainer) -> None:
 
 
 def train_run(run: RunConfig, world: World, fresh: bool, accept_changes: bool) -> None:
-    """Build the parts, train, and say how it ended."""
+    """Build the parts, train, and say how it ended. Raises UserError outside of the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        raise UserError("training handles signals, which only the main thread can: start it in a process of its own")
     t = Trainer(run, world, fresh, accept_changes)
     if t.finished:
         world.say(console.finished(t))

@@ -119,7 +119,7 @@ def parse(argv: Sequence[str] | None) -> tuple[VisionConfig, argparse.Namespace]
     parser.add_argument("--width", type=at_least(1), default=64, help="channels of the first stage")
     parser.add_argument("--epochs", type=at_least(1), default=200, help="passes over the training images")
     parser.add_argument("--limit", type=at_least(0), default=0, help="images of each split; 0: all")
-    parser.add_argument("--seed", type=at_least(0, 2**62 - 1), default=1, help="of weights, batches and augmentation")
+    parser.add_argument("--seed", type=at_least(0, 2**62 - 1), default=1, help="random seed")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--name", help="run folder (default: dataset, optimizer and seed)")
     parser.add_argument("--log.folder", default="runs/vision", help="folder of run folders")

@@ -113,7 +113,9 @@ class Windows:
             row, column = np.argwhere(out >= vocab_size)[0]
             shard, offset = self.locate(windows[row])
             problem = f"{shard.path}: token {out[row, column]} at offset {offset + column}"
-            raise DataError(f"{problem} does not fit vocab_size={vocab_size}")
+            advice = f"python -m data.prepare verify {shard.path.parent}"
+            damage = "the shard is damaged, or the setting is not that of its tokenizer"
+            raise DataError(f"{problem} does not fit vocab_size={vocab_size}; {damage}: {advice}")
         return out
 
 

@@ -4,7 +4,6 @@ import errno
 import os
 import resource
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -28,19 +27,15 @@ class OpenFiles:
     """
 
     def __init__(self) -> None:
-        self.files: OrderedDict[Path, BinaryIO] = OrderedDict()
+        self.files: dict[Path, BinaryIO] = {}  # in the order of their last use
         self.lock, self.most = Lock(), 0
 
     def get(self, path: Path) -> BinaryIO:
         """An open file. Whoever holds it keeps it open, even if it is dropped here."""
         with self.lock:
-            self.most = self.most or max(1, _raised_limit() // 4)
-            if path not in self.files:
-                self.files[path] = self._opened(path)
-            self.files.move_to_end(path)
-            if len(self.files) > self.most:
-                self.files.popitem(last=False)
-            return self.files[path]
+            file = self.files.pop(path, None) or self._opened(path)
+            self.files[path] = file
+            return file
 
     def drop(self, path: Path) -> None:
         """Open a file anew when it is read again."""
@@ -48,13 +43,19 @@ class OpenFiles:
             self.files.pop(path, None)
 
     def _opened(self, path: Path) -> BinaryIO:
+        self.most = self.most or max(1, _raised_limit() // 4)
         while True:
+            while len(self.files) >= self.most:
+                self._drop_oldest()
             try:
                 return open(path, "rb", buffering=0)
             except OSError as error:
                 if error.errno not in (errno.EMFILE, errno.ENFILE) or not self.files:
                     raise
-            self.files.popitem(last=False)  # other parts of the program have opened many files
+            self._drop_oldest()  # other parts of the program have opened many files
+
+    def _drop_oldest(self) -> None:
+        del self.files[next(iter(self.files))]
 
 
 FILES = OpenFiles()
@@ -78,11 +79,11 @@ def read_at(path: Path, place: int, out: memoryview, waits: Sequence[float] = WA
     read again. If none is left, raises DataError with the name of the file and the reason.
     Each read is a system call of its own. A memory map would count every page it ever read as resident memory.
     """
-    done, pauses = 0, list(waits)
+    done, pauses = 0, iter(waits)
     while done < len(out):
         try:
-            file = FILES.get(path)
-            got = os.preadv(file.fileno(), [out[done:]], place + done)
+            file = FILES.get(path)  # keeps it open, if another thread drops it
+            got = os.preadv(file.fileno(), (out[done:],), place + done)
             if not got:
                 if os.fstat(file.fileno()).st_size <= place + done:
                     break
@@ -90,7 +91,8 @@ def read_at(path: Path, place: int, out: memoryview, waits: Sequence[float] = WA
             done += got
         except OSError as error:
             FILES.drop(path)
-            if not pauses:
+            pause = next(pauses, None)
+            if pause is None:
                 raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-            time.sleep(pauses.pop(0))
+            time.sleep(pause)
     return done

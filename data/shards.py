@@ -41,15 +41,16 @@ class Shard:
 
         waits: as in `read_at`.
         """
-        got = read_at(self.path, self.start + 2 * offset, out.view(np.uint8).data, waits)
+        got = read_at(self.path, self.start + 2 * offset, out.data.cast("B"), waits)
         if got < out.nbytes:
             raise DataError(f"{self.path}: ends {out.nbytes - got} bytes early; it was truncated after it was opened")
 
     def samples(self, places: int = 16, length: int = 4096) -> np.ndarray:
         """Tokens (places, at most length) uint16 from evenly spaced places, which start at multiples of 4."""
         out = np.empty((places, min(length, self.tokens)), dtype="<u2")
-        for row, offset in zip(out, np.linspace(0, self.tokens - out.shape[1], places), strict=True):
-            self.read(int(offset) // 4 * 4, row)
+        if out.size:
+            for row, offset in zip(out, np.linspace(0, self.tokens - out.shape[1], places), strict=True):
+                self.read(int(offset) // 4 * 4, row)
         return out
 
     def blocks(self, waits: Sequence[float] = WAITS) -> Iterator[np.ndarray]:

@@ -302,7 +302,7 @@ def copy_custom(facts: dict | None, source: Path, folder: Path) -> None:
 def text_problem(facts: dict | None, vocab_size: int) -> str | None:
     """Why a model with this vocabulary could not read or print text; None if it can."""
     if facts is None:
-        return "the dataset names none: eval.sample, eval.run and the files of eval.export will need --tokenizer FILE"
+        return "not recorded in the dataset; give --tokenizer FILE to eval.sample, eval.run and eval.export"
     if not facts["vocab_size"] <= vocab_size < facts["vocab_size"] + PADDING:
         ids = f"{facts['name']} has {facts['vocab_size']} ids, which do not fit vocab_size={vocab_size}"
         return f"{ids}: eval.sample, eval.run and eval.export will refuse this run"

@@ -6,6 +6,7 @@ of text do not have, whether they are bytes, characters or GPT-2's byte pairs: t
 
 import numpy as np
 
+PICKLE = "pickle, which can run code when it is read; write its tokens: array.astype(np.uint16).tofile(...)"
 STARTS = {
     b"\x93NUMPY": "NumPy array with a header; write its tokens without one: np.load(...).astype(np.uint16).tofile(...)",
     b"PK\x03\x04": "zip archive; unpack it",
@@ -13,6 +14,8 @@ STARTS = {
     b"BZh91AY&SY": "bzip2 archive; unpack it",
     b"\xfd7zXZ\0": "xz archive; unpack it",
     b"\x28\xb5\x2f\xfd": "zstd archive; unpack it",
+    b"\x80\x04\x95": PICKLE,
+    b"\x80\x05\x95": PICKLE,
     b"PAR1": "parquet file; prepare it: python -m data.prepare text --root FILE",
     b"\x89HDF\r\n\x1a\n": "HDF5 file; write its tokens as uint16 without a header",
     b"version https://git-lfs": "git-lfs pointer to the file; fetch the file: git lfs pull",

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token")
     parser.add_argument("--top_k", type=at_least(0), default=0, help="draw from the k most likely tokens; 0: all")
     parser.add_argument("--top_p", type=float, default=0.95, help="draw from the most likely tokens up to this sum")
-    parser.add_argument("--seed", type=at_least(0, 2**62 - 1), default=1, help="of the random choices")
+    parser.add_argument("--seed", type=at_least(0, 2**62 - 1), default=1, help="random seed of sampling")
     args = parser.parse_args(argv)
     with one_line("eval.sample"):
         if not (args.temperature == 0 or 1e-3 <= args.temperature < 1e3):

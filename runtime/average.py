@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 @contextmanager
 def weights_in_model(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, the model has other weights, given by name. Holds a copy of its own ones meanwhile."""
+    """Temporarily replace the weights of a model, by name; the originals are restored at the end.
+
+    Memory: a second copy of the weights inside.
+    """
     present = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.load_state_dict(weights)  # also refreshes bfloat16 copies of the weights, which copy_ would not
     try:

@@ -32,7 +32,7 @@ T = TypeVar("T")
 PATIENCE = float(os.environ.get("RANKS_WAIT_SECONDS", "540"))
 TIMEOUT, NCCL_TIMEOUT = timedelta(seconds=PATIENCE), timedelta(seconds=PATIENCE + 30)
 BEAT = 2.0  # seconds between two signs of life of a rank
-REPEATED = 1.0  # seconds after the first signal from which another one counts as a second request
+REPEATED = 1.0  # ignore repeats of the signal for so many seconds; launchers send it twice
 
 
 @dataclass
@@ -306,7 +306,7 @@ class StopRequest:
     def _receive(self, number: int) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
         if not self._steps_finish:
-            self._say(f"{name}: no step has been taken since the start; ends at once")
+            self._say(f"{name}: received before the first step; nothing to save, exiting")
             os._exit(128 + number)
         if self.signal is None:
             self._say(f"{name}: will finish this step, save and stop")

@@ -115,6 +115,6 @@ def bad_samples(t: "Trainer", step: int) -> str:
             return "unknown, because the weights are lost and there is no checkpoint"
         t.model.load_state_dict(found.model())
     bad = [name for names in t.world.gather(t.loader.bad_samples(step, loss_of)) for name in names]
-    if not bad:
-        return "none alone has a loss that is not finite"
+    if len(bad) in (0, t.run.sequences):
+        return f"{'all' if bad else 'none alone'} have a loss that is not finite, so a smaller --lr may help"
     return ", ".join(bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")

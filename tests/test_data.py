@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -324,6 +325,7 @@ OTHER = {
     "uniform float16": np.random.default_rng(0).random(99_999).astype("<f2").tobytes(),
     "small float32": (0.02 * NORMAL).astype("<f4").tobytes(),
     "npy": b"\x93NUMPY\x01\x00v\x00" + IDS.astype("<u2").tobytes(),
+    "pickle": pickle.dumps(IDS.astype("<u2"), protocol=4),
     "zip": b"PK\x03\x04" + bytes(1000),
     "gzip": gzip.compress(IDS.astype("<u2").tobytes()),
 }
@@ -356,7 +358,7 @@ def test_a_file_without_a_header_that_holds_no_tokens_is_refused(tmp_path, split
         IDS.astype(np.uint16).tofile(tmp_path / f"{name}.bin")
     (tmp_path / f"{split}.bin").write_bytes(content + b"\n" * (len(content) % 2))
     with pytest.raises(
-        DataError, match=rf"{split}.bin: (is|holds) .*(text|git-lfs|wider|floating|NumPy|archive)"
+        DataError, match=rf"{split}.bin: (is|holds) .*(text|git-lfs|wider|floating|NumPy|pickle|archive)"
     ) as error:
         open_dataset(tmp_path, 1 << 16)
     assert "\n" not in str(error.value)

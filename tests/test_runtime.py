@@ -192,7 +192,7 @@ def test_a_signal_before_the_first_step_and_a_second_one_later_end_a_process_tha
         process.terminate()
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM
-    assert errors.splitlines()[-1].startswith("SIGTERM again" if steps else "SIGTERM: no step has been taken")
+    assert errors.splitlines()[-1].startswith("SIGTERM again" if steps else "SIGTERM: received before the first step")
 
 
 def test_one_process_needs_no_process_group(monkeypatch):

@@ -851,6 +851,76 @@ def test_a_checkpoint_of_a_newer_version_is_one_line(arguments, straight, kind):
     assert "\n" not in message
 
 
+def test_a_bug_in_a_users_optimizer_keeps_its_traceback(dataset, tmp_path):
+    """The error class is one that a wrong setting has, too; file and line say where to look."""
+    program = """
+from dataclasses import dataclass
+from torch.optim import SGD
+from optimizers import Settings
+from tests.tiny_config import config, optimizers
+
+class Mine(SGD):
+    def step(self):
+        first, second = self.param_groups[0]["params"], 3, 4
+
+@dataclass(frozen=True)
+class MineConfig(Settings):
+    lr: float = 0.1
+    weight_decay: float = 0.0
+
+    def build(self, assignments, *_):
+        return Mine([a.param for a in assignments], lr=self.lr)
+
+optimizers = {"mine": MineConfig()}
+"""
+    (tmp_path / "mine.py").write_text(program)
+    places = [f"--data.path={dataset}", f"--log.folder={tmp_path}", "--name=run", "--optimizer=mine"]
+    output, _ = (process := launch([str(tmp_path / "mine.py"), *places])).communicate(timeout=120)
+    assert process.returncode == 1
+    assert "ValueError: too many values to unpack (expected 2)" in output
+    assert f'File "{tmp_path / "mine.py"}", line 9, in step' in output
+
+
+def test_another_optimizer_cannot_continue_a_state_and_says_so(arguments, straight):
+    shutil.copytree(straight, folder_of(arguments))
+    message = stops(arguments, "--optimizer=lion", "--accept_changes")
+    assert "its optimizer is adamw; --init_from starts a new run with the weights alone" in message
+    assert_same_weights(folder_of(arguments) / FINAL, straight / FINAL)
+
+
+def test_outside_of_the_main_thread_nothing_is_made(arguments, tmp_path):
+    failures = []
+
+    def start():
+        try:
+            train_gpt.main(arguments)
+        except SystemExit as error:
+            failures.append(error.code)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    assert "start it in a process of its own" in failures[0]
+    assert not folder_of(arguments).exists()
+
+
+def test_a_damaged_token_names_the_command_that_finds_it(arguments, tmp_path):
+    data = make_dataset(tmp_path / "tokens")
+    with open(data / "train_000000.bin", "r+b") as f:
+        f.seek(1024)
+        f.write(b"\xff" * 2 * 10_000)
+    message = stops([*arguments, f"--data.path={data}"])
+    assert "token 65535 at offset" in message
+    assert (
+        f"the shard is damaged, or the setting is not that of its tokenizer: python -m data.prepare verify {data}"
+        in message
+    )
+
+
+def test_a_learning_rate_that_is_too_large_is_named_as_the_cause(arguments):
+    assert stops(arguments, "--lr=1e30", "--steps=8").endswith("so a smaller --lr may help")
+
+
 def test_nanogpt_files_train(tmp_path):
     make_tokens(3000).tofile(tmp_path / "train.bin")
     make_tokens(500).tofile(tmp_path / "val.bin")
