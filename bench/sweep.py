@@ -14,7 +14,6 @@ test images; the lowest test error of any epoch and try stands beside it only be
 
 import difflib
 import itertools
-import json
 import math
 import os
 import queue
@@ -455,7 +454,7 @@ def overview() -> str:
             state = f"{done} of {len(plan.arms)} arms" if done else "no"
             state = "runs of another plan" if sweep.changed_run() else state
             file = RESULTS / f"{sweep.file}.json"
-            results = f"{len(json.loads(file.read_text())['rows'])} of {len(plan.arms)} arms" if file.exists() else "no"
+            results = f"{len(read_json(file)['rows'])} of {len(plan.arms)} arms" if file.exists() else "no"
             row = dict(plan=f"{name}, {scale}", reproduces=plan.source, question=plan.question, runs=sweep.count())
             row |= {"H100 hours, estimated": "" if math.isnan(hours) else f"{hours:,.0f}"}
             rows.append(row | {"in bench/results": results, "finished here": state})

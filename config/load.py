@@ -22,7 +22,7 @@ from typing import Any
 
 from config.published import published
 from config.schema import ALTERNATIVES, SECTIONS, RunConfig, all_keys, changeable_keys, value_of
-from data.shards import MANIFEST, DataError, read_manifest
+from data.shards import MANIFEST, DataError, entries, read_manifest
 from data.tokenizer import PADDING
 from optimizers import OPTIMIZERS, Settings
 from optimizers.options import Option, description, options_of
@@ -293,15 +293,20 @@ def _full_key(key: str, keys: dict[str, Any]) -> str:
 
 
 def _with_vocabulary_of_data(config: RunConfig, path: Path) -> RunConfig:
-    """The config with the size of the dataset's tokenizer as vocab_size, if the vocabulary does not fit the tokenizer.
+    """The config with the size of the dataset's tokenizer as vocab_size, if the vocabulary does not fit the tokens.
 
     A larger vocabulary fits if it is padding. Without a manifest the config stays as it is.
     """
     given = config.model.vocab_size
     try:
         manifest = read_manifest(Path(os.path.expanduser(config.data.path), MANIFEST))
-        size = manifest["tokenizer"]["vocab_size"]
-        if type(size) is not int or size <= given < size + PADDING:
+        size, largest = (
+            manifest["tokenizer"]["vocab_size"],
+            max((e["max_token"] for e in entries(manifest)), default=-1),
+        )
+        if "file" in manifest["tokenizer"]:
+            largest = size - 1  # as open_dataset asks for
+        if type(size) is not int or largest < given < size + PADDING:
             return config
     except (OSError, DataError, TypeError):  # whoever opens the dataset or checks the config says what is wrong
         return config

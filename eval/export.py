@@ -190,8 +190,7 @@ def export(trained: Trained, out: Path, dtype: torch.dtype = torch.float32) -> t
     The folder gets its name when it is complete and on the disk. Raises UserError, and leaves no folder, if `out`
     exists or the export does not compute the same.
     """
-    if os.path.lexists(out):
-        raise UserError(f"{out} exists; name a folder that does not")
+    refuse_existing(out)
     temporary = out.with_name(UNFINISHED + out.name)
     delete_folder(temporary)  # of a killed export
     temporary.mkdir(parents=True)
@@ -223,6 +222,12 @@ def export(trained: Trained, out: Path, dtype: torch.dtype = torch.float32) -> t
     return difference, largest
 
 
+def refuse_existing(out: Path) -> None:
+    """Raise UserError if a path exists, also as a link that leads nowhere."""
+    if os.path.lexists(out):
+        raise UserError(f"{out} exists; name a folder that does not")
+
+
 @contextmanager
 def full_disk_in_one_line(out: Path) -> Iterator[None]:
     """Turn the errors of a write, of whatever library, into a UserError."""
@@ -250,6 +255,7 @@ def main(argv: list[str] | None = None) -> None:
         except ImportError:
             raise UserError("export needs: pip install transformers") from None
         logging.disable_progress_bar()
+        refuse_existing(out)  # before the work
         named = (args.tokenizer, args.ranks, args.eot)
         trained = open_trained(args.checkpoint, torch.device("cpu"), *named, text="if known")
         if trained.kind == "huggingface":

@@ -10,6 +10,7 @@ from pathlib import Path
 from eval.tasks import Tasks, splits_of
 from runtime.command import Parser, first_line, one_line
 from runtime.errors import UserError
+from runtime.files import lock_of
 
 AGAIN = "the same command continues"
 
@@ -32,9 +33,10 @@ def fetch(tasks: Tasks, name: str, folder: Path) -> list[Path]:
             raise UserError(f"task {part}: dataset {source}: {first_line(error)}; {AGAIN}") from None
         (folder / part).mkdir(parents=True, exist_ok=True)
         for split, path in missing.items():
-            temporary = path.with_suffix(".tmp")
-            found[split].to_json(temporary)
-            temporary.replace(path)
+            with lock_of(path):  # of another fetch
+                temporary = path.with_suffix(".tmp")
+                found[split].to_json(temporary)
+                temporary.replace(path)
             written.append(path)
     return written
 

@@ -26,7 +26,7 @@ def sample(folder: Path, tokens: int = 200) -> str:
     """Text from the newest checkpoint of a run, with fixed settings; the reason in brackets if there can be none."""
     try:
         trained = open_trained(folder, torch.device("cpu"))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return f"[no sample: {error}]"
     ids = generate(trained.model, [trained.tokenizer.eot], tokens, temperature=0.8, top_p=0.95, seed=1)
     return trained.tokenizer.decode(list(ids))

@@ -160,7 +160,7 @@ def locked(path: Path) -> Iterator[None]:
     A file system that cannot lock files is used without a lock, and stderr says so.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC  # a link that somebody put there is an error
-    handle = os.open(path, flags, 0o666)
+    handle, is_present = os.open(path, flags, 0o666), False
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -171,7 +171,9 @@ def locked(path: Path) -> Iterator[None]:
             reason = f"this file system cannot lock files ({error.strerror})"
             print(f"{path}: {reason}; do not start the same command twice at a time", file=sys.stderr)
         # the previous owner may have deleted this file after we opened it; then our lock protects nothing
-        if not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
+        with suppress(FileNotFoundError):
+            is_present = os.path.samestat(os.fstat(handle), path.stat())
+        if not is_present:
             raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK), str(path))
         try:
             yield
@@ -185,6 +187,7 @@ def locked(path: Path) -> Iterator[None]:
 @contextmanager
 def lock_of(path: Path) -> Iterator[None]:
     """Lock what several processes write at a path, for example to read and change a file. Waits for the others."""
+    start, told = time.monotonic(), False
     with ExitStack() as stack:
         while True:
             try:
@@ -192,4 +195,7 @@ def lock_of(path: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 time.sleep(0.05)
+            if not told and time.monotonic() > start + 10:
+                print(f"{path}: waiting for another process that writes it", file=sys.stderr)
+                told = True
         yield

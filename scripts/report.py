@@ -61,6 +61,8 @@ class Run:
     budget: int  # tokens of the whole run, on which its learning rate depends
     points: list[dict]  # tokens, val_loss, train_s, gradients of each evaluation that is comparable with the latest
     mfu: float | None
+    tokenizer: str
+    bits: float | None  # bits per byte of text for one nat per token; None if the bytes are not known
     scale: float = 1.0  # what losses in nats per token are multiplied by on the page
     group: int = 1  # runs of one group were evaluated on the same validation data
 
@@ -72,16 +74,6 @@ class Run:
     def best(self, tokens: float = math.inf) -> float:
         """Lowest validation loss up to a token count."""
         return min(p["val_loss"] for p in self.points if p["tokens"] <= tokens)
-
-    @property
-    def tokenizer(self) -> str:
-        return tokenizer_name(self.config, self.last)
-
-    @property
-    def bits(self) -> float | None:
-        """Bits per byte of text for one nat per token; None if the bytes are not known."""
-        size = bytes_per_token(self.last)
-        return 1 / size / math.log(2) if size else None
 
 
 def read_run(folder: Path) -> Run:
@@ -136,7 +128,8 @@ def run_of(folder: Path, config: dict, records: list[dict]) -> Run:
     for record in records:  # records of training steps have the time, those of evaluations the validation loss
         latest |= record
         if "val_loss" in record and comparable((config, record), (config, last)):
-            times = {"train_s": latest.get("train_s"), "gradients": latest.get("gradient_evaluations")}
+            found = {"train_s": latest.get("train_s"), "gradients": latest.get("gradient_evaluations")}
+            times = {key: None if value is None else float(value) for key, value in found.items()}
             points.append({"tokens": int(record["tokens"]), "val_loss": float(record["val_loss"]), **times})
     shape = GPTConfig(**config["model"])
     if shape.errors():
@@ -146,8 +139,22 @@ def run_of(folder: Path, config: dict, records: list[dict]) -> Run:
     path = Path(config["data"]["path"]).name.lower()
     known = {r"(openwebtext|owt)(?![a-z])": "openwebtext", r"fineweb.?edu": "fineweb-edu"}
     data = next((name for pattern, name in known.items() if re.match(pattern, path)), path)
-    facts = size_of(parameters), parameters, data, method_of(config), budget_of(config), points, latest.get("mfu")
-    return Run(folder, folder.resolve().name, config, last, *facts)
+    size, mfu = bytes_per_token(last), latest.get("mfu")
+    return Run(
+        folder=folder,
+        name=folder.resolve().name,
+        config=config,
+        last=last,
+        size=size_of(parameters),
+        parameters=parameters,
+        data=data,
+        method=method_of(config),
+        budget=int(budget_of(config)),
+        points=points,
+        mfu=None if mfu is None else float(mfu),
+        tokenizer=tokenizer_name(config, last),
+        bits=1 / size / math.log(2) if size else None,
+    )
 
 
 def budget_of(config: dict) -> int:

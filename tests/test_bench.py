@@ -27,6 +27,7 @@ from bench import (
     train_step,
 )
 from bench.peers import plain_newton_schulz
+from bench.report import Report
 from bench.runs import MICRO, in_own_process
 from bench.timing import SIZES, Session, TimeIsUp, shape_of, time_limit
 from bench.trace import by_kernel, gpu_events, idle_fraction
@@ -150,6 +151,20 @@ def test_a_measurement_that_fails_leaves_a_note_and_the_bench_goes_on(tmp_path):
     assert "of the bench are over" in notes["e"]
     kept = [json.loads(line) for line in session.report.path.read_text().splitlines()[1:]]
     assert kept == session.report.rows  # each row is written at once
+
+
+def test_two_benches_at_once_leave_no_mixture_of_rows(tmp_path):
+    first, second = Report("x", tmp_path, side=1), Report("x", tmp_path, side=2)
+    first.add(n=1)
+    second.add(n=2)
+    first.add(n=3)
+    facts, *rows = [json.loads(line) for line in first.path.read_text().splitlines()]
+    assert (facts["side"], rows) == (1, [dict(n=1), dict(n=3)])  # of the one that wrote last
+    second.add(n=4)
+    facts, *rows = [json.loads(line) for line in first.path.read_text().splitlines()]
+    assert (facts["side"], rows) == (2, [dict(n=2), dict(n=4)])
+    second.table()
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".jsonl", ".md"]
 
 
 def test_a_library_cannot_catch_the_time_limit_as_an_exception():

@@ -12,7 +12,7 @@ from config.load import NANOGPT, ConfigError, describe_keys, load_config, parse
 from config.published import published
 from config.schema import SECTIONS, RunConfig, all_keys, value_of
 from data.loader import DataConfig
-from data.shards import write_manifest
+from data.shards import ShardEntry, write_manifest
 from model import GPT
 from optimizers import OPTIMIZERS, build_optimizer
 from runtime.command import parse_number
@@ -158,7 +158,8 @@ def test_nanogpt_way_to_resume_is_one_clear_line():
     ],
 )
 def test_the_vocabulary_is_that_of_the_dataset(tmp_path, capsys, given, size, used):
-    write_manifest(tmp_path, {"name": "x", "vocab_size": size, "eot": 0}, {}, {"train": [], "val": []})
+    shard = ShardEntry("train_000000.bin", tokens=9, bytes=9, max_token=size - 1, sha256="")
+    write_manifest(tmp_path, {"name": "x", "vocab_size": size, "eot": 0}, {}, {"train": [shard], "val": []})
     run = load_config(CONFIG, [f"--data.path={tmp_path}", *given])
     assert run.model.vocab_size == used
     note = f"note: vocab_size={size}: the tokenizer of {tmp_path} has so many ids; {CONFIG} has 60, which does not fit"

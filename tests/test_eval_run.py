@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import ROOT, change_state, environment
 from file_faults import ended_with
 from small_runs import byte_run, hellaswag, phrase
 
@@ -544,10 +544,9 @@ def test_another_file_as_results_and_a_missing_model_are_errors(folders, tmp_pat
 def test_scores_go_to_the_runs_wandb_page(folders, data, tmp_path, monkeypatch, capsys):
     folder = byte_run(tmp_path, tmp_path / "gone", name="watched", block_size=512)
     (folder / "wandb_id").write_text("abc123")
-    state = folder / "checkpoints" / "step_0000030" / "state.json"
-    content = json.loads(state.read_text())
-    content["config"]["log"]["wandb"] = "online"
-    state.write_text(json.dumps(content))
+    checkpoint = folder / "checkpoints" / "step_0000030"
+    config = json.loads((checkpoint / "state.json").read_text())["config"]
+    change_state(checkpoint, config=config | {"log": config["log"] | {"wandb": "online"}})
     page = types.SimpleNamespace(summary={}, finish=lambda: None)
     settings = {}
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **k: settings.update(k) or page))

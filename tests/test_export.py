@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIG
+from conftest import CONFIG, change_state
 from file_faults import ended_with
 from safetensors.torch import load_file, save_file
 from small_runs import SHAPE, byte_dataset, byte_run, small_model
@@ -23,8 +23,8 @@ from data.tokenizer import GPT2_PATTERN, ByteTokenizer, GPT2Tokenizer
 from eval import export
 from eval.checkpoint import load_weights, open_trained
 from model import GPT, GPTConfig
-from runtime.checkpoint import open_checkpoint, state_sha256
-from runtime.files import sha256_of
+from runtime.checkpoint import open_checkpoint
+from runtime.files import locked, sha256_of
 
 transformers = pytest.importorskip("transformers")
 CPU = torch.device("cpu")
@@ -88,8 +88,10 @@ def test_an_export_with_other_logits_is_deleted(run, tmp_path, monkeypatch, what
 
 
 def test_an_existing_folder_and_an_export_of_an_export_are_errors(run, exported, tmp_path):
-    with pytest.raises(SystemExit, match="exists; name a folder that does not"):
-        export.main([str(run), str(exported)])
+    (tmp_path / "link").symlink_to("nowhere")
+    for out in (exported, ".", tmp_path / "link"):
+        with pytest.raises(SystemExit, match="exists; name a folder that does not"):
+            export.main([str(run), str(out)])
     with pytest.raises(SystemExit, match="is a Hugging Face folder already"):
         export.main([str(exported), str(tmp_path / "again")])
 
@@ -502,6 +504,11 @@ def test_every_file_of_an_export_follows_the_umask(run, tmp_path, mask):
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
+def test_two_exports_of_one_folder_at_once_are_one_clear_line(run, tmp_path):
+    with locked(tmp_path / ".hf.lock"), pytest.raises(SystemExit, match="hf: another export writes it at the moment"):
+        export.main([str(run), str(tmp_path / "hf")])
+
+
 def test_the_folder_is_named_once(run, tmp_path):
     for words in ([], [str(tmp_path / "a"), "--out", str(tmp_path / "b")]):
         with pytest.raises(SystemExit, match="name one folder to write: CHECKPOINT OUT, or CHECKPOINT --out OUT"):
@@ -528,9 +535,7 @@ def test_only_the_weights_are_hashed_and_only_once(dataset, tmp_path, monkeypatc
     run, hashed = byte_run(tmp_path, dataset), []
     (folder,) = (run / "checkpoints").iterdir()
     state = json.loads((folder / "state.json").read_text())
-    state["sha256"]["optimizer-0.safetensors"] = sha256_of(folder / "model.safetensors")
-    state["state_sha256"] = state_sha256(state)
-    (folder / "state.json").write_text(json.dumps(state))
+    change_state(folder, sha256=state["sha256"] | {"optimizer-0.safetensors": "a" * 64})
     (folder / "optimizer-0.safetensors").write_bytes(b"not the optimizer state")
     for module in ("runtime.checkpoint", "eval.checkpoint"):
         monkeypatch.setattr(f"{module}.sha256_of", lambda path: hashed.append(path.name) or sha256_of(path))

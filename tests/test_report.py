@@ -185,6 +185,37 @@ def test_odd_results_are_one_clear_line(tmp_path, option, content):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "config, record",
+    [
+        ([1], {}),
+        ("[" * 100_000, {}),
+        (dict(model=[1]), {}),
+        (dict(model=SMALL | dict(n_layer="two")), {}),
+        (dict(data=dict(path=5)), {}),
+        (dict(optim="x"), {}),
+        (dict(steps="many"), {}),
+        ({}, dict(measured_on="val")),
+        ({}, dict(val_loss="low")),
+        ({}, dict(tokens=None)),
+        ({}, dict(mfu=[1])),
+        ({}, dict(train_s="long")),
+        ({}, dict(val_bits_per_byte="x")),
+    ],
+)
+def test_a_run_folder_with_odd_content_is_one_clear_line(tmp_path, config, record):
+    folder = run_folder(tmp_path / "a", {1e9: 3.6})
+    saved = json.loads((folder / "config.json").read_text())
+    text = config if isinstance(config, str) else json.dumps(saved | config if isinstance(config, dict) else config)
+    (folder / "config.json").write_text(text)
+    record = dict(step=1, tokens=5, val_loss=3.0) | record
+    (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    for words in ([str(folder), "--out", str(tmp_path / "out")], ["--on-track", str(folder)]):
+        with pytest.raises(SystemExit, match="not a run of train_gpt.py|config.json: not readable as JSON") as error:
+            report.main(words)
+        assert "\n" not in str(error.value)
+
+
 def test_folders_that_are_no_runs_are_skipped_in_one_line(tmp_path, capsys):
     run_folder(tmp_path / "good", {1e9: 3.6})
     for name in ("report", "scores", "sweeps/gamma-laptop/run"):
