@@ -178,7 +178,11 @@ def test_the_context_may_be_shorter_and_every_other_difference_is_named(dataset,
     one, two = weights(first, 12), weights(short, 1)
     assert torch.equal(one["transformer.wpe.weight"][:8], two["transformer.wpe.weight"])
     text = message(dataset, tmp_path, "other", f"--init_from={first}", "--n_layer=1", "--bias", "--block_size=32")
-    for part in ("n_layer=2 there, 1 here", "bias=False there, True here", "block_size=16 there, 32 here"):
+    for part in (
+        "n_layer: the checkpoint has 2, the run 1",
+        "bias: the checkpoint has False, the run True",
+        "--block_size=16",
+    ):
         assert part in text
     assert "missing" in message(dataset, tmp_path, "none", "--init_from=missing")
     damaged = first / "checkpoints/step_0000012"

@@ -170,7 +170,7 @@ def test_a_run_without_a_tokenizer_is_told_what_it_will_miss(nanogpt, tmp_path, 
     run = train(tmp_path, nanogpt, size)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  tokenizer")]
     assert len(said) == 1
-    assert "eval.sample, eval.run and the files of eval.export will need --tokenizer FILE" in said[0]
+    assert "not recorded in the dataset; give --tokenizer FILE to eval.sample, eval.run and eval.export" in said[0]
     perplexity.main([str(run), "--device", "cpu"])
     assert f"{len(TEXT) - 1:,} tokens" in capsys.readouterr().out
     map_of_run = nanogpt.with_name("map.json")

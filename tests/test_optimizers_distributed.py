@@ -85,7 +85,11 @@ def main(folder: str, start: int, stop: int) -> None:
             weights = world.gather({n: p.detach() for n, p in model.named_parameters()})
             assert all(torch.equal(weights[0][n], w[n]) for w in weights for n in w)
             tensors = {n: p.detach() for n, p in model.named_parameters()}
-            checkpoints.save(tensors, named_state(optimizer, model, world.rank), dict(step=stop, config={}))
+            checkpoints.save(
+                tensors,
+                named_state(optimizer, model, world.rank),
+                dict(step=stop, steps=9, tokens=stop, sequences=stop, config={}),
+            )
         if world.is_main:
             (Path(folder) / "held.json").write_text(json.dumps(held))
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from optimizers import MARSMConfig
+from optimizers import MARSM, MARSMConfig
 from runtime.schedule import SHAPES, ScheduleConfig, learning_rate, moved, parse_moves, set_rates
 
 
@@ -66,7 +66,7 @@ def test_moves_are_names_and_final_values():
 def test_any_number_of_an_optimizer_moves_and_groups_keep_their_proportion():
     optim = MARSMConfig(lr=0.1, weight_decay=0.2, gamma=0.02)
     params = [torch.nn.Parameter(torch.zeros(4, 4)) for _ in range(3)]
-    optimizer = optim.optimizer(
+    optimizer = MARSM(
         [{"params": [p], "weight_decay": decay} for p, decay in zip(params, (0.2, 0.1, 0.0), strict=True)],
         **optim.as_group() | {"weight_decay": 0.2},
     )
