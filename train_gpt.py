@@ -22,28 +22,29 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from config.load import ConfigError, describe_keys, load_config, to_dict
-from config.schema import RunConfig, changeable_keys, default_values
 from data.hellaswag import HellaSwag
 from data.loader import TrainLoader, ValidationSet, prefetch, to_device
 from data.shards import DataError, open_dataset
-from data.tokenizer import copy_custom
+from data.tokenizer import copy_custom, text_problem
 from model import GPT
 from optimizers import build_optimizer
-from optimizers.state import load_named_state, named_state, state_problem
-from runtime import compute, console
-from runtime.average import WeightAverage
-from runtime.checkpoint import Checkpointer, CheckpointError, branch_origin, checkpoint_in, start_branch
-from runtime.clipping import GradientClipper, NonFiniteError
+from optimizers.state import load_named_state, named_state, state_bytes, state_problem
 from runtime.command import Parser, one_line
 from runtime.distributed import StopRequest, World, start_world
 from runtime.errors import UserError
-from runtime.evaluation import Evaluator, bad_samples
-from runtime.folder import INIT_SHA256, Comparison, compare_settings, run_lock, write_settings
 from runtime.hardware import environment, memory_gb, peak_flops
-from runtime.logger import Meter, RunLogger
-from runtime.memory import divisors
-from runtime.preflight import fitting_micro_batch, preflight
-from runtime.schedule import budget_problem, set_rates
+from training import compute, console
+from training.average import WeightAverage
+from training.checkpoint import MODEL, Checkpointer, CheckpointError, branch_origin, checkpoint_in, start_branch
+from training.clipping import GradientClipper, NonFiniteError
+from training.evaluation import Evaluator, bad_samples
+from training.folder import INIT_SHA256, Comparison, compare_settings, run_lock, write_settings
+from training.logger import Meter, RunLogger
+from training.memory import divisors
+from training.plot import plot_run
+from training.preflight import fitting_micro_batch, preflight
+from training.run_config import RunConfig, changeable_keys, default_values
+from training.schedule import budget_problem, set_rates
 
 
 class Trainer:
@@ -92,7 +93,7 @@ class Trainer:
             self.forward = DistributedDataParallel(self.compiled, bucket_cap_mb=buckets, gradient_as_bucket_view=True)
         self.divide_batch()
         validation = ValidationSet(dataset, run.data, micro_batch=self.micro_batch, **sizes)
-        self.evaluator = Evaluator(validation, hellaswag, dataset, world)
+        self.evaluator = Evaluator(self.model, self.compiled, self.autocast, validation, hellaswag, dataset, world)
         # val_loss is None until the present step has been evaluated
         self.val_loss, self.best_val_loss = self.evaluator.comparable_losses(state)
 
@@ -119,7 +120,7 @@ class Trainer:
             self.origin = branch_origin(run.branch_from, world)
             found = checkpoint_in(self.origin)
         if found is None and run.init_from:
-            from eval.checkpoint import load_weights  # only such a run needs the readers of other formats
+            from weights import load_weights  # only such a run needs the readers of other formats
 
             self.settings[INIT_SHA256] = load_weights(self.model, run.init_from)
         if found:
@@ -164,6 +165,51 @@ class Trainer:
         self.unreadable: DataError | None = None
         self.ahead: deque[Any] = deque()  # the next batches; an error takes the place of one that cannot be read
 
+    def introduce(self) -> None:
+        """Print the settings of the run and how every tensor is updated; parameters.txt has the full table."""
+        run, c, world = self.run, self.run.model, self.world
+        total = self.sequences + (self.steps - self.step) * run.sequences
+        epochs, windows = f"{self.loader.epochs(total):.2f} epochs", f"{len(self.loader.windows):,} windows"
+        split = f"{world.size} processes x {self.micro_batch} x {self.accumulation} accumulated"
+        facts = {
+            "model": f"{self.model.num_params():,} parameters: {c.n_layer} layers x {c.n_embd}, context {c.block_size}",
+            "data": f"{run.data.path}: {epochs} of {windows}, {run.data.sampling}",
+            "tokenizer": text_problem(self.tokenizer, c.vocab_size),
+            "batch": f"{run.sequences} sequences = {split} = {run.tokens_per_step:,} tokens{self.chosen}",
+            "budget": f"{self.steps:,} steps = {total * c.block_size:,} tokens",
+            "optimizer": f"{run.optimizer}: {run.optim}",
+            "state": f"{state_bytes(self.optimizer) / 1e6:,.1f} MB of optimizer state in this process",
+            "device": f"{world.device}, {run.compute}",
+            "attention": compute.attention_kernel(c.n_head, c.n_embd, c.block_size, c.dropout, run.dtype, world.device),
+            "folder": self.folder,
+        }
+        lines = [run.name, *(f"  {name:10} {fact}" for name, fact in facts.items() if fact)]
+        lines += console.update_lines(self.optimizer, self.model)
+        self.log.say("\n".join(lines + ([f"continuing at step {self.step}"] if self.step else [])))
+        if world.is_main:
+            console.write_update_table(self.optimizer, self.model, self.folder / "parameters.txt")
+
+    def conclude(self) -> None:
+        """Draw the curves of a run that has ended, and say where its results are."""
+        if not self.world.is_main:
+            return
+        try:
+            self.log.say(f"curves  {plot_run(self.folder)}")
+        except (UserError, OSError) as error:
+            self.log.say(f"no curves: {error}")
+        if self.step == self.steps and self.val_loss is not None:
+            self.log.say(f"final   {console.loss_text(self.val_loss, self.evaluator.bits_per_byte(self.val_loss))}")
+        self.log.say(f"run     {self.folder}")
+
+    def bad_samples(self, step: int) -> str:
+        """The sequences of a step whose loss is not finite, to end the message of a NonFiniteError."""
+
+        def saved() -> dict[str, Tensor] | None:
+            found = self.checkpoints.latest({MODEL})
+            return found.model() if found else None
+
+        return f"; sequences: {bad_samples(self.loader, step, self.model, self.autocast, self.world, saved)}"
+
     @property
     def tokens(self) -> int:
         """Training tokens so far."""
@@ -174,17 +220,21 @@ class Trainer:
         """Training sequences so far: the position in the order of the data."""
         return self.start["sequences"] + (self.step - self.start["step"]) * self.run.sequences
 
-    @property
-    def total_sequences(self) -> int:
-        """Training sequences of the whole run."""
-        return self.sequences + (self.steps - self.step) * self.run.sequences
-
     def divide_batch(self) -> None:
         """Choose the micro-batch and the number of them in a step of this process."""
-        divided, given = self.run.per_process(self.world.size), self.run.micro_batch
-        self.chosen = None if given else fitting_micro_batch(self, divided)
-        self.micro_batch = self.chosen.size if self.chosen else divisors(divided, given or 1)[0]
-        self.accumulation = self.run.per_process(self.world.size) // self.micro_batch
+        run, sequences = self.run, self.run.per_process(self.world.size)
+
+        def loss(micro_batch: int) -> Tensor:
+            tokens = torch.zeros(micro_batch, run.model.block_size + 1, dtype=torch.uint16)
+            with self.unsynchronized(), self.autocast:
+                return self.forward(*to_device(tokens, self.world.device))
+
+        chosen = None
+        if run.micro_batch is None:
+            chosen = fitting_micro_batch(run, self.model, self.optimizer, self.world, loss)
+        self.micro_batch = chosen.size if chosen else divisors(sequences, run.micro_batch or 1)[0]
+        self.accumulation = sequences // self.micro_batch
+        self.chosen = f" ({chosen})" if chosen else ""
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps, and at the last one, happens after this step."""
@@ -277,7 +327,10 @@ class Trainer:
             return True
         with self.meter.excluded():
             gc.collect()  # automatic garbage collection is off between evaluations
-            scores = self.evaluator.scores(self, stop)
+            number = self.step // self.run.eval_every
+            with_hellaswag = number % self.run.data.hellaswag_every == 0 or self.step == self.steps
+            average = self.average.tensors if self.average else None
+            scores = self.evaluator.scores(self.step, stop, average, with_hellaswag)
             if scores is None:
                 return False
             self.val_loss = scores["val_loss"]
@@ -374,19 +427,20 @@ def train_run(run: RunConfig, world: World, fresh: bool, accept_changes: bool) -
         raise UserError("training handles signals, which only the main thread can: start it in a process of its own")
     t = Trainer(run, world, fresh, accept_changes)
     if t.finished:
-        world.say(console.finished(t))
+        loss = console.loss_text(t.start["val_loss"], t.evaluator.bits_per_byte(t.start["val_loss"]))
+        again = "--fresh starts over, another --name is another run"
+        world.say(f"{t.folder} is finished: {t.step} steps, {loss}; {again}")
         return
     t.begin()
-    console.introduce(t)
+    t.introduce()
     try:
         with compute.collector_paused():
             train(t)
     except NonFiniteError as error:
-        samples = f"; sequences: {bad_samples(t, error.step)}" if error.step >= 0 else ""
-        raise NonFiniteError(f"{error}{samples}") from None
+        raise NonFiniteError(f"{error}{t.bad_samples(error.step) if error.step >= 0 else ''}") from None
     finally:
         t.log.close()
-    console.conclude(t)
+    t.conclude()
     if t.log.lost:
         raise UserError(t.log.lost)
 

@@ -14,7 +14,7 @@ from bench.report import RESULTS, ROOT, markdown
 from bench.timing import SIZES
 from runtime.command import Parser, one_line
 from runtime.errors import UserError
-from runtime.plot import new_figure, save
+from training.plot import new_figure, save
 
 BEGIN, END = "<!-- speed: written by python -m bench.gpu_page -->", "<!-- end of speed -->"
 

@@ -38,8 +38,8 @@ from bench.timing import SIZES, TINY, Session, compiler, elapsed, mark, shape_of
 from model import GPT, GPTConfig
 from runtime.command import at_least, one_line
 from runtime.hardware import memory_gb, peak_flops
-from runtime.logger import METRICS, read_metrics
 from train_gpt import Trainer, train
+from training.logger import METRICS, read_metrics
 
 STEP = 480  # sequences per step, for the reported numbers
 WHOLE = {"124M": 480, "355M": 480, "774M": 240, "1558M": 120}  # about the sequences per measured step of `best`

@@ -17,8 +17,8 @@ from bench.report import Report, bench_parser, results_folder
 from bench.runs import MICRO, batch_of, in_own_process, opened, run_arguments, take_step
 from bench.timing import SIZES
 from runtime.command import one_line
-from runtime.preflight import memory_estimate
 from train_gpt import Trainer
+from training.preflight import memory_estimate
 
 
 def step_memory(t: Trainer) -> tuple[int, int]:

@@ -17,8 +17,8 @@ from bench.report import Report, bench_parser, interleaved, results_folder
 from bench.runs import split_parameters
 from model import GPT, GPTConfig
 from optimizers import MARSConfig, MARSMConfig, MuonConfig, build_optimizer
-from runtime.average import WeightAverage
 from runtime.command import at_least, one_line
+from training.average import WeightAverage
 
 
 def torch_muon(matrices: list[Tensor], rest: list[Tensor]) -> Callable[[], None]:

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from bench.report import ROOT
 from bench.timing import SIZES, TINY
 from config.load import load_config
-from config.schema import RunConfig
 from data.shards import write_shard
 from model import GPT
-from runtime.clipping import GradientClipper
-from runtime.compute import collector_paused, torch_settings
 from runtime.distributed import start_world
 from train_gpt import Trainer
+from training.clipping import GradientClipper
+from training.compute import collector_paused, torch_settings
+from training.run_config import RunConfig
 
 MICRO = {"124M": 60, "355M": 40, "774M": 24, "1558M": 16}  # sequences per forward pass
 SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")

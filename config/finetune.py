@@ -11,9 +11,9 @@ from dataclasses import replace
 from config import gpt2_small as small
 from data.loader import DataConfig
 from optimizers import AdamWConfig
-from runtime.checkpoint import CheckpointConfig
-from runtime.logger import LogConfig
-from runtime.schedule import ScheduleConfig
+from training.checkpoint import CheckpointConfig
+from training.logger import LogConfig
+from training.schedule import ScheduleConfig
 
 config = replace(
     small.config,

@@ -7,12 +7,12 @@ AGI-Arena/MARS at 4831e28; [ours] where nothing was published. --as_published se
 these numbers (config/published.py). The config files of the other sizes say what they change in this one.
 """
 
-from config.schema import RunConfig
 from data.loader import DataConfig
 from model import GPTConfig
 from optimizers import AdamWConfig, LionConfig, MARSConfig, MARSMConfig, MuonConfig
-from runtime.checkpoint import CheckpointConfig
-from runtime.schedule import ScheduleConfig
+from training.checkpoint import CheckpointConfig
+from training.run_config import RunConfig
+from training.schedule import ScheduleConfig
 
 config = RunConfig(
     model=GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, bias=False),  # [1]

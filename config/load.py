@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from config.published import published
-from config.schema import ALTERNATIVES, SECTIONS, RunConfig, all_keys, changeable_keys, value_of
 from data.shards import MANIFEST, DataError, entries, read_manifest
 from data.tokenizer import PADDING
 from optimizers import OPTIMIZERS, Settings
 from optimizers.options import Option, description, options_of
-from runtime.command import count, parse_number
+from runtime.command import count, parse_number, short_count
 from runtime.errors import UserError
+from training.run_config import ALTERNATIVES, SECTIONS, RunConfig, all_keys, changeable_keys, value_of
 
 PATHS = ("data.path", "data.hellaswag", "log.folder")
 OWN_MODULES = re.compile(r"config\.(load|schema|published)|(data|model|optimizers|runtime)(\..*)?")
@@ -148,14 +148,6 @@ def run_name(config: RunConfig, changes: dict[str, Any], as_published: bool) -> 
             text = "x".join(map(_text, value)) if isinstance(value, tuple) else _text(value)
             parts.append(f"{key.rpartition('.')[2]}{text}")
     return re.sub(r"[^A-Za-z0-9._+-]", "_", "-".join(parts))
-
-
-def short_count(n: int) -> str:
-    """12345678 -> "12.3M"."""
-    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if n >= unit:
-            return f"{n / unit:.3g}{name}"
-    return str(n)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -5,9 +5,9 @@ Source: AGI-Arena/MARS at 4831e28. Every line is an ordinary setting and can be 
 
 from dataclasses import replace
 
-from config.schema import RunConfig
 from optimizers import MARSConfig, MARSMConfig, MuonConfig, Settings
 from runtime.errors import UserError
+from training.run_config import RunConfig
 
 
 def published(config: RunConfig) -> RunConfig:

@@ -1,12 +1,12 @@
 """A GPT of 1.9 million parameters on the embedded corpus: minutes on two CPU cores."""
 
-from config.schema import RunConfig
 from data.loader import DataConfig
 from model import GPTConfig
 from optimizers import AdamWConfig, LionConfig, MARSConfig, MARSMConfig, MuonConfig
-from runtime.checkpoint import CheckpointConfig
-from runtime.logger import LogConfig
-from runtime.schedule import ScheduleConfig
+from training.checkpoint import CheckpointConfig
+from training.logger import LogConfig
+from training.run_config import RunConfig
+from training.schedule import ScheduleConfig
 
 config = RunConfig(
     model=GPTConfig(n_layer=4, n_head=4, n_embd=192, block_size=128, vocab_size=257),  # 256 bytes and end-of-text

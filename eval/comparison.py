@@ -5,8 +5,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from config.schema import RunConfig, default_values
 from data.tokenizer import facts_by_size
+from training.run_config import RunConfig, default_values
 
 MEASURED_ON = "measured_on"  # key of evaluations in metrics.jsonl; those of older versions lack it
 NOT_COMPARED = ("name", "log", "checkpoint")  # settings that do not change what a run computes

@@ -15,12 +15,12 @@ import torch
 from safetensors import SafetensorError
 
 from data.tokenizer import CharacterTokenizer, FileTokenizer, GPT2Tokenizer, Tokenizer, Unloaded
-from eval.checkpoint import HUGGING_FACE_KEYS, TRAINED_AS, Trained, open_trained
 from eval.command import model_parser
 from model import GPT
 from runtime.command import first_line, one_line
 from runtime.errors import UserError
 from runtime.files import UNFINISHED, delete_folder, follow_umask, locked, replace_folder
+from weights import HUGGING_FACE_KEYS, TRAINED_AS, Trained, open_trained
 
 TEXT = Path(__file__).resolve().parent.parent / "LICENSE"  # the text on which model and export are compared
 HARD_TEXT = "def f(x):\n\treturn  {'a': 1}  # \u00fc\u4e2d\U0001f600\n\nit's 2026, isn't it? "  # for the tokenizer

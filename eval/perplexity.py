@@ -18,13 +18,13 @@ import torch
 from tqdm import tqdm
 
 from data.shards import open_dataset
-from eval.checkpoint import Trained, open_trained
 from eval.command import model_parser
 from eval.scoring import Scorer
 from runtime.command import at_least, one_line
 from runtime.distributed import World, start_world
 from runtime.errors import UserError
 from runtime.files import write_json
+from weights import Trained, open_trained
 
 CHUNK = 256  # windows per rank that the scorer gets at a time
 Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from eval.checkpoint import open_trained
 from eval.sample import generate
-from runtime.folder import CONFIG
+from training.folder import CONFIG
+from weights import open_trained
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }

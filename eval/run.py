@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from eval.checkpoint import Trained, open_trained
 from eval.command import model_parser
 from eval.scoring import Scorer, harness_model
 from eval.table import SIZES, cells_of, comma_separated, markdown, size_of
@@ -25,7 +24,8 @@ from runtime.command import at_least, first_line, one_line
 from runtime.distributed import World, start_world
 from runtime.errors import UserError
 from runtime.files import lock_of, read_json, write_durably, write_json
-from runtime.logger import WANDB_ID
+from training.logger import WANDB_ID
+from weights import Trained, open_trained
 
 RESULTS = "results.json"
 

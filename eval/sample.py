@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from eval.checkpoint import open_trained
 from eval.command import model_parser
 from model import GPT, KVCache
 from runtime.command import at_least, one_line
 from runtime.distributed import resolve_device
 from runtime.errors import UserError
+from weights import open_trained
 
 
 def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:

@@ -91,6 +91,14 @@ def count(text: str) -> int:
     return number
 
 
+def short_count(n: int) -> str:
+    """12345678 -> "12.3M"."""
+    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if n >= unit:
+            return f"{n / unit:.3g}{name}"
+    return str(n)
+
+
 def at_least(least: int, most: int | None = None) -> Callable[[str], int]:
     """An argparse type: a whole number that is not below `least`, and not above `most` if that is given."""
     allowed = f"at least {least}" if most is None else f"from {least} to {most}"

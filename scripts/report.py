@@ -21,18 +21,17 @@ if __package__ in (None, ""):  # run as a file: python scripts/report.py
 
 import torch
 
-from config.load import short_count
 from eval.comparison import bytes_per_token, comparable, different_settings, groups_of, tokenizer_name
 from eval.perplexity import describe, describe_pair
 from eval.report_html import html_page
 from eval.table import markdown, markdown_table, published, size_of
 from model import GPT, GPTConfig
-from runtime.command import Parser, one_line
+from runtime.command import Parser, one_line, short_count
 from runtime.errors import UserError
 from runtime.files import read_json, write_durably
-from runtime.folder import CONFIG
-from runtime.logger import METRICS, read_metrics
-from runtime.plot import new_figure, save
+from training.folder import CONFIG
+from training.logger import METRICS, read_metrics
+from training.plot import new_figure, save
 
 AXES = {"tokens": "tokens", "train_s": "training time, seconds", "gradients": "gradient evaluations"}
 PUBLISHED_BUDGET = 100_000 * 480 * 1024  # tokens of the published runs

@@ -23,7 +23,7 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)
 
 from data.shards import write_manifest, write_shard  # noqa: E402
-from runtime.checkpoint import state_sha256  # noqa: E402
+from training.checkpoint import state_sha256  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -22,8 +22,8 @@ from bench.timing import SIZES
 from config.load import load_config
 from model import GPT
 from optimizers import build_optimizer
-from runtime.clipping import GradientClipper
-from runtime.compute import ComputeConfig, attention_kernel, torch_settings
+from training.clipping import GradientClipper
+from training.compute import ComputeConfig, attention_kernel, torch_settings
 
 WARM_UP = 3  # steps
 
@@ -90,8 +90,8 @@ def compiled_later(*arguments: str) -> float:
 def attention(setting: str) -> list[str]:
     """The backends that torch selects for the first and the second call of attention under a setting."""
     with torch_settings(ComputeConfig(attention=setting)):
-        qkv = torch.empty(2, 1024, 3, 12, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
-        return [attention_kernel(qkv, 0.0) for _ in range(2)]
+        device = torch.device("cuda")
+        return [attention_kernel(12, 768, 1024, 0.0, "bfloat16", device) for _ in range(2)]
 
 
 def memory(*arguments: str) -> dict:

@@ -10,8 +10,8 @@ from conftest import ROOT
 
 from data.shards import write_manifest, write_shard
 from model import GPT, GPTConfig
-from runtime.checkpoint import CheckpointConfig, Checkpointer
 from runtime.distributed import ALONE
+from training.checkpoint import CheckpointConfig, Checkpointer
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=257, scale_attn_by_inverse_layer_idx=True)
 WORDS = ["river", "stone", "light", "green", "house", "water", "small", "bread", "cloud", "seven", "horse", "music"]

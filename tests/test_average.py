@@ -8,8 +8,8 @@ from conftest import CONFIG, finish, launch
 from safetensors.torch import load_file
 from test_branches import assert_equal_weights, message, train
 
-from eval.checkpoint import read_source
 from runtime.files import sha256_of
+from weights import read_source
 
 EMA = ("--ema=0.9", "--dropout=0")
 

@@ -9,8 +9,8 @@ from conftest import CONFIG, make_dataset
 from safetensors.torch import load_file
 
 import train_gpt
-from eval.checkpoint import read_source
 from model import GPT
+from weights import read_source
 
 
 def train(dataset, folder, name, *words):

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from optimizers import AdamWConfig, build_optimizer
 from optimizers.state import load_named_state, named_state
-from runtime import checkpoint
-from runtime.checkpoint import CheckpointConfig, Checkpointer, CheckpointError, damage, open_checkpoint
 from runtime.distributed import ALONE, start_world
 from runtime.files import sha256_of
+from training import checkpoint
+from training.checkpoint import CheckpointConfig, Checkpointer, CheckpointError, damage, open_checkpoint
 
 
 class Small(torch.nn.Module):

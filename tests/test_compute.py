@@ -20,10 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train_gpt
 from config.load import ConfigError, describe_keys, load_config
-from config.schema import RunConfig, changeable_keys
 from model import GPT, GPTConfig
-from runtime.average import weights_in_model
-from runtime.compute import (
+from training.average import weights_in_model
+from training.compute import (
     BACKENDS,
     ComputeConfig,
     apply_compute,
@@ -33,7 +32,8 @@ from runtime.compute import (
     collector_paused,
     torch_settings,
 )
-from runtime.logger import read_metrics
+from training.logger import read_metrics
+from training.run_config import RunConfig, changeable_keys
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=60, bias=True)
 

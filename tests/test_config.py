@@ -10,14 +10,14 @@ from conftest import CONFIG, ROOT
 
 from config.load import NANOGPT, ConfigError, describe_keys, load_config, parse
 from config.published import published
-from config.schema import SECTIONS, RunConfig, all_keys, value_of
 from data.loader import DataConfig
 from data.shards import ShardEntry, write_manifest
 from model import GPT
 from optimizers import OPTIMIZERS, build_optimizer
 from runtime.command import parse_number
-from runtime.memory import divisors
-from runtime.schedule import learning_rate
+from training.memory import divisors
+from training.run_config import SECTIONS, RunConfig, all_keys, value_of
+from training.schedule import learning_rate
 
 SHIPPED = sorted(p for p in (ROOT / "config").glob("*.py") if "\nconfig = " in p.read_text())
 

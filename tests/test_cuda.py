@@ -21,7 +21,7 @@ from conftest import ROOT, environment
 
 from bench.runs import run_arguments
 from optimizers import OPTIMIZERS
-from runtime.logger import read_metrics
+from training.logger import read_metrics
 
 REAL = torch.cuda.is_available()
 TIMEOUT = 1200  # seconds; two cores need minutes to compile a small model

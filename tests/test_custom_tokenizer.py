@@ -14,7 +14,7 @@ from data.prepare import command as prepare
 from data.shards import open_dataset, read_manifest
 from data.tokenizer import get_tokenizer
 from eval import export, perplexity, sample
-from eval.checkpoint import open_trained
+from weights import open_trained
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")

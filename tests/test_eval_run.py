@@ -20,11 +20,11 @@ pytest.importorskip("lm_eval")
 pytest.importorskip("transformers")
 
 from eval import export, fetch, run
-from eval.checkpoint import open_trained
 from eval.scoring import Scorer
 from eval.table import markdown, published, size_of
 from eval.tasks import PAPER, Tasks, metric_of
 from runtime.command import one_line
+from weights import open_trained
 
 datasets = pytest.importorskip("datasets")
 lm_eval_tasks = pytest.importorskip("lm_eval.tasks")

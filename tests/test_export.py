@@ -21,10 +21,10 @@ from test_model import CASES, GOLDEN, golden_model
 import train_gpt
 from data.tokenizer import GPT2_PATTERN, ByteTokenizer, GPT2Tokenizer
 from eval import export
-from eval.checkpoint import load_weights, open_trained
 from model import GPT, GPTConfig
-from runtime.checkpoint import open_checkpoint
 from runtime.files import locked, sha256_of
+from training.checkpoint import open_checkpoint
+from weights import load_weights, open_trained
 
 transformers = pytest.importorskip("transformers")
 CPU = torch.device("cpu")
@@ -147,7 +147,7 @@ def open_trained_with_any_tokenizer(path, vocab_size):
 
     Exact.vocab_size = vocab_size
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("eval.checkpoint.get_tokenizer", lambda *named: Exact())
+        patch.setattr("weights.get_tokenizer", lambda *named: Exact())
         return open_trained(path, CPU, "byte")
 
 
@@ -537,7 +537,7 @@ def test_only_the_weights_are_hashed_and_only_once(dataset, tmp_path, monkeypatc
     state = json.loads((folder / "state.json").read_text())
     change_state(folder, sha256=state["sha256"] | {"optimizer-0.safetensors": "a" * 64})
     (folder / "optimizer-0.safetensors").write_bytes(b"not the optimizer state")
-    for module in ("runtime.checkpoint", "eval.checkpoint"):
+    for module in ("training.checkpoint", "weights"):
         monkeypatch.setattr(f"{module}.sha256_of", lambda path: hashed.append(path.name) or sha256_of(path))
     assert open_trained(run, CPU).sha256 == state["sha256"]["model.safetensors"]
     assert hashed == ["model.safetensors"]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from faults import DONE, every_fault, run_preloaded
 
-from runtime.checkpoint import CheckpointConfig, Checkpointer
 from runtime.distributed import ALONE
-from runtime.logger import MetricsFile, read_metrics
+from training.checkpoint import CheckpointConfig, Checkpointer
+from training.logger import MetricsFile, read_metrics
 
 
 def save(folder: Path, step: int, value: float, background: bool = False) -> None:

@@ -13,8 +13,8 @@ import train_gpt
 from config.load import load_config
 from optimizers import OPTIMIZERS
 from optimizers.state import load_named_state, named_state, state_bytes, state_problem
-from runtime.clipping import NonFiniteError
-from runtime.logger import read_metrics
+from training.clipping import NonFiniteError
+from training.logger import read_metrics
 
 FINAL = "run/checkpoints/step_0000012/model.safetensors"
 

@@ -16,10 +16,10 @@ pytest.importorskip("transformers")
 
 from data.tokenizer import ByteTokenizer
 from eval import run
-from eval.checkpoint import open_trained
 from eval.sample import generate
 from eval.scoring import Scorer, greedy, harness_model
 from eval.tasks import factor, metric_of
+from weights import open_trained
 
 CPU = torch.device("cpu")
 EOT = 256

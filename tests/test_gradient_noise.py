@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from bench import gradient_noise
-from bench.gradient_noise import best_gamma, combined, lowest
+from experiments import gradient_noise
+from experiments.gradient_noise import best_gamma, combined, lowest
 
 
 @pytest.mark.parametrize("a", [0.0, 0.04, 0.06, 0.1, 0.5, 5.0])

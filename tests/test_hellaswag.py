@@ -12,7 +12,7 @@ from data.hellaswag import count_right, plain, read_items
 from data.shards import DataError
 from data.tokenizer import ByteTokenizer
 from eval import run as eval_run
-from runtime.logger import read_metrics
+from training.logger import read_metrics
 
 
 @pytest.fixture(scope="module")

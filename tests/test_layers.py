@@ -7,53 +7,37 @@ import sys
 import pytest
 from conftest import ROOT, environment
 
-ROOMS = ("model", "data", "optimizers", "runtime", "config", "eval", "bench", "scripts", "train_gpt")
-GROUND = {"optimizers.options", *(f"runtime.{m}" for m in ("command", "distributed", "errors", "files", "streams"))}
-ALLOWED = {  # a name allows itself and everything in it
-    "model": set(),
-    "data": {"runtime.files"},
-    "optimizers": set(),
-    "runtime": {"optimizers.settings"},
-    "config": {
-        "model",
-        *("data.loader", "data.shards", "data.tokenizer"),
-        "optimizers",
-        *(f"runtime.{m}" for m in ("checkpoint", "compute", "logger", "memory", "schedule")),
-    },
-    "train_gpt": {"model", "data", "optimizers", "runtime", "config", "eval.checkpoint"},
-    "eval": {"model", "data", "optimizers", "runtime", "config"},
-    "bench": {"model", "data", "optimizers", "runtime", "config", "eval", "train_gpt"},
-    "scripts": {"model", "eval", "runtime", "config"},
-}
-ON_TOP = {  # parts of a room that stand above the others
-    "data/prepare/command.py": {"config", "runtime.hardware"},
-    "runtime/evaluation.py": {"data", "train_gpt"},
-    "runtime/preflight.py": {"config", "data", "model", "optimizers", "train_gpt"},
-    "runtime/console.py": {"config", "data.tokenizer", "optimizers", "train_gpt"},
-}
-FILES = sorted(p for room in ROOMS for p in [*ROOT.glob(f"{room}.py"), *ROOT.glob(f"{room}/**/*.py")])
+# From the ground up. Each may import those before it, and no other.
+FLOORS = (
+    *("runtime", "optimizers", "model", "data", "training", "weights", "config", "data.prepare"),
+    *("train_gpt", "eval", "bench", "experiments", "scripts"),
+)
+FILES = sorted(p for f in FLOORS for p in [*ROOT.glob(f"{f}.py"), *ROOT.glob(f"{f}/**/*.py")])
+
+
+def floor_of(name):
+    """The number of the floor of a dotted name, the longest that fits; None for other people's modules."""
+    fitting = [floor for floor in FLOORS if f"{name}.".startswith(f"{floor}.")]
+    return FLOORS.index(max(fitting, key=len)) if fitting else None
 
 
 def imports(path):
-    """Modules of ours that a file imports, anywhere in it, as dotted names."""
+    """Modules that a file imports, anywhere in it, as dotted names."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module]
-        else:
-            continue
-        yield from (name for name in names if name.split(".")[0] in ROOMS)
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_rooms_import_only_what_they_may(path):
-    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    allowed_here = ALLOWED[room] | ON_TOP.get(path.relative_to(ROOT).as_posix(), set())
-    allowed_here |= set() if room == "optimizers" else GROUND  # optimizers/ can be installed alone
+def test_a_floor_imports_only_lower_floors(path):
+    floor = floor_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
     for name in imports(path):
-        if name.split(".")[0] != room:
-            assert any(f"{name}.".startswith(f"{allowed}.") for allowed in allowed_here), name
+        other = floor_of(name)
+        assert other is None or other <= floor, name
+        assert FLOORS[floor] != "optimizers" or other in (None, floor), f"{name}: optimizers/ can be installed alone"
 
 
 def test_training_imports_nothing_heavy(dataset, tmp_path):

@@ -12,8 +12,8 @@ from dataclasses import replace
 import pytest
 
 from runtime.distributed import ALONE
-from runtime.logger import LogConfig, Meter, MetricsFile, RunLogger, read_metrics
-from runtime.plot import plot_run
+from training.logger import LogConfig, Meter, MetricsFile, RunLogger, read_metrics
+from training.plot import plot_run
 
 
 def logger(folder, resume_step=0, world=ALONE, **config):

@@ -11,11 +11,11 @@ from conftest import ROOT, environment
 import train_gpt
 from config.load import load_config
 from model import GPT, GPTConfig
-from runtime import memory, preflight
 from runtime.command import is_out_of_memory
 from runtime.distributed import ALONE, World, start_world
-from runtime.logger import read_metrics
-from runtime.memory import (
+from training import memory, preflight
+from training.logger import read_metrics
+from training.memory import (
     MARGIN,
     MemoryEstimate,
     choose_micro_batch,

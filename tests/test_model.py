@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from eval.checkpoint import open_trained
 from model import GPT, GPTConfig, KVCache
+from weights import open_trained
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "manifest.json").read_text())["models"]

@@ -20,8 +20,8 @@ from optimizers.directions import MatrixDirection, summed
 from optimizers.matrices import Ownership, families
 from optimizers.newton_schulz import Orthogonal
 from optimizers.state import load_named_state, named_state, state_bytes
-from runtime.checkpoint import CheckpointConfig, Checkpointer
 from runtime.distributed import start_world
+from training.checkpoint import CheckpointConfig, Checkpointer
 
 CONFIGS = {name: settings for name, settings in OPTIMIZERS.items() if name != "adamw"} | {  # without torch's own
     "muon": MuonConfig(split_qkv=True),

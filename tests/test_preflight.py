@@ -16,12 +16,13 @@ from config.load import load_config
 from model import GPT, GPTConfig
 from optimizers import AdamWConfig, build_optimizer
 from optimizers.state import state_bytes
-from runtime.compute import ComputeConfig, apply_compute
 from runtime.distributed import ALONE, World
 from runtime.errors import UserError
 from runtime.hardware import MEMORY_GB, Machines, parse_machines, peak_of_card
-from runtime.memory import MemoryEstimate
-from runtime.preflight import (
+from runtime.probe import existing_parent, probe
+from training.compute import ComputeConfig, apply_compute
+from training.memory import MemoryEstimate
+from training.preflight import (
     all_reduce_seconds,
     checkpoints_kept,
     compared,
@@ -31,7 +32,6 @@ from runtime.preflight import (
     on_meta_device,
     time_needed,
 )
-from runtime.probe import existing_parent, probe
 
 
 def estimate(run, world=ALONE):
@@ -165,9 +165,9 @@ def test_a_damaged_shard_fails_the_preflight(tmp_path, capsys):
 def test_all_processes_of_a_cpu_share_its_memory(arguments, capsys, monkeypatch):
     """Two processes of 20.5 GB do not fit into 23 GB."""
     run = load_config(arguments[0], arguments[1:])
-    monkeypatch.setattr("runtime.preflight.available_memory", lambda device: (23 * 10**9, 25 * 10**9))
+    monkeypatch.setattr("training.preflight.available_memory", lambda device: (23 * 10**9, 25 * 10**9))
     huge = MemoryEstimate(weights=20 * 10**9, gradients=0, optimizer=0, activations=10**7)
-    monkeypatch.setattr("runtime.preflight.memory_estimate", lambda *_: huge)
+    monkeypatch.setattr("training.preflight.memory_estimate", lambda *_: huge)
     for processes, enough in ((1, True), (2, False)):
         world = World(0, processes, torch.device("cpu"), local_size=processes)
         with monkeypatch.context() as patched:

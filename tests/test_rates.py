@@ -1,4 +1,4 @@
-"""bench.rates: slopes, their intervals, the problem, and the rules that decide the exit status."""
+"""experiments.rates: slopes, their intervals, the problem, and the rules that decide the exit status."""
 
 import json
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench import rates
-from bench.rates import ARMS, MARS_M, MUON, Problem, bounds, measure, slope, slopes_of
+from experiments import rates
+from experiments.rates import ARMS, MARS_M, MUON, Problem, bounds, measure, slope, slopes_of
 
 STEPS = [256, 512, 1024]
 

@@ -9,8 +9,8 @@ import pytest
 from conftest import ROOT
 
 from config.load import load_config
-from config.schema import all_keys
 from optimizers import OPTIMIZERS
+from training.run_config import all_keys
 
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
 README = PAGES["README.md"]

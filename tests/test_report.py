@@ -147,7 +147,7 @@ def test_a_folder_that_is_no_run_is_one_clear_line(tmp_path, break_it):
         next(folder.glob(f"{break_it}*")).unlink()
     elif break_it == "torn":
         (folder / "config.json").write_text("{")
-    elif break_it == "vision":  # a run of bench.vision
+    elif break_it == "vision":  # a run of experiments.vision
         (folder / "metrics.jsonl").write_text('{"step": 4, "epoch": 1, "val_loss": 0.5}\n')
     else:
         (folder / "metrics.jsonl").write_text('{"step": 1, "tokens": 5, "loss": 3}\n')
@@ -362,7 +362,7 @@ def test_the_backend_of_a_notebook_does_not_stop_curves(tmp_path, backend):
     with open(tmp_path / "a/metrics.jsonl", "a") as f:
         f.write('{"step": 2, "tokens": 5, "loss": 3, "grad_norm": 1, "lr": 0.1}\n')
     script = f"""
-from runtime import plot
+from training import plot
 from scripts import report
 plot.main([{str(tmp_path / "a")!r}])
 report.main([{str(tmp_path / "a")!r}, "--out", {str(tmp_path / "out")!r}])

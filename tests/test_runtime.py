@@ -21,11 +21,11 @@ from torch._inductor.async_compile import AsyncCompile
 
 from optimizers import AdamWConfig, build_optimizer
 from runtime import distributed, hardware
-from runtime.clipping import GradientClipper, NonFiniteError
-from runtime.compute import start_compile_workers
-from runtime.console import aligned
 from runtime.distributed import ALONE, resolve_device, start_world
-from runtime.folder import Comparison, RunFolderError, compare_settings, differences, run_lock, write_settings
+from training.clipping import GradientClipper, NonFiniteError
+from training.compute import start_compile_workers
+from training.console import aligned
+from training.folder import Comparison, RunFolderError, compare_settings, differences, run_lock, write_settings
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_compile_workers_ignore_the_signals_that_stop_a_run():
     program = """if True:
         import os
         from pathlib import Path
-        from runtime.compute import start_compile_workers
+        from training.compute import start_compile_workers
         start_compile_workers(1)
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
         lines = [line.split() for c in children for line in open(f"/proc/{c}/status")]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from optimizers import MARSM, MARSMConfig
-from runtime.schedule import SHAPES, ScheduleConfig, learning_rate, moved, parse_moves, set_rates
+from training.schedule import SHAPES, ScheduleConfig, learning_rate, moved, parse_moves, set_rates
 
 
 def test_cosine_with_warm_up():

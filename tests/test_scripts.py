@@ -20,7 +20,7 @@ from conftest import CONFIG, ROOT, environment
 
 import train_gpt
 from config.load import load_config
-from runtime.logger import read_metrics
+from training.logger import read_metrics
 
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("scripts/*.sbatch")])
 SIZES = ("small", "medium", "large", "xl")

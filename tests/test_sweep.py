@@ -17,9 +17,9 @@ import pytest
 import torch
 from conftest import CONFIG, ROOT, environment
 
-from bench import sweep
-from bench.sweep import Sweep, interval, load_plan, plan_names, rows_of
 from config.load import load_config
+from experiments import sweep
+from experiments.sweep import Sweep, interval, load_plan, plan_names, rows_of
 from runtime.files import locked
 
 SCALES = [(name, scale) for name in plan_names() for scale in load_plan(name).scales]
@@ -59,7 +59,7 @@ def write_plan(folder, dataset):
     path = folder / "small.py"
     path.write_text(
         f"""
-from config.plan import Arm, Plan, Scale
+from experiments.plan import Arm, Plan, Scale
 options = "--data.path={dataset} --schedule.min_lr_ratio=0.1 --schedule.min_lr=none"
 scale = Scale("{CONFIG}", options, seeds=(1, 2, 3), multiples=(1.0, 2.0))
 plan = Plan("Which is better?", "nothing", dict(AdamW=Arm("--optimizer=adamw", dict(laptop=0.01)),
@@ -71,7 +71,7 @@ plan = Plan("Which is better?", "nothing", dict(AdamW=Arm("--optimizer=adamw", d
 
 def start_sweep(plan, folder, **options):
     """A process that does the sweep of a plan, with its runs in the temporary folder."""
-    script = f"from bench import sweep; sweep.Sweep.root = {str(folder / 'sweeps')!r}; sweep.main()"
+    script = f"from experiments import sweep; sweep.Sweep.root = {str(folder / 'sweeps')!r}; sweep.main()"
     command = [sys.executable, "-c", script, plan, "--folder", str(folder / "results"), "--workers", "2"]
     return subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, **options)
 
@@ -234,7 +234,7 @@ def test_an_arm_with_wrong_settings_stops_the_sweep_before_any_run(plan, tmp_pat
         ("multiples=(1.0, 2.0)", "multiples=(1.0,)", "scale laptop: tries a single learning rate; give at least two"),
         ("multiples=", "decays=(0.1,), multiples=", "scale laptop: tries a single weight decay; write it into"),
         ("multiples=", "program='visoin', multiples=", "program='visoin': must be 'train_gpt' or 'vision'"),
-        ("multiples=", "program='vision', processes=2, multiples=", "processes=2: bench.vision uses one process"),
+        ("multiples=", "program='vision', processes=2, multiples=", "processes=2: experiments.vision uses one process"),
         ("seeds=(1, 2, 3)", "seeds=(1, 2, 2)", r"scale laptop: seeds=\(1, 2, 2\): gives a value twice"),
         ("seeds=(1, 2, 3)", "seeds=(1,)", "scale laptop: give at least two seeds"),
         ("AdamW=Arm", "**{'Muon ': Arm('', dict(laptop=1.0)), 'Muon_': Arm('', dict(laptop=1.0))}, AdamW=Arm",
@@ -243,7 +243,7 @@ def test_an_arm_with_wrong_settings_stops_the_sweep_before_any_run(plan, tmp_pat
         ("dict(laptop=0.01)", "0.01", "a value has a wrong type"),
         ("dict(laptop=0.01)", "dict(paper=0.01)", "arm 'AdamW': has no lr for scale laptop"),
         ('"AdamW", dict(laptop', '"Adam", dict(laptop', "reference='Adam': must be one of the arms, AdamW, Muon"),
-        ("plan = Plan", "plans = Plan", "must define `plan`, a config.plan.Plan"),
+        ("plan = Plan", "plans = Plan", "must define `plan`, a experiments.plan.Plan"),
         ("plan = Plan", "plan = Plam", "name 'Plam' is not defined"),
         ("plan = Plan(", "plan = Plan((", "'\\(' was never closed"),
     ],

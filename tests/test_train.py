@@ -29,16 +29,15 @@ from data.prepare.pretokenized import index_in_place
 from data.shards import DataError, open_dataset
 from model import GPT
 from optimizers import MARSM
-from runtime import checkpoint, preflight
-from runtime.checkpoint import Checkpointer, write_tensors
 from runtime.command import one_line
 from runtime.distributed import ALONE
 from runtime.errors import UserError
-from runtime.evaluation import bad_samples
-from runtime.folder import run_lock
-from runtime.logger import read_metrics
-from runtime.memory import MicroBatch
-from runtime.schedule import learning_rate
+from training import checkpoint, preflight
+from training.checkpoint import Checkpointer, write_tensors
+from training.folder import run_lock
+from training.logger import read_metrics
+from training.memory import MicroBatch
+from training.schedule import learning_rate
 
 FINAL = "checkpoints/step_0000012/model.safetensors"
 
@@ -303,9 +302,9 @@ def wait_for_metrics(folder: Path, process: subprocess.Popen):
 def test_an_evaluation_that_was_cut_short_is_made_when_the_run_continues(arguments, straight, monkeypatch, step):
     scores = train_gpt.Evaluator.scores
 
-    def interrupted(self, t, stop):
-        stop.signal = "SIGTERM" if t.step == step else None
-        return scores(self, t, stop)
+    def interrupted(self, now, stop, *rest):
+        stop.signal = "SIGTERM" if now == step else None
+        return scores(self, now, stop, *rest)
 
     monkeypatch.setattr(train_gpt.Evaluator, "scores", interrupted)
     monkeypatch.setattr(train_gpt.StopRequest, "agreed", lambda self, also: False)  # several ranks agree one step later
@@ -332,7 +331,7 @@ def test_a_compiled_run_starts_its_compile_workers_first(arguments, monkeypatch)
     def start(processes):
         raise UserError(f"workers for {processes} processes")
 
-    monkeypatch.setattr("runtime.compute.start_compile_workers", start)
+    monkeypatch.setattr("training.compute.start_compile_workers", start)
     monkeypatch.setattr(train_gpt, "start_world", lambda device: nullcontext(replace(ALONE, local_size=8)))
     assert "workers for 8 processes" in stops(arguments, "--compile=true")
 
@@ -752,11 +751,11 @@ def test_sequences_are_named_by_the_last_checkpoint_if_the_update_has_spoilt_the
     run = load_config(CONFIG, [*arguments[1:], "--steps=8"])
     t = train_gpt.Trainer(run, ALONE, fresh=False)
     spoil(t.model)
-    assert bad_samples(t, 9) == "unknown, because the weights are lost and there is no checkpoint"
+    assert t.bad_samples(9) == "; sequences: unknown, because the weights are lost and there is no checkpoint"
     run_in_process(arguments, "--steps=8")
     t = train_gpt.Trainer(run, ALONE, fresh=False)
     spoil(t.model)
-    assert bad_samples(t, 9).startswith("none alone have a loss that is not finite")
+    assert t.bad_samples(9).startswith("; sequences: none alone have a loss that is not finite")
 
 
 def spoil(model):

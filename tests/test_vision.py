@@ -1,4 +1,4 @@
-"""bench.vision: the network, the image files, the runs, and their comparison by bench.sweep."""
+"""experiments.vision: the network, the image files, the runs, and their comparison by experiments.sweep."""
 
 import gzip
 import hashlib
@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from bench import images, vision
-from bench.images import DATASETS, load_images, read_idx
-from bench.resnet import ResNet18
-from bench.sweep import Sweep, load_plan, rows_of, table
-from bench.sweep import main as sweep_main
 from eval.table import published as published_results
+from experiments import images, vision
+from experiments.images import DATASETS, load_images, read_idx
+from experiments.resnet import ResNet18
+from experiments.sweep import Sweep, load_plan, rows_of, table
+from experiments.sweep import main as sweep_main
 from optimizers import build_optimizer
 from runtime.errors import UserError
-from runtime.logger import read_metrics
+from training.logger import read_metrics
 
 PLAN = load_plan("vision")
 
@@ -221,7 +221,7 @@ def test_a_finished_run_is_kept_and_other_settings_are_refused(tmp_path, capsys)
     assert (tmp_path / "a/metrics.jsonl").read_bytes() == before
 
 
-# ---- the comparison by bench.sweep
+# ---- the comparison by experiments.sweep
 
 
 def test_the_tries_are_selected_on_held_out_images_and_test_images_are_reported(tmp_path, monkeypatch):
@@ -261,7 +261,7 @@ def test_a_sweep_over_images_trains_and_reports(tmp_path, monkeypatch, capsys):
     path = tmp_path / "images.py"
     path.write_text(
         """
-from config.plan import Arm, Plan, Scale
+from experiments.plan import Arm, Plan, Scale
 small = Scale("digits", "--width=2 --epochs=1 --limit=130", seeds=(1, 2), multiples=(1.0, 2.0), program="vision")
 plan = Plan("Which is better?", "nothing", dict(AdamW=Arm("--optimizer=adamw", dict(small=0.01)),
     Wild=Arm("--optimizer=adamw", dict(small=1e30))), "AdamW", dict(small=small))
@@ -281,7 +281,7 @@ def test_missing_scikit_learn_is_one_line(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
     with pytest.raises(SystemExit) as stopped:
         vision.main(["digits"])
-    assert stopped.value.code == "bench.vision: digits needs scikit-learn: pip install scikit-learn"
+    assert stopped.value.code == "experiments.vision: digits needs scikit-learn: pip install scikit-learn"
 
 
 @pytest.mark.parametrize(

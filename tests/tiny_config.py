@@ -1,12 +1,12 @@
 """A model of 8 thousand parameters for tests."""
 
-from config.schema import RunConfig
 from data.loader import DataConfig
 from model import GPTConfig
 from optimizers import AdamWConfig
-from runtime.checkpoint import CheckpointConfig
-from runtime.logger import LogConfig
-from runtime.schedule import ScheduleConfig
+from training.checkpoint import CheckpointConfig
+from training.logger import LogConfig
+from training.run_config import RunConfig
+from training.schedule import ScheduleConfig
 
 config = RunConfig(
     model=GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=60, dropout=0.1),

@@ -12,7 +12,7 @@ from typing import Any
 from runtime.distributed import World
 from runtime.errors import UserError
 from runtime.files import locked, write_json
-from runtime.logger import METRICS
+from training.logger import METRICS
 
 CONFIG, ENVIRONMENT = "config.json", "environment.json"
 INIT_SHA256 = "init_sha256"  # key of config.json: hash of the weights that --init_from has read

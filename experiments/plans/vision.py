@@ -1,6 +1,6 @@
-"""The optimizers on images, with a ResNet-18 (bench/vision.py)."""
+"""The optimizers on images, with a ResNet-18 (experiments/vision.py)."""
 
-from config.plan import Arm, Plan, Scale
+from experiments.plan import Arm, Plan, Scale
 
 SHORT, LONG = ("digits", "fashion"), ("cifar10", "cifar100")
 

@@ -1,4 +1,4 @@
-"""The programs whose runs bench.sweep compares: what it must know about each."""
+"""The programs whose runs experiments.sweep compares: what it must know about each."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from bench import vision
 from bench.report import ROOT
 from config.load import load_config, to_dict
-from config.schema import RunConfig, changeable_keys, default_values
+from experiments import vision
 from model import GPT
-from runtime.folder import differences
+from training.folder import differences
+from training.run_config import RunConfig, changeable_keys, default_values
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ PROGRAMS = {
         height=0.85,
     ),
     "vision": Program(
-        words=("-m", "bench.vision"),
+        words=("-m", "experiments.vision"),
         configuration=lambda arguments: vision.parse(arguments)[0],
         changed=vision.changed,
         is_last=vision.is_last,

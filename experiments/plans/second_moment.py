@@ -1,7 +1,7 @@
 """The second moment of MARS-AdamW, from corrected gradients (as published) or from raw ones."""
 
-from config.experiments._scales import LAPTOP, PAPER_SMALL
-from config.plan import Arm, Plan
+from experiments.plan import Arm, Plan
+from experiments.plans._scales import LAPTOP, PAPER_SMALL
 
 
 def mars(gamma: float, v: str, clip: str) -> Arm:

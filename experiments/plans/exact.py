@@ -1,7 +1,7 @@
 """The exact correction, which takes two gradients per step, against the approximate one."""
 
-from config.experiments._scales import LAPTOP, PAPER_SMALL
-from config.plan import Arm, Plan
+from experiments.plan import Arm, Plan
+from experiments.plans._scales import LAPTOP, PAPER_SMALL
 
 
 def mars(options: str, laptop: float = 1e-2) -> Arm:

@@ -1,7 +1,7 @@
 """A gamma that changes over the run, for MARS-AdamW."""
 
-from config.experiments._scales import LAPTOP, PAPER_SMALL
-from config.plan import Arm, Plan
+from experiments.plan import Arm, Plan
+from experiments.plans._scales import LAPTOP, PAPER_SMALL
 
 
 def mars(first: float, last: float | None = None) -> Arm:

@@ -1,6 +1,6 @@
 """The setting of an independent benchmark of optimizers, on our GPT-2."""
 
-from config.plan import Arm, Plan, Scale
+from experiments.plan import Arm, Plan, Scale
 
 plan = Plan(
     question="How do the optimizers compare in the setting of an independent benchmark?",

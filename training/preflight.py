@@ -5,30 +5,30 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from config.schema import RunConfig
 from data.hellaswag import HellaSwag
-from data.loader import TrainLoader, to_device
+from data.loader import TrainLoader
 from data.shards import MANIFEST, Dataset, missing_dataset, open_dataset, shard_problems
 from model import GPT
 from optimizers import build_optimizer
 from optimizers.state import state_bytes
 from runtime.command import first_line, parse_number
-from runtime.compute import apply_compute, wants_bf16, wants_compile
 from runtime.distributed import ALONE, World
 from runtime.errors import UserError
 from runtime.hardware import Machines, available_memory, parse_machines, peak_of_card
-from runtime.logger import METRICS, read_metrics
-from runtime.memory import (
+from runtime.probe import existing_parent, open_files, probe
+from training.compute import apply_compute, wants_bf16, wants_compile
+from training.logger import METRICS, read_metrics
+from training.memory import (
     MemoryEstimate,
     MicroBatch,
     choose_micro_batch,
@@ -36,10 +36,7 @@ from runtime.memory import (
     largest_fitting,
     peak_of_pass,
 )
-from runtime.probe import existing_parent, open_files, probe
-
-if TYPE_CHECKING:
-    from train_gpt import Trainer
+from training.run_config import RunConfig
 
 MANY_EPOCHS = 10
 ASSUMED_MFU = 0.4  # fraction of the peak that a run on planned GPUs is assumed to reach
@@ -71,21 +68,20 @@ def memory_estimate(run: RunConfig, model: GPT, optimizer: Optimizer, world: Wor
     )
 
 
-def fitting_micro_batch(t: "Trainer", sequences: int) -> MicroBatch:
-    """The largest micro-batch that fits and divides `sequences`: measured on a GPU, estimated on a CPU."""
+def fitting_micro_batch(
+    run: RunConfig, model: GPT, optimizer: Optimizer, world: World, loss: Callable[[int], Tensor]
+) -> MicroBatch:
+    """The largest micro-batch that fits and divides a process's batch: measured on a GPU, estimated on a CPU.
 
-    def loss(micro_batch: int) -> Tensor:
-        tokens = torch.zeros(micro_batch, t.run.model.block_size + 1, dtype=torch.uint16)
-        with t.unsynchronized(), t.autocast:
-            return t.forward(*to_device(tokens, t.world.device))
+    loss: computes the loss of a micro-batch of so many sequences, as training does.
+    """
+    need = memory_estimate(run, model, optimizer, world)
+    reserve = 0 if optimizer.state else need.optimizer  # torch optimizers allocate state at their first step
 
     def attempt(micro_batch: int) -> int:
-        return peak_of_pass(partial(loss, micro_batch), t.model.parameters(), reserve, t.world.device)
+        return peak_of_pass(partial(loss, micro_batch), model.parameters(), reserve, world.device)
 
-    need = memory_estimate(t.run, t.model, t.optimizer, t.world)
-    late = 0 if t.optimizer.state else need.optimizer  # torch optimizers allocate state at their first step
-    reserve = late
-    return choose_micro_batch(need, sequences, t.world, attempt)
+    return choose_micro_batch(need, run.per_process(world.size), world, attempt)
 
 
 def on_meta_device(run: RunConfig, world: World) -> tuple[GPT, Optimizer]:

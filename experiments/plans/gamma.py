@@ -1,7 +1,7 @@
 """Loss against gamma, the strength of the correction, for orthogonalized momentum."""
 
-from config.experiments._scales import LAPTOP, PAPER_SMALL
-from config.plan import Arm, Plan
+from experiments.plan import Arm, Plan
+from experiments.plans._scales import LAPTOP, PAPER_SMALL
 
 
 def arm(options: str, gamma: float | None = None) -> Arm:

@@ -1,29 +1,39 @@
 """What the trainer measures between steps, by all ranks together: validation loss, HellaSwag, bad sequences."""
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.hellaswag import HellaSwag
-from data.loader import ValidationSet, to_device
+from data.loader import TrainLoader, ValidationSet, to_device
 from data.shards import DataError, Dataset
-from runtime.average import weights_in_model
-from runtime.clipping import NonFiniteError
+from model import GPT
 from runtime.distributed import StopRequest, World
-
-if TYPE_CHECKING:
-    from train_gpt import Trainer
+from training.average import weights_in_model
+from training.clipping import NonFiniteError
 
 
 class Evaluator:
     """Scores the present weights of a run.
 
-    hellaswag: items to score, if the run wants them.
+    forward: the model, compiled or not. hellaswag: items to score, if the run wants them.
     """
 
-    def __init__(self, validation: ValidationSet, hellaswag: HellaSwag | None, dataset: Dataset, world: World) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        forward: Any,
+        autocast: AbstractContextManager,
+        validation: ValidationSet,
+        hellaswag: HellaSwag | None,
+        dataset: Dataset,
+        world: World,
+    ) -> None:
+        self.model, self.forward, self.autocast = model, forward, autocast
         self.validation, self.hellaswag, self.world = validation, hellaswag, world
         self.bytes_per_token = dataset.bytes_per_token("val")  # None if not known
         # losses may be compared if they were measured on the same
@@ -44,23 +54,24 @@ class Evaluator:
             return None, None
         return state.get("val_loss"), state.get("best_val_loss")
 
-    def scores(self, t: "Trainer", stop: StopRequest) -> dict[str, float] | None:
+    def scores(
+        self, step: int, stop: StopRequest, average: Mapping[str, Tensor] | None, with_hellaswag: bool
+    ) -> dict[str, float] | None:
         """val_loss, and where the run has them val_loss_average, val_bits_per_byte and the numbers of HellaSwag.
 
-        Returns None if a stop request interrupted the evaluation.
+        average: the averaged weights, if the run keeps them. Returns None if a stop request interrupted the evaluation.
         """
-        losses = {"val_loss": self.loss(t, stop)}
-        if t.average:
-            with weights_in_model(t.model, t.average.tensors):
-                losses["val_loss_average"] = self.loss(t, stop)
+        losses = {"val_loss": self.loss(step, stop)}
+        if average:
+            with weights_in_model(self.model, average):
+                losses["val_loss_average"] = self.loss(step, stop)
         found = {key: loss for key, loss in losses.items() if loss is not None}
         if len(found) < len(losses):
             return None
         if self.bytes_per_token:
             found["val_bits_per_byte"] = self.bits_per_byte(found["val_loss"])
-        is_due = t.step // t.run.eval_every % t.run.data.hellaswag_every == 0 or t.step == t.steps
-        if self.hellaswag and is_due:
-            found |= self.hellaswag.score(t.model, t.world, t.autocast)
+        if self.hellaswag and with_hellaswag:
+            found |= self.hellaswag.score(self.model, self.world, self.autocast)
         return found
 
     def bits_per_byte(self, loss: float) -> float:
@@ -68,13 +79,13 @@ class Evaluator:
         return loss / (self.bytes_per_token or math.nan) / math.log(2)
 
     @torch.no_grad()
-    def loss(self, t: "Trainer", stop: StopRequest) -> float | None:
+    def loss(self, step: int, stop: StopRequest) -> float | None:
         """Mean loss in nats per token over the validation windows. Each rank computes a part of the batches.
 
         Returns None if a stop request interrupted a rank. Raises NonFiniteError if the loss is not finite, and
         DataError if a rank cannot read its part, on every rank.
         """
-        validation, world, model = self.validation, t.world, t.compiled
+        validation, world, model = self.validation, self.world, self.forward
         # one place per batch, so that the order of the sum does not depend on the number of ranks
         sums = torch.zeros(len(validation), dtype=torch.float64, device=world.device)
         interrupted, unreadable = False, None
@@ -83,11 +94,11 @@ class Evaluator:
             if interrupted := stop.signal is not None:
                 break
             try:
-                idx, targets, windows = validation.inputs(number, t.step, world.device)
+                idx, targets, windows = validation.inputs(number, step, world.device)
             except DataError as error:
                 unreadable = error
                 break
-            with t.autocast:
+            with self.autocast:
                 sums[number] = model(idx, targets).double() * windows
         model.train()
         world.raise_first(unreadable)
@@ -96,25 +107,35 @@ class Evaluator:
         loss_sum = world.sum(sums).sum().item()
         if not math.isfinite(loss_sum):
             raise NonFiniteError(
-                f"the validation loss of step {t.step} is not finite; this step is not saved, "
+                f"the validation loss of step {step} is not finite; this step is not saved, "
                 "and the checkpoints before it are good; use a smaller --lr, or --fresh to start over"
             )
         return loss_sum / validation.count
 
 
 @torch.no_grad()
-def bad_samples(t: "Trainer", step: int) -> str:
-    """The sequences of a step's batch whose loss is not finite, as text."""
+def bad_samples(
+    loader: TrainLoader,
+    step: int,
+    model: GPT,
+    autocast: AbstractContextManager,
+    world: World,
+    saved: Callable[[], Mapping[str, Tensor] | None],
+) -> str:
+    """The sequences of a step's batch whose loss is not finite, as text.
+
+    saved: loads the weights of the last good checkpoint, if there is one.
+    """
 
     def loss_of(row: Tensor) -> Tensor:
-        with t.autocast:
-            return t.model(*to_device(row[None], t.world.device))
+        with autocast:
+            return model(*to_device(row[None], world.device))
 
-    if not all(torch.isfinite(p).all() for p in t.model.parameters()):  # on a GPU the bad update is in the weights
-        if (found := t.checkpoints.latest()) is None:
+    if not all(torch.isfinite(p).all() for p in model.parameters()):  # on a GPU the bad update is in the weights
+        if (weights := saved()) is None:
             return "unknown, because the weights are lost and there is no checkpoint"
-        t.model.load_state_dict(found.model())
-    bad = [name for names in t.world.gather(t.loader.bad_samples(step, loss_of)) for name in names]
-    if len(bad) in (0, t.run.sequences):
+        model.load_state_dict(weights)
+    bad = [name for names in world.gather(loader.bad_samples(step, loss_of)) for name in names]
+    if len(bad) in (0, loader.batch_size):
         return f"{'all' if bad else 'none alone'} have a loss that is not finite, so a smaller --lr may help"
     return ", ".join(bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")

@@ -1,4 +1,4 @@
-"""Image sets for bench.vision: read from local files, split, and augmented in batches. No file is downloaded.
+"""Image sets for experiments.vision: read from local files, split, and augmented in batches. No file is downloaded.
 
 torchvision is not used: its random crop moves all images of a batch alike, its reader of idx files cannot read .gz
 files, and each version of it needs one exact build of torch.

@@ -1,7 +1,7 @@
 """Whether the best gamma of MARS-M depends on the batch size and on the number of steps."""
 
-from config.experiments._scales import LAPTOP_LARGE_BATCH, LAPTOP_LONG
-from config.plan import Arm, Plan
+from experiments.plan import Arm, Plan
+from experiments.plans._scales import LAPTOP_LARGE_BATCH, LAPTOP_LONG
 
 UNCLIPPED = "--optimizer=mars_m --clip_c=false"
 GAMMAS = (0.0, 0.025, 0.05, 0.1, 0.2, 0.4)

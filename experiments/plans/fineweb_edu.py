@@ -1,7 +1,7 @@
 """MARS-M against Muon on FineWeb-Edu, small and xl."""
 
-from config.experiments._scales import PAPER_SMALL_FINEWEB, PAPER_XL_FINEWEB
-from config.plan import Arm, Plan
+from experiments.plan import Arm, Plan
+from experiments.plans._scales import PAPER_SMALL_FINEWEB, PAPER_XL_FINEWEB
 
 LR = dict(paper=1e-2, paper_xl=3e-3)
 plan = Plan(

@@ -1,4 +1,4 @@
-"""The form of an experiment for `python -m bench.sweep`; the experiments are in config/experiments/."""
+"""The form of an experiment for `python -m experiments.sweep`; the experiments are in experiments/plans/."""
 
 import re
 from dataclasses import dataclass, field
@@ -19,13 +19,13 @@ class Arm:
 class Scale:
     """How large the runs are."""
 
-    config: str  # first argument of the program: a config file, or the images of bench.vision
+    config: str  # first argument of the program: a config file, or the images of experiments.vision
     options: str  # of the program, for every arm
     seeds: tuple[int, ...]  # the first one selects learning rates; the others are reported
     processes: int = 1  # GPUs of a run
     multiples: tuple[float, ...] = (0.5, 1.0, 2.0)  # learning rates that each arm tries, as multiples of its own
     decays: tuple[float, ...] = ()  # weight decays that each arm tries with each rate; empty: the arm's own
-    program: str = "train_gpt"  # what does a run: "train_gpt" for train_gpt.py, or "vision" for bench.vision
+    program: str = "train_gpt"  # what does a run: "train_gpt" for train_gpt.py, or "vision" for experiments.vision
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Plan:
             if scale.program not in ("train_gpt", "vision"):
                 out.append(f"scale {name}: program={scale.program!r}: must be 'train_gpt' or 'vision'")
             if scale.program == "vision" and scale.processes > 1:
-                out.append(f"scale {name}: processes={scale.processes}: bench.vision uses one process")
+                out.append(f"scale {name}: processes={scale.processes}: experiments.vision uses one process")
             for key in ("seeds", "multiples", "decays"):
                 if len(set(values := getattr(scale, key))) < len(values):
                     out.append(f"scale {name}: {key}={values}: gives a value twice")

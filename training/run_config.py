@@ -7,12 +7,12 @@ from data.loader import DataConfig
 from model import GPTConfig
 from optimizers import MARSMConfig, Settings
 from optimizers.options import errors_of, option, options_of
-from runtime.checkpoint import CheckpointConfig
-from runtime.compute import ComputeConfig
 from runtime.errors import UserError
-from runtime.logger import LogConfig
-from runtime.memory import divisors
-from runtime.schedule import ScheduleConfig, parse_moves
+from training.checkpoint import CheckpointConfig
+from training.compute import ComputeConfig
+from training.logger import LogConfig
+from training.memory import divisors
+from training.schedule import ScheduleConfig, parse_moves
 
 SECTIONS = ("model", "data", "optim", "schedule", "compute", "checkpoint", "log")
 ALTERNATIVES = (("batch_size", "batch_tokens"), ("steps", "tokens"))  # two ways to set the same thing

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from config.plan import Scale
+from experiments.plan import Scale
 
 # One layer of width 32, bytes, 16 tokens of context: a run takes half a minute of a CPU core and leaves the plateau of
 # byte-pair frequencies early, so that 1,200 steps can rank optimizers.

@@ -101,12 +101,11 @@ def attention_backends(config: ComputeConfig) -> list[SDPBackend]:
     return BACKENDS.get(name, [])
 
 
-def attention_kernel(qkv: Tensor, dropout: float) -> str:
-    """The backend that torch selects for attention under the present settings: cudnn, flash, efficient or math.
-
-    qkv: (B, T, 3, H, D), as the model computes it.
-    """
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+def attention_kernel(heads: int, width: int, context: int, dropout: float, dtype: str, device: torch.device) -> str:
+    """The backend that torch selects for attention under the present settings: cudnn, flash, efficient or math."""
+    kind = torch.bfloat16 if wants_bf16(dtype, device) else torch.float32
+    qkv = torch.empty((1, context, 3, heads, width // heads), dtype=kind, device=device, requires_grad=True)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # as the model computes them
     chosen = torch._fused_sdp_choice(q, k, v, None, dropout, True)  # no mask; causal
     return SDPBackend(chosen).name.removesuffix("_ATTENTION").lower()
 

@@ -1,6 +1,6 @@
 """A short comparison of optimizers for the first hour on a GPU: real text, minutes per arm."""
 
-from config.plan import Arm, Plan, Scale
+from experiments.plan import Arm, Plan, Scale
 
 # 10.8 million parameters on the embedded corpus, about one epoch of it.
 GPU = Scale(

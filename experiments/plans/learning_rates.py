@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from config.experiments._scales import LAPTOP, PAPER_SMALL
-from config.plan import Arm, Plan
+from experiments.plan import Arm, Plan
+from experiments.plans._scales import LAPTOP, PAPER_SMALL
 
 RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 plan = Plan(

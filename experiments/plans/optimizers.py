@@ -1,7 +1,7 @@
 """All optimizers, each with its best learning rate."""
 
-from config.experiments._scales import LAPTOP, PAPER_SMALL
-from config.plan import Arm, Plan
+from experiments.plan import Arm, Plan
+from experiments.plans._scales import LAPTOP, PAPER_SMALL
 
 ORTHOGONAL = dict(laptop="--adamw_lr=0.01")
 

@@ -1,7 +1,7 @@
 """The sign direction under MARS with the hyperparameters of MARS-AdamW."""
 
-from config.experiments._scales import LAPTOP, PAPER_SMALL
-from config.plan import Arm, Plan
+from experiments.plan import Arm, Plan
+from experiments.plans._scales import LAPTOP, PAPER_SMALL
 
 plan = Plan(
     question="How does MARS-Lion compare with Lion and with MARS-AdamW?",

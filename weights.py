@@ -15,10 +15,10 @@ from torch import Tensor
 from data.shards import MANIFEST, read_manifest
 from data.tokenizer import PADDING, Tokenizer, Unloaded, facts_by_size, get_tokenizer, tokenizer_of
 from model import GPT, GPTConfig
-from runtime.checkpoint import AVERAGE, MODEL, open_checkpoint
 from runtime.command import first_line, is_out_of_memory
 from runtime.errors import UserError
 from runtime.files import read_json, sha256_of
+from training.checkpoint import AVERAGE, MODEL, open_checkpoint
 
 AVERAGED = ":average"  # after the path of a run or a checkpoint: its averaged weights, see --ema
 RELEASED = re.compile(r"(openai-community/)?(gpt2(-medium|-large|-xl)?)")  # OpenAI's models on the hub

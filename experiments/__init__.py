@@ -1,0 +1,1 @@
+"""Comparisons of optimizers: plans, sweeps over them, and what the theory predicts."""
