@@ -175,7 +175,8 @@ class Trainer:
             "model": f"{self.model.num_params():,} parameters: {c.n_layer} layers x {c.n_embd}, context {c.block_size}",
             "data": f"{run.data.path}: {epochs} of {windows}, {run.data.sampling}",
             "tokenizer": text_problem(self.tokenizer, c.vocab_size),
-            "batch": f"{run.sequences} sequences = {split} = {run.tokens_per_step:,} tokens{self.chosen}",
+            "batch": f"{run.sequences} sequences = {split} = {run.tokens_per_step:,} tokens",
+            "chosen": self.chosen,
             "budget": f"{self.steps:,} steps = {total * c.block_size:,} tokens",
             "optimizer": f"{run.optimizer}: {run.optim}",
             "state": f"{state_bytes(self.optimizer) / 1e6:,.1f} MB of optimizer state in this process",
@@ -234,7 +235,7 @@ class Trainer:
             chosen = fitting_micro_batch(run, self.model, self.optimizer, self.world, loss)
         self.micro_batch = chosen.size if chosen else divisors(sequences, run.micro_batch or 1)[0]
         self.accumulation = sequences // self.micro_batch
-        self.chosen = f" ({chosen})" if chosen else ""
+        self.chosen = str(chosen) if chosen else ""
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps, and at the last one, happens after this step."""

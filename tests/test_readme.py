@@ -56,14 +56,26 @@ def test_every_link_and_path_is_there(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", PAGES[page]):
         assert (folder / target).exists(), target
     for path in re.findall(
-        r"`((?:bench|config|data|docs|eval|optimizers|runtime|scripts|tests)/[\w./]*)`", PAGES[page]
+        r"`((?:bench|config|data|docs|eval|experiments|optimizers|runtime|scripts|tests|training)/[\w./]*)`",
+        PAGES[page],
     ):
         assert (ROOT / path).exists() or path.startswith("data/tokens"), path
 
 
 def test_the_map_names_every_room():
     rooms = set(re.findall(r"^\| `(\w+/|\w+\.py)` \|", README, re.MULTILINE))
-    assert rooms >= {"train_gpt.py", "model.py", "optimizers/", "config/", "data/", "runtime/", "eval/", "bench/"}
+    assert rooms >= {
+        "train_gpt.py",
+        "model.py",
+        "optimizers/",
+        "config/",
+        "data/",
+        "runtime/",
+        "training/",
+        "eval/",
+        "bench/",
+        "experiments/",
+    }
     assert all((ROOT / room).exists() for room in rooms)
 
 
@@ -119,7 +131,9 @@ def test_no_paragraph_of_the_readme_is_longer_than_five_lines():
 
 
 def test_the_messages_of_the_troubleshooting_page_are_in_the_code():
-    code = "\n".join(p.read_text() for room in ("runtime", "data", "optimizers") for p in ROOT.glob(f"{room}/**/*.py"))
+    code = "\n".join(
+        p.read_text() for room in ("runtime", "training", "data", "optimizers") for p in ROOT.glob(f"{room}/**/*.py")
+    )
     symptoms = re.findall(r"^\| (.+?) \|", PAGES["docs/troubleshooting.md"], re.MULTILINE)
     quoted = {text for symptom in symptoms for text in re.findall(r"`([^`]+)`", symptom)}
     of_others = {"address already in use", "torchrun", "data_ms", "metrics.jsonl"}

@@ -36,7 +36,7 @@ plan = Plan(
         "MARS-M": arm(f"mars_m {MUON}", 2e-2, 1e-2),
         "MARS-M exact": arm(f"mars_m --is_approx=false {MUON}", 2e-2, 1e-2),
         "AdEMAMix": arm("ademamix", 6e-3, 1e-3),
-        "SOAP": arm("soap", 6e-3, 1e-3),
+        "SOAP": Arm("--optimizer=soap", dict(digits=6e-3, fashion=1.2e-2) | dict.fromkeys(LONG, 1e-3)),
         "NorMuon": arm(f"normuon {MUON}", 1e-2, 1e-2),
     },
     reference="Muon",
