@@ -261,11 +261,6 @@ def _read(key: str, text: str | None, keys: dict[str, Any]) -> dict[str, Any]:
 
 def _full_key(key: str, keys: dict[str, Any]) -> str:
     """The dotted key that an override means. Raises UserError, with the nearest keys, if there is none."""
-    sections = {name: getattr(RunConfig(), name) for name in SECTIONS}
-    old_names = {old: f"{s}.{new}" for s, c in sections.items() for old, new in getattr(c, "old_names", {}).items()}
-    if renamed := old_names.get(key.rpartition(".")[2]):
-        print(f'note: "{key}" is now called "{renamed}"', file=sys.stderr)
-        key = renamed
     if key in keys:
         return key
     ends = [k for k in keys if k.rpartition(".")[2] == key]

@@ -20,14 +20,9 @@ import torch
 from torch import Tensor
 
 from data.shards import DataError, Dataset, Shard
-from optimizers.options import accepts_old_names, errors_of, option
+from optimizers.options import errors_of, option
 
 
-@accepts_old_names(
-    choices="hellaswag",
-    choices_every="hellaswag_every",
-    choices_items="hellaswag_items",
-)
 @dataclass(frozen=True)
 class DataConfig:
     """Which tokens are read, in which order, and which HellaSwag items are scored during training."""

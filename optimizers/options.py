@@ -6,10 +6,8 @@ The module lives in this folder because the folder can be installed and used on 
 """
 
 import math
-import sys
 import types
 import typing
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any
@@ -81,24 +79,6 @@ def options_of(cls: Any) -> dict[str, tuple[Any, Option]]:
 
 
 _known_options: dict[Any, dict[str, tuple[Any, Option]]] = {}
-
-
-def accepts_old_names(**new_names: str) -> Callable[[Any], Any]:
-    """Lets a settings dataclass be made with the former names of its options: old name = new name."""
-
-    def decorate(cls: Any) -> Any:
-        make = cls.__init__
-
-        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-            for old in kwargs.keys() & new_names.keys():
-                print(f'note: "{old}" is now called "{new_names[old]}"', file=sys.stderr)
-                kwargs[new_names[old]] = kwargs.pop(old)
-            make(self, *args, **kwargs)
-
-        cls.__init__, cls.old_names = __init__, new_names
-        return cls
-
-    return decorate
 
 
 def errors_of(settings: Any) -> list[str]:

@@ -10,7 +10,6 @@ from conftest import CONFIG, ROOT
 
 from config.load import NANOGPT, ConfigError, describe_keys, load_config, parse
 from config.published import published
-from data.loader import DataConfig
 from data.shards import ShardEntry, write_manifest
 from model import GPT
 from optimizers import OPTIMIZERS, build_optimizer
@@ -315,13 +314,6 @@ def test_a_negative_learning_rate_is_one_error():
     with pytest.raises(ConfigError) as caught:
         load_config(CONFIG, ["--lr=-1"])
     assert str(caught.value) == "config: optim.lr=-1.0: must be a number of at least 0"
-
-
-def test_old_names_of_settings_are_accepted_with_a_note(capsys):
-    assert load_config(CONFIG, ["--data.choices=rows.jsonl", "--choices_items=7"]).data.hellaswag == "rows.jsonl"
-    assert 'note: "data.choices" is now called "data.hellaswag"' in capsys.readouterr().err
-    assert DataConfig(choices_items=3).hellaswag_items == 3
-    assert 'note: "choices_items" is now called "hellaswag_items"' in capsys.readouterr().err
 
 
 def test_keys_may_be_written_with_hyphens():
