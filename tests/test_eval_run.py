@@ -1,10 +1,8 @@
 """Benchmark scores by the real lm-eval, offline, on small models with small data files."""
 
 import csv
-import itertools
 import json
 import re
-import shutil
 import subprocess
 import sys
 import types
@@ -13,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, change_state, environment
-from file_faults import ended_with
 from small_runs import byte_run, hellaswag, phrase
 
 pytest.importorskip("lm_eval")
@@ -318,38 +315,6 @@ def test_two_evaluations_at_once_with_one_folder_lose_no_score(folders, data, tm
     assert "| PIQA acc_norm | WG acc | SciQ acc_norm |" in text  # what others have scored for this model
     assert "| two |" not in text
     assert sorted(p.name for p in out.iterdir()) == ["results.json", "table.csv", "table.md"]
-
-
-@pytest.mark.parametrize("fault", ["ENOSPC", "SIGKILL"])
-def test_results_and_tables_are_old_or_new_whatever_happens(tmp_path, fault):
-    """A fault comes before each operation in turn. The same command then writes the new ones."""
-    facts = dict(checkpoint="x", sha256="a", tokenizer="byte", prefix_token=256, shots=0, metric="acc", stderr=None)
-    old, new = (facts | dict(task=task, score=0.5, all_metrics={}) for task in ("boolq", "piqa"))
-
-    def write(out, record):
-        run.add_record(out / "results.json", record, dict(task=record["task"]))
-        run.write_tables(out, [record], [])
-
-    def content(out):
-        return [(out / name).read_bytes() for name in ("results.json", "table.md", "table.csv")]
-
-    made = [tmp_path / "old", tmp_path / "new"]
-    for folder in made:
-        folder.mkdir()
-        write(folder, old)
-    write(made[1], new)
-    for number in itertools.count(1):
-        out = tmp_path / str(number)
-        shutil.copytree(made[0], out)
-        ended = ended_with(lambda out=out: write(out, new), out, number, fault)
-        for found, *allowed in zip(content(out), *map(content, made), strict=True):
-            assert found in allowed
-        if ended == "done":
-            break
-        assert ended_with(lambda out=out: write(out, new), out, 0, fault) == "done"
-        assert content(out) == content(made[1])
-        assert len(list(out.iterdir())) == 3
-    assert number > 15  # operations
 
 
 def test_a_task_file_of_the_user_with_the_tokenizer_of_the_run(folders, tmp_path, capsys):

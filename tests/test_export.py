@@ -1,6 +1,5 @@
 """Exports to Hugging Face folders, and models from the checkpoints of other programs."""
 
-import itertools
 import json
 import os
 import resource
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import CONFIG, change_state
-from file_faults import ended_with
 from safetensors.torch import load_file, save_file
 from small_runs import SHAPE, byte_dataset, byte_run, small_model
 from test_model import CASES, GOLDEN, golden_model
@@ -546,26 +544,3 @@ def test_only_the_weights_are_hashed_and_only_once(dataset, tmp_path, monkeypatc
     assert hashed == ["model.safetensors"]
     with pytest.raises(ValueError, match="optimizer-0.safetensors does not match its sha256"):
         open_checkpoint(folder)  # a trainer reads it
-
-
-@pytest.mark.parametrize("fault", ["ENOSPC", "SIGKILL"])
-def test_an_export_is_complete_or_absent_whatever_happens(run, exported, tmp_path, monkeypatch, fault):
-    """A fault comes before each operation in turn. The next start makes the folder."""
-    trained, complete = open_trained(run, CPU), {p.name: p.read_bytes() for p in exported.iterdir()}
-    monkeypatch.setattr(export, "logits_difference", lambda *_: (0.0, 1.0))  # these two only read
-    monkeypatch.setattr(export, "tokenizers_agree", lambda *_: True)
-    card = "README.md"  # it holds the difference
-    for number in itertools.count(1):
-        out = tmp_path / str(number) / "hf"
-        ended = ended_with(lambda out=out: export.export(trained, out), out.parent, number, fault)
-        if out.exists():
-            found = {p.name: p.read_bytes() for p in out.iterdir()}
-            assert found.keys() == complete.keys()
-            assert all(found[name] == complete[name] for name in found if name != card)
-        else:
-            assert ended in ("killed", "error")
-            assert ended_with(lambda out=out: export.export(trained, out), out.parent, 0, fault) == "done"
-        assert [p.name for p in out.parent.iterdir() if not p.name.startswith("tmp-")] == ["hf"]
-        if ended == "done":
-            break
-    assert number > 15  # operations

@@ -1,6 +1,7 @@
 """Nothing is lost when a file operation fails, or when the program is killed before it."""
 
 import json
+import os
 import shutil
 import sys
 from functools import partial
@@ -9,10 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from faults import DONE, every_fault, run_preloaded
+from small_runs import byte_dataset, byte_run
 
+from data.prepare import command as prepare
+from data.prepare import output
+from eval import export, run
 from runtime.distributed import ALONE
 from training.checkpoint import CheckpointConfig, Checkpointer
 from training.logger import MetricsFile, read_metrics
+from weights import open_trained
 
 
 def save(folder: Path, step: int, value: float, background: bool = False) -> None:
@@ -86,10 +92,115 @@ def metrics(folder: Path) -> None:
     every_fault(folder, reset, record, check)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".replaced")}
+
+
+def prepare_in_process(arguments: list[str]) -> None:
+    """Prepare a dataset. An error must be one line; a traceback ends the process with another exit code."""
+    try:
+        prepare.main(arguments)
+    except SystemExit as stop:
+        if not isinstance(stop.code, str) or "\n" in stop.code:
+            os._exit(2)
+        raise OSError(stop.code) from None
+    except Exception:
+        os._exit(2)
+
+
+def preparations(folder: Path, replaces: bool) -> None:
+    """At every moment, the old or the new dataset is under its name, or the next start puts it back first of all."""
+    root, out, kept = folder / "root", folder / "work" / "owt", folder / "kept"
+    root.mkdir(parents=True)
+    (root / "a.txt").write_text("to be or not to be\n" * 600)
+    arguments = ["text", "--root", str(root), "--out", str(out), "--workers", "1", "--val-fraction", "0.4"]
+    prepare.main([*arguments, "--shard-tokens", "9000"])
+    (out / ".notes").write_text("of the user")
+    old = contents(out)
+    out.rename(kept)
+    arguments += ["--fresh"] * replaces
+    prepare.main(arguments)
+    new = contents(out) | ({".notes": b"of the user"} if replaces else {})
+
+    def reset() -> None:
+        shutil.rmtree(out.parent)
+        out.parent.mkdir()
+        if replaces:
+            shutil.copytree(kept, out)
+
+    def check(outcome: str) -> None:
+        with output.locked(out):
+            output.restore(out)
+        if replaces or out.exists():
+            assert contents(out) in (old, new)
+        prepare.main(arguments)
+        assert contents(out) == new
+        assert [p.name for p in out.parent.iterdir()] == ["owt"]
+
+    assert every_fault(out.parent, reset, partial(prepare_in_process, arguments), check) > 30
+
+
+def results(folder: Path) -> None:
+    """results.json and the tables are old or new, each of them."""
+    facts = dict(checkpoint="x", sha256="a", tokenizer="byte", prefix_token=256, shots=0, metric="acc", stderr=None)
+    old, new = (facts | dict(task=task, score=0.5, all_metrics={}) for task in ("boolq", "piqa"))
+    out, made = folder / "work", [folder / "old", folder / "new"]
+
+    def write(place: Path, record: dict) -> None:
+        run.add_record(place / "results.json", record, dict(task=record["task"]))
+        run.write_tables(place, [record], [])
+
+    for place in made:
+        place.mkdir(parents=True)
+        write(place, old)
+    write(made[1], new)
+
+    def reset() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(made[0], out)
+
+    def check(outcome: str) -> None:
+        allowed = [contents(place) for place in made]
+        found = contents(out)
+        assert all(found[name] in (a[name] for a in allowed) for name in allowed[0])
+        write(out, new)
+        assert contents(out) == allowed[1]
+
+    assert every_fault(out, reset, partial(write, out, new), check) > 15
+
+
+def exports(folder: Path) -> None:
+    """The folder of an export is complete or absent."""
+    made = byte_run(folder / "runs", byte_dataset(folder / "licence"))
+    trained, out = open_trained(made, torch.device("cpu")), folder / "work" / "hf"
+    export.logits_difference = lambda *_: (0.0, 1.0)  # these two only read
+    export.tokenizers_agree = lambda *_: True
+    export.export(trained, out)
+    complete = contents(out)
+
+    def reset() -> None:
+        shutil.rmtree(out.parent)
+        out.parent.mkdir()
+
+    def check(outcome: str) -> None:
+        if outcome == DONE:
+            assert out.exists()
+        if not out.exists():
+            export.export(trained, out)
+        assert contents(out) == complete
+        assert [p.name for p in out.parent.iterdir() if not p.name.startswith("tmp-")] == ["hf"]
+
+    assert every_fault(out.parent, reset, lambda: export.export(trained, out), check) > 15
+
+
 SCENARIOS = {
     "checkpoints": partial(checkpoints, background=False),
     "checkpoints in the background": partial(checkpoints, background=True),
     "metrics": metrics,
+    "a preparation": partial(preparations, replaces=False),
+    "a preparation that replaces a dataset": partial(preparations, replaces=True),
+    "results of an evaluation": results,
+    "an export": exports,
 }
 
 

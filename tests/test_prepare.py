@@ -2,7 +2,6 @@
 
 import errno
 import gzip
-import io
 import json
 import os
 import re
@@ -26,7 +25,6 @@ from data.prepare.hub import answers, hub_problem
 from data.prepare.split import NanoGPT
 from data.shards import HEADER_BYTES, DataError, open_dataset, shard_problems, write_shard
 from data.tokenizer import ByteTokenizer, pieces
-from runtime import files
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -309,109 +307,6 @@ def test_other_settings_do_not_continue_a_preparation(corpus, tmp_path, monkeypa
     assert "owt.tmp was started with other settings (shard_tokens); repeat them or give --fresh" in message
     prepare.main(command("openwebtext", corpus, tmp_path / "owt", "--shard-tokens", "20000", "--fresh"))
     assert "exists with other settings (shard_tokens)" in stops(command("openwebtext", corpus, tmp_path / "owt"))
-
-
-class Fault:
-    """Fails before the n-th operation of this process that changes something in a folder, with EIO or by SIGKILL.
-
-    Operations are: open for writing, write, fsync, rename, replace, unlink, rmdir and mkdir.
-    """
-
-    def __init__(self, folder: Path, number: int, kind: str, report: int) -> None:
-        self.folder, self.left, self.kind, self.report = str(folder), number, kind, report
-        real_sync, files.open, os.fsync = (
-            os.fsync,
-            self.open,
-            lambda handle: (self.operation("fsync"), real_sync(handle)),
-        )
-        sys.addaudithook(self.hook)
-
-    def hook(self, event, arguments):
-        changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
-        changes |= event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-        path = os.fsdecode(arguments[0]) if changes and not isinstance(arguments[0], int) else ""
-        if changes and (path.startswith(self.folder) or (event == "os.remove" and arguments[1] != -1)):
-            self.operation(event)
-
-    def open(self, path, mode):
-        if "x" not in mode or not str(path).startswith(self.folder):
-            return open(path, mode)
-        operation = self.operation
-
-        class File(io.FileIO):
-            def write(self, data):
-                operation("write")
-                return super().write(data)
-
-        return io.BufferedWriter(File(path, "x"))
-
-    def operation(self, name):
-        self.left -= 1
-        if self.left == 0:
-            os.write(self.report, name.encode())
-            if self.kind == "SIGKILL":
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise OSError(errno.EIO, os.strerror(errno.EIO), name)
-
-
-def start(arguments: list[str], *fault) -> tuple[int, str]:
-    """Prepare in a process of its own. Returns its exit status, and the operation that failed, or ""."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            if fault:
-                Fault(*fault, writing)
-            prepare.main(arguments)
-            os._exit(0)
-        except SystemExit as stop:
-            os._exit(1 if isinstance(stop.code, str) and "\n" not in stop.code else 2)
-        except BaseException:
-            os._exit(3)
-    os.close(writing)
-    with open(reading) as report:
-        failed = report.read()
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), failed
-
-
-@pytest.mark.parametrize("kind", ["EIO", "SIGKILL"])
-@pytest.mark.parametrize("replaces", [False, True])
-def test_before_any_operation_a_fault_loses_nothing(tmp_path, replaces, kind):
-    """At every moment, the old or the new dataset is under its name, or the next start puts it back first of all."""
-    root, out = tmp_path / "root", tmp_path / "tokens" / "owt"
-    root.mkdir()
-    (root / "a.txt").write_text("to be or not to be\n" * 600)
-    arguments = ["text", "--root", str(root), "--out", str(out), "--workers", "1", "--val-fraction", "0.4"]
-    prepare.main([*arguments, "--shard-tokens", "9000"])
-    (out / ".notes").write_text("of the user")
-    old = contents(out)
-    out.rename(tmp_path / "old")
-    arguments += ["--fresh"] * replaces
-    prepare.main(arguments)
-    new = contents(out) | ({".notes": b"of the user"} if replaces else {})
-    shutil.rmtree(out)
-    seen, number = set(), 0
-    while True:
-        if replaces:
-            shutil.copytree(tmp_path / "old", out)
-        number += 1
-        status, failed = start(arguments, out.parent, number, kind)
-        if not failed:
-            break
-        seen.add(failed)
-        assert status in ((0, 1) if kind == "EIO" else (-signal.SIGKILL,)), (number, failed)
-        with output.locked(out):
-            output.restore(out)
-        if replaces or out.exists():
-            assert contents(out) in (old, new), (number, failed)
-        assert start(arguments) == (0, ""), (number, failed)
-        assert contents(out) == new
-        assert [p.name for p in out.parent.iterdir()] == ["owt"]
-        shutil.rmtree(out)
-    assert status == 0
-    assert seen >= {"open", "write", "fsync", "os.rename", "os.remove", "os.mkdir", *(["os.rmdir"] * replaces)}
-    assert number > 30
 
 
 def test_the_same_command_without_fresh_continues_an_interrupted_replacement(

@@ -68,4 +68,5 @@ def _attempt(folder: Path, action: Callable[[], None], number: int, error: int) 
     with open(reading) as f:
         count = int(f.read() or 0)
     status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) in (0, 1), "the action ended its process"
     return KILLED if os.WIFSIGNALED(status) else FAILED if os.WEXITSTATUS(status) else DONE, count
