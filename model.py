@@ -201,7 +201,8 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(hidden)
         if not self._loss_in_chunks(hidden):
-            return F.cross_entropy(self.logits(hidden).flatten(0, 1), targets.flatten(), ignore_index=-1)
+            logits = self.logits(hidden).flatten(0, 1).float()  # else torch rounds the log-softmax to bf16
+            return F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
         weight = self.transformer.wte.weight[: self.config.vocab_size]
         loss, options = newest_nn.functional.linear_cross_entropy, newest_nn.LinearCrossEntropyOptions
         chunks = options(batch_chunk_size=LOSS_ROWS)

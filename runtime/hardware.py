@@ -166,7 +166,7 @@ def environment(device: torch.device, world_size: int) -> dict:
     """Facts that are needed to judge or repeat a run: commit, versions, machine."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("SOURCE_COMMIT"),  # a copy of the files has no .git
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
         # torch's own version names its build, as in 2.13.0+cu130; its package's version may not

@@ -72,6 +72,8 @@ for number in "$gpus" "$nodes"; do
 done
 [[ $dataset == */* ]] || dataset=data/tokens/$dataset
 
+# scratch memory of the optimizer must not split the segments of the activations
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 command=("$PYTHON")
 if [ -z "$launched" ]; then
     command+=(-m runtime.torchrun "--nproc_per_node=$gpus")

@@ -95,7 +95,6 @@ def test_a_setting_enables_only_its_backends_and_the_previous_ones_are_restored(
             enabled = _cur_sdpa_kernel_backends(with_priority=True)
         assert SDPBackend.CUDNN_ATTENTION not in enabled
         assert enabled == attention_backends(ComputeConfig(attention=name)) == BACKENDS[name]
-    assert attention_backends(ComputeConfig()) == []
 
 
 # ---- residual stream and activation checkpointing
@@ -312,7 +311,7 @@ def test_a_deterministic_run_changes_the_settings_and_restores_them(arguments, m
     during.clear()
     shutil.rmtree(tmp_path / "runs/run/checkpoints/step_0000012")
     train_gpt.main(arguments)  # continued without it
-    assert during == 4 * [before | dict(collector=False, frozen=True)]
+    assert during == 4 * [before | dict(attention=backends, collector=False, frozen=True)]
     assert process_settings() == before
 
 
@@ -324,6 +323,11 @@ def test_settings_are_restored_after_an_error_and_a_given_workspace_is_kept(monk
         assert process_settings()["deterministic"]
         raise KeyError
     assert process_settings() == before
+
+
+def test_attention_is_not_cudnns_unless_somebody_asks_for_it():
+    assert all(b.name != "CUDNN_ATTENTION" for b in attention_backends(ComputeConfig()))
+    assert attention_backends(ComputeConfig(attention="cudnn"))[0].name == "CUDNN_ATTENTION"
 
 
 def test_cudnn_attention_is_an_error_in_a_deterministic_run():

@@ -11,6 +11,7 @@ from conftest import ROOT, environment
 import train_gpt
 from config.load import load_config
 from model import GPT, GPTConfig
+from optimizers import AdamWConfig, build_optimizer
 from runtime.command import is_out_of_memory
 from runtime.distributed import ALONE, World, start_world
 from training import memory, preflight
@@ -21,9 +22,11 @@ from training.memory import (
     choose_micro_batch,
     estimated_micro_batch,
     first_attempt,
+    largest_fitting,
     measured_micro_batch,
     peak_of_pass,
 )
+from training.preflight import memory_estimate
 
 GPU = World(0, 1, torch.device("cuda", 0))
 GB = 10**9
@@ -228,3 +231,15 @@ def test_ranks_agree_on_what_fits_all_of_them():
 
 if __name__ == "__main__":
     main()
+
+
+def test_a_chosen_micro_batch_has_at_most_2_to_the_31_logits(dataset):
+    """41 sequences of GPT-2, and 40 where the batch of 480 must divide, whatever room there is."""
+    run = load_config(ROOT / "config" / "gpt2_small.py", [f"--data.path={dataset}", "--vocab_size=50257"])
+    with torch.device("meta"):
+        model = GPT(run.model)
+    need = memory_estimate(run, model, build_optimizer(model, AdamWConfig()), ALONE)
+    assert need.most == 41
+    gpu = World(0, 1, torch.device("cuda"))
+    assert largest_fitting(need, 480, gpu, (10**15, 10**15)) == 40
+    assert first_attempt(need, 40, 480, gpu, (10**15, 10**15)) == 40

@@ -180,3 +180,15 @@ def test_impossible_shapes_are_refused_together():
         GPT(GPTConfig(n_layer=0, dropout=1.5, gelu="relu"))
     with pytest.raises(ValueError, match="n_embd=10: must be a multiple of n_head=4"):
         GPT(GPTConfig(n_embd=10, n_head=4))
+
+
+def test_the_loss_of_bfloat16_logits_is_that_of_the_same_logits_in_float32():
+    """torch rounds the log-softmax of bf16 logits to bf16, so probabilities would not sum to 1."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=32, block_size=16, vocab_size=5000)).bfloat16()
+    idx = torch.randint(5000, (4, 16))
+    with torch.no_grad():
+        logits = model(idx)
+        assert logits.dtype == torch.bfloat16
+        exact = torch.nn.functional.cross_entropy(logits.double().flatten(0, 1), idx.flatten())
+        assert abs(model(idx, idx).double() - exact) < 1e-5

@@ -36,7 +36,7 @@ class ComputeConfig:
     """Settings that trade speed, memory and rounding; the defaults round least."""
 
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = option(
-        "auto", "attention kernel to prefer; auto: torch selects (cudnn on Hopper and Blackwell)", on_resume="free"
+        "auto", "attention kernel to prefer; auto: flash (cuDNN's gradients are not compared yet)", on_resume="free"
     )
     residual: Literal["float32", "bfloat16"] = option(
         "float32", "dtype of the residual stream; bfloat16 is faster and needs bf16 autocast", on_resume="free"
@@ -96,9 +96,12 @@ def start_compile_workers(local_size: int) -> None:
 
 
 def attention_backends(config: ComputeConfig) -> list[SDPBackend]:
-    """The attention backends that may run, preferred ones first; empty: torch selects."""
-    name = "flash" if config.deterministic and config.attention == "auto" else config.attention
-    return BACKENDS.get(name, [])
+    """The attention backends that may run, preferred ones first.
+
+    On Hopper and Blackwell GPUs torch would select cuDNN. There are open reports of gradients of it that are not
+    finite, so "auto" leaves it out until both were compared on such a card.
+    """
+    return BACKENDS["flash" if config.attention == "auto" else config.attention]
 
 
 def attention_kernel(heads: int, width: int, context: int, dropout: float, dtype: str, device: torch.device) -> str:
@@ -119,10 +122,10 @@ def torch_settings(config: ComputeConfig) -> Iterator[None]:
     contain the backend (pytorch/pytorch#185449), so a tag adds it.
     """
     with ExitStack() as stack:
-        if backends := attention_backends(config):
-            stack.enter_context(sdpa_kernel(backends, set_priority=True))
-            tag = f"{torch.compiler.config.cache_key_tag} attention={','.join(b.name for b in backends)}"
-            stack.enter_context(torch.compiler.config.patch(cache_key_tag=tag))  # type: ignore[attr-defined]
+        backends = attention_backends(config)
+        stack.enter_context(sdpa_kernel(backends, set_priority=True))
+        tag = f"{torch.compiler.config.cache_key_tag} attention={','.join(b.name for b in backends)}"
+        stack.enter_context(torch.compiler.config.patch(cache_key_tag=tag))  # type: ignore[attr-defined]
         if config.deterministic:
             _allow_only_deterministic_kernels(stack)
         yield

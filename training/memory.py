@@ -26,6 +26,7 @@ class MemoryEstimate:
     gradients: int
     optimizer: int
     activations: int  # for each sequence of a micro-batch
+    most: int = sys.maxsize  # sequences that a chosen micro-batch may have
 
     def total(self, micro_batch: int) -> int:
         return self.weights + self.gradients + self.optimizer + micro_batch * self.activations
@@ -61,7 +62,7 @@ def estimated_micro_batch(need: MemoryEstimate, per_process: int, world: World, 
 
 def largest_fitting(need: MemoryEstimate, per_process: int, world: World, memory: tuple[int, int]) -> int:
     """The largest micro-batch that fits by the estimate on this rank; 1 if none fits."""
-    sizes = divisors(per_process, per_process if world.device.type == "cuda" else CPU_MOST)
+    sizes = divisors(per_process, min(need.most, per_process if world.device.type == "cuda" else CPU_MOST))
     room = _room(world, memory)
     return next((m for m in sizes if need.total(m) <= room), 1)
 
@@ -77,7 +78,7 @@ def first_attempt(need: MemoryEstimate, estimate: int, per_process: int, world: 
 
     An attempt that fails costs a compilation, which takes minutes for the large sizes.
     """
-    above = ([estimate] + [m for m in divisors(per_process, per_process) if m > estimate])[-1]
+    above = ([estimate] + [m for m in divisors(per_process, min(need.most, per_process)) if m > estimate])[-1]
     fits = need.total(above) <= (1 + ERROR) * _room(world, memory)
     return above if all(world.gather(fits)) else estimate
 

@@ -49,6 +49,8 @@ def memory_estimate(run: RunConfig, model: GPT, optimizer: Optimizer, world: Wor
     the inputs of the two norms (2), their outputs (2), q k v (3), attention's output (1), the MLP's hidden layer
     before and after gelu (8). In float32 that is 16 x 4 bytes. In bf16 the residual stream, which the norms read, may
     stay float32: 2 x 4 + 14 x 2 bytes. Activation checkpointing keeps the input of each block, and all of one block.
+    A chosen micro-batch has at most 2^31 logits: beyond, kernels compute addresses in 64 bits, which is slower, and
+    torch 2.11 multiplies wrongly under max-autotune (pytorch/pytorch#189054).
     The logits, their gradient and the loss need V x (4 + 4 + 4) bytes per token in float32. In bf16 the allocator's
     peak was 10.3 bytes per logit in eager code, and 4.3 in compiled code, which fuses the loss with the output layer.
     """
@@ -65,6 +67,7 @@ def memory_estimate(run: RunConfig, model: GPT, optimizer: Optimizer, world: Wor
         gradients=4 * params * (2 if world.size > 1 else 1),  # the accumulated ones, and the all-reduce buckets
         optimizer=state_bytes(optimizer),
         activations=round(c.block_size * (blocks * c.n_embd + logits * c.padded_vocab_size)),
+        most=max(1, (2**31 - 1) // (c.block_size * c.padded_vocab_size)),
     )
 
 
