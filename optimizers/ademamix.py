@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from optimizers.composed import ComposedOptimizer
-from optimizers.directions import Direction, Step, move_
-from optimizers.options import option
-from optimizers.settings import Rule, Settings
+from .composed import ComposedOptimizer
+from .directions import Direction, Step, move_
+from .options import option
+from .settings import Rule, Settings
 
 
 class Numbers(NamedTuple):

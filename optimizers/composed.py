@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from optimizers.checks import check_gradients, check_state, group_errors
-from optimizers.cpu import update_of
-from optimizers.directions import MatrixDirection, Step
-from optimizers.elementwise import accumulate_all, move_all, norms_of_all, update_all
-from optimizers.matrices import Ownership, as_wide_matrices, families, from_wide_matrices, matrix_shape
-from optimizers.roles import ROLES
-from optimizers.settings import Rule, Settings
-from optimizers.variance_reduction import Number, clip_factors, correction_weight
+from .checks import check_gradients, check_state, group_errors
+from .cpu import update_of
+from .directions import MatrixDirection, Step
+from .elementwise import accumulate_all, move_all, norms_of_all, update_all
+from .matrices import Ownership, as_wide_matrices, families, from_wide_matrices, matrix_shape
+from .roles import ROLES
+from .settings import Rule, Settings
+from .variance_reduction import Number, clip_factors, correction_weight
 
 BATCH = 1 << 27  # elements of matrices worked on at a time on a GPU: bounds the memory beside the weights
 # updates that share only 0-d numbers become one kernel, too

@@ -6,10 +6,10 @@ p <- (1 - lr wd) p - lr sign(beta1 m + (1 - beta1) g);  m <- beta2 m + (1 - beta
 from dataclasses import dataclass
 from typing import ClassVar
 
-from optimizers.composed import ComposedOptimizer
-from optimizers.directions import Sign, interpolated
-from optimizers.options import option
-from optimizers.settings import Rule, Settings
+from .composed import ComposedOptimizer
+from .directions import Sign, interpolated
+from .options import option
+from .settings import Rule, Settings
 
 
 @dataclass(frozen=True)

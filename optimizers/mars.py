@@ -14,11 +14,11 @@ from typing import Literal
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from optimizers.composed import ComposedOptimizer
-from optimizers.directions import Adaptive, AdaptiveByRaw, Direction, Sign, averaged, summed
-from optimizers.newton_schulz import NSDtype, Orthogonal
-from optimizers.options import option
-from optimizers.settings import Rule, Settings
+from .composed import ComposedOptimizer
+from .directions import Adaptive, AdaptiveByRaw, Direction, Sign, averaged, summed
+from .newton_schulz import NSDtype, Orthogonal
+from .options import option
+from .settings import Rule, Settings
 
 MARSType = Literal["mars-adamw", "mars-lion", "mars-shampoo"]
 SecondMoment = Literal["corrected", "raw"]

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from torch.distributed import ProcessGroup
 
-from optimizers.composed import ComposedOptimizer
-from optimizers.directions import averaged, corrected_average
-from optimizers.muon import OrthogonalConfig
-from optimizers.newton_schulz import NSDtype, Scale
-from optimizers.options import option
-from optimizers.settings import Rule
+from .composed import ComposedOptimizer
+from .directions import averaged, corrected_average
+from .muon import OrthogonalConfig
+from .newton_schulz import NSDtype, Scale
+from .options import option
+from .settings import Rule
 
 
 @dataclass(frozen=True)

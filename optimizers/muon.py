@@ -7,12 +7,12 @@ m <- mu m + g;  O = NewtonSchulz(g + mu m, or m without Nesterov);  p <- (1 - lr
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from optimizers.composed import ComposedOptimizer
-from optimizers.directions import Adaptive, Momentum, summed
-from optimizers.newton_schulz import NSDtype, Orthogonal, Scale
-from optimizers.options import option
-from optimizers.roles import Assignment, grouped
-from optimizers.settings import Rule, Settings
+from .composed import ComposedOptimizer
+from .directions import Adaptive, Momentum, summed
+from .newton_schulz import NSDtype, Orthogonal, Scale
+from .options import option
+from .roles import Assignment, grouped
+from .settings import Rule, Settings
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optimizers.composed import ComposedOptimizer
-from optimizers.directions import State, Step, summed
-from optimizers.matrices import as_wide_matrices, matrix_shape
-from optimizers.muon import MuonConfig
-from optimizers.newton_schulz import Orthogonal
-from optimizers.options import option
-from optimizers.settings import Rule
+from .composed import ComposedOptimizer
+from .directions import State, Step, summed
+from .matrices import as_wide_matrices, matrix_shape
+from .muon import MuonConfig
+from .newton_schulz import Orthogonal
+from .options import option
+from .settings import Rule
 
 EPS = 1e-10
 

@@ -7,11 +7,11 @@ m <- beta m + g;  m = U S V^T;  p <- p - lr (wd p + sqrt(max(1, rows/columns)) U
 
 from dataclasses import dataclass
 
-from optimizers.composed import ComposedOptimizer
-from optimizers.directions import Adaptive, summed
-from optimizers.newton_schulz import NSDtype, Orthogonal
-from optimizers.options import option
-from optimizers.settings import Rule, Settings
+from .composed import ComposedOptimizer
+from .directions import Adaptive, summed
+from .newton_schulz import NSDtype, Orthogonal
+from .options import option
+from .settings import Rule, Settings
 
 
 @dataclass(frozen=True)

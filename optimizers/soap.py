@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optimizers.composed import ComposedOptimizer
-from optimizers.directions import Adaptive, MatrixDirection, MatrixNumbers, State, Step
-from optimizers.matrices import as_wide_matrices
-from optimizers.options import option
-from optimizers.settings import Rule, Settings
+from .composed import ComposedOptimizer
+from .directions import Adaptive, MatrixDirection, MatrixNumbers, State, Step
+from .matrices import as_wide_matrices
+from .options import option
+from .settings import Rule, Settings
 
 SIDES = ("left", "right")
 
