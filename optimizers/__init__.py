@@ -2,7 +2,7 @@
 
 They need nothing but torch. `pip install .` installs this folder as `mars_optimizers`:
 
-from mars_optimizers import MARS, MARSM, Muon, Lion, build_optimizer
+from mars_optimizers import MARS, MARSM, Muon, Lion, param_groups
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .adamw import AdamWConfig, fused_adamw
 from .ademamix import AdEMAMix, AdEMAMixConfig
+from .groups import param_groups
 from .lion import Lion, LionConfig
 from .mars import MARS, MARSConfig
 from .mars_m import MARSM, MARSMConfig
@@ -44,6 +45,7 @@ __all__ = [
     "Shampoo",
     "ShampooConfig",
     "build_optimizer",
+    "param_groups",
     "register",
 ]
 
