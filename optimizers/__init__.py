@@ -1,8 +1,8 @@
 """Optimizers for pretraining. Each turns a raw or variance-reduced gradient into an update by one rule.
 
-They need nothing but torch:
+They need nothing but torch. `pip install .` installs this folder as `mars_optimizers`:
 
-from optimizers import MARS, MARSM, Muon, Lion, build_optimizer
+from mars_optimizers import MARS, MARSM, Muon, Lion, param_groups
 """
 
 from collections.abc import Callable
@@ -10,17 +10,18 @@ from collections.abc import Callable
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from optimizers.adamw import AdamWConfig, fused_adamw
-from optimizers.ademamix import AdEMAMix, AdEMAMixConfig
-from optimizers.lion import Lion, LionConfig
-from optimizers.mars import MARS, MARSConfig
-from optimizers.mars_m import MARSM, MARSMConfig
-from optimizers.muon import Muon, MuonConfig
-from optimizers.normuon import NorMuon, NorMuonConfig
-from optimizers.roles import ModelWithRoles, assign_roles
-from optimizers.settings import Settings, register
-from optimizers.shampoo import Shampoo, ShampooConfig
-from optimizers.soap import SOAP, SOAPConfig
+from .adamw import AdamWConfig, fused_adamw
+from .ademamix import AdEMAMix, AdEMAMixConfig
+from .groups import param_groups
+from .lion import Lion, LionConfig
+from .mars import MARS, MARSConfig
+from .mars_m import MARSM, MARSMConfig
+from .muon import Muon, MuonConfig
+from .normuon import NorMuon, NorMuonConfig
+from .roles import ModelWithRoles, assign_roles
+from .settings import Settings, register
+from .shampoo import Shampoo, ShampooConfig
+from .soap import SOAP, SOAPConfig
 
 __all__ = [
     "MARS",
@@ -44,6 +45,7 @@ __all__ = [
     "Shampoo",
     "ShampooConfig",
     "build_optimizer",
+    "param_groups",
     "register",
 ]
 

@@ -11,8 +11,8 @@ import torch
 from torch.distributed import ProcessGroup
 from torch.optim import AdamW
 
-from optimizers.options import option
-from optimizers.settings import Settings
+from .options import option
+from .settings import Settings
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.optim.optimizer import ParamsT
 
-from optimizers.composed import ComposedOptimizer
-from optimizers.directions import Direction, Step, move_
-from optimizers.options import option
-from optimizers.settings import Rule, Settings
+from .composed import ComposedOptimizer
+from .directions import Direction, Step, move_
+from .options import option
+from .settings import Rule, Settings
+from .signatures import arguments
 
 
 class Numbers(NamedTuple):
@@ -76,7 +79,7 @@ class AdEMAMixConfig(Settings):
     alpha: float = option(8.0, "weight of the slow average", least=0)
     slow_warmup: int = option(0, "steps over which alpha and beta3 rise; the paper takes the whole run", least=0)
     eps: float = option(1e-8, "added to sqrt(v_hat)", above=0)
-    weight_decay: float = option(0.1, "weight decay of matrices", least=0)
+    weight_decay: float = option(0.1, "weight decay; the trainer decays only matrices", least=0)
 
     def rule(self, role: str, lr_factor: float) -> Rule:
         direction = TwoAverages(self.betas, self.beta3, self.alpha, self.eps, self.slow_warmup)
@@ -87,3 +90,19 @@ class AdEMAMix(ComposedOptimizer):
     """AdEMAMix. State: 12 bytes a parameter."""
 
     settings = AdEMAMixConfig
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 6e-4,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        beta3: float = 0.9999,
+        alpha: float = 8.0,
+        slow_warmup: int = 0,
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        process_group: ProcessGroup | None = None,
+        compiled: bool = False,
+    ) -> None:
+        super().__init__(**arguments(locals()))

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizers.directions import State
-from optimizers.roles import ROLES
+from .directions import State
+from .roles import ROLES
 
 OF_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")  # their keys in groups
 DTYPES = (torch.float32, torch.float64)

@@ -1,21 +1,24 @@
 """The base of every algorithm in this folder: a raw or variance-reduced gradient becomes an update by one rule."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
-from optimizers.checks import check_gradients, check_state, group_errors
-from optimizers.cpu import update_of
-from optimizers.directions import MatrixDirection, Step
-from optimizers.elementwise import accumulate_all, move_all, norms_of_all, update_all
-from optimizers.matrices import Ownership, as_wide_matrices, families, from_wide_matrices, matrix_shape
-from optimizers.roles import ROLES
-from optimizers.settings import Rule, Settings
-from optimizers.variance_reduction import Number, clip_factors, correction_weight
+from .checks import check_gradients, check_state, group_errors
+from .cpu import update_of
+from .directions import MatrixDirection, Step
+from .elementwise import accumulate_all, move_all, norms_of_all, update_all
+from .matrices import Ownership, as_wide_matrices, families, from_wide_matrices, matrix_shape
+from .roles import ROLES
+from .settings import Rule, Settings
+from .signatures import with_arguments
+from .variance_reduction import Number, clip_factors, correction_weight
 
 BATCH = 1 << 27  # elements of matrices worked on at a time on a GPU: bounds the memory beside the weights
 # updates that share only 0-d numbers become one kernel, too
@@ -37,25 +40,29 @@ class ComposedOptimizer(Optimizer):
     finite is the caller's business; `torch.amp.GradScaler` unscales them and leaves out the steps in which they are
     not. Do not use it with the exact form: it unscales one gradient a step, and the exact form needs two.
 
-    process_group: a group whose ranks hold equal gradients; the work on matrices is divided over it.
-    compiled: run the elementwise updates through torch.compile.
+    A subclass can spell its arguments in an `__init__`, so that editors and mypy see them. Their defaults may differ
+    from those of a run. What each argument means is declared in the settings, and added to the subclass's docstring.
     Raises ValueError, naming key and value, for impossible hyperparameters, and TypeError for unknown ones.
     """
 
     settings: ClassVar[type[Settings]]
-    drop_in: ClassVar[dict[str, Any]] = {}  # defaults of the class where they differ from those of a run
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if hasattr(cls, "settings"):
+            cls.__doc__ = with_arguments(cls.__doc__, cls.settings)
 
     def __init__(
         self,
-        params: Iterable,
+        params: ParamsT,
         lr: float | None = None,
         *,
-        process_group: torch.distributed.ProcessGroup | None = None,
+        process_group: ProcessGroup | None = None,
         compiled: bool = False,
         **given: Any,
     ) -> None:
         given = given if lr is None else given | {"lr": lr}
-        defaults = self.settings().as_group() | self.drop_in
+        defaults = self.settings().as_group()
         if unknown := sorted(given.keys() - defaults.keys()):
             raise TypeError(f"{type(self).__name__} has no argument {', '.join(unknown)}")
         self.ownership = Ownership(process_group)

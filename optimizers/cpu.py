@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizers.directions import Adaptive, Direction, Step
+from .directions import Adaptive, Direction, Step
 
 BLOCK = 1 << 16  # elements: five such float32 blocks stay in a core's cache
 

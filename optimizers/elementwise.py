@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from optimizers.cpu import blocks
-from optimizers.directions import move_
-from optimizers.variance_reduction import Number, corrected, row_norms
+from .cpu import blocks
+from .directions import move_
+from .variance_reduction import Number, corrected, row_norms
 
 
 def norms_of_all(pieces: list[tuple], weight: Number | None) -> list[Tensor]:

@@ -4,12 +4,15 @@ p <- (1 - lr wd) p - lr sign(beta1 m + (1 - beta1) g);  m <- beta2 m + (1 - beta
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from optimizers.composed import ComposedOptimizer
-from optimizers.directions import Sign, interpolated
-from optimizers.options import option
-from optimizers.settings import Rule, Settings
+from torch.distributed import ProcessGroup
+from torch.optim.optimizer import ParamsT
+
+from .composed import ComposedOptimizer
+from .directions import Sign, interpolated
+from .options import option
+from .settings import Rule, Settings
+from .signatures import arguments
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,9 @@ class LionConfig(Settings):
     betas: tuple[float, float] = option(
         (0.95, 0.98), "interpolation and decay of the momentum; the Lion paper's for language models", least=0, below=1
     )
-    weight_decay: float = option(1.0, "weight decay of matrices; about ten times AdamW's", least=0)
+    weight_decay: float = option(
+        1.0, "weight decay, about ten times AdamW's; the trainer decays only matrices", least=0
+    )
 
     def rule(self, role: str, lr_factor: float) -> Rule:
         return Rule(Sign(interpolated(*self.betas)), self.lr, self.weight_decay)
@@ -30,4 +35,15 @@ class Lion(ComposedOptimizer):
     """Lion. State: 4 bytes a parameter."""
 
     settings = LionConfig
-    drop_in: ClassVar = dict(betas=(0.9, 0.99), weight_decay=0.0)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-4,
+        *,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        process_group: ProcessGroup | None = None,
+        compiled: bool = False,
+    ) -> None:
+        super().__init__(**arguments(locals()))

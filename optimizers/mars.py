@@ -7,18 +7,19 @@ mars-lion     m average of c;            p <- p - lr (wd p + sign(m))
 mars-shampoo  m average of c;            p <- p - lr (wd p + sqrt(max(1, rows/columns)) NewtonSchulz(m))
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.optim.optimizer import ParamsT
 
-from optimizers.composed import ComposedOptimizer
-from optimizers.directions import Adaptive, AdaptiveByRaw, Direction, Sign, averaged, summed
-from optimizers.newton_schulz import NSDtype, Orthogonal
-from optimizers.options import option
-from optimizers.settings import Rule, Settings
+from .composed import ComposedOptimizer
+from .directions import Adaptive, AdaptiveByRaw, Direction, Sign, averaged, summed
+from .newton_schulz import NSDtype, Orthogonal
+from .options import option
+from .settings import Rule, Settings
+from .signatures import arguments
 
 MARSType = Literal["mars-adamw", "mars-lion", "mars-shampoo"]
 SecondMoment = Literal["corrected", "raw"]
@@ -33,7 +34,7 @@ class MARSConfig(Settings):
         (0.95, 0.99), "decay of the first and second moment; the correction uses the first", least=0, below=1
     )
     eps: float = option(1e-8, "added to sqrt(v_hat); mars-shampoo: to the norm, too", above=0)
-    weight_decay: float = option(0.01, "weight decay of matrices", least=0)
+    weight_decay: float = option(0.01, "weight decay; the trainer decays only matrices", least=0)
     gamma: float = option(0.025, "strength of the correction", least=0)
     clip_c: bool = option(True, "clip the corrected gradient of each tensor to unit norm")
     is_approx: bool = option(True, "false: exact correction, a second gradient per step")
@@ -78,20 +79,19 @@ class MARS(ComposedOptimizer):
     """MARS, a drop-in for the official class. State: 12 bytes a parameter for mars-adamw (16 with amsgrad), 8 for
     mars-lion and the matrices of mars-shampoo, 4 more in the exact form, 8 where AdamW is used.
 
-    params: parameters or groups; a parameter of exactly two dimensions is corrected. The others get AdamW with
-    betas_1d and weight_decay_1d. Their rate is the present lr of their group times lr_1d / lr, both as the constructor
-    got them; a constructor's lr of 0 leaves the group's lr. A group's own weight_decay does not reach them.
-    optimize_1d gives them the MARS rule with the group's own numbers instead. A group's "role" overrides the number of
-    dimensions; "embedding" is corrected, too, but never orthogonalized.
-    clip_c: scale the corrected gradient of each tensor to at most unit norm, as the official code does.
-    second_moment: "raw" averages the squares of raw gradients, which are not clipped (see remark 3.2 of the paper).
+    A parameter of exactly two dimensions is corrected. The others get AdamW with betas_1d and weight_decay_1d. Their
+    rate is the present lr of their group times lr_1d / lr, both as the constructor got them; a constructor's lr of 0
+    leaves the group's lr. A group's own weight_decay does not reach them. optimize_1d gives them the MARS rule with the
+    group's own numbers instead. A group's "role" overrides the number of dimensions; "embedding" is corrected, too, but
+    never orthogonalized.
+    The squares of raw gradients, with second_moment="raw", are not clipped (see remark 3.2 of the paper).
     """
 
     settings = MARSConfig
 
     def __init__(
         self,
-        params: Iterable,
+        params: ParamsT,
         lr: float = 3e-3,
         betas: tuple[float, float] = (0.95, 0.99),
         eps: float = 1e-8,
@@ -111,8 +111,7 @@ class MARS(ComposedOptimizer):
         process_group: ProcessGroup | None = None,
         compiled: bool = False,
     ) -> None:
-        given = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
-        super().__init__(params, **given)
+        super().__init__(**arguments(locals()))
 
     def role_of(self, p: Tensor) -> str:
         """The role of a parameter whose group does not name a role, as in the official class: two dimensions, or AdamW.

@@ -4,17 +4,18 @@ c = g + gamma beta/(1-beta) (g - previous), clipped to unit norm per tensor
 m <- beta m + (1 - beta) c;  p <- (1 - lr wd) p - lr 0.2 sqrt(max(rows, columns)) NewtonSchulz(m)
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch.distributed import ProcessGroup
+from torch.optim.optimizer import ParamsT
 
-from optimizers.composed import ComposedOptimizer
-from optimizers.directions import averaged, corrected_average
-from optimizers.muon import OrthogonalConfig
-from optimizers.newton_schulz import NSDtype, Scale
-from optimizers.options import option
-from optimizers.settings import Rule
+from .composed import ComposedOptimizer
+from .directions import averaged, corrected_average
+from .muon import OrthogonalConfig
+from .newton_schulz import NSDtype, Scale
+from .options import option
+from .settings import Rule
+from .signatures import arguments
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,17 @@ class MARSM(ComposedOptimizer):
     """MARS-M. State: 8 bytes a matrix parameter (12 exact, 4 in the one-buffer form), divided over the ranks of
     process_group, and 8 elsewhere.
 
-    params: parameters or groups; a group's "role" decides between MARS-M ("matrix") and AdamW ("embedding",
-    "vector"), and without one the number of dimensions does. Put embeddings in a group of their own role.
-    clip_c: scale the corrected gradient of each tensor to at most unit norm, as the official runs do. Without it the
-    approximate form is Nesterov momentum with mixing weight gamma and keeps one buffer; keep_previous=True keeps both.
-    adamw_eps_first: add eps before the bias correction of v, as the official code does.
+    A group's "role" decides between MARS-M ("matrix") and AdamW ("embedding", "vector"), and without one the number of
+    dimensions does. Put embeddings in a group of their own role, as `param_groups(model)` does.
+    Without clip_c the approximate form is Nesterov momentum with mixing weight gamma and keeps one buffer, unless
+    keep_previous asks for both. The official runs clip, and their AdamW adds eps first.
     """
 
     settings = MARSMConfig
 
     def __init__(
         self,
-        params: Iterable,
+        params: ParamsT,
         lr: float = 1e-3,
         weight_decay: float = 0.1,
         momentum: float = 0.95,
@@ -69,5 +69,4 @@ class MARSM(ComposedOptimizer):
         process_group: ProcessGroup | None = None,
         compiled: bool = False,
     ) -> None:
-        given = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
-        super().__init__(params, **given)
+        super().__init__(**arguments(locals()))

@@ -5,25 +5,29 @@ m <- mu m + g;  O = NewtonSchulz(g + mu m, or m without Nesterov);  p <- (1 - lr
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
-from optimizers.composed import ComposedOptimizer
-from optimizers.directions import Adaptive, Momentum, summed
-from optimizers.newton_schulz import NSDtype, Orthogonal, Scale
-from optimizers.options import option
-from optimizers.roles import Assignment, grouped
-from optimizers.settings import Rule, Settings
+from torch.distributed import ProcessGroup
+from torch.optim.optimizer import ParamsT
+
+from .composed import ComposedOptimizer
+from .directions import Adaptive, Momentum, summed
+from .newton_schulz import NSDtype, Orthogonal, Scale
+from .options import option
+from .roles import Assignment, grouped
+from .settings import Rule, Settings
+from .signatures import arguments
 
 
 @dataclass(frozen=True)
 class OrthogonalConfig(Settings):
     """What Muon, NorMuon and MARS-M share: orthogonalized matrices; AdamW, by default without decay, on the rest."""
 
-    lr: float = option(6e-3, "peak learning rate of matrices", least=0)
+    lr: float = option(6e-3, "peak learning rate", least=0)
     adamw_lr: float | None = option(
         None, "peak learning rate of embeddings and vectors; none: lr", least=0, run_only=True
     )
-    weight_decay: float = option(0.1, "weight decay of matrices", least=0)
+    weight_decay: float = option(0.1, "weight decay; the trainer decays only matrices", least=0)
     adamw_weight_decay: float = option(0.0, "weight decay of embeddings and vectors", least=0, run_only=True)
     momentum: float = option(0.95, "decay of the momentum", least=0, below=1)
     scale: Scale = option(
@@ -86,9 +90,27 @@ class MuonConfig(OrthogonalConfig):
 class Muon(ComposedOptimizer):
     """Muon. State: 4 bytes a matrix parameter, divided over the ranks of process_group, and 8 elsewhere.
 
-    params: parameters or groups; a group's "role" ("matrix", "embedding", "vector") decides between Muon and AdamW,
-    and without one the number of dimensions does. Put embeddings in a group of their own role.
+    A group's "role" ("matrix", "embedding", "vector") decides between Muon and AdamW, and without one the number of
+    dimensions does. Put embeddings in a group of their own role, as `param_groups(model)` does.
     """
 
     settings = MuonConfig
-    drop_in: ClassVar = dict(lr=2e-2, weight_decay=0.0, adamw_eps_first=True)  # eps as in Moonlight's code
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 2e-2,
+        *,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        scale: Scale = "moonlight",
+        ns_steps: int = 5,
+        ns_dtype: NSDtype = "auto",
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        adamw_eps_first: bool = True,
+        nesterov: bool = True,
+        process_group: ProcessGroup | None = None,
+        compiled: bool = False,
+    ) -> None:
+        super().__init__(**arguments(locals()))

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from optimizers.directions import MatrixDirection, Momentum, MomentumNumbers, State, Step, mix, momentum_numbers
+from .directions import MatrixDirection, Momentum, MomentumNumbers, State, Step, mix, momentum_numbers
 
 # K. Jordan, "Muon" (2024): steepest at zero. Singular values end between about 0.7 and 1.2, not at 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

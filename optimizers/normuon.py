@@ -8,14 +8,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.optim.optimizer import ParamsT
 
-from optimizers.composed import ComposedOptimizer
-from optimizers.directions import State, Step, summed
-from optimizers.matrices import as_wide_matrices, matrix_shape
-from optimizers.muon import MuonConfig
-from optimizers.newton_schulz import Orthogonal
-from optimizers.options import option
-from optimizers.settings import Rule
+from .composed import ComposedOptimizer
+from .directions import State, Step, summed
+from .matrices import as_wide_matrices, matrix_shape
+from .muon import MuonConfig
+from .newton_schulz import NSDtype, Orthogonal, Scale
+from .options import option
+from .settings import Rule
+from .signatures import arguments
 
 EPS = 1e-10
 
@@ -64,3 +67,23 @@ class NorMuon(ComposedOptimizer):
     """NorMuon. State: 4 bytes a matrix parameter and 4 a row, divided over the ranks, and 8 elsewhere."""
 
     settings = NorMuonConfig
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 6e-3,
+        *,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        scale: Scale = "moonlight",
+        ns_steps: int = 5,
+        ns_dtype: NSDtype = "auto",
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        adamw_eps_first: bool = False,
+        nesterov: bool = True,
+        beta2: float = 0.95,
+        process_group: ProcessGroup | None = None,
+        compiled: bool = False,
+    ) -> None:
+        super().__init__(**arguments(locals()))

@@ -1,7 +1,7 @@
 """Roles of parameters, and the table that says how every tensor is updated."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 ROLES = ("matrix", "embedding", "vector")
-Row = tuple[str, str, str, str, str]  # tensor, shape, rule, learning rate, weight decay
+Row = tuple[str, ...]  # of a table of parameters, the name first
 
 
 class ModelWithRoles(Protocol):
@@ -59,7 +59,10 @@ def grouped(assignments: list[Assignment], **settings: Mapping[str, Any] | Calla
 
 
 def update_table(optimizer: Optimizer, names: Mapping[Tensor, str]) -> list[Row]:
-    """How each parameter is updated, in the order of `names`. Of another library's optimizer, only the class name."""
+    """How each parameter is updated: name, shape, rule, learning rate, weight decay, in the order of `names`.
+
+    The rule of another library's optimizer is its class name.
+    """
     rows = {}
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -72,8 +75,8 @@ def update_table(optimizer: Optimizer, names: Mapping[Tensor, str]) -> list[Row]
     return [rows[p] for p in names if p in rows]
 
 
-def folded(rows: list[Row]) -> list[Row]:
-    """An update table with equal rows of different layers as one: "h.0" ... "h.11" become "h.*"."""
+def folded(rows: Sequence[Row]) -> list[Row]:
+    """A table of parameters with equal rows of different layers as one: "h.0" ... "h.11" become "h.*"."""
     counts: dict[tuple, int] = {}
     for name, *rest in rows:
         key = (re.sub(r"\.\d+\.", ".*.", name), *rest)

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from optimizers.directions import Direction
-from optimizers.options import errors_of, options_of
-from optimizers.roles import Assignment, grouped
+from .directions import Direction
+from .options import errors_of, options_of
+from .roles import Assignment, grouped
 
 
 @dataclass(frozen=True)

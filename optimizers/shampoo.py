@@ -7,11 +7,15 @@ m <- beta m + g;  m = U S V^T;  p <- p - lr (wd p + sqrt(max(1, rows/columns)) U
 
 from dataclasses import dataclass
 
-from optimizers.composed import ComposedOptimizer
-from optimizers.directions import Adaptive, summed
-from optimizers.newton_schulz import NSDtype, Orthogonal
-from optimizers.options import option
-from optimizers.settings import Rule, Settings
+from torch.distributed import ProcessGroup
+from torch.optim.optimizer import ParamsT
+
+from .composed import ComposedOptimizer
+from .directions import Adaptive, summed
+from .newton_schulz import NSDtype, Orthogonal
+from .options import option
+from .settings import Rule, Settings
+from .signatures import arguments
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class ShampooConfig(Settings):
     lr: float = option(2e-2, "peak learning rate of matrices", least=0)
     beta: float = option(0.95, "decay of the momentum", least=0, below=1)
     eps: float = option(1e-8, "added to the norm of the momentum, and by AdamW to sqrt(v_hat)", above=0)
-    weight_decay: float = option(0.01, "weight decay of matrices", least=0)
+    weight_decay: float = option(0.01, "weight decay; the trainer decays only matrices", least=0)
     adamw_lr: float = option(3e-3, "peak learning rate of embeddings and vectors", least=0)
     adamw_betas: tuple[float, float] = option((0.9, 0.95), "AdamW: decay of both moments", least=0, below=1)
     ns_dtype: NSDtype = option("auto", "dtype of Newton-Schulz; auto: bfloat16 on a GPU, float32 on a CPU")
@@ -38,3 +42,19 @@ class Shampoo(ComposedOptimizer):
     """Shampoo. State: 4 bytes a matrix parameter, divided over the ranks of process_group, and 8 elsewhere."""
 
     settings = ShampooConfig
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 2e-2,
+        *,
+        beta: float = 0.95,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        adamw_lr: float = 3e-3,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        ns_dtype: NSDtype = "auto",
+        process_group: ProcessGroup | None = None,
+        compiled: bool = False,
+    ) -> None:
+        super().__init__(**arguments(locals()))

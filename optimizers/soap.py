@@ -16,12 +16,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.optim.optimizer import ParamsT
 
-from optimizers.composed import ComposedOptimizer
-from optimizers.directions import Adaptive, MatrixDirection, MatrixNumbers, State, Step
-from optimizers.matrices import as_wide_matrices
-from optimizers.options import option
-from optimizers.settings import Rule, Settings
+from .composed import ComposedOptimizer
+from .directions import Adaptive, MatrixDirection, MatrixNumbers, State, Step
+from .matrices import as_wide_matrices
+from .options import option
+from .settings import Rule, Settings
+from .signatures import arguments
 
 SIDES = ("left", "right")
 
@@ -119,7 +122,7 @@ class SOAPConfig(Settings):
     eps: float = option(1e-8, "added to sqrt(v_hat)", above=0)
     refresh_every: int = option(10, "steps between refreshes of the eigenbasis", least=1)
     largest_side: int = option(10_000, "a longer side of a matrix is not rotated", least=1)
-    weight_decay: float = option(0.01, "weight decay of matrices", least=0)
+    weight_decay: float = option(0.01, "weight decay; the trainer decays only matrices", least=0)
 
     def rule(self, role: str, lr_factor: float) -> Rule:
         matrix = Rotated(self.betas, self.eps, self.refresh_every, self.largest_side)
@@ -130,3 +133,18 @@ class SOAP(ComposedOptimizer):
     """SOAP. State of a matrix (m, n): 2 m n + 2 m^2 + 2 n^2 numbers, divided over the ranks; 8 bytes elsewhere."""
 
     settings = SOAPConfig
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 3e-3,
+        *,
+        betas: tuple[float, float] = (0.95, 0.95),
+        eps: float = 1e-8,
+        refresh_every: int = 10,
+        largest_side: int = 10_000,
+        weight_decay: float = 0.01,
+        process_group: ProcessGroup | None = None,
+        compiled: bool = False,
+    ) -> None:
+        super().__init__(**arguments(locals()))

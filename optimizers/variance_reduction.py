@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from optimizers.cpu import blocks
+from .cpu import blocks
 
 Number = float | Tensor  # in compiled code 0-d, so that another value does not compile again
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimizers import OPTIMIZERS, Settings, build_optimizer
+from . import OPTIMIZERS, Settings, build_optimizer
 
 ROLES = {"matrix": "matrix", "table": "embedding", "gain": "vector"}
 SHAPES = {"matrix": (4, 3), "table": (3, 2), "gain": (3,)}  # 4 - 3 = 1: SOAP's first eigenvectors are unique
@@ -48,7 +48,7 @@ def as_list(x: Tensor, digits: int) -> Any:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="optimizers.vectors", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"{__package__}.vectors", description=__doc__)
     parser.add_argument("file", type=Path, help="file to write")
     args = parser.parse_args(argv)
     generator = torch.Generator().manual_seed(0)
