@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from runtime.errors import UserError
+from runtime.files import CANNOT_SYNC_FOLDERS
 
 # what is tried, and what follows if it fails; True: a run cannot do without it
 NEEDS = {
@@ -74,6 +75,8 @@ def probe(folder: Path) -> tuple[list[str], bool]:
         try:
             attempt()
         except OSError as error:
+            if what == "flush a folder" and error.errno not in CANNOT_SYNC_FOLDERS:  # then a checkpoint fails, too
+                follows, needed = NEEDS["flush a file"]
             lines.append(f"{folder}: cannot {what} ({error.strerror}): {follows}")
             enough = enough and not needed
     shutil.rmtree(place, ignore_errors=True)

@@ -195,8 +195,8 @@ def test_records_wait_until_they_can_be_written(tmp_path, capsys):
     assert run.lost == ""
 
 
-def test_a_cut_line_is_ended_before_the_next_record(tmp_path):
-    """A disk that is full in the middle of a line: 30 bytes fit, and later all."""
+def test_a_disk_that_is_full_in_the_middle_of_a_record_leaves_no_part_of_it(tmp_path):
+    """30 bytes fit, and later all. A line that another program has cut is ended first."""
     file = MetricsFile(tmp_path / "metrics.jsonl", 0)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -207,6 +207,9 @@ def test_a_cut_line_is_ended_before_the_next_record(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert "File too large" in file.problem
+    assert file.path.read_text() == '{"step": 1, "loss": 0.25}\n'
+    with open(file.path, "a") as f:
+        f.write('{"ste')
     assert file.record({"step": 4, "loss": 0.25}).endswith("all records are written now")
     assert [r["step"] for r in read_metrics(file.path)] == [1, 2, 3, 4]
     assert file.close() == ""

@@ -238,6 +238,7 @@ def test_machines_are_read_in_the_forms_that_people_write():
     "call, code, line, enough",
     [
         ("os.fsync", errno.EINVAL, "cannot flush a folder (Invalid argument): after a power failure", True),
+        ("os.fsync", errno.EIO, "cannot flush a folder (Input/output error): no checkpoint can be kept", False),
         ("os.fsync of files", errno.EIO, "cannot flush a file (Input/output error): no checkpoint", False),
         ("fcntl.flock", errno.ENOSYS, "cannot lock a file (Function not implemented): never start", True),
         ("os.replace", errno.EPERM, "cannot rename a file (Operation not permitted): no record", False),

@@ -10,7 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -142,14 +142,19 @@ class MetricsFile:
         size = f.seek(0, os.SEEK_END)
         if size:
             f.seek(size - 1)
-            if f.read(1) != b"\n":  # a failed write has cut a line
+            if f.read(1) != b"\n":  # a crash has cut a line
                 f.write(b"\n")
         while self.waiting:
             line, end, rest = self.waiting.partition(b"\n")
-            if f.write(line + end) < len(line + end):  # the rest fails with the reason
-                f.write(b"\n")
-            else:
-                self.waiting = rest
+            before, unwritten = f.seek(0, os.SEEK_END), line + end
+            try:
+                while unwritten:  # a full disk takes a part, and fails with the reason at the rest
+                    unwritten = unwritten[f.write(unwritten) :]
+            except OSError:
+                with suppress(OSError):
+                    f.truncate(before)  # every line of the file is a record
+                raise
+            self.waiting = rest
 
     def close(self) -> str:
         """Try once more. Returns what is lost now; empty if nothing is."""
