@@ -12,6 +12,7 @@ from data.tokenizer import text_problem
 from optimizers.roles import folded, update_table
 from optimizers.state import state_bytes
 from runtime import compute
+from runtime.files import write_durably
 from runtime.plot import plot_run
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def introduce(t: "Trainer") -> None:
     )
     rows = update_table(t.optimizer, {p: name for name, p in t.model.named_parameters()})
     if t.world.is_main:
-        (t.folder / "parameters.txt").write_text("".join("\t".join(row) + "\n" for row in (HEADER, *rows)))
+        table = "".join("\t".join(row) + "\n" for row in (HEADER, *rows))
+        write_durably(t.folder / "parameters.txt", table.encode())
     for line in aligned([HEADER, *folded(rows)]):
         t.log.say(line)
     if t.step:
