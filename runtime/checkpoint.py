@@ -262,7 +262,7 @@ class Checkpointer:
         """Finish what a killed run was doing here. Called by the process that holds the run's lock."""
         for aside in self.folder.glob(f"{ASIDE}step_*"):
             restore_folder(aside.with_name(aside.name[len(ASIDE) :]))
-        for unfinished in self.folder.glob(f"{UNFINISHED}*"):
+        for unfinished in self.folder.glob(f"{UNFINISHED}*step_*"):  # another folder may be a user's
             delete_folder(unfinished)
 
     def latest(self, wanted: Collection[str] | None = None) -> Checkpoint | None:
