@@ -387,7 +387,7 @@ def read_state(folder: Path) -> tuple[dict | None, str]:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         if not isinstance(state, dict) or not isinstance(state.get("config"), dict) or "step" not in state:
             raise ValueError("another content")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or "not one of this program's"
         return None, f"{STATE} cannot be read: {reason}"
     if state.get("format") != FORMAT:
