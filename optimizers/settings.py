@@ -89,8 +89,11 @@ _makers: dict[type, Callable[..., Optimizer]] = {}  # by the type of settings
 def register(make: Callable[..., Optimizer], settings: Settings) -> Settings:
     """Let `build_optimizer` call `make`, an optimizer class, for settings of this type; returns the settings.
 
-    Raises ValueError if settings of this type already belong to another class.
+    Raises TypeError if `settings` is no object of a class of settings, and ValueError if settings of this type already
+    belong to another class.
     """
+    if not isinstance(settings, Settings):
+        raise TypeError(f"register(YourOptimizer, YourSettings()): {settings!r} is no object of a class of settings")
     owner, name = _makers.setdefault(type(settings), make), type(settings).__name__
     if owner is not make:
         raise ValueError(f"{name}: belongs to {owner.__name__}; derive other settings from it for {make.__name__}")

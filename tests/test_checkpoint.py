@@ -382,3 +382,15 @@ def test_ranks_finish_together_and_a_failure_of_one_is_raised_on_all(tmp_path):
 
 if __name__ == "__main__":
     main(sys.argv[1])
+
+
+def test_a_start_deletes_no_folder_of_the_user(tmp_path):
+    for name in ("tmp-step_0000004", "tmp-old-step_0000004", "tmp-before-surgery", "best"):
+        (tmp_path / name).mkdir()
+    Checkpointer(tmp_path, CheckpointConfig(), ALONE).repair()
+    assert {p.name for p in tmp_path.iterdir()} == {"tmp-before-surgery", "best"}
+
+
+def test_json_nested_without_end_is_damage(tmp_path):
+    (tmp_path / "state.json").write_text("[" * 100_000)
+    assert damage(tmp_path) == "state.json cannot be read: not one of this program's"

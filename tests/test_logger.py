@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 from runtime.distributed import ALONE
-from training.logger import LogConfig, Meter, MetricsFile, RunLogger, read_metrics
+from training.logger import LogConfig, Meter, MetricsFile, RunLogger, read_metrics, record_in
 from training.plot import plot_run
 
 
@@ -221,6 +221,10 @@ def test_records_that_are_lost_at_the_end_are_an_error(tmp_path):
     run.record({"step": 1}, "")
     run.close()
     assert run.lost.endswith("metrics.jsonl: the last 1 records could not be written (Is a directory)")
+
+
+def test_json_nested_without_end_is_no_record():
+    assert record_in(b"[" * 100_000) is None
 
 
 def test_unreadable_lines_are_counted_and_kept(tmp_path, capsys):

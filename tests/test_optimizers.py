@@ -1021,6 +1021,13 @@ def test_a_class_with_settings_of_another_does_not_replace_it():
     assert type(build_optimizer(model, MuonConfig())) is Muon
 
 
+@pytest.mark.parametrize("wrong", [MuonConfig, Muon, None])
+def test_only_an_object_of_settings_is_registered(wrong):
+    """With the class of the settings, a run would silently use the optimizer that they are derived from."""
+    with pytest.raises(TypeError, match=r"register\(YourOptimizer, YourSettings\(\)\): .* is no object of a class"):
+        register(Muon, wrong)
+
+
 def test_settings_without_a_class_say_how_to_give_one():
     @dataclass(frozen=True)
     class Lonely(Settings):

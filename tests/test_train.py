@@ -487,6 +487,16 @@ def test_zeros_in_a_validation_shard_are_another_measure(arguments, tmp_path):
     assert [r["loss"] for r in one if "loss" in r] == [r["loss"] for r in two if "loss" in r]
 
 
+def test_a_run_does_not_write_through_a_link_that_somebody_put_into_its_folder(arguments, tmp_path):
+    thesis, table = tmp_path / "thesis.txt", folder_of(arguments) / "parameters.txt"
+    thesis.write_text("years of work")
+    table.parent.mkdir(parents=True)
+    table.symlink_to(thesis)
+    run_in_process(arguments, "--steps=4")
+    assert thesis.read_text() == "years of work"
+    assert table.read_text().startswith("tensor\tshape\t")
+
+
 def test_fresh_starts_over_and_keeps_the_old_run(arguments, straight):
     shutil.copytree(straight, folder_of(arguments))
     run_in_process(arguments, "--fresh", "--seed=5")

@@ -262,7 +262,7 @@ class Checkpointer:
         """Finish what a killed run was doing here. Called by the process that holds the run's lock."""
         for aside in self.folder.glob(f"{ASIDE}step_*"):
             restore_folder(aside.with_name(aside.name[len(ASIDE) :]))
-        for unfinished in self.folder.glob(f"{UNFINISHED}*"):
+        for unfinished in self.folder.glob(f"{UNFINISHED}*step_*"):  # another folder may be a user's
             delete_folder(unfinished)
 
     def latest(self, wanted: Collection[str] | None = None) -> Checkpoint | None:
@@ -387,7 +387,7 @@ def read_state(folder: Path) -> tuple[dict | None, str]:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         if not isinstance(state, dict) or not isinstance(state.get("config"), dict) or "step" not in state:
             raise ValueError("another content")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or "not one of this program's"
         return None, f"{STATE} cannot be read: {reason}"
     if state.get("format") != FORMAT:

@@ -290,7 +290,7 @@ def record_in(line: bytes) -> dict | None:
     """The record in a line of metrics.jsonl; None for any other line, such as one cut off by a crash."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and type(record.get("step")) is int else None
 
