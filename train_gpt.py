@@ -95,7 +95,9 @@ class Trainer:
         validation = ValidationSet(dataset, run.data, micro_batch=self.micro_batch, **sizes)
         self.evaluator = Evaluator(self.model, self.compiled, self.autocast, validation, hellaswag, dataset, world)
         # val_loss is None until the present step has been evaluated
-        self.val_loss, self.best_val_loss = self.evaluator.comparable_losses(state)
+        self.val_loss, self.best_val_loss = state.get("val_loss"), state.get("best_val_loss")
+        if not self.finished:
+            self.val_loss, self.best_val_loss = self.evaluator.comparable_losses(state)
 
         self.passes = 2 if self.lookahead else 1  # gradient evaluations per step
         flops = self.passes * self.model.flops_per_token() * run.tokens_per_step

@@ -109,6 +109,14 @@ class Dataset:
             content[split] = [(e["file"], e["tokens"], e.get("sha256")) for e in entries(self.manifest, split)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
+    def changed_shard(self, split: str) -> str | None:
+        """What is wrong with a shard of a split whose content is not what the manifest says; None if none is."""
+        for entry in entries(self.manifest, split) if self.manifest else ():
+            path = self.folder / entry["file"]
+            if entry.get("sha256") and sha256_of(path) != entry["sha256"]:
+                return f"{path}: its sha256 is not the manifest's; the shard was changed, prepare or fetch it again"
+        return None
+
     def bytes_per_token(self, split: str) -> float | None:
         """UTF-8 bytes of text per token, to turn nats per token into bits per byte; None if unknown."""
         listed = entries(self.manifest, split) if self.manifest else []

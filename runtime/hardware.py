@@ -111,7 +111,7 @@ class Machines:
         return round(1e9 * MEMORY_GB[self.card])
 
     def __str__(self) -> str:
-        return f"{self.count} x {self.gpus} x {self.card}"
+        return f"{self.count} x {self.gpus} x {self.card}" if self.count > 1 else f"{self.gpus} x {self.card}"
 
 
 def parse_machines(text: str) -> Machines:

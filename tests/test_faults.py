@@ -204,6 +204,7 @@ SCENARIOS = {
 }
 
 
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("gcc"), reason="needs gcc and LD_PRELOAD")
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_an_error_or_a_kill_before_every_file_operation_loses_nothing(tmp_path, name):
     run_preloaded(__file__, name, str(tmp_path / "work"), folder=tmp_path)

@@ -204,7 +204,7 @@ def test_a_run_is_planned_for_machines_that_are_not_here(capsys):
         printed.append(capsys.readouterr().out)
     model = GPT(load_config(config).model)
     rate = 0.4 * 8 * 312e12 / model.flops_per_token()
-    assert printed[0].startswith("preflight of gpt2_small-mars_m-nowhere-49.2B on 1 x 8 x A100-80GB\n")
+    assert printed[0].startswith("preflight of gpt2_small-mars_m-nowhere-49.2B on 8 x A100-80GB\n")
     assert f"at {rate:,.0f} tokens/s, with an assumed MFU of 40%, not measured" in printed[0]
     assert "80.00 GB are available" in printed[0]
     matrices = sum(p.numel() for n, p in model.named_parameters() if model.parameter_roles()[n] == "matrix")

@@ -355,3 +355,9 @@ def test_a_link_to_nowhere_as_log_folder_is_named(tmp_path):
         run_lock(tmp_path / "runs" / "r", ALONE),
     ):
         raise AssertionError("locked")
+
+
+def test_a_link_in_the_place_of_the_lock_is_named(tmp_path):
+    (tmp_path / ".r.lock").symlink_to(tmp_path / "thesis.txt")
+    with pytest.raises(RunFolderError, match=r"/\.r\.lock: Too many levels"), run_lock(tmp_path / "r", ALONE):
+        raise AssertionError("locked")

@@ -473,18 +473,30 @@ def test_validation_that_cannot_be_read_costs_no_step(arguments, monkeypatch):
     assert [p.name for p in (folder_of(arguments) / "checkpoints").iterdir()] == ["step_0000006"]
 
 
-def test_zeros_in_a_validation_shard_are_another_measure(arguments, tmp_path):
-    """Nothing else shows them before a hash of the whole shard: header, size and ids are good."""
+def test_zeros_in_a_validation_shard_are_named(arguments, tmp_path):
+    """Header, size and ids are good, and the losses would be wrong. A manifest has the hash of the shard."""
     data = make_dataset(tmp_path / "tokens")
-    changed = [a for a in arguments if not a.startswith("--data.path")] + [f"--data.path={data}"]
+    put_zeros(data / "val_000000.bin")
+    assert "val_000000.bin: its sha256 is not the manifest's" in stops([*arguments, f"--data.path={data}"])
+    assert not folder_of(arguments).exists()
+
+
+def test_zeros_in_a_validation_shard_without_a_manifest_are_another_measure(arguments, tmp_path):
+    make_tokens(3000).tofile(tmp_path / "train.bin")
+    make_tokens(3000, seed=1).tofile(tmp_path / "val.bin")
+    changed = [*arguments, f"--data.path={tmp_path}"]
     folder = run_in_process(changed)
-    with open(data / "val_000000.bin", "r+b") as f:
-        f.seek(2000)
-        f.write(bytes(1000))
+    put_zeros(tmp_path / "val.bin")
     run_in_process(changed, "--name=other")
     one, two = (read_metrics(f / "metrics.jsonl") for f in (folder, folder.with_name("other")))
     assert one[-1]["measured_on"]["data"] != two[-1]["measured_on"]["data"]
     assert [r["loss"] for r in one if "loss" in r] == [r["loss"] for r in two if "loss" in r]
+
+
+def put_zeros(path: Path):
+    with open(path, "r+b") as f:
+        f.seek(2000)
+        f.write(bytes(1000))
 
 
 def test_a_run_does_not_write_through_a_link_that_somebody_put_into_its_folder(arguments, tmp_path):

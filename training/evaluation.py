@@ -36,6 +36,8 @@ class Evaluator:
         self.model, self.forward, self.autocast = model, forward, autocast
         self.validation, self.hellaswag, self.world = validation, hellaswag, world
         self.bytes_per_token = dataset.bytes_per_token("val")  # None if not known
+        if problem := world.from_main(dataset.changed_shard("val") if world.is_main else None):
+            raise DataError(problem)  # every loss of this run would be wrong, and nothing else would show it
         # losses may be compared if they were measured on the same
         self.measured_on = {
             "data": world.from_main(validation.fingerprint() if world.is_main else ""),

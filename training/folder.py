@@ -87,7 +87,9 @@ def _on_main(action: Callable[[], str | None], path: Path, world: World) -> None
         try:
             problem = action()
         except OSError as error:
-            problem = f"run folder {path}: {error.strerror or error}; choose another with --log.folder"
+            file = Path(str(error.filename or path))
+            which = "" if file in (path, *path.parents) else f"{file}: "
+            problem = f"run folder {path}: {which}{error.strerror or error}; choose another with --log.folder"
     if problem := world.from_main(problem):
         raise RunFolderError(problem)
 
