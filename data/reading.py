@@ -37,7 +37,7 @@ class OpenFiles:
             return file
 
     def drop(self, path: Path) -> None:
-        """Open a file anew when it is read again."""
+        """Close a file, so that the next read opens it again."""
         with self.lock:
             self.files.pop(path, None)
 

@@ -52,7 +52,8 @@ class Evaluator:
         """val_loss and best_val_loss of a checkpoint's state.json; None if they were measured on something else."""
         before = state.get("measured_on") or self.measured_on
         if changed := [key for key, value in self.measured_on.items() if before.get(key) != value]:
-            self.world.say(f"note: validation has other {', '.join(changed)} than before; the best loss starts anew")
+            other = f"validation has other {', '.join(changed)} than before"
+            self.world.say(f"note: {other}; earlier losses do not count as the best one")
             return None, None
         return state.get("val_loss"), state.get("best_val_loss")
 
