@@ -14,8 +14,6 @@ import re
 import runpy
 import sys
 import traceback
-import types
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from config.published import published
 from data.shards import MANIFEST, DataError, entries, read_manifest
 from data.tokenizer import PADDING
 from optimizers import OPTIMIZERS, Settings
-from optimizers.options import Option, description, options_of
+from optimizers.options import Option, options_of
 from runtime.command import count, parse_number, short_count
 from runtime.errors import UserError
 from training.run_config import ALTERNATIVES, SECTIONS, RunConfig, all_keys, changeable_keys, value_of
@@ -175,48 +173,41 @@ def describe_keys(config: RunConfig) -> str:
     """Every key with its present value and its meaning, one a line."""
     keys = all_keys(config)
     top_first = sorted(keys, key=lambda key: "." in key)
-    return "\n".join(f"  --{key}={_text(value_of(config, key))}  {keys[key][1].help}" for key in top_first)
+    return "\n".join(f"  --{key}={_text(value_of(config, key))}  {keys[key].help}" for key in top_first)
 
 
-def parse(text: str | None, kind: Any, declared: Option) -> Any:
-    """Read a command-line value as its declared type. The UserError says what was expected.
+def parse(text: str | None, declared: Option) -> Any:
+    """Read a command-line value. The UserError says what was expected.
 
     A switch needs no value; an option with the choice "true" or "online" is one, too. "none" and "auto" are None where
     that is allowed. Numbers may end in k, M, B or T.
     """
-    expected = f"expected {description(kind, declared)}"
-    choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+    kind, choices, expected = declared.kind, declared.choices, UserError(f"expected {declared.description}")
     is_switch = kind is bool or not {"true", "online"}.isdisjoint(choices)
     if text is None:
         if not is_switch:
             raise UserError("expected --key=value")
         text = "true"
-    if isinstance(kind, types.UnionType):  # a type or None
-        if text.lower() in ("none", "auto"):
-            return None
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    word = text.lower()
+    if declared.may_be_none and word in ("none", "auto"):
+        return None
+    if choices:
+        words = (word, *(SWITCH_WORDS.get(word, ()) if is_switch else ()))
+        return next((choice for choice in choices if choice in words), text)
     if kind is str:
         return text
     if kind is bool:
-        if text.lower() not in ("true", "false", "1", "0"):
-            raise UserError(expected)
-        return text.lower() in ("true", "1")
-    if choices:
-        words = (text.lower(), *(SWITCH_WORDS.get(text.lower(), ()) if is_switch else ()))
-        return next((choice for choice in choices if choice in words), text)
-    if typing.get_origin(kind) is tuple:
-        parts, inner = text.strip("()[] ").split(","), typing.get_args(kind)
-        if len(parts) != len(inner):
-            raise UserError(f"{expected}, for example 0.9,0.95")
-        return tuple(_number(part, k, expected) for part, k in zip(parts, inner, strict=True))
-    return _number(text, kind, expected)
-
-
-def _number(text: str, kind: type, expected: str) -> int | float:
+        if word not in ("true", "false", "1", "0"):
+            raise expected
+        return word in ("true", "1")
+    parts = [text] if declared.length is None else text.strip("()[] ").split(",")
+    if declared.length not in (None, len(parts)):
+        raise UserError(f"{expected}, for example 0.9,0.95")
     try:
-        return count(text.strip()) if kind is int else float(parse_number(text.strip()))
+        numbers = tuple(count(part.strip()) if kind is int else float(parse_number(part.strip())) for part in parts)
     except ValueError:
-        raise UserError(expected) from None
+        raise expected from None
+    return numbers if declared.length else numbers[0]
 
 
 def _text(value: object) -> str:
@@ -239,7 +230,7 @@ def _split(overrides: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
     return given, errors
 
 
-def _read_all(given: dict[str, str | None], keys: dict[str, Any], errors: list[str]) -> dict[str, Any]:
+def _read_all(given: dict[str, str | None], keys: dict[str, Option], errors: list[str]) -> dict[str, Any]:
     """The full keys and the values of all overrides; what is wrong with the others is added to `errors`."""
     changes: dict[str, Any] = {}
     for key, text in given.items():
@@ -250,16 +241,16 @@ def _read_all(given: dict[str, str | None], keys: dict[str, Any], errors: list[s
     return changes
 
 
-def _read(key: str, text: str | None, keys: dict[str, Any]) -> dict[str, Any]:
+def _read(key: str, text: str | None, keys: dict[str, Option]) -> dict[str, Any]:
     """The full key and the value of an override. Raises UserError if one of them is wrong."""
     full = _full_key(key, keys)
     try:
-        return {full: parse(text, *keys[full])}
+        return {full: parse(text, keys[full])}
     except ValueError as error:
         raise UserError(f"--{key}: {error}" if text is None else f"{key}={text}: {error}") from None
 
 
-def _full_key(key: str, keys: dict[str, Any]) -> str:
+def _full_key(key: str, keys: dict[str, Option]) -> str:
     """The dotted key that an override means. Raises UserError, with the nearest keys, if there is none."""
     if key in keys:
         return key

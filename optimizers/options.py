@@ -8,14 +8,14 @@ The module lives in this folder because the folder can be installed and used on 
 import math
 import types
 import typing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Option:
-    """What a declaration says beyond the type and the default of its field."""
+    """A declared setting: which values it may take, and what it means."""
 
     help: str
     least: float | None  # smallest allowed value
@@ -24,9 +24,39 @@ class Option:
     below: float | None  # values must be smaller than this
     free_on_resume: bool  # a continued run may change it
     run_only: bool  # decides how a run groups its parameters; a parameter group does not have it
+    # from the annotation of the field
+    kind: type = object  # of the value, of each number of a tuple, or of each choice
+    length: int | None = None  # of a tuple
+    choices: tuple[str, ...] = ()  # empty: any value of the kind
+    may_be_none: bool = False
 
-    def allows(self, number: float) -> bool:
-        """Whether a number lies inside the declared range; NaN and infinity never do."""
+    def annotated(self, hint: Any) -> "Option":
+        """This declaration with what the annotation of a field says: `X`, `tuple[X, X]` or `Literal[...]`, or none."""
+        may_be_none = isinstance(hint, types.UnionType)
+        if may_be_none:
+            (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+        parts, origin = typing.get_args(hint), typing.get_origin(hint)
+        choices = parts if origin is typing.Literal else ()
+        kind, length = (parts[0], len(parts)) if origin is tuple else (str if choices else hint, None)
+        return replace(self, kind=kind, length=length, choices=choices, may_be_none=may_be_none)
+
+    def allows(self, value: object) -> bool:
+        """Whether a value has the declared type and lies inside the declared range."""
+        if value is None:
+            return self.may_be_none
+        if self.choices:
+            return value in self.choices
+        if self.length is None:
+            return self._allows_one(value)
+        return isinstance(value, tuple | list) and len(value) == self.length and all(map(self._allows_one, value))
+
+    def _allows_one(self, value: object) -> bool:
+        if self.kind is float:
+            return isinstance(value, Real) and not isinstance(value, bool) and self._in_range(float(value))
+        return type(value) is self.kind and (not isinstance(value, int) or self.kind is bool or self._in_range(value))
+
+    def _in_range(self, number: float) -> bool:
+        """NaN and infinity are in no range."""
         return (
             math.isfinite(number)
             and (self.least is None or number >= self.least)
@@ -34,6 +64,15 @@ class Option:
             and (self.most is None or number <= self.most)
             and (self.below is None or number < self.below)
         )
+
+    @property
+    def description(self) -> str:
+        """What a value must be, in words: "a whole number of at least 1", "one of adamw, lion"."""
+        names = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+        name = f"one of {', '.join(self.choices)}" if self.choices else names[self.kind]
+        if self.length:
+            name = f"{self.length} numbers"
+        return name + (self.range if self.kind in (int, float) else "") + (" or none" if self.may_be_none else "")
 
     @property
     def range(self) -> str:
@@ -69,53 +108,19 @@ def option(
     return field(default=default, metadata={"option": declared})
 
 
-def options_of(cls: Any) -> dict[str, tuple[Any, Option]]:
-    """The declared options of a dataclass: name to (type, declaration)."""
+def options_of(cls: Any) -> dict[str, Option]:
+    """The declared options of a dataclass, by name."""
     if cls not in _known_options:  # an optimizer asks at every step, and type hints are slow to read
         hints = typing.get_type_hints(cls)
         declared = {f.name: f.metadata["option"] for f in fields(cls) if "option" in f.metadata}
-        _known_options[cls] = {name: (hints[name], o) for name, o in declared.items()}
+        _known_options[cls] = {name: o.annotated(hints[name]) for name, o in declared.items()}
     return _known_options[cls]
 
 
-_known_options: dict[Any, dict[str, tuple[Any, Option]]] = {}
+_known_options: dict[Any, dict[str, Option]] = {}
 
 
 def errors_of(settings: Any) -> list[str]:
     """The values of a settings object that its declaration does not allow, one line each."""
-    return [
-        f"{key}={value!r}: must be {description(kind, declared)}"
-        for key, (kind, declared) in options_of(type(settings)).items()
-        if not is_allowed(value := getattr(settings, key), kind, declared)
-    ]
-
-
-def is_allowed(value: object, kind: Any, declared: Option) -> bool:
-    """Whether a value has the declared type and lies inside the declared range."""
-    if isinstance(kind, types.UnionType):
-        return any(is_allowed(value, k, declared) for k in typing.get_args(kind))
-    if typing.get_origin(kind) is typing.Literal:
-        return value in typing.get_args(kind)
-    if typing.get_origin(kind) is tuple:
-        inner = typing.get_args(kind)
-        if not isinstance(value, tuple | list) or len(value) != len(inner):
-            return False
-        return all(is_allowed(v, k, declared) for v, k in zip(value, inner, strict=True))
-    if kind is float:
-        return isinstance(value, Real) and not isinstance(value, bool) and declared.allows(float(value))
-    if kind is int:
-        return type(value) is int and declared.allows(value)
-    return type(value) is kind
-
-
-def description(kind: Any, declared: Option) -> str:
-    """What a value must be, in words: "a whole number of at least 1", "one of adamw, lion"."""
-    if isinstance(kind, types.UnionType):
-        return " or ".join(description(k, declared) for k in typing.get_args(kind))
-    if typing.get_origin(kind) is typing.Literal:
-        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
-    if typing.get_origin(kind) is tuple:
-        count = {2: "two", 3: "three"}[len(typing.get_args(kind))]
-        return f"{count} numbers{declared.range}"
-    names = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "none"}
-    return names[kind] + (declared.range if kind in (int, float) else "")
+    values = {key: (getattr(settings, key), declared) for key, declared in options_of(type(settings)).items()}
+    return [f"{key}={v!r}: must be {o.description}" for key, (v, o) in values.items() if not o.allows(v)]

@@ -74,12 +74,12 @@ class Settings:
 
     def as_group(self) -> dict[str, Any]:
         """The settings that a parameter group holds."""
-        return {key: getattr(self, key) for key, (_, o) in options_of(type(self)).items() if not o.run_only}
+        return {key: getattr(self, key) for key, o in options_of(type(self)).items() if not o.run_only}
 
     @classmethod
     def of(cls, group: dict[str, Any]) -> "Settings":
         """The settings that a parameter group holds."""
-        values = {key: group[key] for key, (_, o) in options_of(cls).items() if not o.run_only}
+        values = {key: group[key] for key, o in options_of(cls).items() if not o.run_only}
         return cls(**{key: _plain(value) for key, value in values.items()})
 
 

@@ -20,7 +20,7 @@ def arguments(names: dict[str, Any]) -> dict[str, Any]:
 def with_arguments(docstring: str | None, settings: type) -> str:
     """The docstring of an optimizer class with a line for each argument, in the words of the class's settings."""
     lines = [f"{name}: {text}" for name, text in OF_EVERY_CLASS.items()]
-    for name, (_, o) in options_of(settings).items():
+    for name, o in options_of(settings).items():
         if not o.run_only:
             lines.append(f"{name}: {o.help}" + (f" ({o.range.removeprefix(' of').strip()})" if o.range else ""))
     return "\n    ".join([f"{cleandoc(docstring or '')}\n\nArguments:", *lines])

@@ -91,7 +91,7 @@ def test_all_errors_are_reported_together():
     assert "steps=1.5: expected a whole number" in text
     assert "bias=perhaps: expected true or false" in text
     assert "model.dropout=2.0: must be a number in [0, 1)" in text
-    assert "betas=1: expected two numbers in [0, 1), for example 0.9,0.95" in text
+    assert "betas=1: expected 2 numbers in [0, 1), for example 0.9,0.95" in text
     assert "every: could be checkpoint.every or log.every; give the full key" in text
     assert "warmup=3: expected --key=value" in text
     assert len(text.splitlines()) == 8
@@ -275,13 +275,13 @@ def test_run_names_contain_budget_and_overrides():
 
 def test_parse_reads_none_for_optional_keys_only():
     keys = all_keys(load_config(CONFIG))
-    assert parse("none", *keys["micro_batch"]) is None
-    assert parse("auto", *keys["steps"]) is None
-    assert parse("none", *keys["name"]) == "none"
+    assert parse("none", keys["micro_batch"]) is None
+    assert parse("auto", keys["steps"]) is None
+    assert parse("none", keys["name"]) == "none"
     with pytest.raises(ValueError, match="expected a whole number"):
-        parse("none", *keys["seed"])
+        parse("none", keys["seed"])
     with pytest.raises(ValueError, match="expected a number"):
-        parse("true", *keys["grad_clip"])
+        parse("true", keys["grad_clip"])
 
 
 @pytest.mark.parametrize(

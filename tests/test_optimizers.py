@@ -891,7 +891,7 @@ def test_keys_of_torchs_schedulers_stay_in_the_groups():
         (lambda p: MARS(p, gamma=float("nan")), "gamma=nan"),
         (lambda p: MARS(p, eps=0.0), "eps=0.0: must be a number above 0"),
         (lambda p: MARSM(p, adamw_eps=0.0), "adamw_eps=0.0: must be a number above 0"),
-        (lambda p: MARS(p, betas=(0.9, 1.0)), r"betas=\(0.9, 1.0\): must be two numbers in \[0, 1\)"),
+        (lambda p: MARS(p, betas=(0.9, 1.0)), r"betas=\(0.9, 1.0\): must be 2 numbers in \[0, 1\)"),
         (lambda p: MARS(p, mars_type="mars-sgd"), "mars_type='mars-sgd': must be one of mars-adamw, mars-lion"),
         (lambda p: MARS(p, second_moment="raw", amsgrad=True), "second_moment=raw: needs mars_type=mars-adamw"),
         (lambda p: MARS(p, eps=float("inf"), weight_decay_1d=-1), "eps=inf.*weight_decay_1d=-1"),

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -34,7 +35,8 @@ OF_AUTHORS = {
 @every_class
 def test_a_class_spells_every_setting_with_the_type_and_default_of_its_declaration(cls):
     spelled = inspect.signature(cls).parameters
-    settings = {key: kind for key, (kind, o) in options_of(cls.settings).items() if not o.run_only}
+    hints, options = get_type_hints(cls.settings), options_of(cls.settings)
+    settings = {key: hints[key] for key, declared in options.items() if not declared.run_only}
     assert spelled.keys() == {"params", "process_group", "compiled", *settings}
     assert {key: spelled[key].annotation for key in settings} == settings
     defaults = cls.settings().as_group() | OF_AUTHORS.get(cls, {})

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from data.loader import DataConfig
 from model import GPTConfig
 from optimizers import MARSMConfig, Settings
-from optimizers.options import errors_of, option, options_of
+from optimizers.options import Option, errors_of, option, options_of
 from runtime.errors import UserError
 from training.checkpoint import CheckpointConfig
 from training.compute import ComputeConfig
@@ -135,9 +135,9 @@ class RunConfig:
         )
 
 
-def all_keys(config: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Every dotted key of a run, with its type and declaration."""
-    keys: dict[str, tuple[Any, Any]] = {}
+def all_keys(config: RunConfig) -> dict[str, Option]:
+    """Every dotted key of a run, with its declaration."""
+    keys: dict[str, Option] = {}
     for name in SECTIONS:
         keys |= {f"{name}.{key}": declared for key, declared in options_of(type(getattr(config, name))).items()}
     return keys | options_of(RunConfig)
@@ -160,7 +160,7 @@ def changeable_keys(run: RunConfig, accept_changes: bool = False) -> set[str]:
         return {"dataset", *(key for key in keys if not key.startswith("model."))}
     goes_on = run.schedule.shape in ("constant", "wsd") and not run.moves
     budget = {"steps", "tokens"} if goes_on else set()
-    return budget | {key for key, (_, declared) in keys.items() if declared.free_on_resume}
+    return budget | {key for key, declared in keys.items() if declared.free_on_resume}
 
 
 def default_values(config: RunConfig) -> dict[str, Any]:
