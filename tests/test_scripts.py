@@ -419,11 +419,29 @@ def test_the_wandb_sweep_recipe_trains_with_the_arguments_of_an_agent(dataset, t
     assert recipe["metric"]["name"] in given
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+MAIN_THREAD_HANGS = """
+import os, time, train_gpt
+
+def update(trainer, update=train_gpt.Trainer.update):
+    update(trainer)
+    if os.environ["RANK"] == "1" and trainer.step == 6:
+        time.sleep(1000)
+
+train_gpt.Trainer.update = update
+train_gpt.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, None])
 def test_every_surviving_rank_says_in_one_line_which_rank_is_missing(dataset, tmp_path, number):
-    """Rank 1 of 3 is killed, or hangs. The others end within the stated time, here 6 seconds and the last words."""
+    """Rank 1 of 3 is killed, hangs, or only its main thread does (None).
+
+    The others end within the stated time, here 6 seconds and the last words.
+    """
     arguments = [str(CONFIG), f"--data.path={dataset}", f"--log.folder={tmp_path}", "--name=run", "--steps=100000"]
-    command = [*LAUNCHER, "--nproc_per_node=3", "train_gpt.py", *arguments, "--micro_batch=1"]
+    (tmp_path / "hangs.py").write_text(MAIN_THREAD_HANGS)
+    program = "train_gpt.py" if number else str(tmp_path / "hangs.py")
+    command = [*LAUNCHER, "--nproc_per_node=3", program, *arguments, "--micro_batch=1"]
     environ, pipe = environment() | {"RANKS_WAIT_SECONDS": "6"}, subprocess.PIPE
     with subprocess.Popen(command, cwd=ROOT, env=environ, stdout=pipe, stderr=subprocess.STDOUT, text=True) as launcher:
         for line in launcher.stdout:
@@ -431,7 +449,8 @@ def test_every_surviving_rank_says_in_one_line_which_rank_is_missing(dataset, tm
                 break
         ranks = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
         victim = next(p for p in ranks if b"\0RANK=1\0" in Path(f"/proc/{p}/environ").read_bytes())
-        os.kill(int(victim), number)
+        if number:
+            os.kill(int(victim), number)
         start = time.monotonic()
         printed, _ = launcher.communicate(timeout=120)
         assert time.monotonic() - start < 100
