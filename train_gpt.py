@@ -8,12 +8,10 @@ CONFIG --help lists them all.
 """
 
 import gc
-import itertools
 import sys
 import threading
-from collections import deque
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +21,28 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config.load import ConfigError, describe_keys, load_config, to_dict
 from data.hellaswag import HellaSwag
-from data.loader import TrainLoader, ValidationSet, prefetch, to_device
+from data.loader import ReadAhead, TrainLoader, ValidationSet, to_device
 from data.shards import DataError, open_dataset
 from data.tokenizer import copy_custom, text_problem
 from model import GPT
 from optimizers import build_optimizer
-from optimizers.state import load_named_state, named_state, state_bytes, state_problem
+from optimizers.state import named_state, state_bytes, state_problem
 from runtime.command import Parser, one_line
 from runtime.distributed import StopRequest, World, start_world
 from runtime.errors import UserError
 from runtime.hardware import environment, memory_gb, peak_flops
 from training import compute, console
 from training.average import WeightAverage
-from training.checkpoint import MODEL, Checkpointer, CheckpointError, branch_origin, checkpoint_in, start_branch
+from training.checkpoint import MODEL, Checkpointer, branch_origin, checkpoint_in, load, start_branch
 from training.clipping import GradientClipper, NonFiniteError
 from training.evaluation import Evaluator, bad_samples
-from training.folder import INIT_SHA256, Comparison, compare_settings, run_lock, write_settings
+from training.folder import INIT_SHA256, Comparison, compare_settings, on_main, run_lock, write_settings
 from training.logger import Meter, RunLogger
 from training.memory import divisors
 from training.plot import plot_run
 from training.preflight import fitting_micro_batch, preflight
 from training.run_config import RunConfig, changeable_keys, default_values
+from training.saving import Saver
 from training.schedule import budget_problem, set_rates
 
 
@@ -82,7 +81,7 @@ class Trainer:
         self.settings = to_dict(run) | {"dataset": dataset.fingerprint()}
         state = self.restore(accept_changes)
         self.step, self.start = state["step"], state
-        self.logged_step = self.saved_step = self.step
+        self.logged_step = self.step
         self.loader.start_at(self.step, state["sequences"])
 
         self.autocast = compute.autocast(run.dtype, world.device)
@@ -126,15 +125,7 @@ class Trainer:
 
             self.settings[INIT_SHA256] = load_weights(self.model, run.init_from)
         if found:
-            try:
-                self.model.load_state_dict(found.model())
-                load_named_state(self.optimizer, self.model, found.optimizer())
-            except (RuntimeError, ValueError) as error:
-                reason, before = " ".join(str(error).split()), found.state["config"].get("optimizer")
-                advice = "another version of the program wrote it, or its files do not belong together"
-                if before != run.optimizer:
-                    advice = f"its optimizer is {before}; --init_from starts a new run with the weights alone"
-                raise CheckpointError(f"checkpoint {found.folder}: {reason}; {advice}") from None
+            load(found, self.model, self.optimizer, run.optimizer)
         saved = found.average() if found else None
         self.average = WeightAverage(self.model, run.ema, saved) if run.ema else None
         state = found.state if found else dict(step=0, tokens=0, sequences=0)
@@ -157,15 +148,17 @@ class Trainer:
         facts = environment(world.device, world.size)
         facts |= dict(micro_batch=self.micro_batch, accumulation=self.accumulation)
         write_settings(self.folder, self.settings, facts, self.fresh, world)
-        self.tokenizer = self.dataset.tokenizer
-        if world.is_main:
-            copy_custom(self.tokenizer, self.dataset.folder, self.folder)
-            if self.origin:
-                start_branch(self.origin, self.folder)
+        on_main(self.copy_files, self.folder, world)
         self.log = RunLogger(self.folder, run.log, self.settings, run.name, self.steps, self.step, world)
-        self.batches = prefetch(self.loader, self.step, pin=world.device.type == "cuda")
+        self.saver = Saver(self.checkpoints, self.step, self.log.say)
+        self.batches = ReadAhead(self.loader, self.step, pin=world.device.type == "cuda")
         self.unreadable: DataError | None = None
-        self.ahead: deque[Any] = deque()  # the next batches; an error takes the place of one that cannot be read
+
+    def copy_files(self) -> None:
+        """Copy the files that the run folder shall have: those of a custom tokenizer and of the run's origin."""
+        copy_custom(self.dataset.tokenizer, self.dataset.folder, self.folder)
+        if self.origin:
+            start_branch(self.origin, self.folder)
 
     def introduce(self) -> None:
         """Print the settings of the run and how every tensor is updated; parameters.txt has the full table."""
@@ -176,7 +169,7 @@ class Trainer:
         facts = {
             "model": f"{self.model.num_params():,} parameters: {c.n_layer} layers x {c.n_embd}, context {c.block_size}",
             "data": f"{run.data.path}: {epochs} of {windows}, {run.data.sampling}",
-            "tokenizer": text_problem(self.tokenizer, c.vocab_size),
+            "tokenizer": text_problem(self.dataset.tokenizer, c.vocab_size),
             "batch": f"{run.sequences} sequences = {split} = {run.tokens_per_step:,} tokens",
             "chosen": self.chosen,
             "budget": f"{self.steps:,} steps = {total * c.block_size:,} tokens",
@@ -206,11 +199,7 @@ class Trainer:
 
     def bad_samples(self, step: int) -> str:
         """The sequences of a step whose loss is not finite, to end the message of a NonFiniteError."""
-
-        def saved() -> dict[str, Tensor] | None:
-            found = self.checkpoints.latest({MODEL})
-            return found.model() if found else None
-
+        saved = partial(self.checkpoints.latest, {MODEL})
         return f"; sequences: {bad_samples(self.loader, step, self.model, self.autocast, self.world, saved)}"
 
     @property
@@ -232,12 +221,11 @@ class Trainer:
             with self.unsynchronized(), self.autocast:
                 return self.forward(*to_device(tokens, self.world.device))
 
-        chosen = None
-        if run.micro_batch is None:
-            chosen = fitting_micro_batch(run, self.model, self.optimizer, self.world, loss)
-        self.micro_batch = chosen.size if chosen else divisors(sequences, run.micro_batch or 1)[0]
+        self.chosen = None
+        if run.micro_batch is None and not self.finished:
+            self.chosen = fitting_micro_batch(run, self.model, self.optimizer, self.world, loss)
+        self.micro_batch = self.chosen.size if self.chosen else divisors(sequences, run.micro_batch or 1)[0]
         self.accumulation = sequences // self.micro_batch
-        self.chosen = str(chosen) if chosen else ""
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps, and at the last one, happens after this step."""
@@ -252,11 +240,8 @@ class Trainer:
         the ranks learn of each other's errors one step late.
         """
         with self.meter.waiting():
-            while len(self.ahead) < 3:
-                self.ahead.append(next(self.batches))
-        used = itertools.islice(self.ahead, max(0, self.steps - self.step + self.passes - 1))
-        self.unreadable = next((b for b in used if isinstance(b, DataError)), None)
-        batch, self.following_batch = self.ahead.popleft(), self.ahead[0]
+            batch, self.following_batch = self.batches.take()
+        self.unreadable = self.batches.error(needed=self.steps - self.step + self.passes - 1)
         return batch
 
     def set_rates(self) -> None:
@@ -343,45 +328,28 @@ class Trainer:
         return True
 
     def save_if_due(self, last: bool = False) -> None:
-        """Save a checkpoint if one is due. If that fails, on a full disk for example, training continues.
+        """Save a checkpoint if one is due. If that fails, training continues.
 
-        A checkpoint that is written in the background is announced once every rank has written its files.
         last: the run ends here; save this step in any case, wait for it, and raise CheckpointError if it fails.
         """
-        due = self.saved_step != self.step and (last or any(map(self.due, self.run.checkpoint.intervals)))
+        due = self.step < self.steps and any(map(self.due, self.run.checkpoint.intervals))  # the last step comes twice
         with self.meter.excluded():
-            self.announce(self.checkpoints.finish if due or last else self.checkpoints.poll)
-            if due:
-                gc.collect()
-                self.saved_step = self.step
-                self.announce(self.save)
-            if last:
-                self.announce(self.checkpoints.finish)
-        if last and self.saved_step != self.step:
-            raise CheckpointError(f"the run stops at step {self.step} without its last checkpoint; see above")
+            self.saver.after_step(self.step, due, last, self.save)
 
     def save(self) -> Path | None:
         """Write a checkpoint and return its folder; in the background, start to write it and return None."""
+        gc.collect()
         state = dict(step=self.step, tokens=self.tokens, sequences=self.sequences, steps=self.steps)
         state |= dict(config=self.settings, measured_on=self.evaluator.measured_on)
         state |= dict(val_loss=self.val_loss, best_val_loss=self.best_val_loss, train_seconds=self.meter.trained)
         state |= dict(processes=self.world.size)
-        if self.tokenizer and "file" in self.tokenizer:  # a copy of the file lies in the run folder
-            state["tokenizer"] = self.tokenizer
+        tokenizer = self.dataset.tokenizer
+        if tokenizer and "file" in tokenizer:  # a copy of the file lies in the run folder
+            state["tokenizer"] = tokenizer
         self.log.flush()
         tensors = named_state(self.optimizer, self.model, self.world.rank)
         average = self.average.tensors if self.average else None
         return self.checkpoints.save(dict(self.model.named_parameters()), tensors, state, average)
-
-    def announce(self, saving: Callable[[], Path | None]) -> None:
-        """Do a part of saving, and say which checkpoint is complete now or why it failed."""
-        try:
-            if folder := saving():
-                self.log.say(f"saved {folder}")
-        except CheckpointError as error:
-            self.saved_step = -1
-            goes_on = "training continues; " if self.step < self.steps else ""
-            self.log.say(f"{error}; {goes_on}earlier checkpoints are intact")
 
 
 def train(t: Trainer) -> None:
@@ -389,7 +357,7 @@ def train(t: Trainer) -> None:
     stop, goes_on, failed = StopRequest(t.world), True, True
     try:
         if t.due(t.run.eval_every) and t.val_loss is None:  # the evaluation was cut short by a stop request
-            t.saved_step = -1
+            t.saver.step = -1
             t.evaluate_if_due(stop)
             stop.let_steps_finish()  # the result is worth saving
         while goes_on and t.step < t.steps:
@@ -415,7 +383,7 @@ def train(t: Trainer) -> None:
         raise
     except Exception as error:
         if t.world.size == 1 or isinstance(error, NonFiniteError):  # every rank is here, so none waits for another
-            t.announce(t.checkpoints.finish)
+            t.saver.finish()
         raise
     finally:
         t.batches.close()

@@ -7,13 +7,12 @@ at any step, on any number of processes, from the step number alone, and evaluat
 """
 
 import hashlib
-import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -243,26 +242,40 @@ def to_device(tokens: np.ndarray | Tensor, device: torch.device) -> tuple[Tensor
     return ids[:, :-1], ids[:, 1:]
 
 
-def prefetch(loader: TrainLoader, start: int, pin: bool, depth: int = 3) -> Generator[Tensor | DataError, None, None]:
-    """This rank's batches of steps start, start + 1, ... as uint16 tensors, read ahead on a thread.
+class ReadAhead:
+    """This rank's batches of steps start, start + 1, ... as uint16 tensors, read on a thread before they are needed.
 
-    pin: use page-locked memory, for asynchronous copies to a GPU. If a batch cannot be read, the error takes its
-    place. Closing the iterator ends the thread: torch aborts a process that exits while another thread is inside torch.
+    pin: use page-locked memory, for asynchronous copies to a GPU. If a batch cannot be read, its DataError takes its
+    place. Close it at the end: torch aborts a process that exits while another thread is inside torch.
     """
 
-    def load(step: int) -> Tensor | DataError:
+    KNOWN, DEPTH = 3, 6  # batches that `take` waits for, and that are read or being read
+
+    def __init__(self, loader: TrainLoader, start: int, pin: bool) -> None:
+        self._loader, self._pin, self._next = loader, pin, start
+        self._pool = ThreadPoolExecutor(1, "prefetch")
+        self._batches: deque[Future[Tensor | DataError]] = deque()
+        self._known: list[Tensor | DataError] = []
+
+    def _read(self, step: int) -> Tensor | DataError:
         try:
-            batch = torch.from_numpy(loader.batch(step))
+            batch = torch.from_numpy(self._loader.batch(step))
         except DataError as error:
             return error
-        return batch.pin_memory() if pin else batch
+        return batch.pin_memory() if self._pin else batch
 
-    pool = ThreadPoolExecutor(1, "prefetch")
-    try:
-        pending = deque(pool.submit(load, step) for step in range(start, start + depth))
-        for step in itertools.count(start + depth):
-            batch = pending.popleft().result()
-            pending.append(pool.submit(load, step))
-            yield batch
-    finally:
-        pool.shutdown(cancel_futures=True)
+    def take(self) -> tuple[Any, Any]:
+        """The next batch, and a look at the one after it."""
+        while len(self._batches) < self.DEPTH:
+            self._batches.append(self._pool.submit(self._read, self._next))
+            self._next += 1
+        self._known = [batch.result() for batch in list(self._batches)[: self.KNOWN]]
+        self._batches.popleft()
+        return self._known[0], self._known[1]
+
+    def error(self, needed: int) -> DataError | None:
+        """The first error among the batch that was taken and the next two, of which the run needs so many."""
+        return next((b for b in self._known[: max(0, needed)] if isinstance(b, DataError)), None)
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import ROOT, VOCAB, environment, make_dataset, make_tokens
 
-from data.loader import DataConfig, TrainLoader, ValidationSet, Windows, permute, prefetch, to_device
+from data.loader import DataConfig, ReadAhead, TrainLoader, ValidationSet, Windows, permute, to_device
 from data.prepare import command as prepare
 from data.prepare import pydocs
 from data.prepare.text import documents, text_files
@@ -449,27 +449,35 @@ def test_replacement_draws_any_offset_independently_of_the_past(dataset):
     assert ids.mean() == pytest.approx(len(data.windows) / 2, rel=0.02)
 
 
-def test_prefetch_delivers_batches_in_order_from_any_step(dataset):
+def test_reading_ahead_delivers_batches_in_order_from_any_step(dataset):
     data = loader(dataset)
-    for step, batch in zip(range(5, 12), prefetch(data, 5, pin=False), strict=False):
+    batches = ReadAhead(data, 5, pin=False)
+    for step in range(5, 12):
+        batch, following = batches.take()
         assert np.array_equal(batch.numpy(), data.batch(step))
+        assert np.array_equal(following.numpy(), data.batch(step + 1))
+    batches.close()
 
 
-def test_closing_prefetch_ends_its_thread(dataset):
+def test_closing_ends_the_thread_that_reads_ahead(dataset):
     """torch aborts a process that exits while another thread is inside torch."""
-    batches = prefetch(loader(dataset), 0, pin=False)
-    next(batches)
+    batches = ReadAhead(loader(dataset), 0, pin=False)
+    batches.take()
     assert any(thread.name.startswith("prefetch") for thread in threading.enumerate())
     batches.close()
     assert not any(thread.name.startswith("prefetch") for thread in threading.enumerate())
 
 
-def test_prefetch_hands_errors_to_the_consumer(dataset):
+def test_reading_ahead_hands_errors_to_the_consumer(dataset):
     data = loader(dataset)
     data.vocab_size = 3
-    batch = next(prefetch(data, 0, pin=False))
+    batches = ReadAhead(data, 0, pin=False)
+    batch, _ = batches.take()
     assert isinstance(batch, DataError)
     assert "does not fit vocab_size=3" in str(batch)
+    assert batches.error(needed=1) is batch
+    assert batches.error(needed=0) is None
+    batches.close()
 
 
 def test_targets_follow_inputs_and_large_ids_survive_the_device_cast():

@@ -29,9 +29,11 @@ from types import NoneType
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from optimizers.options import errors_of, option
+from optimizers.state import load_named_state
 from runtime.command import first_line
 from runtime.distributed import ALONE, Exchange, World
 from runtime.errors import UserError
@@ -354,6 +356,22 @@ def checkpoint_in(folder: Path) -> Checkpoint:
     if state is None:
         raise CheckpointError(f"checkpoint {folder} is damaged ({problem}); use another one of this run")
     return Checkpoint(folder, state)
+
+
+def load(found: Checkpoint, model: nn.Module, optimizer: Optimizer, name: str) -> None:
+    """Load weights and optimizer state of a checkpoint. name: of the run's optimizer.
+
+    Raises CheckpointError if they do not fit.
+    """
+    try:
+        model.load_state_dict(found.model())
+        load_named_state(optimizer, model, found.optimizer())
+    except (RuntimeError, ValueError) as error:
+        reason, before = " ".join(str(error).split()), found.state["config"].get("optimizer")
+        advice = "another version of the program wrote it, or its files do not belong together"
+        if before != name:
+            advice = f"its optimizer is {before}; --init_from starts a new run with the weights alone"
+        raise CheckpointError(f"checkpoint {found.folder}: {reason}; {advice}") from None
 
 
 def damage(folder: Path, wanted: Collection[str] | None = None) -> str | None:

@@ -14,6 +14,7 @@ from data.shards import DataError, Dataset
 from model import GPT
 from runtime.distributed import StopRequest, World
 from training.average import weights_in_model
+from training.checkpoint import Checkpoint
 from training.clipping import NonFiniteError
 
 
@@ -123,11 +124,11 @@ def bad_samples(
     model: GPT,
     autocast: AbstractContextManager,
     world: World,
-    saved: Callable[[], Mapping[str, Tensor] | None],
+    saved: Callable[[], Checkpoint | None],
 ) -> str:
     """The sequences of a step's batch whose loss is not finite, as text.
 
-    saved: loads the weights of the last good checkpoint, if there is one.
+    saved: finds the last good checkpoint, if there is one.
     """
 
     def loss_of(row: Tensor) -> Tensor:
@@ -135,9 +136,9 @@ def bad_samples(
             return model(*to_device(row[None], world.device))
 
     if not all(torch.isfinite(p).all() for p in model.parameters()):  # on a GPU the bad update is in the weights
-        if (weights := saved()) is None:
+        if (found := saved()) is None:
             return "unknown, because the weights are lost and there is no checkpoint"
-        model.load_state_dict(weights)
+        model.load_state_dict(found.model())
     bad = [name for names in world.gather(loader.bad_samples(step, loss_of)) for name in names]
     if len(bad) in (0, loader.batch_size):
         return f"{'all' if bad else 'none alone'} have a loss that is not finite, so a smaller --lr may help"

@@ -45,7 +45,7 @@ def run_lock(path: Path, world: World) -> Iterator[None]:
         return None
 
     with ExitStack() as stack:
-        _on_main(lock, path, world)
+        on_main(lock, path, world)
         yield
 
 
@@ -54,7 +54,7 @@ def compare_settings(path: Path, settings: dict, comparison: Comparison, world: 
 
     Raises RunFolderError, on every rank, if the folder contains a different run.
     """
-    _on_main(lambda: _difference(path, settings, comparison), path, world)
+    on_main(lambda: _difference(path, settings, comparison), path, world)
 
 
 def write_settings(path: Path, settings: dict, facts: dict, fresh: bool, world: World) -> None:
@@ -77,15 +77,17 @@ def write_settings(path: Path, settings: dict, facts: dict, fresh: bool, world: 
         write_json(path / CONFIG, kept | settings)
         write_json(path / ENVIRONMENT, facts)
 
-    _on_main(write, path, world)
+    on_main(write, path, world)
 
 
-def _on_main(action: Callable[[], str | None], path: Path, world: World) -> None:
+def on_main(action: Callable[[], str | None], path: Path, world: World) -> None:
     """Run an action on rank 0. If it returns a problem or fails, raise RunFolderError on every rank."""
     problem = None
     if world.is_main:
         try:
             problem = action()
+        except UserError as error:
+            problem = str(error)
         except OSError as error:
             file = Path(str(error.filename or path))
             which = "" if file in (path, *path.parents) else f"{file}: "

@@ -1,0 +1,43 @@
+"""Saving between steps: when a checkpoint fails, on a full disk for example, the run continues and says so."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from training.checkpoint import Checkpointer, CheckpointError
+
+
+class Saver:
+    """Starts and finishes the checkpoints of a run, and says which one is complete or why it failed."""
+
+    def __init__(self, checkpoints: Checkpointer, step: int, say: Callable[[str], None]) -> None:
+        """step: the last one that needs no saving. say: prints a line."""
+        self.checkpoints, self.step, self.say = checkpoints, step, say
+
+    def after_step(self, step: int, due: bool, last: bool, save: Callable[[], Path | None]) -> None:
+        """Save this step if a checkpoint is due, and announce one that was written in the background.
+
+        last: the run ends here; save this step in any case, wait for it, and raise CheckpointError if it fails.
+        save: writes the checkpoint and returns its folder; in the background, starts to write it and returns None.
+        """
+        due = self.step != step and (due or last)
+        goes_on = "" if last else "training continues; "
+        self._announce(self.checkpoints.finish if due or last else self.checkpoints.poll, goes_on)
+        if due:
+            self.step = step
+            self._announce(save, goes_on)
+        if last:
+            self._announce(self.checkpoints.finish, goes_on)
+            if self.step != step:
+                raise CheckpointError(f"the run stops at step {step} without its last checkpoint; see above")
+
+    def finish(self) -> None:
+        """Wait for a checkpoint that is being written, because the run ends with an error."""
+        self._announce(self.checkpoints.finish, "")
+
+    def _announce(self, saving: Callable[[], Path | None], goes_on: str) -> None:
+        try:
+            if folder := saving():
+                self.say(f"saved {folder}")
+        except CheckpointError as error:
+            self.step = -1  # try this step again, if it is the last one
+            self.say(f"{error}; {goes_on}earlier checkpoints are intact")
