@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import CONFIG, make_dataset
+from conftest import CONFIG, launch, make_dataset
 from safetensors.torch import load_file
 
 import train_gpt
@@ -108,6 +108,18 @@ def test_a_branch_from_nothing_is_one_line(dataset, tmp_path, source):
     assert ("nearest steps: 4" if "{run}" in source else "it has none") in text
     assert not (run.parent / "branch").exists()  # so that the corrected command starts
     assert "give RUN@STEP with a step that was kept" in text
+
+
+def test_every_rank_learns_why_the_first_one_cannot_copy_the_origin(dataset, tmp_path):
+    run = train(dataset, tmp_path, "run", "--steps=4")
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()
+    arguments = [str(CONFIG), f"--data.path={dataset}", f"--log.folder={tmp_path}", "--name=branch"]
+    process = launch([*arguments, f"--branch_from={run}@4"], processes=2)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert f"train_gpt: run folder {tmp_path / 'branch'}: {run / 'metrics.jsonl'}: Is a directory" in printed
+    assert "no answer" not in printed  # as of a lost rank
 
 
 def test_a_step_of_a_run_has_a_name(dataset, tmp_path):
