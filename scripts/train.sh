@@ -1,90 +1,61 @@
 #!/usr/bin/env bash
 # Train one size of GPT-2 on the GPUs of one machine, or of several.
-# Usage: scripts/train.sh SIZE [options] [arguments of train_gpt.py]
+# Usage: scripts/train.sh SIZE [options] [arguments of train_gpt.py, such as --optimizer NAME or --preflight]
 #   SIZE                    small, medium, large or xl
-#   --optimizer NAME        adamw, lion, muon, muon_original, mars, mars_lion, mars_shampoo, mars_m, shampoo, ademamix,
-#                           soap or normuon (default: mars_m)
 #   --dataset NAME          folder in data/tokens, or a path (default: openwebtext)
 #   --gpus N                processes on this machine (default: one per GPU)
 #   --nodes N               machines; run this same command on each (default: 1)
 #   --rendezvous HOST:PORT  where the machines meet: the name of the first one and a free port on it
-#   --id NAME               name of this run at the rendezvous (default: SIZE-OPTIMIZER)
-#   --launched              the processes exist already, and RANK, WORLD_SIZE and MASTER_ADDR are set
-#   --preflight             only report memory, disk, epochs, shards and the network
 #   --dry-run               only print the command
-# Other arguments go to train_gpt.py, with or without -- before them. PYTHON names the interpreter.
+# If RANK, WORLD_SIZE and MASTER_ADDR are set, this is one process of a run. PYTHON names the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
 fail() {
     echo "train: $*" >&2
     exit 2
 }
+
 usage() {
-    sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-    exit 0
+    sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit
 }
 
-optimizer=mars_m dataset=openwebtext gpus='' nodes=1 rendezvous='' id='' launched='' dry='' arguments=()
-size=${1:-}
-[ $# -gt 0 ] && shift
+size=${1:-} dataset=openwebtext gpus=1 nodes=1 rendezvous='' dry='' arguments=()
 case $size in
-small | medium | large | xl) ;;
+small | medium | large | xl) shift ;;
 -h | --help) usage ;;
 *) fail "\"$size\" is no size; choose small, medium, large or xl" ;;
 esac
+nvidia-smi -L >/dev/null 2>&1 && gpus=gpu # torchrun counts those that torch may use
 while [ $# -gt 0 ]; do
     case $1 in
-    --optimizer=* | --dataset=* | --gpus=* | --nodes=* | --rendezvous=* | --id=*)
-        key=${1%%=*}
-        printf -v "${key#--}" %s "${1#*=}"
-        ;;
-    --optimizer | --dataset | --gpus | --nodes | --rendezvous | --id)
+    --dataset | --gpus | --nodes | --rendezvous)
         [ $# -ge 2 ] || fail "$1 needs a value"
-        printf -v "${1#--}" %s "$2"
-        shift
+        set -- "$1=$2" "${@:3}"
+        continue
         ;;
-    --launched) launched=1 ;;
+    --dataset=* | --gpus=* | --nodes=* | --rendezvous=*) name=${1%%=*} && printf -v "${name#--}" %s "${1#*=}" ;;
     --dry-run) dry=1 ;;
-    -h | --help) usage ;;
-    --)
-        shift
-        arguments+=("$@")
-        break
-        ;;
+    --help | -h) usage ;;
+    --) ;; # before arguments of train_gpt.py, for those who write it
     *) arguments+=("$1") ;;
     esac
     shift
 done
-
-if [ -z "${PYTHON:-}" ]; then
-    PYTHON=python3
-    [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
-fi
-if [ -z "$gpus" ]; then
-    gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ') || true
-    visible=${CUDA_VISIBLE_DEVICES:-}
-    [ -z "$visible" ] || gpus=$(tr ',' '\n' <<<"$visible" | wc -l)
-    [ "${gpus:-0}" -gt 0 ] || gpus=1
-fi
-for number in "$gpus" "$nodes"; do
-    [[ $number =~ ^[1-9][0-9]{0,5}$ ]] || fail "\"$number\": --gpus and --nodes must be whole numbers from 1 to 999999"
-done
+[[ $gpus =~ ^(gpu|[1-9][0-9]{0,5})$ ]] || fail "--gpus=$gpus: must be a whole number from 1 to 999999"
+[[ $nodes =~ ^[1-9][0-9]{0,5}$ ]] || fail "--nodes=$nodes: must be a whole number from 1 to 999999"
 [[ $dataset == */* ]] || dataset=data/tokens/$dataset
 
+python=.venv/bin/python && [ -x $python ] || python=python3
+command=("${PYTHON:-$python}")
+launcher=(-m runtime.torchrun "--nproc_per_node=$gpus" --standalone)
+if ((nodes > 1)); then
+    [ -n "$rendezvous" ] || fail "--nodes $nodes needs --rendezvous HOST:PORT"
+    launcher[3]="--nnodes=$nodes" launcher+=(--rdzv_backend=c10d "--rdzv_endpoint=$rendezvous" "--rdzv_id=gpt2_$size")
+fi
+[ -n "${RANK:-}" ] || command+=("${launcher[@]}")
+command+=(train_gpt.py "config/gpt2_$size.py" "--data.path=$dataset")
+command+=(${arguments[@]+"${arguments[@]}"}) # bash 4.3 and older call an empty array unset
 # scratch memory of the optimizer must not split the segments of the activations
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-command=("$PYTHON")
-if [ -z "$launched" ]; then
-    command+=(-m runtime.torchrun "--nproc_per_node=$gpus")
-    if ((nodes > 1)); then
-        [ -n "$rendezvous" ] || fail "--nodes $nodes needs --rendezvous HOST:PORT"
-        command+=("--nnodes=$nodes" --rdzv_backend=c10d "--rdzv_endpoint=$rendezvous" "--rdzv_id=${id:-$size-$optimizer}")
-    else
-        command+=(--standalone)
-    fi
-fi
-command+=(train_gpt.py "config/gpt2_$size.py" "--optimizer=$optimizer" "--data.path=$dataset")
-command+=(${arguments[@]+"${arguments[@]}"}) # bash 4.3 and older call an empty array unset
 [ "${RANK:-0}" = 0 ] && printf '%q ' "${command[@]}" && echo
 [ -n "$dry" ] || exec "${command[@]}"
