@@ -36,7 +36,7 @@ from training.average import WeightAverage
 from training.checkpoint import MODEL, Checkpointer, branch_origin, checkpoint_in, load, start_branch
 from training.clipping import GradientClipper, NonFiniteError
 from training.evaluation import Evaluator, bad_samples
-from training.folder import INIT_SHA256, Comparison, compare_settings, on_main, run_lock, write_settings
+from training.folder import INIT_SHA256, compare_settings, on_main, run_lock, write_settings
 from training.logger import Meter, RunLogger
 from training.memory import divisors
 from training.plot import plot_run
@@ -113,8 +113,8 @@ class Trainer:
         if not self.fresh:
             if world.is_main:
                 self.checkpoints.repair()
-            comparison = Comparison(changeable_keys(run, accept_changes), default_values(run))
-            compare_settings(self.folder, self.settings, comparison, world)
+            may_change = changeable_keys(run, accept_changes)
+            compare_settings(self.folder, self.settings, may_change, default_values(run), world)
             found = self.checkpoints.latest()
         self.continues, self.origin = found is not None, None
         if found is None and run.branch_from:
@@ -317,7 +317,7 @@ class Trainer:
             gc.collect()  # automatic garbage collection is off between evaluations
             number = self.step // self.run.eval_every
             with_hellaswag = number % self.run.data.hellaswag_every == 0 or self.step == self.steps
-            average = self.average.tensors if self.average else None
+            average = self.average.averaged if self.average else None
             scores = self.evaluator.scores(self.step, stop, average, with_hellaswag)
             if scores is None:
                 return False
@@ -348,7 +348,7 @@ class Trainer:
             state["tokenizer"] = tokenizer
         self.log.flush()
         tensors = named_state(self.optimizer, self.model, self.world.rank)
-        average = self.average.tensors if self.average else None
+        average = self.average.averaged if self.average else None
         return self.checkpoints.save(dict(self.model.named_parameters()), tensors, state, average)
 
 

@@ -59,7 +59,7 @@ def add_record(path: Path, record: dict, key: dict) -> None:
 
 
 def score_task(trained: Trained, scorer: Scorer, tasks: Tasks, name: str, shots: int, limit: int | None) -> dict:
-    """Score one model on one task. Called by every rank; they share the work. UserError if its data is missing."""
+    """Score one model on one task. Every rank must call it; they share the work. UserError if its data is missing."""
     from lm_eval.evaluator import evaluate
 
     loaded = problem = None

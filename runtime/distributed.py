@@ -235,7 +235,7 @@ def _unusable_gpus() -> list[str]:
     return [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
 
 
-class Exchange:
+class DelayedAny:
     """Combines a yes or no of every rank without waiting for the network.
 
     Each call of `any` starts an exchange and returns the result of the previous one. So every rank gets the same
@@ -288,7 +288,7 @@ class StopRequest:
         self.signal: str | None = None  # name of the first signal that reached this rank
         self._received = 0.0  # time of that signal
         self._steps_finish = False
-        self._exchange = Exchange(world)
+        self._exchange = DelayedAny(world)
         handled = [s for s in self.SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
         self._handlers_before = {s: signal.signal(s, lambda number, frame: None) for s in handled}
         numbers, self._wakeup = os.pipe()

@@ -19,7 +19,7 @@ from optimizers.state import load_named_state, named_state
 from runtime.distributed import ALONE, start_world
 from runtime.files import sha256_of
 from training import checkpoint
-from training.checkpoint import CheckpointConfig, Checkpointer, CheckpointError, damage, open_checkpoint
+from training.checkpoint import CheckpointConfig, Checkpointer, CheckpointError, find_damage, open_checkpoint
 
 
 class Small(torch.nn.Module):
@@ -135,7 +135,7 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path, capsys, bre
     save(checkpointer, 1)
     save(checkpointer, 2)
     break_it(tmp_path / "step_0000002")
-    assert damage(tmp_path / "step_0000002") == reason
+    assert find_damage(tmp_path / "step_0000002") == reason
     assert checkpointer.latest().state["step"] == 1
     assert f"step_0000002 is damaged ({reason}); trying the one before it" in capsys.readouterr().err
 
@@ -393,4 +393,4 @@ def test_a_start_deletes_no_folder_of_the_user(tmp_path):
 
 def test_json_nested_without_end_is_damage(tmp_path):
     (tmp_path / "state.json").write_text("[" * 100_000)
-    assert damage(tmp_path) == "state.json cannot be read: not one of this program's"
+    assert find_damage(tmp_path) == "state.json cannot be read: not one of this program's"

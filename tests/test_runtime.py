@@ -25,7 +25,7 @@ from runtime.distributed import ALONE, resolve_device, start_world
 from training.clipping import GradientClipper, NonFiniteError
 from training.compute import start_compile_workers
 from training.console import aligned
-from training.folder import Comparison, RunFolderError, compare_settings, differences, run_lock, write_settings
+from training.folder import RunFolderError, compare_settings, differences, run_lock, write_settings
 
 
 @pytest.mark.parametrize(
@@ -306,21 +306,21 @@ def test_columns_are_as_wide_as_their_longest_entry():
 
 def test_a_run_folder_is_compared_before_anything_is_written(tmp_path):
     folder, run = tmp_path / "r", {"seed": 1, "optim": {"lr": 0.1}, "log": {"every": 1}}
-    compare_settings(folder, run, Comparison(set(), {}), ALONE)
+    compare_settings(folder, run, set(), {}, ALONE)
     assert not folder.exists()
     write_settings(folder, run, {"device": "cpu"}, False, ALONE)
-    compare_settings(folder, run | {"seed": 3}, Comparison(set(), {}), ALONE)  # nothing is done yet
+    compare_settings(folder, run | {"seed": 3}, set(), {}, ALONE)  # nothing is done yet
     (folder / "checkpoints" / "step_0000004").mkdir()
     with pytest.raises(RunFolderError, match="seed: 1 -> 2"):
-        compare_settings(folder, run | {"seed": 2}, Comparison({"log.every"}, {}), ALONE)
+        compare_settings(folder, run | {"seed": 2}, {"log.every"}, {}, ALONE)
     changed = run | {"log": {"every": 5}}
-    compare_settings(folder, changed, Comparison({"log.every"}, {}), ALONE)
+    compare_settings(folder, changed, {"log.every"}, {}, ALONE)
     assert json.loads((folder / "config.json").read_text()) == run
     write_settings(folder, changed, {}, False, ALONE)
     assert json.loads((folder / "config.json").read_text()) == changed
     (folder / "config.json").write_text("{")
     with pytest.raises(RunFolderError, match="config.json is not readable"):
-        compare_settings(folder, run, Comparison(set(), {}), ALONE)
+        compare_settings(folder, run, set(), {}, ALONE)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

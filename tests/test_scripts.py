@@ -272,7 +272,7 @@ def test_several_machines_meet_at_one_address():
 @pytest.mark.parametrize(
     "script, arguments, message",
     [
-        ("train_small.sh", ["--gpus", "many"], '--gpus=many: must be a whole number from 1'),
+        ("train_small.sh", ["--gpus", "many"], "--gpus=many: must be a whole number from 1"),
         ("train_small.sh", ["--gpus", "9" * 20], "must be a whole number from 1 to 999999"),
         ("train_small.sh", ["--gpus"], "--gpus needs a value"),
         ("train.sh", ["tiny"], '"tiny" is no size; choose small, medium, large or xl'),

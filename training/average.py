@@ -31,13 +31,13 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float, saved: Mapping[str, Tensor] | None) -> None:
         """saved: the average of the run that is resumed; None: start with the present weights."""
         self.decay = decay
-        self.weights: list[Tensor] = list(model.parameters())
-        self.tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.parameters: list[Tensor] = list(model.parameters())
+        self.averaged = {name: p.detach().clone() for name, p in model.named_parameters()}
         for name, tensor in (saved or {}).items():
-            self.tensors[name].copy_(tensor)
+            self.averaged[name].copy_(tensor)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Include the weights after `step` updates: one pass over the weights."""
         d = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.tensors.values()), self.weights, weight=1 - d)
+        torch._foreach_lerp_(list(self.averaged.values()), self.parameters, weight=1 - d)

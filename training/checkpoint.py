@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 from optimizers.options import errors_of, option
 from optimizers.state import load_named_state
 from runtime.command import first_line
-from runtime.distributed import ALONE, Exchange, World
+from runtime.distributed import ALONE, DelayedAny, World
 from runtime.errors import UserError
 from runtime.files import (
     ASIDE,
@@ -136,7 +136,7 @@ class Checkpointer:
         self.copies: dict[str, dict[str, Tensor]] = {}  # the host memory for background saves, by file and tensor
         self._pending: PendingSave | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._unfinished = Exchange(world)
+        self._unfinished = DelayedAny(world)
 
     def save(
         self,
@@ -145,7 +145,7 @@ class Checkpointer:
         state: dict,
         average: Mapping[str, Tensor] | None = None,
     ) -> Path | None:
-        """Write the checkpoint of state["step"]. Called by every rank, with the optimizer tensors that it writes.
+        """Write the checkpoint of state["step"]. Every rank must call it, with the optimizer tensors that it writes.
 
         Returns the folder. In the background it returns None, and `poll` or `finish` return the folder later. Waits
         for the previous checkpoint first.
@@ -175,14 +175,14 @@ class Checkpointer:
     def poll(self) -> Path | None:
         """Finish the pending checkpoint if every rank has written its files; else return None at once.
 
-        Called by every rank after every step. With several ranks it answers one step late. Raises as `save` does.
+        Every rank must call it after every step. With several ranks it answers one step late. Raises as `save` does.
         """
         if self._pending is None or self._unfinished.any(not self._pending.written.done()) is not False:
             return None
         return self.finish()
 
     def finish(self) -> Path | None:
-        """Wait for the pending checkpoint and return its folder; None if there is none. Called by every rank.
+        """Wait for the pending checkpoint and return its folder; None if there is none. Every rank must call it.
 
         Raises as `save` does.
         """
@@ -261,7 +261,7 @@ class Checkpointer:
         return sorted(present, key=lambda p: int(found[p][1]), reverse=True)
 
     def repair(self) -> None:
-        """Finish what a killed run was doing here. Called by the process that holds the run's lock."""
+        """Finish what a killed run was doing here. Only the process that holds the run's lock may call it."""
         for aside in self.folder.glob(f"{ASIDE}step_*"):
             restore_folder(aside.with_name(aside.name[len(ASIDE) :]))
         for unfinished in self.folder.glob(f"{UNFINISHED}*step_*"):  # another folder may be a user's
@@ -276,7 +276,7 @@ class Checkpointer:
         chosen: Path | None = None
         folders = self._folders() if self.world.is_main else []
         for folder in folders:
-            if (problem := damage(folder, wanted)) is None:
+            if (problem := find_damage(folder, wanted)) is None:
                 chosen = folder
                 break
             print(f"checkpoint {folder} is damaged ({problem}); trying the one before it", file=sys.stderr)
@@ -297,7 +297,7 @@ def open_checkpoint(path: str | Path, wanted: Collection[str] | None = None) -> 
     if not path.exists() and STEP_OF_RUN.fullmatch(str(path)):
         path = step_folder(str(path))
     if (path / STATE).exists():
-        if problem := damage(path, wanted):
+        if problem := find_damage(path, wanted):
             raise CheckpointError(f"checkpoint {path} is damaged ({problem}); use another one of this run")
         return checkpoint_in(path)
     found = Checkpointer(path / "checkpoints", CheckpointConfig(), ALONE).latest(wanted)
@@ -329,7 +329,7 @@ def branch_origin(source: str, world: World) -> Path:
     if world.is_main:
         try:
             origin = step_folder(source)
-            if reason := damage(origin):
+            if reason := find_damage(origin):
                 problem = f"branch_from={source}: {origin} is damaged ({reason})"
         except CheckpointError as error:
             problem = f"branch_from={error}"
@@ -374,7 +374,7 @@ def load(found: Checkpoint, model: nn.Module, optimizer: Optimizer, name: str) -
         raise CheckpointError(f"checkpoint {found.folder}: {reason}; {advice}") from None
 
 
-def damage(folder: Path, wanted: Collection[str] | None = None) -> str | None:
+def find_damage(folder: Path, wanted: Collection[str] | None = None) -> str | None:
     """The damage of a checkpoint folder, or None: state.json must be as written, and every hash must match.
 
     wanted: the names of the files to check; None: all of them.

@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,6 @@ INIT_SHA256 = "init_sha256"  # key of config.json: hash of the weights that --in
 
 class RunFolderError(UserError):
     """A run folder that cannot be used. The message names it and says what to do."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How the configuration of a resumed run is compared with the one in its folder."""
-
-    may_change: set[str]  # dotted keys that may differ
-    defaults: dict[str, Any]  # the default of every dotted key, for runs that started before the key existed
 
 
 @contextmanager
@@ -49,12 +40,13 @@ def run_lock(path: Path, world: World) -> Iterator[None]:
         yield
 
 
-def compare_settings(path: Path, settings: dict, comparison: Comparison, world: World) -> None:
+def compare_settings(path: Path, settings: dict, may_change: set[str], defaults: dict[str, Any], world: World) -> None:
     """Compare the settings of a run with those in its folder, if it has started there. Changes no file.
 
+    may_change: dotted keys that may differ. defaults: of every dotted key, for runs that are older than the key.
     Raises RunFolderError, on every rank, if the folder contains a different run.
     """
-    on_main(lambda: _difference(path, settings, comparison), path, world)
+    on_main(lambda: _difference(path, settings, may_change, defaults), path, world)
 
 
 def write_settings(path: Path, settings: dict, facts: dict, fresh: bool, world: World) -> None:
@@ -96,7 +88,7 @@ def on_main(action: Callable[[], str | None], path: Path, world: World) -> None:
         raise RunFolderError(problem)
 
 
-def _difference(path: Path, settings: dict, comparison: Comparison) -> str | None:
+def _difference(path: Path, settings: dict, may_change: set[str], defaults: dict[str, Any]) -> str | None:
     metrics, has_checkpoints = path / METRICS, any(path.glob("checkpoints/*step_*"))
     started = has_checkpoints or (metrics.exists() and metrics.stat().st_size > 0)
     if not started:
@@ -106,12 +98,12 @@ def _difference(path: Path, settings: dict, comparison: Comparison) -> str | Non
         return missing if has_checkpoints else None
     try:
         before = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        changed = differences(before, settings, comparison.defaults)
+        changed = differences(before, settings, defaults)
     except (ValueError, AttributeError):  # not JSON, or JSON that holds no settings
         return f"{path / CONFIG} is not readable; repair it, or start over with --fresh"
     for key in sorted(_flat(before).keys() - _flat(settings).keys() - {INIT_SHA256}):
         print(f"note: {key}: this version has no such setting; the run started with it")
-    allowed = {key: changed.pop(key) for key in changed.keys() & comparison.may_change}
+    allowed = {key: changed.pop(key) for key in changed.keys() & may_change}
     for key, (old, new) in sorted(allowed.items()):
         print(f"note: {key}: {old} -> {new}")
     if not changed:

@@ -86,7 +86,7 @@ def first_attempt(need: MemoryEstimate, estimate: int, per_process: int, world: 
 def choose_micro_batch(
     need: MemoryEstimate, per_process: int, world: World, attempt: Callable[[int], int]
 ) -> MicroBatch:
-    """The largest micro-batch that fits on every rank: estimated on a CPU, measured on a GPU. Called by every rank.
+    """The largest micro-batch that fits on every rank: estimated on a CPU, measured on a GPU. Every rank must call it.
 
     per_process: sequences per step of one process. attempt: see `measured_micro_batch`.
     Raises UserError if a single sequence does not fit.
@@ -103,7 +103,7 @@ def choose_micro_batch(
 def measured_micro_batch(
     per_process: int, first: int, world: World, total: int, attempt: Callable[[int], int]
 ) -> MicroBatch:
-    """The largest micro-batch, from `first` downwards, whose attempt succeeds on every rank. Called by every rank.
+    """The largest micro-batch, from `first` downwards, whose attempt succeeds on every rank. Every rank must call it.
 
     attempt: runs forward and backward with a micro-batch and returns the bytes at the peak. total: bytes that the
     device has. Raises UserError if a single sequence does not fit.

@@ -201,7 +201,7 @@ def data_lines(run: RunConfig, world: World, verify: bool) -> tuple[list[str], b
 def report(
     run: RunConfig, world: World, verify: bool, rate: float | None, machines: Machines | None
 ) -> tuple[str, bool]:
-    """What the run needs, one fact a line, and whether all of it is available. Called by every rank.
+    """What the run needs, one fact a line, and whether all of it is available. Every rank must call it.
 
     verify: hash every shard. rate: tokens/s; None: as an earlier start of this run measured it, if there was one.
     machines: plan for these GPUs instead of the machine at hand.
