@@ -8,8 +8,10 @@ CONFIG --help lists them all.
 """
 
 import gc
+import math
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -30,7 +32,7 @@ from optimizers.state import named_state, state_bytes, state_problem
 from runtime.command import Parser, one_line
 from runtime.distributed import StopRequest, World, start_world
 from runtime.errors import UserError
-from runtime.hardware import environment, memory_gb, peak_flops
+from runtime.hardware import environment, memory_gb, peak_flops, to_host
 from training import compute, console
 from training.average import WeightAverage
 from training.checkpoint import MODEL, Checkpointer, branch_origin, checkpoint_in, load, start_branch
@@ -42,7 +44,7 @@ from training.memory import divisors
 from training.plot import plot_run
 from training.preflight import fitting_micro_batch, preflight
 from training.run_config import RunConfig, changeable_keys, default_values
-from training.saving import Saver
+from training.saving import Saver, replica_warning
 from training.schedule import budget_problem, set_rates
 
 
@@ -101,6 +103,7 @@ class Trainer:
         self.passes = 2 if self.lookahead else 1  # gradient evaluations per step
         flops = self.passes * self.model.flops_per_token() * run.tokens_per_step
         peak = world.size * (peak_flops(world.device) or 0)
+        self.unwritten: tuple[dict[str, Any], Callable[[], Tensor]] | None = None  # the record of a step
         self.meter = Meter(state.get("train_seconds", 0.0), run.tokens_per_step, flops, peak)
 
     def restore(self, accept_changes: bool) -> dict[str, Any]:
@@ -198,7 +201,7 @@ class Trainer:
         self.log.say(f"run     {self.folder}")
 
     def bad_samples(self, step: int) -> str:
-        """The sequences of a step whose loss is not finite, to end the message of a NonFiniteError."""
+        """The end of the message of a NonFiniteError: the sequences of this step whose loss is not finite."""
         saved = partial(self.checkpoints.latest, {MODEL})
         return f"; sequences: {bad_samples(self.loader, step, self.model, self.autocast, self.world, saved)}"
 
@@ -228,7 +231,7 @@ class Trainer:
         self.accumulation = sequences // self.micro_batch
 
     def due(self, every: int) -> bool:
-        """Whether something that happens every so many steps, and at the last one, happens after this step."""
+        """Whether this step is a multiple of `every`, or the last one."""
         return self.step > 0 and (self.step == self.steps or self.step % every == 0)
 
     # ---- one step
@@ -273,7 +276,7 @@ class Trainer:
         return total
 
     def unsynchronized(self) -> AbstractContextManager[None]:
-        """Backward passes inside do not average their gradients over the ranks."""
+        """Inside, backward passes do not average their gradients over the ranks."""
         return self.forward.no_sync() if isinstance(self.forward, DistributedDataParallel) else nullcontext()
 
     def update(self) -> None:
@@ -290,24 +293,35 @@ class Trainer:
     # ---- between steps
 
     def log_if_due(self, loss: Tensor, norm: Tensor) -> None:
-        """Log the step. Before anything is logged, evaluated or saved, check that all gradients were finite."""
+        """Log the step; on a GPU, its record is written one step later, so that the host does not wait for the device.
+
+        Before anything is logged, evaluated or saved, check that all gradients were finite.
+        """
+        self.write_record()  # of the step before, whose norm `clip` has seen by now
         self.last_loss, self.last_norm = loss, norm
-        intervals = (self.run.log.every, self.run.eval_every, *self.run.checkpoint.intervals)
-        if any(map(self.due, intervals)):
-            self.clipper.check()
         if self.due(self.run.log.every):
             self.log_step()
+        if not self.clipper.late or any(map(self.due, (self.run.eval_every, *self.run.checkpoint.intervals))):
+            self.clipper.check()
+            self.write_record()
 
     def log_step(self) -> None:
-        """Log the last step, if it is not logged yet; times are means over the steps since the last report."""
+        """Measure the last step, unless that is done; times are means over the steps since the last report."""
         if self.logged_step == self.step:
             return
-        loss = (self.world.sum(self.last_loss.clone()) / self.world.size).item()
-        numbers = dict(step=self.step, tokens=self.tokens, loss=loss, lr=self.lr)
-        numbers |= dict(grad_norm=self.last_norm.item(), gradient_evaluations=self.step * self.passes)
-        numbers |= self.meter.read(self.step - self.logged_step) | dict(memory_gb=memory_gb(self.world.device))
-        self.log.record(numbers, console.step_line(numbers, self.steps))
+        loss = self.world.sum(self.last_loss.clone()) / self.world.size
+        numbers = dict(step=self.step, tokens=self.tokens, loss=math.nan, lr=self.lr, grad_norm=math.nan)
+        numbers |= dict(gradient_evaluations=self.step * self.passes) | self.meter.read(self.step - self.logged_step)
+        numbers |= dict(memory_gb=memory_gb(self.world.device))
+        self.unwritten = numbers, to_host(torch.stack((loss, self.last_norm)))
         self.logged_step = self.step
+
+    def write_record(self) -> None:
+        """Write the record of the step that was measured last, unless it is written."""
+        if self.unwritten:
+            (numbers, measured), self.unwritten = self.unwritten, None
+            numbers["loss"], numbers["grad_norm"] = measured().tolist()
+            self.log.record(numbers, console.step_line(numbers, self.steps))
 
     def evaluate_if_due(self, stop: StopRequest) -> bool:
         """Evaluate, unless this step is evaluated already; False if a stop request interrupted it, on every rank."""
@@ -339,6 +353,7 @@ class Trainer:
     def save(self) -> Path | None:
         """Write a checkpoint and return its folder; in the background, start to write it and return None."""
         gc.collect()
+        self.log.say(replica_warning(self.model.parameters(), self.world))
         state = dict(step=self.step, tokens=self.tokens, sequences=self.sequences, steps=self.steps)
         state |= dict(config=self.settings, measured_on=self.evaluator.measured_on)
         state |= dict(val_loss=self.val_loss, best_val_loss=self.best_val_loss, train_seconds=self.meter.trained)
@@ -375,6 +390,7 @@ def train(t: Trainer) -> None:
             t.save_if_due()
         t.clipper.check()
         t.log_step()
+        t.write_record()
         t.save_if_due(last=True)
         failed = False
         t.world.raise_first(t.unreadable)

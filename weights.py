@@ -143,7 +143,7 @@ def load_weights(model: GPT, path: str) -> str:
 
 
 def known_tokenizer(source: Source, ranks: str | None, text: str) -> Tokenizer:
-    """The tokenizer that a source names, or that its vocabulary's size tells. `text` is that of `open_trained`."""
+    """The tokenizer that a source names, or else the one of its vocabulary's size. `text`: see `open_trained`."""
     if isinstance(source.tokenizer, Path):
         return FolderTokenizer(source.tokenizer)
     size = source.config.vocab_size

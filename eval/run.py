@@ -195,7 +195,7 @@ def write_tables(out: Path, scores: list[dict], sizes: list[str]) -> str:
 
 
 def with_earlier(scores: list[dict], records: list[dict]) -> list[dict]:
-    """The scores of this command, and what the file has of the same models beside them; the newest records count."""
+    """The scores of this command and older ones of the same models; of equal keys, the newest record counts."""
 
     def model(s: dict) -> tuple:
         return s["sha256"], s.get("tokenizer"), s.get("prefix_token")

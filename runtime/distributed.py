@@ -27,8 +27,8 @@ from runtime.command import first_line, is_out_of_memory
 from runtime.errors import UserError
 
 T = TypeVar("T")
-# Ranks wait so long for each other, for the slowest one to write a checkpoint, for example. Then the run ends, so that
-# it does not hang. Messages on the CPU wait less than NCCL, whose own end of the process explains nothing.
+# Seconds that ranks wait for each other, for example while one writes a checkpoint. After that the run ends with an
+# error. Exchanges on the CPU time out before those of NCCL, because NCCL ends the process without an explanation.
 PATIENCE = float(os.environ.get("RANKS_WAIT_SECONDS", "540"))
 TIMEOUT, NCCL_TIMEOUT = timedelta(seconds=PATIENCE), timedelta(seconds=PATIENCE + 30)
 BEAT = 2.0  # seconds between two signs of life of a rank
@@ -132,7 +132,7 @@ def start_world(device: str) -> Iterator[World]:
 
 
 def _is_of_collective(error: BaseException) -> bool:
-    """Whether an error says that a collective could not end."""
+    """Whether an error says that a collective failed or timed out."""
     failed = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
     return failed and not is_out_of_memory(error)
 
@@ -168,7 +168,7 @@ class Roll:
         return [self.store.get(key) if self.store.check([key]) else None for key in keys]
 
     def missing(self) -> str:
-        """What to tell of the ranks that do not answer: without signs of life, or else not waiting as this one does."""
+        """A message that names the missing ranks: those without signs of life, or else those that do not wait."""
         again = "the same command continues from the last checkpoint"
         try:
             self.store.set(f"waits/{self.rank}", "yes")
@@ -312,7 +312,7 @@ class StopRequest:
             self._say(f"{name}: will finish this step, save and stop")
             self.signal, self._received = name, now
         elif now - self._received > REPEATED:  # a launcher may send the same signal to each process a second time
-            self._say(f"{name} again: ends at once, without saving")
+            self._say(f"{name} again: exits now, without saving")
             os._exit(128 + number)
 
     def _say(self, message: str) -> None:

@@ -6,12 +6,14 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from runtime.errors import UserError
 
@@ -160,6 +162,19 @@ def available_memory(device: torch.device) -> tuple[int, int]:
     except (OSError, KeyError):  # not Linux
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return total, total
+
+
+def to_host(x: Tensor) -> Callable[[], Tensor]:
+    """Start to copy a tensor to page-locked memory of the host; the result waits for the copy and returns it."""
+    copied = x.to("cpu", non_blocking=True)
+    event = torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None
+
+    def wait() -> Tensor:
+        if event is not None and not event.query():
+            event.synchronize()
+        return copied
+
+    return wait
 
 
 def environment(device: torch.device, world_size: int) -> dict:

@@ -36,7 +36,7 @@ def ignore_numbers() -> None:
     check = GradientClipper.check
 
     def wait(self: GradientClipper) -> None:
-        self._copied = [(step, torch.ones(()), event) for step, _, event in self._copied]
+        self._norms = [(step, lambda norm=norm: (norm(), torch.ones(()))[1]) for step, norm in self._norms]
         check(self)
 
     GradientClipper.check = wait

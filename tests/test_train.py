@@ -34,6 +34,7 @@ from runtime.distributed import ALONE
 from runtime.errors import UserError
 from training import checkpoint, preflight
 from training.checkpoint import Checkpointer, write_tensors
+from training.clipping import GradientClipper
 from training.folder import run_lock
 from training.logger import read_metrics
 from training.memory import MicroBatch
@@ -683,6 +684,49 @@ def test_training_goes_on_while_a_checkpoint_is_written(arguments, straight, mon
     for path in [p for p in straight.glob("checkpoints/*/*") if p.suffix == ".safetensors"]:
         assert path.read_bytes() == (folder / path.relative_to(straight)).read_bytes()
     assert series(folder) == series(straight)
+
+
+def test_a_record_that_is_written_one_step_late_is_the_same(arguments, straight, monkeypatch):
+    """As on a GPU: nothing waits for the numbers of a step until the next one is on its way."""
+    init, update, written = GradientClipper.__init__, train_gpt.Trainer.update, []
+
+    def look(t):
+        path = t.folder / "metrics.jsonl"
+        written.append(max(series(t.folder)) if path.exists() else 0)
+        update(t)
+
+    monkeypatch.setattr(GradientClipper, "__init__", lambda *args: init(*args, late=True))
+    monkeypatch.setattr(train_gpt.Trainer, "update", look)
+    folder = run_in_process(arguments)
+    assert written[:4] == [0, 0, 1, 2]
+    assert written[4] == 4  # evaluated and saved, so all of its numbers are known
+    assert series(folder) == series(straight)
+    assert series(folder, "grad_norm") == series(straight, "grad_norm")
+
+
+ONE_BIT = """
+import os, torch, train_gpt
+
+def update(trainer, update=train_gpt.Trainer.update):
+    update(trainer)
+    if os.environ["RANK"] == "1" and trainer.step == 6:
+        trainer.model.transformer.wpe.weight.data.view(torch.int32)[0, 0] ^= 1
+
+train_gpt.Trainer.update = update
+train_gpt.main()
+"""
+
+
+def test_replicas_that_differ_in_one_bit_are_told_at_the_next_checkpoint(arguments, tmp_path):
+    (tmp_path / "program.py").write_text(ONE_BIT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(tmp_path / "program.py"), *arguments, "--checkpoint.every=4"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    before, told, _ = done.stdout.partition("warning: the weights of rank 1 differ from those of rank 0")
+    assert told
+    assert "saved" in before  # step 4 was equal
+    assert "step_0000008" not in before
 
 
 @pytest.mark.parametrize("full_at", [8, 12])

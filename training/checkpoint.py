@@ -79,7 +79,7 @@ class CheckpointConfig:
 
     @property
     def intervals(self) -> tuple[int, ...]:
-        """A checkpoint is due every so many steps, for each of these."""
+        """Intervals in steps; a checkpoint is due at the multiples of each."""
         return (self.every, self.milestone_every) if self.milestone_every else (self.every,)
 
     def errors(self) -> list[str]:

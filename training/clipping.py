@@ -1,12 +1,13 @@
 """Gradient clipping by global norm, and the stop at a gradient that is not finite."""
 
 import math
+from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from runtime.errors import UserError
+from runtime.hardware import to_host
 
 
 class NonFiniteError(UserError):
@@ -30,7 +31,7 @@ class GradientClipper:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.max_norm = max_norm or math.inf
         self.late = self.parameters[0].device.type != "cpu" if late is None else late
-        self._copied: list[tuple[int, Tensor, torch.cuda.Event | None]] = []  # step, norm on the host, end of its copy
+        self._norms: list[tuple[int, Callable[[], Tensor]]] = []  # steps and norms that were not looked at
 
     def clip(self, step: int) -> Tensor:
         """Clip the gradients of a step and return their global norm before clipping.
@@ -40,19 +41,15 @@ class GradientClipper:
         norm = clip_grad_norm_(self.parameters, self.max_norm, foreach=True)
         if self.late:
             self.check()
-        on_host = norm.to("cpu", non_blocking=True)  # page-locked
-        event = torch.cuda.current_stream(norm.device).record_event() if norm.is_cuda else None
-        self._copied.append((step, on_host, event))
+        self._norms.append((step, to_host(norm)))
         if not self.late:
             self.check()
         return norm
 
     def check(self) -> None:
         """Wait for the norms that are on their way. Raises NonFiniteError for the first that is not finite."""
-        while self._copied:
-            step, norm, event = self._copied.pop(0)
-            if event is not None and not event.query():  # all ranks stop at the same step, so none may look later
-                event.synchronize()
-            if not math.isfinite(norm):
+        while self._norms:  # all ranks stop at the same step, so none may look later
+            step, norm = self._norms.pop(0)
+            if not math.isfinite(norm()):
                 message = f"the gradient of step {step} (counted from 0) is not finite; earlier checkpoints are good"
                 raise NonFiniteError(message, step)

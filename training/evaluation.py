@@ -39,7 +39,7 @@ class Evaluator:
         self.bytes_per_token = dataset.bytes_per_token("val")  # None if not known
         if problem := world.from_main(dataset.changed_shard("val") if world.is_main else None):
             raise DataError(problem)  # every loss of this run would be wrong, and nothing else would show it
-        # losses may be compared if they were measured on the same
+        # two losses may be compared if all of these are equal
         self.measured_on = {
             "data": world.from_main(validation.fingerprint() if world.is_main else ""),
             "windows": validation.count,
@@ -61,7 +61,7 @@ class Evaluator:
     def scores(
         self, step: int, stop: StopRequest, average: Mapping[str, Tensor] | None, with_hellaswag: bool
     ) -> dict[str, float] | None:
-        """val_loss, and where the run has them val_loss_average, val_bits_per_byte and the numbers of HellaSwag.
+        """val_loss, and if the run has them, val_loss_average, val_bits_per_byte and the numbers of HellaSwag.
 
         average: the averaged weights, if the run keeps them. Returns None if a stop request interrupted the evaluation.
         """

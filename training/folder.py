@@ -52,7 +52,7 @@ def compare_settings(path: Path, settings: dict, may_change: set[str], defaults:
 def write_settings(path: Path, settings: dict, facts: dict, fresh: bool, world: World) -> None:
     """Create a run folder, or open an existing one. Called when nothing can be wrong with the settings any more.
 
-    settings: the configuration as nested dicts. facts: of this start, such as versions. fresh: rename an existing
+    settings: the configuration as nested dicts. facts: about this start, such as versions. fresh: rename an existing
     folder and start over. Raises RunFolderError, on every rank, if the folder cannot be written.
     """
 

@@ -123,7 +123,7 @@ class MetricsFile:
         return self.write()
 
     def write(self, durably: bool = False) -> str:
-        """Try to write what waits; durably: also flush the file to the disk. Returns as `record` does."""
+        """Try to write the waiting records; durably: also flush the file to the disk. Returns as `record` does."""
         before = self.problem
         try:
             with open(self.path, "a+b", buffering=0) as f:  # each time, so a deleted file is made again

@@ -105,7 +105,7 @@ def check_shards(dataset: Dataset, world: World, verify: bool) -> tuple[list[str
 
 
 def checkpoints_kept(steps: int, every: int, keep: int, milestone_every: int) -> int:
-    """The largest number of checkpoints on the disk: the latest, the best, milestones, and one in writing."""
+    """The most checkpoints on the disk: the latest, the best, milestones, and the one that is being written."""
     milestones = steps // milestone_every if milestone_every else 0
     saved = math.ceil(steps / every) + milestones
     return min(saved, keep + 1 + milestones) + 1

@@ -1,8 +1,12 @@
 """Saving between steps: when a checkpoint fails, on a full disk for example, the run continues and says so."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from runtime.distributed import World
 from training.checkpoint import Checkpointer, CheckpointError
 
 
@@ -41,3 +45,21 @@ class Saver:
         except CheckpointError as error:
             self.step = -1  # try this step again, if it is the last one
             self.say(f"{error}; {goes_on}earlier checkpoints are intact")
+
+
+@torch.no_grad()
+def replica_warning(weights: Iterable[Tensor], world: World) -> str:
+    """A warning if ranks hold other weights than rank 0, which a faulty device or link causes; empty if all are equal.
+
+    Equal gradients and equal updates keep replicas equal bit for bit, and nothing else compares them. Costs one pass
+    over the weights and a number of each rank.
+    """
+    if world.size == 1:
+        return ""
+    words = {4: torch.int32, 2: torch.int16, 8: torch.int64}
+    sums = [w.detach().reshape(-1).view(words[w.element_size()]).sum(dtype=torch.int64) for w in weights]
+    found = world.gather(torch.stack(sums).tolist())
+    other = [rank for rank, sums_of_rank in enumerate(found) if sums_of_rank != found[0]]
+    ranks = ", ".join(map(str, other[:8])) + (" and more" if len(other) > 8 else "")
+    advice = "a device or a link computes wrongly, or the machines differ; rank 0 is saved"
+    return f"warning: the weights of rank {ranks} differ from those of rank 0: {advice}" if other else ""
