@@ -4,6 +4,7 @@ Letters in shapes: B sequences, T positions, C = n_embd, H heads, D = C / H, V =
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -157,6 +158,8 @@ class GPT(nn.Module):
             raise ValueError("; ".join(errors))
         self.config = config
         self.residual_dtype: torch.dtype | None = None  # of the sums between blocks; None: as the embeddings
+        # (hidden (N, C), table (P, C), targets (N,), vocab_size) to the mean loss; None: by torch
+        self.fused_loss: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None = None
         self.recompute_blocks = False  # keep the input of each block only, and compute the block again for backward
         self.transformer = Transformer(config)
         for name, p in self.named_parameters():
@@ -200,6 +203,9 @@ class GPT(nn.Module):
         hidden = self.hidden(idx)
         if targets is None:
             return self.logits(hidden)
+        if self.fused_loss and torch.is_grad_enabled():
+            table = self.transformer.wte.weight
+            return self.fused_loss(hidden.flatten(0, 1), table, targets.flatten(), self.config.vocab_size)
         if not self._loss_in_chunks(hidden):
             logits = self.logits(hidden).flatten(0, 1).float()  # else torch rounds the log-softmax to bf16
             return F.cross_entropy(logits, targets.flatten(), ignore_index=-1)

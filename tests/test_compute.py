@@ -1,9 +1,12 @@
 """Settings of speed, memory and rounding: their effects, and nothing else changes."""
 
 import gc
+import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -12,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CONFIG
+from conftest import CONFIG, ROOT, environment
 from safetensors.torch import load_file
 from torch._dynamo.backends.debugging import aot_eager
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
@@ -21,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 import train_gpt
 from config.load import ConfigError, describe_keys, load_config
 from model import GPT, GPTConfig
+from runtime.errors import UserError
 from training.average import weights_in_model
 from training.compute import (
     BACKENDS,
@@ -129,11 +133,11 @@ def test_a_bf16_residual_stream_is_bf16_between_all_blocks_and_close_to_float32(
 
 
 def test_settings_that_need_bf16_are_errors_in_a_float32_run(arguments, tmp_path):
-    with pytest.raises(SystemExit, match='compute.residual="bfloat16": this run computes in float32; set --dtype'):
+    with pytest.raises(SystemExit, match="compute.residual=bfloat16: this run computes in float32; set --dtype"):
         train_gpt.main([*arguments, "--residual=bfloat16"])
     with pytest.raises(SystemExit, match="this run computes in float32"):
         train_gpt.main([*arguments, "--residual=bfloat16", "--preflight"])
-    with pytest.raises(SystemExit, match='compute.cast_weights="step": this run computes in float32; set --dtype'):
+    with pytest.raises(SystemExit, match="compute.cast_weights=step: this run computes in float32; set --dtype"):
         train_gpt.main([*arguments, "--cast_weights=step"])
     assert not list(tmp_path.glob("runs/run/*"))
 
@@ -337,3 +341,67 @@ def test_cudnn_attention_is_an_error_in_a_deterministic_run():
         load_config(CONFIG, ["--attention=cudnn", "--deterministic=true"])
     backends = attention_backends(ComputeConfig(attention="efficient", deterministic=True))
     assert SDPBackend.CUDNN_ATTENTION not in backends
+
+
+# ---- the loss by a Triton kernel
+
+IN_THE_INTERPRETER = """
+import json, sys, torch
+import torch.nn.functional as F
+from training import fused_loss
+
+fused_loss.wrap_triton = lambda kernel: kernel  # torch wraps only what is compiled
+torch.manual_seed(0)
+rows, width, vocab = map(int, sys.argv[1:])
+padded = -(-vocab // 64) * 64
+hidden = torch.randn(rows, width).bfloat16().requires_grad_()
+table = (torch.randn(padded, width) / 2).bfloat16().requires_grad_()
+targets = torch.randint(vocab, (rows,))
+targets[2] = -1
+loss = fused_loss.fused_loss(hidden, table, targets, vocab)
+(loss / 4).backward()
+
+logits = (hidden @ table.T).detach()  # the same rounding
+exact = logits.double().requires_grad_()
+expected = F.cross_entropy(exact[:, :vocab], targets, ignore_index=-1)
+expected.backward()
+scale = torch.tensor(1 / (rows - 1))
+losses = fused_loss.cross_entropy_(logits, targets, scale, vocab)
+of_tables = [(exact.grad @ table.double() / 4, hidden.grad), (exact.grad.T @ hidden.double() / 4, table.grad)]
+print(json.dumps({
+    "loss": abs(loss.item() - expected.item()),
+    "gradient": ((logits.double() - exact.grad).norm() / exact.grad.norm()).item(),
+    "of products": max(((b.double() - a).norm() / a.norm()).item() for a, b in of_tables),
+    "padding": logits[:, vocab:].abs().sum().item(),
+    "ignored": logits[2].abs().sum().item() + losses[2].item(),
+}))
+"""
+
+
+@pytest.mark.parametrize("rows, width, vocab", [(6, 16, 1000), (5, 32, 257), (4, 8, 50257), (3, 8, 64)])
+def test_the_fused_loss_is_the_cross_entropy_of_its_bf16_logits(rows, width, vocab):
+    """In Triton's interpreter, against float64: odd vocabularies, padded columns, an ignored target."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-c", IN_THE_INTERPRETER, str(rows), str(width), str(vocab)]
+    environ = environment() | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    error = json.loads(done.stdout)
+    assert error["loss"] < 1e-5
+    assert error["gradient"] < 2**-8  # is rounded to bf16 once
+    assert error["of products"] < 2 * 2**-8
+    assert error["padding"] == error["ignored"] == 0
+
+
+def test_the_fused_loss_is_refused_where_it_cannot_run(monkeypatch):
+    config, on_meta = ComputeConfig(fused_loss=True), torch.device("meta")
+    with on_meta:
+        model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=10))
+    with pytest.raises(UserError, match="compute.fused_loss=True: this run computes in float32"):
+        apply_compute(model, config, bf16=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "training.fused_loss", raising=False)
+    with pytest.raises(UserError, match="Triton is not installed"):
+        apply_compute(model, config, bf16=True)
+    with pytest.raises(UserError, match="needs a GPU"):
+        apply_compute(model.to_empty(device="cpu"), config, bf16=True)

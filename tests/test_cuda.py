@@ -187,6 +187,15 @@ def test_no_step_waits_for_the_device(on_gpu, optimizer, compiled):
     assert result_of("waits", *on_gpu, f"--optimizer={optimizer}", f"--compile={compiled}") == 0
 
 
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_the_fused_loss_trains_and_does_not_wait(on_gpu, compiled):
+    """Compiled, it is a part of the one graph of the model."""
+    settings = [*on_gpu, "--dtype=bfloat16", "--compute.fused_loss=true", f"--compile={compiled}"]
+    assert result_of("waits", *settings) == 0
+    output_of("train", *settings)
+    check_losses(on_gpu)
+
+
 def test_correctness_takes_no_warning_of_torch_for_a_wait(on_gpu):
     """torch warns once when it is asked to report waits; that is none."""
     assert result_of("waits_found", *on_gpu, "--optimizer=mars_m") == 0

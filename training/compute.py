@@ -47,6 +47,9 @@ class ComputeConfig:
     cast_weights: Literal["micro_batch", "step"] = option(
         "micro_batch", "cast matrices to bf16 in every pass, or once a step: 2 bytes more per weight", on_resume="free"
     )
+    fused_loss: bool = option(
+        False, "compute loss and gradient of the logits by one Triton kernel; needs a GPU and bf16", on_resume="free"
+    )
     bucket_mb: int = option(0, "MB per all-reduce of gradients; 0: a tenth, at least 25", least=0, on_resume="free")
     deterministic: bool = option(False, "bit-exact results on a GPU; slower, without cuDNN attention", on_resume="free")
 
@@ -167,12 +170,27 @@ def apply_compute(model: Any, config: ComputeConfig, bf16: bool) -> None:
 
     Raises UserError for a setting that needs bf16 in a float32 run.
     """
-    for key, value in (("residual", "bfloat16"), ("cast_weights", "step")):
+    for key, value in (("residual", "bfloat16"), ("cast_weights", "step"), ("fused_loss", True)):
         if getattr(config, key) == value and not bf16:
-            raise UserError(f'compute.{key}="{value}": this run computes in float32; set --dtype=bfloat16 as well')
+            raise UserError(f"compute.{key}={value}: this run computes in float32; set --dtype=bfloat16 as well")
     # layer norms compute in float32 for any input, and each branch ends in bf16 under autocast
     model.residual_dtype = torch.bfloat16 if config.residual == "bfloat16" else None
     model.recompute_blocks = config.activation_checkpointing
+    if config.fused_loss:
+        model.fused_loss = _fused_loss(next(model.parameters()).device)
+
+
+def _fused_loss(device: torch.device) -> Any:
+    """The loss by a Triton kernel. Raises UserError where it cannot run."""
+    if device.type == "cpu":
+        raise UserError("compute.fused_loss=true: needs a GPU; leave it out")
+    try:
+        from training.fused_loss import fused_loss
+    except ImportError:
+        raise UserError(
+            "compute.fused_loss=true: Triton is not installed (pip install triton); or leave it out"
+        ) from None
+    return fused_loss
 
 
 class _ForwardCopy(torch.autograd.Function):
