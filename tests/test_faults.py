@@ -16,6 +16,7 @@ from data.prepare import command as prepare
 from data.prepare import output
 from eval import export, run
 from runtime.distributed import ALONE
+from runtime.files import restore_folder
 from training.checkpoint import CheckpointConfig, Checkpointer
 from training.logger import MetricsFile, read_metrics
 from weights import open_trained
@@ -93,7 +94,7 @@ def metrics(folder: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".replaced")}
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
 def prepare_in_process(arguments: list[str]) -> None:
@@ -130,7 +131,7 @@ def preparations(folder: Path, replaces: bool) -> None:
 
     def check(outcome: str) -> None:
         with output.locked(out):
-            output.restore(out)
+            restore_folder(out)
         if replaces or out.exists():
             assert contents(out) in (old, new)
         prepare.main(arguments)

@@ -322,11 +322,12 @@ def test_the_same_command_without_fresh_continues_an_interrupted_replacement(
     assert contents(out) == contents(whole)
     assert not output.temporary(out).exists()
     capsys.readouterr()
-    (out / output.REPLACED).mkdir()  # the command was killed while it deleted the old dataset
-    (out / output.REPLACED / "train_000000.bin").touch()
-    prepare.main(command("openwebtext", corpus, out))
-    assert "already prepared" in capsys.readouterr().out
-    assert contents(out) == contents(whole)
+    for name in (".owt.replaced", "tmp-.owt.replaced"):  # killed before, and while, it deleted the old dataset
+        shutil.copytree(whole, tmp_path / name)
+        prepare.main(command("openwebtext", corpus, out))
+        assert "already prepared" in capsys.readouterr().out
+        assert contents(out) == contents(whole)
+        assert [p.name for p in tmp_path.iterdir()] == ["owt"]
 
 
 def test_names_that_begin_with_a_dot_are_left_alone(corpus, whole, tmp_path, monkeypatch):
@@ -851,7 +852,7 @@ def test_a_full_disk_keeps_what_was_written(corpus, whole, tmp_path):
 
 
 def fails_with(number: int, *filename):
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise OSError(number, os.strerror(number), *filename)
 
     return fail
