@@ -404,7 +404,8 @@ def train(t: Trainer) -> None:
             stop.let_steps_finish()
             t.log_if_due(loss, norm)
             goes_on = t.evaluate_if_due(stop)  # the resumed run repeats what a stop request interrupts
-            t.save_if_due()
+            if goes_on and t.step < t.steps:
+                t.save_if_due()
         t.clipper.check()
         t.log_step()
         t.save_if_due(last=True)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ def follow_umask(folder: Path) -> None:
 def locked(path: Path) -> Iterator[None]:
     """Lock a lock file, and delete it at the end. Raises BlockingIOError if another process has locked it.
 
-    A file system that cannot lock files is used without a lock, and stderr says so.
+    A file system that cannot lock files is used without a lock, and stderr says so, once for each folder.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC  # a link that somebody put there is an error
     handle, is_present = os.open(path, flags, 0o666), False
@@ -180,8 +181,7 @@ def locked(path: Path) -> Iterator[None]:
             error.filename = str(path)
             raise
         except OSError as error:
-            reason = f"this file system cannot lock files ({error.strerror})"
-            print(f"{path}: {reason}; do not start the same command twice at a time", file=sys.stderr)
+            _say_unlocked(path.parent, str(error.strerror))
         # the previous owner may have deleted this file after we opened it; then our lock protects nothing
         with suppress(FileNotFoundError):
             is_present = os.path.samestat(os.fstat(handle), path.stat())
@@ -194,6 +194,12 @@ def locked(path: Path) -> Iterator[None]:
                 path.unlink(missing_ok=True)
     finally:
         os.close(handle)
+
+
+@cache
+def _say_unlocked(folder: Path, reason: str) -> None:
+    problem = f"this file system cannot lock files ({reason})"
+    print(f"{folder}: {problem}; do not start the same command twice at a time", file=sys.stderr)
 
 
 @contextmanager
