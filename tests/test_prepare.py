@@ -361,8 +361,8 @@ def test_a_folder_with_files_of_the_user_is_never_replaced(corpus, tmp_path):
     for name in ("lock", "tokenizer.json", "fetched"):
         (tmp_path / f"{name}.tmp").mkdir()
         (tmp_path / f"{name}.tmp" / name).write_text("precious")
-    (tmp_path / "old-made").mkdir()
-    (tmp_path / "old-made" / "thesis.tex").write_text("precious")
+    (tmp_path / ".waits.replaced").mkdir()  # the name of a dataset that is being replaced
+    (tmp_path / ".waits.replaced" / "thesis.tex").write_text("precious")
     prepare.main(command("openwebtext", corpus, tmp_path / "made"))
     (tmp_path / "made" / "notes.txt").write_text("precious")
     for name in ("x_val_0.bin", "x_train_1.bin"):
@@ -371,7 +371,7 @@ def test_a_folder_with_files_of_the_user_is_never_replaced(corpus, tmp_path):
     prepare.main(["pretokenized", "--source", str(tmp_path / "indexed")])
     (tmp_path / "link").symlink_to(tmp_path / "private")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    ours = ("also", "made", "indexed", "lock", "tokenizer.json", "fetched")
+    ours = ("also", "made", "indexed", "waits", "lock", "tokenizer.json", "fetched")
     for out in ("source", "private", "private/..", "link", "source/../private", *ours):
         for fresh in ((), ("--fresh",)):
             message = stops(command("fineweb_edu", tmp_path / "source", tmp_path / out, *fresh))
