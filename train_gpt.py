@@ -346,7 +346,7 @@ class Trainer:
 
         last: the run ends here; save this step in any case, wait for it, and raise CheckpointError if it fails.
         """
-        due = self.step < self.steps and any(map(self.due, self.run.checkpoint.intervals))  # the last step comes twice
+        due = self.step < self.steps and any(map(self.due, self.run.checkpoint.intervals))  # else with `last`
         with self.meter.excluded():
             self.saver.after_step(self.step, due, last, self.save)
 
@@ -387,7 +387,8 @@ def train(t: Trainer) -> None:
             stop.let_steps_finish()
             t.log_if_due(loss, norm)
             goes_on = t.evaluate_if_due(stop)  # the resumed run repeats what a stop request interrupts
-            t.save_if_due()
+            if goes_on:
+                t.save_if_due()
         t.clipper.check()
         t.log_step()
         t.write_record()

@@ -4,16 +4,16 @@ import json
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.shards import MANIFEST, read_manifest
-from data.tokenizer import PADDING, Tokenizer, Unloaded, facts_by_size, get_tokenizer, tokenizer_of
+from data.tokenizer import PADDING, Tokenizer, facts_by_size, facts_of, get_tokenizer, tokenizer_of
 from model import GPT, GPTConfig
 from runtime.command import first_line, is_out_of_memory
 from runtime.errors import UserError
@@ -37,35 +37,22 @@ HUB_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_co
 
 @dataclass
 class Trained:
-    """A model in evaluation mode, and where it comes from."""
+    """A model in evaluation mode, its tokenizer, and where both come from."""
 
     name: str  # short name for tables
     path: Path  # the checkpoint folder, Hugging Face folder or .pt file
     kind: str  # "checkpoint", "huggingface" or "pt"
     model: GPT
-    tokenizer: Tokenizer
     sha256: str  # of the file with the weights
     state: dict  # state.json of our checkpoints; step and loss of a .pt file; empty for Hugging Face folders
+    facts: dict = field(default_factory=dict)  # of the tokenizer, as in a manifest; "folder": of Hugging Face files
+    folders: tuple[Path, ...] = ()  # where the file of a custom tokenizer may be
+    tokenizer: Tokenizer | None = None  # None if it is not loaded
 
     @property
     def run_folder(self) -> Path | None:
         """The run folder of one of our checkpoints."""
         return self.path.parent.parent if self.kind == "checkpoint" else None
-
-
-@dataclass
-class Source:
-    """The content of a checkpoint of any kind, from which a model is built."""
-
-    name: str
-    path: Path
-    kind: str
-    config: GPTConfig
-    tensors: Mapping[str, Tensor]  # by parameter name; linear weights are (out, in)
-    tokenizer: dict | Path | None  # its facts, or the folder that holds its Hugging Face files
-    sha256: str
-    state: dict
-    folders: tuple[Path, ...] = ()  # where the file of a custom tokenizer may be
 
 
 def open_trained(
@@ -81,29 +68,25 @@ def open_trained(
     "RUN@STEP" opens the checkpoint of one step, "RUN:average" the averaged weights of a run. OpenAI's models have the
     names gpt2, gpt2-medium, gpt2-large and gpt2-xl; they come from the hub or its cache.
     tokenizer: "byte", "gpt2" or a file replaces the source's own. The model's vocabulary is cut to the tokenizer's ids.
-    text: whether a tokenizer must be known, is loaded if it is known, or only has a name and a size.
+    text: whether a tokenizer must be known, is loaded if it is known, or is not loaded. `facts` has its name and size.
     Raises UserError, in one line, for a damaged file, another architecture or a tokenizer that does not fit.
     """
-    source = read_source(path)
+    trained = read_trained(path)
     if eot is not None and not tokenizer:
         raise UserError(f"--eot {eot!r}: belongs to a tokenizer file; give --tokenizer FILE, too")
-    chosen = get_tokenizer(tokenizer, ranks, eot) if tokenizer else known_tokenizer(source, ranks, text)
-    size, padded_size = chosen.vocab_size, source.config.vocab_size
+    padded_size = trained.model.config.vocab_size
+    trained.facts = trained.facts or facts_by_size(padded_size) or {}
+    chosen = get_tokenizer(tokenizer, ranks, eot) if tokenizer else known_tokenizer(trained, ranks, text)
+    facts = facts_of(chosen) if chosen else trained.facts or {"name": UNKNOWN, "vocab_size": padded_size}
+    size = facts["vocab_size"]
     if not size <= padded_size < size + PADDING:
-        raise UserError(f"{path}: tokenizer {chosen.name}, {size} ids, does not fit vocab_size={padded_size}")
-    model = build(replace(source.config, vocab_size=size), source.tensors, str(path), device)
-    return Trained(source.name, source.path, source.kind, model, chosen, source.sha256, source.state)
+        raise UserError(f"{path}: tokenizer {facts['name']}, {size} ids, does not fit vocab_size={padded_size}")
+    cut_vocabulary(trained.model, size)
+    return replace(trained, model=trained.model.to(device), facts=facts, tokenizer=chosen)
 
 
-def read_source(path: str | Path) -> Source:
-    """The weights and settings of any kind of checkpoint that `open_trained` accepts. Raises UserError as it does."""
-    source = _read_source(path)
-    if errors := source.config.errors():
-        raise UserError(f"{path}: its settings are not those of a GPT-2 ({'; '.join(errors)})")
-    return source
-
-
-def _read_source(path: str | Path) -> Source:
+def read_trained(path: str | Path) -> Trained:
+    """A model on the CPU, without its tokenizer, as `open_trained` opens it. Raises UserError as it does."""
     text, path = str(path), Path(path).expanduser()
     if text.endswith(AVERAGED) and not path.exists():  # a run may have such a name
         return _read_checkpoint(Path(text.removesuffix(AVERAGED)).expanduser(), averaged=True)
@@ -112,8 +95,8 @@ def _read_source(path: str | Path) -> Source:
     if path.is_file():
         return _read_pt(path)
     if settings := _hugging_face_settings(path):
-        source = _read_hugging_face(path, settings)
-        return replace(source, name=released[2]) if released else source
+        trained = _read_hugging_face(path, settings)
+        return replace(trained, name=released[2]) if released else trained
     return _read_checkpoint(path)
 
 
@@ -123,8 +106,8 @@ def load_weights(model: GPT, path: str) -> str:
     The context may be shorter than the checkpoint's: the first positions are used. The vocabulary may lack padding.
     Raises UserError, naming setting and values, if the models differ otherwise.
     """
-    source = read_source(path)
-    theirs, ours = source.config, model.config
+    source = read_trained(path)
+    theirs, ours = source.model.config, model.config
     keys = ("n_layer", "n_head", "n_embd", "bias", "gelu", "scale_attn_by_inverse_layer_idx")
     pairs = {key: (getattr(theirs, key), getattr(ours, key)) for key in keys}
     different = {key: values for key, values in pairs.items() if values[0] != values[1]}
@@ -136,34 +119,39 @@ def load_weights(model: GPT, path: str) -> str:
         settings = " ".join(f"--{key}={str(a).lower()}" for key, (a, _) in different.items())
         lines = "; ".join(f"{key}: the checkpoint has {a}, the run {b}" for key, (a, b) in different.items())
         raise UserError(f"init_from={path}: another model; give {settings} ({lines})")
-    found = build(replace(theirs, vocab_size=ours.vocab_size), source.tensors, path, torch.device("cpu")).state_dict()
+    cut_vocabulary(source.model, ours.vocab_size)
+    found = source.model.state_dict()
     found["transformer.wpe.weight"] = found["transformer.wpe.weight"][: ours.block_size]
     model.load_state_dict(found)
     return source.sha256
 
 
-def known_tokenizer(source: Source, ranks: str | None, text: str) -> Tokenizer:
-    """The tokenizer that a source names, or else the one of its vocabulary's size. `text`: see `open_trained`."""
-    if isinstance(source.tokenizer, Path):
-        return FolderTokenizer(source.tokenizer)
-    size = source.config.vocab_size
-    facts, problem = source.tokenizer or facts_by_size(size), "the tokenizer is not loaded"
-    if facts is None:
-        problem = f"{source.path}: nothing names the tokenizer of its vocab_size={size} ids; give --tokenizer FILE"
-        if text == "required":
-            raise UserError(problem)
-        facts, text = {"name": UNKNOWN, "vocab_size": size}, "unused"
-    if text == "unused":
-        return Unloaded(facts["name"], facts["vocab_size"], problem)
-    return tokenizer_of(facts, source.folders, ranks)
+def known_tokenizer(trained: Trained, ranks: str | None, text: str) -> Tokenizer | None:
+    """The tokenizer of a model, None if it is not known or not wanted. `text` is that of `open_trained`."""
+    if "folder" in trained.facts:
+        return FolderTokenizer(trained.facts["folder"])
+    if not trained.facts and text == "required":
+        ids = f"its vocab_size={trained.model.config.vocab_size} ids"
+        raise UserError(f"{trained.path}: nothing names the tokenizer of {ids}; give --tokenizer FILE")
+    return tokenizer_of(trained.facts, trained.folders, ranks) if trained.facts and text != "unused" else None
 
 
-def build(config: GPTConfig, tensors: Mapping[str, Tensor], source: str, device: torch.device) -> GPT:
-    """A GPT in evaluation mode with the given weights; linear weights are (out, in).
+def cut_vocabulary(model: GPT, size: int) -> None:
+    """Drop the ids from `size` on, which no tokenizer gives: their rows of the embedding become zeros or vanish."""
+    model.config = replace(model.config, vocab_size=size)
+    rows = model.transformer.wte.weight.detach()[: model.config.padded_vocab_size]
+    rows[size:] = 0
+    model.transformer.wte = nn.Embedding.from_pretrained(rows, freeze=False)
+
+
+def build(config: GPTConfig, tensors: Mapping[str, Tensor], source: Path) -> GPT:
+    """A GPT in evaluation mode, on the CPU, with the given weights; linear weights are (out, in).
 
     Wrapper prefixes in names, a tied output layer and causal masks are accepted. Rows of the embedding beyond the
     vocabulary are dropped. Raises UserError, naming `source`, if the rest is not exactly a GPT-2.
     """
+    if errors := config.errors():
+        raise UserError(f"{source}: its settings are not those of a GPT-2 ({'; '.join(errors)})")
     model = GPT(config)
     found = {WRAPPERS.sub("", str(name)): tensor for name, tensor in tensors.items()}
     found = {name: tensor for name, tensor in found.items() if not CAUSAL_MASK.fullmatch(name)}
@@ -186,7 +174,7 @@ def build(config: GPTConfig, tensors: Mapping[str, Tensor], source: str, device:
             if tensor.shape != p.shape:
                 raise UserError(f"{source}: {name} has shape {tuple(tensor.shape)}, its settings say {tuple(p.shape)}")
             p.copy_(tensor)
-    return model.to(device).eval()
+    return model.eval()
 
 
 def from_hub(name: str) -> Path:
@@ -202,7 +190,7 @@ def from_hub(name: str) -> Path:
         ) from None
 
 
-def _read_checkpoint(path: Path, averaged: bool = False) -> Source:
+def _read_checkpoint(path: Path, averaged: bool = False) -> Trained:
     """One of our checkpoint folders, or the newest checkpoint of a run folder."""
     if (path / MANIFEST).exists():
         raise UserError(f"{path}: is a dataset; name a run or another checkpoint")
@@ -223,11 +211,11 @@ def _read_checkpoint(path: Path, averaged: bool = False) -> Source:
     manifest, tokenizer = data / MANIFEST, state.get("tokenizer")
     if tokenizer is None and manifest.exists():  # the dataset may be on another machine
         tokenizer = read_manifest(manifest)["tokenizer"]
-    places = (folder, folder.parent.parent, data)
-    return Source(name, folder, "checkpoint", config, tensors, tokenizer, state["sha256"][file], state, places)
+    model, places = build(config, tensors, path), (folder, folder.parent.parent, data)
+    return Trained(name, folder, "checkpoint", model, state["sha256"][file], state, tokenizer or {}, places)
 
 
-def _read_pt(path: Path) -> Source:
+def _read_pt(path: Path) -> Trained:
     """A checkpoint file of nanoGPT or of the official MARS code."""
     content = _load(path)
     args = content.get("model_args") if isinstance(content, dict) else None
@@ -247,7 +235,7 @@ def _read_pt(path: Path) -> Source:
             state[key] = None if content.get(theirs) is None else kind(content[theirs])
         except (TypeError, ValueError, RuntimeError, OverflowError):
             raise UserError(f"{path}: its {theirs} is not a number") from None
-    return Source(path.stem, path.resolve(), "pt", config, content["model"], None, sha256_of(path), state)
+    return Trained(path.stem, path.resolve(), "pt", build(config, content["model"], path), sha256_of(path), state)
 
 
 def _load(path: Path) -> Any:
@@ -276,7 +264,7 @@ def _hugging_face_settings(path: Path) -> dict | None:
     return settings if isinstance(settings, dict) and "model_type" in settings else None
 
 
-def _read_hugging_face(path: Path, settings: dict) -> Source:
+def _read_hugging_face(path: Path, settings: dict) -> Trained:
     """A Hugging Face GPT-2 folder, from safetensors or pytorch_model.bin."""
     config = _hugging_face_config(path, settings)
     names = ("model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin")
@@ -295,9 +283,9 @@ def _read_hugging_face(path: Path, settings: dict) -> Source:
             tensor.t() if is_matrix and HUGGING_FACE_LINEAR.fullmatch(name) else tensor
         )  # stored as (in, out)
     has_tokenizer = (path / "tokenizer.json").exists() or (path / "merges.txt").exists()
-    path = path.resolve()
-    tokenizer = path if has_tokenizer else None
-    return Source(path.name, path, "huggingface", config, tensors, tokenizer, sha256_of(files[0]), {})
+    model, path = build(config, tensors, path), path.resolve()
+    facts = {"folder": path} if has_tokenizer else {}
+    return Trained(path.name, path, "huggingface", model, sha256_of(files[0]), {}, facts)
 
 
 def _hugging_face_config(path: Path, c: dict) -> GPTConfig:

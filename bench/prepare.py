@@ -28,7 +28,7 @@ from pathlib import Path
 from bench.report import Report, bench_parser, results_folder
 from data.prepare import pydocs
 from data.prepare.build import build
-from data.prepare.sources import Files, LocalFolder
+from data.prepare.sources import Files, local_files
 from data.prepare.split import FirstShard
 from data.prepare.workers import Recipe
 from data.tokenizer import GPT2Tokenizer, Tokenizer, get_tokenizer
@@ -110,7 +110,7 @@ def bench(report: Report, megabytes: float, name: str, ranks: str | None, rounds
         def pipeline(source: Path, workers: int, shard_tokens: int) -> dict[str, float]:
             recipe = Recipe(name, ranks, "before", FirstShard(), max(1, shard_tokens), workers)
             out = Path(tempfile.mkdtemp(dir=folder), "out")
-            return timed(lambda: build(out, Files(LocalFolder(source)), {"name": "bench"}, recipe))
+            return timed(lambda: build(out, Files(local_files(source)), {"name": "bench"}, recipe))
 
         sides = {
             "tiktoken's batch call, 1 process": lambda: timed(lambda: encode_batch(documents, tokenizer)),

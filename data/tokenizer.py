@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -211,26 +211,6 @@ class FileTokenizer(CustomTokenizer):
 
     def decode(self, ids: list[int]) -> str:
         return self.encoding.decode(ids, skip_special_tokens=False)
-
-
-class Unloaded:
-    """The name and the size of a tokenizer, where token ids are enough. Text is a UserError, which says why."""
-
-    def __init__(self, name: str, vocab_size: int, problem: str) -> None:
-        self.name, self.vocab_size, self.problem, self.stop = name, vocab_size, problem, None
-
-    @property
-    def eot(self) -> int:
-        self._fail()
-
-    def encode(self, text: str) -> list[int]:
-        self._fail()
-
-    def decode(self, ids: list[int]) -> str:
-        self._fail()
-
-    def _fail(self) -> NoReturn:
-        raise UserError(self.problem)
 
 
 def get_tokenizer(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from data.tokenizer import CharacterTokenizer, FileTokenizer, GPT2Tokenizer, Tokenizer, Unloaded
+from data.tokenizer import CharacterTokenizer, FileTokenizer, GPT2Tokenizer, Tokenizer
 from eval.command import model_parser
 from model import GPT
 from runtime.command import first_line, one_line
@@ -127,7 +127,7 @@ def logits_difference(trained: Trained, folder: Path) -> tuple[float, float]:
 
     theirs = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32).eval()
     c, tokenizer = trained.model.config, trained.tokenizer
-    if isinstance(tokenizer, Unloaded):
+    if tokenizer is None:
         ids = [i % c.vocab_size for i in range(c.block_size)]
     else:
         ids = [tokenizer.eot, *tokenizer.encode(readable(TEXT.read_text(encoding="utf-8"), tokenizer))]
@@ -154,7 +154,7 @@ def model_card(trained: Trained, difference: float) -> str:
         "attention also divided by layer + 1": c.scale_attn_by_inverse_layer_idx,
         "GELU": c.gelu,
         "biases in training": c.bias,
-        "tokenizer": trained.tokenizer.name,
+        "tokenizer": trained.facts["name"],
         "vocabulary": c.vocab_size,
         "largest logit difference to the checkpoint": f"{difference:.1e}",
     }
@@ -163,7 +163,7 @@ def model_card(trained: Trained, difference: float) -> str:
     if "config" in state:
         settings = f"\nSettings of the run:\n\n```json\n{json.dumps(state['config'], indent=1)}\n```\n"
     start, tokenizer = "", trained.tokenizer
-    if not isinstance(tokenizer, Unloaded):
+    if tokenizer is not None:
         separator = getattr(tokenizer, "separator", "<|endoftext|>")
         start = f" Start texts with `{separator!r}`." if separator == "\n" else f" Start texts with `{separator}`."
     return f"""---
@@ -196,11 +196,12 @@ def export(trained: Trained, out: Path, dtype: torch.dtype = torch.float32) -> t
     temporary.mkdir(parents=True)
     try:
         trained.model.to(dtype).float()
-        tokenizer, known = trained.tokenizer, not isinstance(trained.tokenizer, Unloaded)
-        theirs = to_hugging_face(trained.model, tokenizer.eot if known else None, tokenizer.stop)
+        tokenizer = trained.tokenizer
+        ends = (tokenizer.eot, tokenizer.stop) if tokenizer else (None, None)
+        theirs = to_hugging_face(trained.model, *ends)
         with full_disk_in_one_line(out):
             theirs.to(dtype).save_pretrained(temporary)
-            if known:
+            if tokenizer:
                 fast = hugging_face_tokenizer(tokenizer, trained.model.config.block_size)
                 fast.save_pretrained(temporary)
                 fast.backend_tokenizer.model.save(str(temporary))  # vocab.json and merges.txt, which some programs read
@@ -208,7 +209,7 @@ def export(trained: Trained, out: Path, dtype: torch.dtype = torch.float32) -> t
         if not difference <= ROUNDING * max(1.0, largest):  # a NaN counts as different
             reason = f"its logits differ by {difference:.2e} (largest logit {largest:.1f}), more than rounding"
             raise UserError(f"{out} was not written: {reason}")
-        if known and not tokenizers_agree(tokenizer, temporary):
+        if tokenizer and not tokenizers_agree(tokenizer, temporary):
             raise UserError(f"{out} was not written: its tokenizer gives other ids")
         with full_disk_in_one_line(out):
             (temporary / "README.md").write_text(model_card(trained, difference), encoding="utf-8")
@@ -267,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
         except BlockingIOError:
             raise UserError(f"{out}: another export writes it at the moment") from None
     print(f"{out}: {trained.name}, vocabulary {trained.model.config.vocab_size}")
-    if isinstance(trained.tokenizer, Unloaded):
+    if trained.tokenizer is None:
         print("without tokenizer files: nothing names the tokenizer; --tokenizer FILE adds them")
     print(f"largest logit difference {difference:.1e}, largest logit {largest:.1f}")
 

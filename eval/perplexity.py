@@ -70,6 +70,7 @@ def read_text(files: list[str], trained: Trained) -> Stream:
         except UnicodeDecodeError as error:
             raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from None
         size += len(text.encode())
+        assert trained.tokenizer is not None
         parts.append(np.array([trained.tokenizer.eot, *trained.tokenizer.encode(text)], dtype=np.uint32))
     return Stream(", ".join(files), parts, size / max(1, sum(len(p) - 1 for p in parts)))
 
@@ -122,10 +123,10 @@ def open_models(args: argparse.Namespace) -> list[Trained]:
         if any(m.name == trained.name and m.path != trained.path for m in models):
             trained.name = path
         models.append(trained)
-        a, b = models[0].tokenizer, trained.tokenizer
-        if (a.name, a.vocab_size) != (b.name, b.vocab_size):
+        a, b = models[0].facts, trained.facts
+        if (a["name"], a["vocab_size"]) != (b["name"], b["vocab_size"]):
             raise UserError(
-                f"{models[0].name} reads {a.name} tokens, {trained.name} {b.name} tokens: "
+                f"{models[0].name} reads {a['name']} tokens, {trained.name} {b['name']} tokens: "
                 "their losses per token cannot be compared"
             )
     return models
@@ -138,7 +139,7 @@ def read_stream(args: argparse.Namespace, first: Trained) -> Stream:
     folder = args.data or (first.state["config"]["data"]["path"] if first.kind == "checkpoint" else None)
     if folder is None:
         raise UserError(f"{first.path} does not say what it was trained on; name --data FOLDER or --text FILE")
-    return read_split(folder, args.split, first.tokenizer.vocab_size)
+    return read_split(folder, args.split, first.model.config.vocab_size)
 
 
 def compare(args: argparse.Namespace, world: World) -> dict:

@@ -28,6 +28,7 @@ def sample(folder: Path, tokens: int = 200) -> str:
         trained = open_trained(folder, torch.device("cpu"))
     except (ValueError, OSError) as error:
         return f"[no sample: {error}]"
+    assert trained.tokenizer is not None
     ids = generate(trained.model, [trained.tokenizer.eot], tokens, temperature=0.8, top_p=0.95, seed=1)
     return trained.tokenizer.decode(list(ids))
 

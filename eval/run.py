@@ -69,6 +69,7 @@ def score_task(trained: Trained, scorer: Scorer, tasks: Tasks, name: str, shots:
         problem = str(error)
     if problem := next((p for p in scorer.world.gather(problem) if p), None):
         raise UserError(problem)
+    assert trained.tokenizer is not None
     truncated, scored, start = scorer.truncated, scorer.scored, time.perf_counter()
     with nullcontext() if scorer.world.is_main else redirect_stderr(io.StringIO()):  # one progress bar in all
         try:
@@ -140,8 +141,8 @@ def score_model(
     files = world.from_main(fingerprint(args.out, args.include_path, args.task_data))
     for shots, name in itertools.product(args.shots, tasks.names):
         key = {"sha256": trained.sha256, "task": name, "shots": shots, "limit": args.limit}
-        key |= {"harness": tasks.version, "tokenizer": trained.tokenizer.name, "data": args.task_data}
-        key |= {"prefix_token": trained.tokenizer.eot, "files": files}
+        key |= {"harness": tasks.version, "tokenizer": trained.facts["name"], "data": args.task_data}
+        key |= {"prefix_token": trained.facts["eot"], "files": files}
         known = world.from_main(read_records(args.out / RESULTS) if world.is_main else [])  # others may write, too
         score = find(known, key)
         if score is None:

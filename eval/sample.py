@@ -85,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         device = resolve_device(args.device)
         trained = open_trained(args.checkpoint, device, args.tokenizer, args.ranks, args.eot)
         tokenizer = trained.tokenizer
+        assert tokenizer is not None
         prompt = [tokenizer.eot, *tokenizer.encode(args.prompt)]
         settings = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, eot=tokenizer.stop)
         for i in range(args.samples):

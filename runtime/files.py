@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ except ImportError:
 
 # a file system that cannot flush the entries of a folder gives one of these errors; all others are real
 CANNOT_SYNC_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EBADF)
-ASIDE = "old-"  # prefix of a folder's name while a new folder takes its place
 UNFINISHED = "tmp-"  # prefix of the names of folders that are being written or deleted
 
 
@@ -98,50 +98,63 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
+def replaced_name(final: Path) -> Path:
+    """The hidden name under which a folder waits while a new one takes its place."""
+    return final.with_name(f".{final.name}.replaced")
+
+
 def replace_folder(new: Path, final: Path) -> None:
     """Give a complete folder its final name, in place of a folder that has it.
 
-    Two folders cannot change places in one operation. So the old one is renamed, and deleted only when the new one
-    has its name. `restore_folder` repairs what an interruption leaves.
+    Two folders cannot change places in one operation. So the old one waits under a hidden name, and is deleted when
+    the new one has its name. What begins with a dot in it may be a user's, and moves to the new one.
+    `restore_folder` repairs what an interruption leaves.
     """
     sync_folder(new)
-    aside = _aside(final)
     if final.exists():
-        delete_folder(aside)
-        final.rename(aside)
+        restore_folder(final)
+        final.rename(replaced_name(final))
     try:
         new.rename(final)
     except OSError:
         restore_folder(final)
         raise
     sync_folder(final.parent)
-    delete_folder(aside)
+    restore_folder(final)
 
 
 def restore_folder(final: Path) -> None:
     """Finish or undo an interrupted `replace_folder`, so that `final` is the new or the old folder."""
-    aside = _aside(final)
-    if not aside.exists():
-        return
-    if final.exists():
-        delete_folder(aside)
-    else:
-        aside.rename(final)
+    old = replaced_name(final)
+    if old.exists() and not final.exists():
+        old.rename(final)
+    for path in old.glob(".*"):
+        if not (final / path.name).exists():
+            path.rename(final / path.name)
+    delete_folder(old)
 
 
-def _aside(final: Path) -> Path:
-    return final.with_name(ASIDE + final.name)
+def was_replaced(final: Path) -> bool:
+    """Whether an interrupted `replace_folder` left something for `restore_folder` to do."""
+    old = replaced_name(final)
+    return old.exists() or _doomed(old).exists()
 
 
 def delete_folder(folder: Path) -> None:
     """Delete a folder, if it exists, so that it is complete or absent under its name at every moment.
 
-    What cannot be deleted stays under a temporary name, because nothing depends on it.
+    What cannot be deleted stays under a temporary name, because nothing depends on it. The next call deletes it.
     """
+    doomed = _doomed(folder)
     with suppress(OSError):
-        if not folder.name.startswith(UNFINISHED):
-            folder = folder.rename(folder.with_name(UNFINISHED + folder.name))
-        shutil.rmtree(folder)
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _doomed(folder: Path) -> Path:
+    """The name of a folder while it is deleted."""
+    return folder if folder.name.startswith(UNFINISHED) else folder.with_name(UNFINISHED + folder.name)
 
 
 def follow_umask(folder: Path) -> None:
@@ -157,7 +170,7 @@ def follow_umask(folder: Path) -> None:
 def locked(path: Path) -> Iterator[None]:
     """Lock a lock file, and delete it at the end. Raises BlockingIOError if another process has locked it.
 
-    A file system that cannot lock files is used without a lock, and stderr says so.
+    A file system that cannot lock files is used without a lock, and stderr says so, once for each folder.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC  # a link that somebody put there is an error
     handle, is_present = os.open(path, flags, 0o666), False
@@ -168,8 +181,7 @@ def locked(path: Path) -> Iterator[None]:
             error.filename = str(path)
             raise
         except OSError as error:
-            reason = f"this file system cannot lock files ({error.strerror})"
-            print(f"{path}: {reason}; do not start the same command twice at a time", file=sys.stderr)
+            _say_unlocked(path.parent, str(error.strerror))
         # the previous owner may have deleted this file after we opened it; then our lock protects nothing
         with suppress(FileNotFoundError):
             is_present = os.path.samestat(os.fstat(handle), path.stat())
@@ -182,6 +194,12 @@ def locked(path: Path) -> Iterator[None]:
                 path.unlink(missing_ok=True)
     finally:
         os.close(handle)
+
+
+@cache
+def _say_unlocked(folder: Path, reason: str) -> None:
+    problem = f"this file system cannot lock files ({reason})"
+    print(f"{folder}: {problem}; do not start the same command twice at a time", file=sys.stderr)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import train_gpt
 from model import GPT
-from weights import read_source
+from weights import read_trained
 
 
 def train(dataset, folder, name, *words):
@@ -125,7 +125,7 @@ def test_every_rank_learns_why_the_first_one_cannot_copy_the_origin(dataset, tmp
 def test_a_step_of_a_run_has_a_name(dataset, tmp_path):
     """RUN@STEP names a checkpoint for --init_from and for every command that opens models."""
     run = train(dataset, tmp_path, "run", "--steps=8")
-    assert read_source(f"{run}@4").name == "run/step_0000004"
+    assert read_trained(f"{run}@4").name == "run/step_0000004"
     text = message(dataset, tmp_path, "second", f"--init_from={run}@5", "--steps=4")
     assert f"no checkpoint {run}/checkpoints/step_0000005" in text
     assert "nearest steps: 4, 8" in text

@@ -385,10 +385,11 @@ if __name__ == "__main__":
 
 
 def test_a_start_deletes_no_folder_of_the_user(tmp_path):
-    for name in ("tmp-step_0000004", "tmp-old-step_0000004", "tmp-before-surgery", "best"):
+    mine = {"tmp-before-surgery", "best", ".step_0000004.replaced.mine", "old-step_0000004"}
+    for name in ("tmp-step_0000004", "tmp-.step_0000004.replaced", *mine):
         (tmp_path / name).mkdir()
     Checkpointer(tmp_path, CheckpointConfig(), ALONE).repair()
-    assert {p.name for p in tmp_path.iterdir()} == {"tmp-before-surgery", "best"}
+    assert {p.name for p in tmp_path.iterdir()} == mine
 
 
 def test_json_nested_without_end_is_damage(tmp_path):

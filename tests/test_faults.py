@@ -16,6 +16,7 @@ from data.prepare import command as prepare
 from data.prepare import output
 from eval import export, run
 from runtime.distributed import ALONE
+from runtime.files import restore_folder
 from training.checkpoint import CheckpointConfig, Checkpointer
 from training.logger import MetricsFile, read_metrics
 from weights import open_trained
@@ -45,12 +46,17 @@ def newest(folder: Path) -> tuple[int, float] | None:
 
 
 def checkpoints(folder: Path, background: bool) -> None:
-    """A first save, one of the next step, which deletes the former one, and a second one of the same step."""
+    """A first save, one of the next step, which deletes the former one, and a second one of the same step.
 
-    def reset(*before: tuple[int, float]) -> None:
+    Then the second one again, after another was killed between its two renames.
+    """
+
+    def reset(*before: tuple[int, float], killed: bool = False) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         for step, value in before:
             save(folder, step, value)
+            if killed:
+                (folder / f"step_{step:07d}").rename(folder / f".step_{step:07d}.replaced")
 
     def check(before: tuple[int, float] | None, after: tuple[int, float], outcome: str) -> None:
         found = newest(folder)
@@ -59,8 +65,14 @@ def checkpoints(folder: Path, background: bool) -> None:
         assert newest(folder) == after
         assert [p.name for p in folder.iterdir()] == [f"step_{after[0]:07d}"]
 
-    for before, after in ((None, (1, 1.0)), ((1, 1.0), (2, 2.0)), ((2, 2.0), (2, 3.0))):
-        first = partial(reset, before) if before else reset
+    cases = (
+        (None, (1, 1.0), False),
+        ((1, 1.0), (2, 2.0), False),
+        ((2, 2.0), (2, 3.0), False),
+        ((2, 2.0), (2, 3.0), True),
+    )
+    for before, after, killed in cases:
+        first = partial(reset, before, killed=killed) if before else reset
         every_fault(folder, first, partial(save, folder, *after, background), partial(check, before, after))
 
 
@@ -93,7 +105,7 @@ def metrics(folder: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".replaced")}
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
 def prepare_in_process(arguments: list[str]) -> None:
@@ -130,7 +142,7 @@ def preparations(folder: Path, replaces: bool) -> None:
 
     def check(outcome: str) -> None:
         with output.locked(out):
-            output.restore(out)
+            restore_folder(out)
         if replaces or out.exists():
             assert contents(out) in (old, new)
         prepare.main(arguments)

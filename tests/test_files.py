@@ -11,7 +11,7 @@ from conftest import ROOT, environment
 
 from runtime.command import one_line
 from runtime.errors import UserError
-from runtime.files import locked, replace_folder, restore_folder, write_durably
+from runtime.files import lock_of, locked, replace_folder, restore_folder, was_replaced, write_durably
 from runtime.streams import printable
 
 # ---- files
@@ -34,17 +34,19 @@ def test_a_lock_file_that_its_owner_deletes_meanwhile_is_not_locked_twice(tmp_pa
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EIO])
-def test_a_file_system_that_cannot_lock_is_used_with_a_warning(tmp_path, monkeypatch, capsys, code):
+def test_a_file_system_that_cannot_lock_is_used_with_one_warning(tmp_path, monkeypatch, capsys, code):
     """Lustre without flock gives ENOSYS, and some FUSE systems EINVAL: no list of numbers can be complete."""
 
     def refuse(f, how):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with locked(tmp_path / "lock"):
-        pass
+    for name in ("results.json", "results.json", "other.json"):
+        with lock_of(tmp_path / name):
+            pass
     said = capsys.readouterr().err
-    assert f"{tmp_path / 'lock'}: this file system cannot lock files ({os.strerror(code)}); do not start" in said
+    assert said.startswith(f"{tmp_path}: this file system cannot lock files ({os.strerror(code)}); do not start")
+    assert said.count("\n") == 1
 
 
 def test_a_lock_file_that_cannot_be_deleted_does_not_hide_an_error(tmp_path):
@@ -71,20 +73,50 @@ def test_links_that_somebody_put_there_are_not_followed(tmp_path, name):
     assert thesis.read_text() == "years of work"
 
 
+def folder_with(folder, text, **hidden):
+    folder.mkdir()
+    for name, content in (("x", text), *((f".{key}", value) for key, value in hidden.items())):
+        (folder / name).write_text(content)
+    return folder
+
+
+def contents(folder):
+    return {p.name: p.read_text() for p in folder.iterdir()}
+
+
 def test_an_interrupted_replacement_is_finished_or_undone(tmp_path):
-    final, new = tmp_path / "data", tmp_path / "new"
-    for name, text in ((final, "old"), (new, "new")):
-        name.mkdir()
-        (name / "x").write_text(text)
-    final.rename(tmp_path / "old-data")  # killed before the new folder got the name
+    final = folder_with(tmp_path / "data", "old")
+    final.rename(tmp_path / ".data.replaced")  # killed before the new folder got the name
+    assert was_replaced(final)
     restore_folder(final)
-    assert (final / "x").read_text() == "old"
-    replace_folder(new, final)
-    assert (final / "x").read_text() == "new"
-    (tmp_path / "old-data").mkdir()  # killed before the old folder was deleted
-    restore_folder(final)
+    assert contents(final) == {"x": "old"}
+    replace_folder(folder_with(tmp_path / "new", "new"), final)
+    assert contents(final) == {"x": "new"}
+    for left in (".data.replaced", "tmp-.data.replaced"):  # killed before, or while, the old folder was deleted
+        folder_with(tmp_path / left, "old")
+        assert was_replaced(final)
+        restore_folder(final)
+        assert [p.name for p in tmp_path.iterdir()] == ["data"]
+        assert contents(final) == {"x": "new"}
+    assert not was_replaced(final)
+
+
+def test_a_replacement_succeeds_whatever_earlier_ones_left(tmp_path):
+    final = folder_with(tmp_path / "data", "old")
+    for left in (".data.replaced", "tmp-.data.replaced"):
+        folder_with(tmp_path / left, "older")
+    replace_folder(folder_with(tmp_path / "new", "new"), final)
     assert [p.name for p in tmp_path.iterdir()] == ["data"]
-    assert (final / "x").read_text() == "new"
+    assert contents(final) == {"x": "new"}
+
+
+def test_hidden_files_move_to_the_new_folder_and_replace_nothing(tmp_path):
+    final = folder_with(tmp_path / "data", "old", notes="of the user", both="old")
+    (final / ".git").mkdir()
+    replace_folder(folder_with(tmp_path / "new", "new", both="new"), final)
+    assert (final / ".git").is_dir()
+    (final / ".git").rmdir()
+    assert contents(final) == {"x": "new", ".notes": "of the user", ".both": "new"}
 
 
 # ---- streams

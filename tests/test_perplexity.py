@@ -166,7 +166,7 @@ def test_different_tokenizers_and_a_file_without_text_are_errors(runs, tmp_path,
     def other_tokenizer(path, *rest):
         out = real(path, *rest)
         if path.endswith("two"):
-            out.tokenizer = type("Other", (), dict(name="gpt2", vocab_size=50257))()
+            out.facts = dict(name="gpt2", vocab_size=50257)
         return out
 
     monkeypatch.setattr(perplexity, "open_trained", other_tokenizer)

@@ -322,11 +322,12 @@ def test_the_same_command_without_fresh_continues_an_interrupted_replacement(
     assert contents(out) == contents(whole)
     assert not output.temporary(out).exists()
     capsys.readouterr()
-    (out / output.REPLACED).mkdir()  # the command was killed while it deleted the old dataset
-    (out / output.REPLACED / "train_000000.bin").touch()
-    prepare.main(command("openwebtext", corpus, out))
-    assert "already prepared" in capsys.readouterr().out
-    assert contents(out) == contents(whole)
+    for name in (".owt.replaced", "tmp-.owt.replaced"):  # killed before, and while, it deleted the old dataset
+        shutil.copytree(whole, tmp_path / name)
+        prepare.main(command("openwebtext", corpus, out))
+        assert "already prepared" in capsys.readouterr().out
+        assert contents(out) == contents(whole)
+        assert [p.name for p in tmp_path.iterdir()] == ["owt"]
 
 
 def test_names_that_begin_with_a_dot_are_left_alone(corpus, whole, tmp_path, monkeypatch):
@@ -360,8 +361,8 @@ def test_a_folder_with_files_of_the_user_is_never_replaced(corpus, tmp_path):
     for name in ("lock", "tokenizer.json", "fetched"):
         (tmp_path / f"{name}.tmp").mkdir()
         (tmp_path / f"{name}.tmp" / name).write_text("precious")
-    (tmp_path / "old-made").mkdir()
-    (tmp_path / "old-made" / "thesis.tex").write_text("precious")
+    (tmp_path / ".waits.replaced").mkdir()  # the name of a dataset that is being replaced
+    (tmp_path / ".waits.replaced" / "thesis.tex").write_text("precious")
     prepare.main(command("openwebtext", corpus, tmp_path / "made"))
     (tmp_path / "made" / "notes.txt").write_text("precious")
     for name in ("x_val_0.bin", "x_train_1.bin"):
@@ -370,7 +371,7 @@ def test_a_folder_with_files_of_the_user_is_never_replaced(corpus, tmp_path):
     prepare.main(["pretokenized", "--source", str(tmp_path / "indexed")])
     (tmp_path / "link").symlink_to(tmp_path / "private")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    ours = ("also", "made", "indexed", "lock", "tokenizer.json", "fetched")
+    ours = ("also", "made", "indexed", "waits", "lock", "tokenizer.json", "fetched")
     for out in ("source", "private", "private/..", "link", "source/../private", *ours):
         for fresh in ((), ("--fresh",)):
             message = stops(command("fineweb_edu", tmp_path / "source", tmp_path / out, *fresh))
@@ -851,7 +852,7 @@ def test_a_full_disk_keeps_what_was_written(corpus, whole, tmp_path):
 
 
 def fails_with(number: int, *filename):
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise OSError(number, os.strerror(number), *filename)
 
     return fail

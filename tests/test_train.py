@@ -636,10 +636,11 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(arguments, straight, mo
     assert_same_weights(folder / FINAL, straight / FINAL)
 
 
-def test_a_disk_full_at_the_end_is_an_error(arguments, monkeypatch, capsys):
-    save = Checkpointer.save
+def test_a_disk_full_at_the_end_is_an_error_and_said_once(arguments, monkeypatch, capsys):
+    save, steps = Checkpointer.save, []
 
     def full_at_12(self, model, optimizer, state, average):
+        steps.append(state["step"])
         limit_file_size(1000 if state["step"] == 12 else None)
         try:
             save(self, model, optimizer, state, average)
@@ -648,7 +649,8 @@ def test_a_disk_full_at_the_end_is_an_error(arguments, monkeypatch, capsys):
 
     monkeypatch.setattr(Checkpointer, "save", full_at_12)
     assert "stops at step 12 without its last checkpoint" in stops(arguments)
-    assert capsys.readouterr().out.count("checkpoint of step 12 could not be written") == 1
+    assert steps == [4, 8, 12]
+    assert capsys.readouterr().out.count("could not be written") == 1
     assert "step_0000008" in {p.name for p in (folder_of(arguments) / "checkpoints").iterdir()}
 
 

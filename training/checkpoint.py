@@ -38,7 +38,6 @@ from runtime.command import first_line
 from runtime.distributed import ALONE, DelayedAny, World
 from runtime.errors import UserError
 from runtime.files import (
-    ASIDE,
     UNFINISHED,
     delete_folder,
     replace_folder,
@@ -52,7 +51,7 @@ MODEL, AVERAGE, STATE = "model.safetensors", "average.safetensors", "state.json"
 FORMAT = 2  # of state.json
 COUNTS, LOSSES = ("step", "tokens", "sequences"), ("val_loss", "best_val_loss", "train_seconds")  # keys of state.json
 STEP_OF_RUN = re.compile(r"(.+)@(\d+)")  # names a checkpoint: runs/NAME@600
-STEP_FOLDER = re.compile(rf"(?:{ASIDE})?step_(\d+)")
+STEP_FOLDER = re.compile(r"(\.)?(?P<name>step_(?P<step>\d+))(?(1)\.replaced)")  # the second form: `replaced_name`
 FAILURES = (OSError, RuntimeError, MemoryError, SafetensorError)  # errors that fail one checkpoint, not the run
 DTYPES = {  # as the safetensors format names them
     torch.float64: "F64",
@@ -257,13 +256,15 @@ class Checkpointer:
     def _folders(self) -> list[Path]:
         """Checkpoint folders, newest first; the former folder of a step if only that exists."""
         found = {p: match for p in self.folder.glob("*step_*") if (match := STEP_FOLDER.fullmatch(p.name))}
-        present = [p for p in found if not p.name.startswith(ASIDE) or not (p.parent / p.name[len(ASIDE) :]).exists()]
-        return sorted(present, key=lambda p: int(found[p][1]), reverse=True)
+        finals = {p: p.with_name(match["name"]) for p, match in found.items()}
+        present = [p for p, final in finals.items() if p == final or not final.exists()]
+        return sorted(present, key=lambda p: int(found[p]["step"]), reverse=True)
 
     def repair(self) -> None:
         """Finish what a killed run was doing here. Only the process that holds the run's lock may call it."""
-        for aside in self.folder.glob(f"{ASIDE}step_*"):
-            restore_folder(aside.with_name(aside.name[len(ASIDE) :]))
+        for path in sorted(self.folder.glob("*step_*")):
+            if match := STEP_FOLDER.fullmatch(path.name):
+                restore_folder(path.with_name(match["name"]))
         for unfinished in self.folder.glob(f"{UNFINISHED}*step_*"):  # another folder may be a user's
             delete_folder(unfinished)
 
@@ -416,7 +417,7 @@ def read_state(folder: Path) -> tuple[dict | None, str]:
     if any(type(n) is not int or n < 0 for n in counts) or any(type(x) not in (int, float, NoneType) for x in losses):
         return None, f"{STATE} holds something else than numbers under {', '.join((*COUNTS, *LOSSES))}"
     match, files = STEP_FOLDER.fullmatch(folder.name), state.get("sha256")
-    if match and int(match[1]) != state["step"]:
+    if match and int(match["step"]) != state["step"]:
         return None, f"{STATE} is that of step {state['step']}"
     if not isinstance(files, dict) or MODEL not in files or any(Path(name).name != name for name in files):
         return None, f"{STATE} does not name the files of a checkpoint"

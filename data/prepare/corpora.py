@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from data.prepare import pydocs, text
-from data.prepare.hub import HubFolder
-from data.prepare.sources import SUFFIXES, Files, Folder, LocalFolder, Named, Source
+from data.prepare.hub import hub_files
+from data.prepare.sources import SUFFIXES, Files, Named, Source, local_files
 from data.prepare.split import ByName, FirstShard, NanoGPT, Split
 from data.shards import DataError
 
@@ -96,21 +96,23 @@ def corpus_job(args: argparse.Namespace) -> Job:
     """A corpus from the hub, or from files like it that the user has."""
     corpus = CORPORA[args.command]
     settings = {"name": args.command, "column": args.column, **corpus.split.settings, "eot": corpus.eot}
-    local = LocalFolder(args.source, args.exclude) if args.source else None
+    local = local_files(args.source, args.exclude) if args.source else None
     revision = args.revision or (corpus.commit if args.repo == corpus.repo else "main")
     pattern = args.pattern or corpus.pattern.format(sample=args.sample)
     if local:
-        paths = [args.source / file.name for file in local.files]
+        paths = [args.source / file.name for file in local]
         text.say_what_is_left_out(args.source, paths, args.exclude, f"end in {', '.join(SUFFIXES)}")
-        settings |= {"root": str(args.source.resolve()), "files": len(local.files), "files_sha256": local.digest()}
+        digest = hashlib.sha256(repr([(f.name, f.size) for f in local]).encode()).hexdigest()[:16]
+        settings |= {"root": str(args.source.resolve()), "files": len(local), "files_sha256": digest}
         settings |= {"exclude": sorted(set(args.exclude))} if args.exclude else {}
     else:
         settings |= {"repo": args.repo, "pattern": pattern, "asked_revision": revision}
 
     def start(pinned: dict) -> tuple[Source, Split, dict]:
-        folder: Folder = local or HubFolder(args.repo, pattern, pinned.get("revision", revision))
-        files = Files(folder, args.column)
-        facts = {"revision": folder.revision} if isinstance(folder, HubFolder) else {}
+        facts: dict = {}
+        if (found := local) is None:
+            facts["revision"], found = hub_files(args.repo, pattern, pinned.get("revision", revision))
+        files = Files(found, args.column)
         if corpus.split is FirstShard:
             return files, FirstShard(), facts
         facts["documents"] = pinned.get("documents") or files.documents()

@@ -86,29 +86,26 @@ def _is_network_error(error: Exception) -> bool:
     return type(error).__module__.startswith(("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "fsspec"))
 
 
-class HubFolder:
-    """The files of a dataset repository that match a pattern, in the order of their names."""
+def hub_files(repo: str, pattern: str, revision: str) -> tuple[str, list[SourceFile]]:
+    """The commit that a branch, tag or commit means now, and the files there that match a pattern, by name."""
+    api = hub_library().HfApi(endpoint=endpoint())
+    with answers(repo, revision):
+        commit = api.dataset_info(repo, revision=revision).sha
+        tree = list(api.list_repo_tree(repo, repo_type="dataset", revision=commit, recursive=True))
+    found = [e for e in tree if hasattr(e, "size") and fnmatch.fnmatch(e.path, pattern)]
+    if not found:
+        raise DataError(f'{repo} at {commit}: no file matches "{pattern}"; name the files with --pattern')
+    return commit, [
+        SourceFile(e.path, e.size, f"{repo}: {e.path}", partial(streamed, repo, commit, e.path), e.lfs and e.lfs.sha256)
+        for e in sorted(found, key=lambda e: e.path)
+    ]
 
-    def __init__(self, repo: str, pattern: str, revision: str) -> None:
-        """revision: branch, tag or commit; `self.revision` is the commit that it means now."""
-        api = hub_library().HfApi(endpoint=endpoint())
-        with answers(repo, revision):
-            self.revision = api.dataset_info(repo, revision=revision).sha
-            tree = list(api.list_repo_tree(repo, repo_type="dataset", revision=self.revision, recursive=True))
-        found = {e.path: e for e in tree if hasattr(e, "size") and fnmatch.fnmatch(e.path, pattern)}
-        self.repo, self.files = repo, []
-        for name, entry in sorted(found.items()):
-            opener = partial(streamed, repo, self.revision, name)
-            sha256 = entry.lfs.sha256 if entry.lfs else None
-            self.files.append(SourceFile(name, entry.size, f"{repo}: {name}", opener, sha256))
-        if not self.files:
-            raise DataError(f'{repo} at {self.revision}: no file matches "{pattern}"; name the files with --pattern')
 
-    def download(self, file: SourceFile, folder: Path) -> Path:
-        """Path of a file, fetched into a folder. An interrupted download is continued."""
-        where = dict(repo_type="dataset", revision=self.revision, local_dir=folder, endpoint=endpoint())
-        with answers(self.repo, self.revision, file.name):
-            return Path(hub_library().hf_hub_download(self.repo, file.name, **where))
+def download(repo: str, commit: str, name: str, folder: Path) -> Path:
+    """Path of a file, fetched into a folder. An interrupted download is continued."""
+    where = dict(repo_type="dataset", revision=commit, local_dir=folder, endpoint=endpoint())
+    with answers(repo, commit, name):
+        return Path(hub_library().hf_hub_download(repo, name, **where))
 
 
 @contextmanager

@@ -14,10 +14,9 @@ from pathlib import Path
 from data.prepare.verify import describe
 from data.shards import MANIFEST, SPLITS, DataError, files_of, read_manifest, visible
 from runtime.files import locked as file_locked
-from runtime.files import sync_folder, write_durably
+from runtime.files import replace_folder, replaced_name, restore_folder, was_replaced, write_durably
 
 PROGRESS, FETCHED = "progress.json", "fetched"
-REPLACED = ".replaced_dataset"  # an old dataset, inside the folder of the new one
 OURS = re.compile(rf"((progress|manifest|tokenizer)\.json|held-\d+|({'|'.join(SPLITS)})_\d+\.bin)(\.tmp)?|{FETCHED}")
 PINNED = ("revision", "documents", "read")  # facts that the source adds to the settings
 
@@ -91,7 +90,8 @@ def unfinished(out: Path, settings: dict, fresh: bool) -> dict | None:
     fresh: delete an unfinished preparation; a complete one will be replaced.
     Raises DataError if the folder holds something else, or a preparation with other settings.
     """
-    restore(out)
+    refuse_foreign_files(replaced_name(out))
+    restore_folder(out)
     folder = temporary(out)
     refuse_foreign_files(folder)
     if fresh:
@@ -111,7 +111,7 @@ def unfinished(out: Path, settings: dict, fresh: bool) -> dict | None:
 
 def is_interrupted(out: Path) -> bool:
     """Whether a preparation of `out` or its replacement has to be continued."""
-    return temporary(out).exists() or (out / REPLACED).exists()
+    return temporary(out).exists() or was_replaced(out)
 
 
 def changed(before: dict, now: dict) -> str:
@@ -146,35 +146,10 @@ def discard(folder: Path, kept: Set[str] = frozenset()) -> None:
 
 
 def publish(folder: Path, out: Path) -> None:
-    """Give a complete folder the name `out`, in place of a dataset that may be there.
-
-    The old dataset is moved into the folder first. So at every moment, either there is a complete dataset under the
-    name, or `restore` puts the old one back.
-    """
+    """Give a complete folder the name `out`, in place of a dataset that may be there."""
     refuse_foreign_files(out)
     discard(folder, kept=files_of(read_manifest(folder / MANIFEST)))
-    sync_folder(folder)
-    if out.exists():
-        out.rename(folder / REPLACED)
-    try:
-        folder.rename(out)
-    except OSError:
-        restore(out)
-        raise
-    sync_folder(out.parent)
-    restore(out)
-
-
-def restore(out: Path) -> None:
-    """Undo or finish an interrupted replacement."""
-    waiting, old = temporary(out) / REPLACED, out / REPLACED
-    if waiting.exists() and not out.exists():
-        waiting.rename(out)
-    if old.exists():
-        for path in old.glob(".*"):  # perhaps files of the user
-            if not (out / path.name).exists():
-                path.rename(out / path.name)
-        shutil.rmtree(old, ignore_errors=True)
+    replace_folder(folder, out)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.prepare.hub import HubFolder
+from data.prepare.hub import download, hub_files
 from data.prepare.output import FETCHED, begin, publish
 from data.shards import MANIFEST, SPLITS, DataError, examine, names_split, read_shard_header, visible, write_manifest
 from data.tokenizer import TOKENIZER_FILE, CustomTokenizer, GPT2Tokenizer, facts_of, get_tokenizer
@@ -61,20 +61,20 @@ def fetch(out: Path, settings: dict, pinned: dict) -> None:
     Raises DataError for errors of the hub and for damaged shards.
     """
     repo, pattern = settings["repo"], settings["pattern"]
-    hub = HubFolder(repo, pattern, pinned.get("revision", settings["asked_revision"]))
-    train = [f for f in hub.files if split_of(f.name) == "train"][: settings["shards"]]
-    files = [f for f in hub.files if f in train or split_of(f.name) == "val"]
+    commit, found = hub_files(repo, pattern, pinned.get("revision", settings["asked_revision"]))
+    train = [f for f in found if split_of(f.name) == "train"][: settings["shards"]]
+    files = [f for f in found if f in train or split_of(f.name) == "val"]
     names = [Path(f.name).name for f in files]
     if len(set(names)) < len(names):
         raise DataError(f'{repo}: "{pattern}" matches files of one name in several folders; narrow it')
-    source = settings | {"revision": hub.revision}
+    source = settings | {"revision": commit}
     folder = begin(out, {"source": source, "files": names})
     bar = tqdm(names, desc=printable(f"fetching {out.name}"), unit=" shards", disable=None)
     for name, file in zip(bar, files, strict=True):
         path = folder / name
         if path.exists() and path.stat().st_size == file.size:
             continue
-        fetched = hub.download(file, folder / FETCHED)
+        fetched = download(repo, commit, file.name, folder / FETCHED)
         if file.sha256 and sha256_of(fetched) != file.sha256:
             fetched.unlink()
             raise DataError(f"{repo}: {file.name} is damaged (its sha256 is wrong); the same command continues")

@@ -4,7 +4,6 @@ Each chunk knows the position at which the next one starts, so that a preparatio
 """
 
 import fnmatch
-import hashlib
 import json
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -93,36 +92,22 @@ def unlinked(files: dict[str, Path]) -> dict[str, Path]:
     return {name: files[name] for name in by_identity.values()}
 
 
-class LocalFolder:
+def local_files(root: Path, exclude: Sequence[str] = ()) -> list[SourceFile]:
     """The corpus files in a folder, in the order of their names."""
-
-    def __init__(self, root: Path, exclude: Sequence[str] = ()) -> None:
-        if not root.is_dir():
-            raise DataError(f"--source {root}: no such folder")
-        found = {n: p for n, p in files_below(root, "**/*", exclude).items() if n.lower().endswith(SUFFIXES)}
-        if not found:
-            raise DataError(f"--source {root}: holds no {', '.join(SUFFIXES)} file")
-        self.files = []
-        for name, path in found.items():
-            opener: Callable[..., Any] = partial(path.open, "rb")
-            self.files.append(SourceFile(name, path.stat().st_size, str(path), opener))
-
-    def digest(self) -> str:
-        """A hash of the names and sizes of the files."""
-        return hashlib.sha256(repr([(f.name, f.size) for f in self.files]).encode()).hexdigest()[:16]
-
-
-class Folder(Protocol):
-    """Files in a fixed order, on this machine or on the hub."""
-
-    files: list[SourceFile]
+    if not root.is_dir():
+        raise DataError(f"--source {root}: no such folder")
+    found = {n: p for n, p in files_below(root, "**/*", exclude).items() if n.lower().endswith(SUFFIXES)}
+    if not found:
+        raise DataError(f"--source {root}: holds no {', '.join(SUFFIXES)} file")
+    opener: Any = open
+    return [SourceFile(n, p.stat().st_size, str(p), partial(opener, p, "rb")) for n, p in found.items()]
 
 
 class Files:
-    """The documents of a folder, one file after the other."""
+    """The documents of files, one file after the other."""
 
-    def __init__(self, folder: Folder, column: str = "text") -> None:
-        self.files, self.column = folder.files, column
+    def __init__(self, files: Sequence[SourceFile], column: str = "text") -> None:
+        self.files, self.column = files, column
 
     def documents(self) -> int:
         """Number of documents in all files."""
