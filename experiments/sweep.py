@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench.report import RESULTS, ROOT, markdown
+from bench.report import RESULTS, ROOT
 from config.load import run_file
 from eval.comparison import groups_of, measured_on
 from eval.table import published
@@ -43,6 +43,7 @@ from runtime.command import Parser, at_least, one_line
 from runtime.errors import UserError
 from runtime.files import lock_of, read_json, write_durably, write_json
 from runtime.hardware import environment
+from runtime.markdown import table_of_records
 from training.folder import CONFIG
 from training.logger import METRICS, read_metrics
 from training.plot import new_figure, save
@@ -180,7 +181,7 @@ class Run:
 
     def _train(self, devices: str) -> None:
         variables = os.environ | ({"CUDA_VISIBLE_DEVICES": devices} if devices else {"OMP_NUM_THREADS": "1"})
-        command = [sys.executable, str(ROOT / "bench/tied.py"), str(os.getpid()), *self.command]
+        command = [sys.executable, str(ROOT / "experiments/tied.py"), str(os.getpid()), *self.command]
         done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
         if done.returncode and "is not finite" in done.stdout + done.stderr:
             (self.path / "diverged").touch()
@@ -373,7 +374,7 @@ def table(sweep: Sweep, rows: Iterable[dict[str, Any]]) -> str:
         out |= {"published": text(row["published"])} if "published" in row else {}
         return out | {f"tries ({program.selects[0]})": ", ".join(map(": ".join, tries.items()))}
 
-    return markdown([cells(row) for row in rows])
+    return table_of_records([cells(row) for row in rows])
 
 
 def published_points(sweep: Sweep) -> list[dict[str, Any]]:
@@ -430,7 +431,7 @@ def report(sweep: Sweep, folder: Path) -> None:
     facts = {key: facts[key] for key in ("commit", "packages", "device")}
     missing = [arm for arm in sweep.plan.arms if arm not in {row["arm"] for row in rows}]
     text = f"# {sweep.plan.question}\n\n{sweep.plan.source}; {sweep.scale_name} scale: "
-    text += f"`{sweep.scale.config} {sweep.scale.options}`\n\n{table(sweep, rows)}\n"
+    text += f"`{sweep.scale.config} {sweep.scale.options}`\n\n{table(sweep, rows)}"
     text += f"\nNot finished: {', '.join(missing)}\n" if missing else ""
     if points := published_points(sweep):
         results = "; ".join(f"{p['setting']}: {p[sweep.program.reports]}" for p in points)
@@ -459,7 +460,7 @@ def overview() -> str:
             row = dict(plan=f"{name}, {scale}", reproduces=plan.source, question=plan.question, runs=sweep.count())
             row |= {"H100 hours, estimated": "" if math.isnan(hours) else f"{hours:,.0f}"}
             rows.append(row | {"in bench/results": results, "finished here": state})
-    return markdown(rows)
+    return table_of_records(rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -477,7 +478,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with one_line("experiments.sweep", "interrupted; the same command continues"):
         if args.list or not args.plan:
-            print(overview())
+            print(overview(), end="")
             return
         sweep = Sweep(args.plan, args.scale, args.arms, args.reference)
         if problem := sweep.changed_run():
