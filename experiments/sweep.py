@@ -283,17 +283,18 @@ class Sweep:
         flops = statistics.fmean(self.program.flops(self.tuning(arm)[0].config) for arm in self.plan.arms)
         return flops * self.count() / H100_FLOPS / 3600
 
-    def train(self, workers: int) -> None:
-        """Do all runs, `workers` at a time; on a machine with GPUs, each has GPUs of its own.
+    def train(self, workers: int | None = None) -> None:
+        """Do all runs, `workers` at a time; by default one on each GPU, or two on a CPU. More share the GPUs.
 
         If a run fails, its error is kept in `failed`, and the others go on.
         """
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         names = visible.split(",") if visible else [*map(str, range(torch.cuda.device_count()))]
         gpus, size = names[: torch.cuda.device_count()], self.scale.processes
-        groups = [",".join(gpus[i : i + size]) for i in range(0, len(gpus) - size + 1, size)] or [""] * workers
+        groups = [",".join(gpus[i : i + size]) for i in range(0, len(gpus) - size + 1, size)]
+        workers = workers or len(groups) or 2
         free: queue.Queue[str] = queue.Queue()
-        for devices in groups[:workers]:
+        for devices in itertools.islice(itertools.cycle(groups or [""]), workers):
             free.put(devices)
 
         def train(run: Run) -> None:
@@ -470,7 +471,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scale", default="", help="scale of the plan (default: its first one)")
     parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these arms and the reference")
     parser.add_argument("--reference", default="", metavar="ARM", help="compare with this arm (default: the plan's)")
-    parser.add_argument("--workers", type=at_least(1), default=torch.cuda.device_count() or 2, help="runs at a time")
+    parser.add_argument("--workers", type=at_least(1), help="runs at a time (default: one per GPU, or 2 on a CPU)")
     parser.add_argument("--dry_run", action="store_true", help="as --commands, with the estimated GPU hours")
     parser.add_argument("--commands", action="store_true", help="print a command for each run that can start now")
     parser.add_argument("--report_only", action="store_true", help="report the finished arms without training")
