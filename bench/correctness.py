@@ -1,25 +1,32 @@
 """Checks that the fast run on one GPU is correct. Prints a line per check; exit status 1 if a check fails.
 
-python -m bench.correctness                124M, minutes
-python -m bench.correctness --size 1558M
-python -m bench.correctness --smoke        a tiny model on the CPU, seconds
+python -m bench.correctness                  124M, minutes
+python -m bench.correctness --only numbers   a part of the checks
+python -m bench.correctness --smoke          a tiny model on the CPU, seconds
 
-The checks: compiled against eager, bf16 against float32, resume bit for bit, no waiting for the device, no compilation
-after the first steps, and the time in which the GPU is idle. Checks that need a GPU are not measured without one.
+numbers: loss and gradients in bf16 and compiled, with flash and with cuDNN attention, against float32.
+steady:  after the first steps no compilation, no waiting for the device, and hardly any idle time. The profiler's trace
+         of four steps is written beside the results; chrome://tracing and ui.perfetto.dev show it.
+resume:  a run that is stopped and resumed equals an uninterrupted one bit for bit.
+Checks that need a GPU are not measured without one.
 """
 
+import gzip
 import io
 import json
 import os
 import signal
 import sys
 import tempfile
+import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -27,15 +34,17 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import train_gpt
-from bench.ladder import RUNGS
+from bench.gpu import SIDES
 from bench.report import bench_parser
 from bench.runs import MICRO, batch_of, opened, run_arguments, take_step
-from bench.timing import SIZES, Session
-from bench.trace import by_kernel, idle_fraction, trace_of
+from bench.timing import SIZES, Session, compiler
 from runtime.command import first_line, one_line
 from train_gpt import Trainer
+from training.compute import attention_kernel
 
 NO_GPU = "needs a CUDA GPU"
+CHECKS = ["numbers", "steady", "resume"]
+ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace
 
 
 def check(
@@ -63,42 +72,50 @@ def check(
 # ---- loss and gradients
 
 
-def gradients(arguments: Callable[..., list[str]], *settings: str) -> dict[str, Tensor]:
-    """The gradients of the first step by parameter name, and "loss", on the CPU."""
+def gradients(arguments: Callable[..., list[str]], *settings: str) -> dict[str, Any]:
+    """The gradients of the first step by parameter name, and "loss", on the CPU; "attention" names its kernel."""
     with opened(arguments(*settings)) as t:
         if "dtype=float32" in settings:
             torch.set_float32_matmul_precision("highest")
+        c, device = t.run.model, t.world.device
+        kernel = attention_kernel(c.n_head, c.n_embd, c.block_size, c.dropout, t.run.dtype, device)
         loss = t.accumulate(batch_of(t, 0), 0)
         gradients = {name: p.grad for name, p in t.model.named_parameters() if p.grad is not None}
-        return {name: x.detach().cpu() for name, x in (gradients | {"loss": loss}).items()}
+        return {name: x.detach().cpu() for name, x in (gradients | {"loss": loss}).items()} | {"attention": kernel}
 
 
-def loss_error(found: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+def loss_error(found: dict[str, Any], reference: dict[str, Any]) -> float:
     """The relative error of the loss."""
     return ((found["loss"] - reference["loss"]) / reference["loss"]).abs().item()
 
 
-def gradient_error(found: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
-    """|gradient - reference| / |reference| of the parameter for which it is largest."""
-    return max(((found[n] - g).norm() / g.norm()).item() for n, g in reference.items() if n != "loss")
+def gradient_error(found: dict[str, Any], reference: dict[str, Any]) -> float:
+    """|gradient - reference| / |reference| of the parameter for which it is largest; NaN if one is NaN."""
+    names = reference.keys() - {"loss", "attention"}
+    return torch.stack([(found[n] - reference[n]).norm() / reference[n].norm() for n in names]).max().item()
 
 
 def check_numbers(s: Session, arguments: Callable[..., list[str]]) -> None:
-    """Loss and gradients of the first step against eager float32: compiled, in bf16, and as the rung best."""
+    """Loss and gradients of the first step against eager float32, the checks that matter most first."""
     gradients_of = cache(partial(gradients, arguments))
 
-    def compare(error: Callable, *settings: str) -> float:
-        return error(gradients_of(*settings), gradients_of("dtype=float32", "compile=false"))
+    def compare(error: Callable, kernel: str, *settings: str) -> float | str:
+        found = gradients_of(*settings)
+        if kernel and kernel != found["attention"]:
+            return f"attention runs in {found['attention']} here"
+        return error(found, gradients_of("dtype=float32", "compile=false"))
 
-    for name, settings, loss_bound, bound in (
-        ("float32 compiled", ("dtype=float32", "compile=true"), 1e-5, 1e-3),
-        ("bf16 eager", ("dtype=bfloat16", "compile=false"), 1e-3, 0.03),
-        ("bf16 compiled", ("dtype=bfloat16", "compile=true"), 1e-3, 0.03),
-        ("the rung best of bench.ladder", RUNGS["best"], 2e-3, 0.1),  # the residual stream is bf16, too
+    eager = ("dtype=bfloat16", "compile=false")
+    for name, kernel, settings, loss_bound, bound in (
+        ("bf16 compiled", "", ("dtype=bfloat16", "compile=true"), 1e-3, 0.03),
+        ("bf16 eager, flash attention", "flash", (*eager, "attention=flash"), 1e-3, 0.03),
+        ("bf16 eager, cuDNN attention", "cudnn", (*eager, "attention=cudnn"), 1e-3, 0.03),
+        ("the side best of bench.gpu", "", SIDES["best"], 2e-3, 0.1),  # the residual stream is bf16, too
+        ("float32 compiled", "", ("dtype=float32", "compile=true"), 1e-5, 1e-3),
     ):
         what = f"{name} against float32 eager"
-        check(s, f"{what}: loss, relative", loss_bound, partial(compare, loss_error, *settings))
-        worst = partial(compare, gradient_error, *settings)
+        check(s, f"{what}: loss, relative", loss_bound, partial(compare, loss_error, kernel, *settings))
+        worst = partial(compare, gradient_error, kernel, *settings)
         check(s, f"{what}: gradient of the worst tensor, relative", bound, worst)
 
 
@@ -127,6 +144,7 @@ def check_resume(s: Session, folder: Path, size: str, steps: int = 6) -> None:
     def stop_in_the_middle(self: Trainer, batch: Tensor, step: int) -> Tensor:
         if step == steps // 2 - 1:
             os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)  # a thread receives it; the steps of a tiny model would be over before
         return accumulate(self, batch, step)
 
     def differing_files() -> float:
@@ -179,7 +197,39 @@ def compilations(t: Trainer, batches: list[Tensor]) -> float:
     return counters["stats"]["unique_graphs"] - before
 
 
-def check_steady(s: Session, arguments: list[str], folder: Path) -> None:
+def gpu_events(work: Callable[[], object], path: Path) -> list[dict]:
+    """What the GPU does during work(): its kernels, copies and fills, as in the trace that is written to `path`.
+
+    Each has "cat", "name", "ts" and "dur" (microseconds). Named ranges are left out, because they include idle time.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+    profiler.export_chrome_trace(str(path))
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    return [e for e in events if e.get("cat") in ON_GPU]
+
+
+def idle_fraction(events: list[dict]) -> float:
+    """The fraction of the time between the first and the last event in which no event is active."""
+    spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in events)
+    busy, reached = 0.0, spans[0][0]
+    for start, end in spans:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return 1 - busy / (reached - spans[0][0])
+
+
+def by_kernel(events: list[dict], least: float = 0.01) -> dict[str, float]:
+    """The fraction of the busy time of each kernel, largest first; fractions below `least` are left out."""
+    sums: Counter[str] = Counter()
+    for e in events:
+        sums[e["name"]] += e["dur"]
+    total = sum(sums.values())
+    return {name: time / total for name, time in sums.most_common() if time / total >= least}
+
+
+def check_steady(s: Session, arguments: list[str]) -> None:
     """A compiled run after its first steps. The checks share one trainer, and the first one compiles it."""
     events: list[dict] = []
     with opened(arguments) as t:
@@ -192,7 +242,7 @@ def check_steady(s: Session, arguments: list[str], folder: Path) -> None:
         def idle() -> float | str:
             if s.device.type != "cuda":
                 return NO_GPU
-            events.extend(trace_of(steps, folder / "trace.json"))
+            events.extend(gpu_events(steps, s.report.path.with_suffix(".trace.json.gz")))
             return idle_fraction(events)
 
         def copies() -> float | str:
@@ -211,18 +261,22 @@ def check_steady(s: Session, arguments: list[str], folder: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = bench_parser("correctness", __doc__)
     parser.add_argument("--size", choices=SIZES, default="124M")
+    parser.add_argument("--only", nargs="+", choices=CHECKS, default=CHECKS, help="default: all")
     args = parser.parse_args(argv)
     # cuBLAS reads this at its first use, so it must be set long before the run in deterministic mode
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    session = Session(f"correctness_{args.size}", args)
-    with tempfile.TemporaryDirectory() as name:
+    parts = [] if args.only == CHECKS else args.only
+    session = Session("_".join(["correctness", args.size, *parts]), args)
+    with tempfile.TemporaryDirectory() as name, compiler(args.smoke):
         folder, micro = Path(name), MICRO[args.size]
         arguments = partial(run_arguments, folder, args.size, args.smoke)
-        check_numbers(session, partial(arguments, "batch_size=8", "micro_batch=4", "steps=1"))
-        steady = ("optimizer=mars_m", "moves=gamma:0.05", "warmup=100", "steps=200", "compile=true")
-        batch = (f"batch_size={micro}", f"micro_batch={micro // 4}")
-        check_steady(session, arguments(*steady, *batch), folder)
-        check_resume(session, folder, args.size)
+        if "numbers" in args.only:
+            check_numbers(session, partial(arguments, "batch_size=8", "micro_batch=4", "steps=1"))
+        if "steady" in args.only:
+            steady = ("optimizer=mars_m", "moves=gamma:0.05", "warmup=100", "steps=200", "compile=true")
+            check_steady(session, arguments(*steady, f"batch_size={micro}", f"micro_batch={micro // 4}"))
+        if "resume" in args.only:
+            check_resume(session, folder, args.size)
     session.report.table(by="block")
     if any(row.get("result") == "FAIL" for row in session.report.rows):
         sys.exit(1)

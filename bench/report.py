@@ -15,6 +15,7 @@ from typing import Any
 
 from runtime.command import Parser
 from runtime.files import lock_of, write_durably
+from runtime.markdown import cell, table_of_records
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench/results"
@@ -34,13 +35,13 @@ def results_folder(args: argparse.Namespace) -> Path:
 
 
 class Report:
-    """The rows of one bench run. FOLDER/NAME_HARDWARE_DATE.jsonl is written again with each new row.
+    """The rows of one bench run. FOLDER/NAME_HARDWARE_DATE.jsonl is written again after each change.
 
     more: facts that the first line of the file gives beside hardware, versions and date.
     """
 
     def __init__(self, name: str, folder: Path = RESULTS, device: str = "cpu", **more: object) -> None:
-        import torch  # not at the top, because the worker processes of bench.prepare do not need it
+        import torch  # not at the top, because the worker processes of data.prepare do not need it
 
         hardware = torch.cuda.get_device_name() if device == "cuda" else f"cpu-{platform.machine()}"
         if "NULL_GPU_COUNT" in os.environ:  # the stand-in of tests/null_gpu has the name of a real GPU
@@ -53,13 +54,27 @@ class Report:
         self.facts = json.dumps(facts | dict(threads=torch.get_num_threads(), date=date) | more)
 
     def add(self, **row: object) -> None:
-        """Print a row and write the file, which replaces that of an earlier run of this day.
+        """Print and write a row."""
+        self.begin(**row)
+        self.show()
+
+    def begin(self, **row: object) -> None:
+        """Write a row that `update` completes and `show` prints."""
+        self.rows.append(row)
+        self.update()
+
+    def update(self, **numbers: object) -> None:
+        """Add numbers to the last row, and write the file, which replaces that of an earlier run of this day.
 
         If two runs write at once, the file holds the rows of the last one that wrote, and not a mixture.
         """
-        self.rows.append(row)
+        if self.rows:
+            self.rows[-1].update(numbers)
         self._write(self.path, "".join(f"{line}\n" for line in (self.facts, *map(json.dumps, self.rows))))
-        print("  ".join(f"{key} {_cell(value)}" for key, value in row.items()), flush=True)
+
+    def show(self) -> None:
+        """Print the last row."""
+        print("  ".join(f"{key} {cell(value)}" for key, value in self.rows[-1].items()), flush=True)
 
     def table(self, by: str | None = None) -> None:
         """Print all rows as markdown and write them next to the JSON lines.
@@ -69,26 +84,13 @@ class Report:
         groups: dict[object, list[dict]] = {}
         for row in self.rows:
             groups.setdefault(row.get(by), []).append(row)
-        text = "\n\n".join(markdown(rows) for rows in groups.values())
-        self._write(self.path.with_suffix(".md"), f"{self.facts}\n\n{text}\n")
-        print(f"\n{text}\n\nwritten to {self.path} and .md")
+        text = "\n".join(map(table_of_records, groups.values()))
+        self._write(self.path.with_suffix(".md"), f"{self.facts}\n\n{text}")
+        print(f"\n{text}\nwritten to {self.path} and .md")
 
     def _write(self, path: Path, text: str) -> None:
         with lock_of(self.path):
             write_durably(path, text.encode())
-
-
-def markdown(rows: list[dict]) -> str:
-    """Rows as a markdown table. A key that a row does not have is an empty cell."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [keys, ["---"] * len(keys), *([_cell(row.get(key)) for key in keys] for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def interleaved(sides: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, float]:

@@ -3,8 +3,8 @@
 import json
 import os
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,25 +25,37 @@ from training.clipping import GradientClipper
 from training.compute import collector_paused, torch_settings
 from training.run_config import RunConfig
 
-MICRO = {"124M": 60, "355M": 40, "774M": 24, "1558M": 16}  # sequences per forward pass
+MICRO = {"124M": 40, "355M": 40, "774M": 24, "1558M": 16}  # sequences per forward pass; 42 have 2^31 logits
 SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 SMOKE = (*(f"{key}={getattr(TINY, key)}" for key in SHAPE_KEYS), "device=cpu", "batch_size=4", "micro_batch=2")
 QUIET = ("val_windows=2", "eval_every=1000000", "checkpoint.every=1000000", "log.every=1000000")
 
 
-def in_own_process(bench: str, *words: object, **variables: str) -> dict:
-    """The numbers that `python -m bench.BENCH WORDS` prints as JSON in its last line.
+def in_own_process(command: Sequence[str], tell: Callable[..., object], **variables: str) -> None:
+    """Run a command. Each line of JSON that it prints goes to tell(**numbers) at once.
 
-    variables: of the environment, beside this process's. Raises RuntimeError, or OutOfMemoryError, if it fails.
+    variables: of the environment, beside this process's. Raises RuntimeError, or OutOfMemoryError, if it fails. An
+    exception from outside, such as a time limit, ends the process.
     """
-    command = [sys.executable, "-m", f"bench.{bench}", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
-    if done.returncode:
-        lines = done.stderr.splitlines() or [f"exit status {done.returncode}"]
+    pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, text=True)
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, cwd=ROOT, env=os.environ | variables, stderr=errors, **pipes) as process,
+    ):
+        try:
+            for line in process.stdout or ():
+                if line.startswith("{"):
+                    tell(**json.loads(line))
+            process.wait()
+        except BaseException:
+            process.kill()
+            raise
+        errors.seek(0)
+        lines = errors.read().splitlines() or [f"exit status {process.returncode}"]
+    if process.returncode:
         if too_little := [line for line in lines if "out of memory" in line]:
             raise torch.OutOfMemoryError(too_little[-1])
         raise RuntimeError(([line for line in lines if "error" in line.lower()] or lines)[-1])
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def write_tokens(folder: Path, vocab_size: int, tokens: int) -> Path:

@@ -65,32 +65,35 @@ class Session:
         torch.manual_seed(0)
 
     def row(self, measure: Callable[[], dict], budget: float = 60, keep: bool = False, **names: object) -> dict:
-        """Report `names` and the numbers that measure() returns, and return these numbers.
+        """Report `names` and the numbers that measure() returns; the result is the whole row.
 
-        If measure() fails or takes longer than `budget` seconds, the row has a note instead of numbers, and the
-        result is empty. keep: do not drop compiled graphs, because the next row uses them.
+        If measure() fails or takes longer than `budget` seconds, a note says so. Numbers that it has already given to
+        `report.update` stay in the row. keep: do not drop compiled graphs, because the next row uses them.
         """
-        numbers, note = {}, ""
-        left = self.ends - time.perf_counter()
+        self.report.begin(**names)
+        note, left = "", self.ends - time.perf_counter()
         try:
             if left <= 0:
                 raise TimeIsUp
-            with time_limit(min(budget, left)), compiler(self.smoke):
-                numbers = measure()
+            with time_limit(min(budget, left)):
+                self.report.update(**measure())
         except TimeIsUp:
-            reason = f"took longer than {budget:g} s" if budget < left else f"the {LIMIT} s of the bench are over"
-            note = f"not measured: {reason}"
+            note = f"took longer than {budget:g} s" if budget < left else f"the {LIMIT} s of the bench are over"
         except torch.OutOfMemoryError:
             note = "out of memory"
         except Exception as error:
-            note = f"not measured: {first_line(error)}"
+            note = first_line(error)
+        row = self.report.rows[-1]
+        if note not in ("", "out of memory"):
+            note = f"{'stopped' if row.keys() > names.keys() else 'not measured'}: {note}"
+        self.report.update(note=note)
+        self.report.show()
         if not keep:
             torch._dynamo.reset()  # the cache of compiled graphs is too small for all shapes of a bench
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.report.add(**names, **numbers, note=note)
-        return numbers
+        return row
 
     def seconds(self, function: Callable[[], object], rounds: int = 20, warmup: int = 5) -> float:
         """Median seconds of a call. On a GPU this is time on the device."""
@@ -110,11 +113,6 @@ def compiler(smoke: bool) -> AbstractContextManager:
     """Inside the block of a smoke test, torch.compile captures and differentiates graphs without slow Inductor."""
     quick = partial(torch.compile, backend="aot_eager")
     return mock.patch.object(torch, "compile", quick) if smoke else nullcontext()
-
-
-def compiled(function: Callable) -> Callable:
-    """A function as one compiled graph for fixed shapes."""
-    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def mark(device: torch.device) -> Any:

@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from eval.tasks import PAPER, factor, metrics_of
+from runtime.markdown import markdown_table
 
 Place = tuple[str, str]  # of a cell: task and metric
 
@@ -100,13 +101,6 @@ def cut_notes(rows: list[dict]) -> list[str]:
             counts = ", ".join(f"{task} {cut} of {requests}" for task, (cut, requests) in row["cut"].items())
             lines.append(f"- {row['name']}, {row['shots']}-shot: {counts}")
     return ["", "Requests longer than the context, without their first tokens:", "", *lines] if lines else []
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in markdown. The first column is left-aligned, the others are right-aligned."""
-    escaped = [[cell.replace("|", r"\|") for cell in cells] for cells in [header, *rows]]
-    lines = ["| " + " | ".join(cells) + " |\n" for cells in escaped]
-    return "".join([lines[0], "|---|" + "---:|" * (len(header) - 1) + "\n", *lines[1:]])
 
 
 def notes(scores: list[dict], sizes: Sequence[str]) -> list[str]:

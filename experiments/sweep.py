@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench.report import RESULTS, ROOT, markdown
+from bench.report import RESULTS, ROOT
 from config.load import run_file
 from eval.comparison import groups_of, measured_on
 from eval.table import published
@@ -43,6 +43,7 @@ from runtime.command import Parser, at_least, one_line
 from runtime.errors import UserError
 from runtime.files import lock_of, read_json, write_durably, write_json
 from runtime.hardware import environment
+from runtime.markdown import table_of_records
 from training.folder import CONFIG
 from training.logger import METRICS, read_metrics
 from training.plot import new_figure, save
@@ -180,7 +181,7 @@ class Run:
 
     def _train(self, devices: str) -> None:
         variables = os.environ | ({"CUDA_VISIBLE_DEVICES": devices} if devices else {"OMP_NUM_THREADS": "1"})
-        command = [sys.executable, str(ROOT / "bench/tied.py"), str(os.getpid()), *self.command]
+        command = [sys.executable, str(ROOT / "experiments/tied.py"), str(os.getpid()), *self.command]
         done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
         if done.returncode and "is not finite" in done.stdout + done.stderr:
             (self.path / "diverged").touch()
@@ -282,17 +283,18 @@ class Sweep:
         flops = statistics.fmean(self.program.flops(self.tuning(arm)[0].config) for arm in self.plan.arms)
         return flops * self.count() / H100_FLOPS / 3600
 
-    def train(self, workers: int) -> None:
-        """Do all runs, `workers` at a time; on a machine with GPUs, each has GPUs of its own.
+    def train(self, workers: int | None = None) -> None:
+        """Do all runs, `workers` at a time; by default one on each GPU, or two on a CPU. More share the GPUs.
 
         If a run fails, its error is kept in `failed`, and the others go on.
         """
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         names = visible.split(",") if visible else [*map(str, range(torch.cuda.device_count()))]
         gpus, size = names[: torch.cuda.device_count()], self.scale.processes
-        groups = [",".join(gpus[i : i + size]) for i in range(0, len(gpus) - size + 1, size)] or [""] * workers
+        groups = [",".join(gpus[i : i + size]) for i in range(0, len(gpus) - size + 1, size)]
+        workers = workers or len(groups) or 2
         free: queue.Queue[str] = queue.Queue()
-        for devices in groups[:workers]:
+        for devices in itertools.islice(itertools.cycle(groups or [""]), workers):
             free.put(devices)
 
         def train(run: Run) -> None:
@@ -373,7 +375,7 @@ def table(sweep: Sweep, rows: Iterable[dict[str, Any]]) -> str:
         out |= {"published": text(row["published"])} if "published" in row else {}
         return out | {f"tries ({program.selects[0]})": ", ".join(map(": ".join, tries.items()))}
 
-    return markdown([cells(row) for row in rows])
+    return table_of_records([cells(row) for row in rows])
 
 
 def published_points(sweep: Sweep) -> list[dict[str, Any]]:
@@ -430,7 +432,7 @@ def report(sweep: Sweep, folder: Path) -> None:
     facts = {key: facts[key] for key in ("commit", "packages", "device")}
     missing = [arm for arm in sweep.plan.arms if arm not in {row["arm"] for row in rows}]
     text = f"# {sweep.plan.question}\n\n{sweep.plan.source}; {sweep.scale_name} scale: "
-    text += f"`{sweep.scale.config} {sweep.scale.options}`\n\n{table(sweep, rows)}\n"
+    text += f"`{sweep.scale.config} {sweep.scale.options}`\n\n{table(sweep, rows)}"
     text += f"\nNot finished: {', '.join(missing)}\n" if missing else ""
     if points := published_points(sweep):
         results = "; ".join(f"{p['setting']}: {p[sweep.program.reports]}" for p in points)
@@ -459,7 +461,7 @@ def overview() -> str:
             row = dict(plan=f"{name}, {scale}", reproduces=plan.source, question=plan.question, runs=sweep.count())
             row |= {"H100 hours, estimated": "" if math.isnan(hours) else f"{hours:,.0f}"}
             rows.append(row | {"in bench/results": results, "finished here": state})
-    return markdown(rows)
+    return table_of_records(rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -469,7 +471,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scale", default="", help="scale of the plan (default: its first one)")
     parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these arms and the reference")
     parser.add_argument("--reference", default="", metavar="ARM", help="compare with this arm (default: the plan's)")
-    parser.add_argument("--workers", type=at_least(1), default=torch.cuda.device_count() or 2, help="runs at a time")
+    parser.add_argument("--workers", type=at_least(1), help="runs at a time (default: one per GPU, or 2 on a CPU)")
     parser.add_argument("--dry_run", action="store_true", help="as --commands, with the estimated GPU hours")
     parser.add_argument("--commands", action="store_true", help="print a command for each run that can start now")
     parser.add_argument("--report_only", action="store_true", help="report the finished arms without training")
@@ -477,7 +479,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with one_line("experiments.sweep", "interrupted; the same command continues"):
         if args.list or not args.plan:
-            print(overview())
+            print(overview(), end="")
             return
         sweep = Sweep(args.plan, args.scale, args.arms, args.reference)
         if problem := sweep.changed_run():

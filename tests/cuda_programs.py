@@ -16,7 +16,6 @@ from torch import Tensor
 
 import train_gpt
 from bench.correctness import compilations, synchronizations
-from bench.memory import step_memory
 from bench.runs import batch_of, opened, take_step
 from bench.timing import SIZES
 from config.load import load_config
@@ -24,6 +23,7 @@ from model import GPT
 from optimizers import build_optimizer
 from training.clipping import GradientClipper
 from training.compute import ComputeConfig, attention_kernel, torch_settings
+from training.preflight import memory_estimate
 
 WARM_UP = 3  # steps
 
@@ -97,7 +97,12 @@ def attention(setting: str) -> list[str]:
 def memory(*arguments: str) -> dict:
     """Bytes at the allocator's peak in a step after the first ones, and as the trainer estimates them."""
     with opened(list(arguments)) as t:
-        peak, estimate = step_memory(t)
+        for step in range(WARM_UP):
+            batch = batch_of(t, step)
+            torch.cuda.reset_peak_memory_stats()
+            take_step(t, batch)
+        peak = torch.cuda.max_memory_allocated()
+        estimate = memory_estimate(t.run, t.model, t.optimizer, t.world).total(t.micro_batch)
         return dict(peak=peak, estimate=estimate, total=torch.cuda.mem_get_info()[1], micro_batch=t.micro_batch)
 
 

@@ -1,38 +1,32 @@
 """Every bench runs in its smoke mode, measures both sides, and leaves a table."""
 
 import contextlib
+import importlib.util
 import json
 import math
-import os
-import subprocess
+import re
+import runpy
+import shutil
+import sys
 import time
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
+from torch._dynamo.utils import counters
 
-from bench import (
-    correctness,
-    generation,
-    gpu_page,
-    ladder,
-    memory,
-    micro,
-    micro_optimizers,
-    optimizer_step,
-    prepare,
-    train_step,
-)
-from bench.peers import plain_newton_schulz
+from bench import correctness, cpu, facts, gpu, page, parts
+from bench.correctness import by_kernel, idle_fraction
+from bench.prediction import MEMORY, PER_WIDTH, predicted
 from bench.report import Report
 from bench.runs import MICRO, in_own_process
-from bench.timing import SIZES, Session, TimeIsUp, shape_of, time_limit
-from bench.trace import by_kernel, gpu_events, idle_fraction
+from bench.timing import SIZES, TINY, Session, TimeIsUp, shape_of, time_limit
 from config.load import load_config
-from optimizers.newton_schulz import orthogonalize
+from model import GPT
 
 
 def session_in(folder):
@@ -54,72 +48,66 @@ def rows(folder):
     return measured
 
 
-def test_train_step(tmp_path):
-    measured = smoke_rows(train_step, tmp_path)
-    assert [r["unit"] for r in measured] == ["x", "x", "%", "million tokens/s"]
-    assert all(r["value"] > 0 for r in measured)
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory):
+    """The rows of bench.cpu by group and side, of all groups whose packages are there."""
+    parquet = importlib.util.find_spec("pyarrow") and Path("/proc/self/status").exists()
+    groups = [*cpu.GROUPS, "memory"] if parquet else [g for g in cpu.GROUPS if g != "tokenization"]
+    measured = smoke_rows(cpu, tmp_path_factory.mktemp("cpu"), *groups)
+    return {(r["group"], r["side"]): r for r in measured}
 
 
-def test_optimizer_step(tmp_path):
-    measured = {r["optimizer"]: r for r in smoke_rows(optimizer_step, tmp_path)}
-    assert measured["AdamW fused (torch)"]["to_fused"] == 1
-    assert measured["Muon + AdamW (torch)"]["to_torch_muon"] == 1
-    assert all(r["seconds"] > 0 for r in measured.values())
-    assert {"MARS-AdamW", "Muon", "MARS-M clipped", "MARS-M one buffer"} <= measured.keys()
+def test_the_sides_of_a_group_on_a_cpu_are_compared_with_its_first_one(on_cpu):
+    firsts = {}
+    for (group, _), row in on_cpu.items():
+        if "seconds" in row:
+            first = firsts.setdefault(group, row)
+            assert row["ratio"] == row["seconds"] / first["seconds"]
+    assert firsts.keys() >= cpu.GROUPS.keys() - {"tokenization"}
+    assert {side for group, side in on_cpu if group == "matrices"} > {"Muon + AdamW (torch)", "Muon", "MARS-M"}
 
 
-def test_generation(tmp_path):
-    measured = {r["how"]: r for r in smoke_rows(generation, tmp_path)}
-    assert [r["new_tokens"] for r in measured.values()] == [16, 16, 128]
-    assert measured["no cache"]["speedup"] == 1
-    assert all(r["seconds"] > 0 for r in measured.values())
+def test_rates_on_a_cpu_are_amounts_divided_by_times(on_cpu):
+    eight = on_cpu["generation", "cache, 8 prompts in a batch"]
+    assert eight["tokens_per_s"] * eight["seconds"] == pytest.approx(8 * 16)
+    loader = on_cpu["loader", "loader"]
+    assert loader["tokens_per_s"] * loader["seconds"] == pytest.approx(2 * 480 * 1024)
+    if alone := on_cpu.get(("tokenization", "the tokenizer alone, 1 process")):
+        assert alone["MB_per_s"] * alone["seconds"] == pytest.approx(0.2)
 
 
-def test_prepare(tmp_path):
-    pytest.importorskip("pyarrow")
-    measured = {r["side"]: r for r in smoke_rows(prepare, tmp_path)}
-    timed = [r["MB_s"] for side, r in measured.items() if "wall_s" in r or side.startswith("tiktoken")]
-    assert len(timed) == 6
-    assert all(rate > 0 for rate in timed)
-    assert {f"projected: {c} on {n} cores" for c in prepare.CORPORA for n in (16, 64)} < measured.keys()
+def test_memory_of_a_preparation_is_that_of_a_process_with_numpy(on_cpu):
+    found = [r for (group, _), r in on_cpu.items() if group == "memory"]
+    assert all(0.02 < r[key] < 1 for r in found for key in ("parent_GB", "worker_GB"))
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_prepare_memory(tmp_path):
-    pytest.importorskip("pyarrow")
-    measured = smoke_rows(prepare, tmp_path, "--memory")
-    assert [r["side"].split()[1] for r in measured] == ["documents", "one", "one"]
-    assert all(r["together_GB"] >= r["parent_GB"] * 0.9 > 0.02 for r in measured)
-    assert all(r["worker_GB"] > 0.02 for r in measured)
+def test_an_unknown_group_or_part_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="bench.cpu: optimizer: unknown; the groups are optimizers, matrices"):
+        cpu.main(["optimizer", f"--folder={tmp_path}"])
+    with pytest.raises(SystemExit, match="bench.parts: ce: unknown; the parts are loss, attention"):
+        parts.main(["ce", f"--folder={tmp_path}"])
 
 
-def test_micro(tmp_path):
-    found = {(r["block"], r["what"], r.get("kind")): r for r in smoke_rows(micro, tmp_path)}
-    count = {block: sum(b == block for b, *_ in found) for block in micro.BLOCKS}
-    assert count == {"gemm": 15, "sdpa": 4, "ce": 5, "ns": 4, "optim": 7}
-    for key, row in found.items():
-        if row["note"]:
-            assert key[1].split()[0] in ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "flex_attention,", "torch's")
-            assert "ms" not in row
-        elif "copy" not in key[1]:
-            assert 0 < row["ms"] < math.inf
-    losses = [r for r in found.values() if r["block"] == "ce" and not r["note"]]
-    assert len(losses) >= 4
-    for row in losses:
-        assert row["loss"] == pytest.approx(losses[0]["loss"], rel=4e-3)  # one variant rounds the loss to bf16
-        assert row["grad_norm"] == pytest.approx(losses[0]["grad_norm"], rel=1e-2)
-    updates = {what: r for (block, what, _), r in found.items() if block == "optim" and "copy" not in what}
-    assert micro_optimizers.BYTES.keys() == updates.keys()
-    alone = found["optim", "copy, and Newton-Schulz alone", None]["newton_schulz_ms"]
-    for what, r in updates.items():  # a busy machine may measure more for Newton-Schulz alone than for a whole step
-        elementwise = r["ms"] - (alone if what in micro_optimizers.ORTHOGONAL else 0)
-        assert r["to_floor"] == pytest.approx(elementwise / r["floor_ms"])
+def test_parts(tmp_path):
+    found = {(r["part"], r["what"]): r for r in smoke_rows(parts, tmp_path)}
+    assert {part: sum(p == part for p, _ in found) for part in parts.PARTS} == {
+        **{"loss": 3, "attention": 3, "newton_schulz": 2, "optimizers": 6}
+    }
+    missing = {what for (_, what), row in found.items() if row["note"]}
+    assert missing <= {"CUDNN_ATTENTION", "EFFICIENT_ATTENTION"}  # a CPU has only flash attention
+    products, compiled, eager = (r for (part, _), r in found.items() if part == "loss")
+    assert "loss" not in products
+    assert compiled["loss"] == pytest.approx(eager["loss"], rel=1e-5) == pytest.approx(math.log(512), rel=0.05)
+    assert compiled["grad_norm"] == pytest.approx(eager["grad_norm"], rel=1e-2)
 
 
-def test_plain_newton_schulz_is_the_same_iteration():
-    matrices = torch.randn(2, 8, 24, generator=torch.Generator().manual_seed(0))
-    expected = orthogonalize(matrices, dtype=torch.float32)
-    assert (plain_newton_schulz(matrices).float() - expected).norm() < 0.05 * expected.norm()
+def test_floor_of_an_optimizer_step(tmp_path):
+    """AdamW reads weights, gradients and two moments, and writes all but the gradients: 28 bytes a parameter."""
+    found = {r["what"]: r for r in smoke_rows(parts, tmp_path, "optimizers")}
+    with torch.device("meta"):
+        count = GPT(TINY).num_params()
+    floor = 1e3 * 28 * count / (1e12 * found["copy"]["copy_tb_s"])
+    assert found["AdamW fused (torch)"]["floor_ms"] == pytest.approx(floor)
 
 
 def test_floating_point_operations_of_newton_schulz():
@@ -127,7 +115,7 @@ def test_floating_point_operations_of_newton_schulz():
     for size, teraflop in (("124M", 1.52), ("1558M", 55.05)):
         d = shape_of(size).n_embd
         by_hand = shape_of(size).n_layer * sum(20 * d * d * n * d + 10 * d**3 for n in (3, 1, 4, 4))
-        flops = micro_optimizers.newton_schulz_flops(shape_of(size))
+        flops = parts.newton_schulz_flops(shape_of(size))
         assert flops == by_hand == pytest.approx(1e12 * teraflop, rel=1e-2)
 
 
@@ -140,7 +128,7 @@ def test_a_measurement_that_fails_leaves_a_note_and_the_bench_goes_on(tmp_path):
     session.row(lambda: fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")), what="a")
     session.row(lambda: fail(RuntimeError("no such kernel\nat x")), what="b")
     session.row(lambda: time.sleep(5), what="c", budget=0.01)
-    assert session.row(lambda: dict(ms=1.0), what="d") == dict(ms=1.0)
+    assert session.row(lambda: dict(ms=1.0), what="d") == dict(what="d", ms=1.0, note="")
     session.ends = 0
     session.row(lambda: dict(ms=1.0), what="e")
     notes = {r["what"]: r["note"] for r in session.report.rows}
@@ -151,6 +139,23 @@ def test_a_measurement_that_fails_leaves_a_note_and_the_bench_goes_on(tmp_path):
     assert "of the bench are over" in notes["e"]
     kept = [json.loads(line) for line in session.report.path.read_text().splitlines()[1:]]
     assert kept == session.report.rows  # each row is written at once
+
+
+def test_a_measurement_that_is_cut_off_leaves_what_it_has_told(tmp_path):
+    session = session_in(tmp_path)
+    program = "import json, time; print(json.dumps(dict(ms=1)), flush=True); time.sleep(60)"
+    written = []
+
+    def tell(**numbers):
+        session.report.update(**numbers)
+        written.append(json.loads(session.report.path.read_text().splitlines()[-1]))
+
+    def measure():
+        in_own_process([sys.executable, "-c", program], tell)
+
+    row = session.row(measure, budget=3, side="best")
+    assert row == dict(side="best", ms=1, note="stopped: took longer than 3 s")
+    assert written == [dict(side="best", ms=1)]  # it is in the file before the side ends
 
 
 def test_two_benches_at_once_leave_no_mixture_of_rows(tmp_path):
@@ -176,20 +181,35 @@ def test_a_library_cannot_catch_the_time_limit_as_an_exception():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_real_run_without_a_gpu_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match=r"bench\.micro: needs a CUDA GPU; --smoke"):
-        micro.main(["gemm", f"--folder={tmp_path}"])
+    with pytest.raises(SystemExit, match=r"bench\.parts: needs a CUDA GPU; --smoke"):
+        parts.main(["loss", f"--folder={tmp_path}"])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_correctness(tmp_path):
+    """Without Inductor: a smoke test may not compile for minutes."""
+    inductor = counters["inductor"].total()
     checks = {r["what"]: r for r in smoke_rows(correctness, tmp_path)}
-    assert len(checks) == 13
+    assert counters["inductor"].total() == inductor
+    assert len(checks) == 15
     on_a_gpu = {what for what, r in checks.items() if r["result"] == "not measured"}
-    assert {what.split()[0] for what in on_a_gpu} == {"waits", "fraction", "copies"}
+    assert {what.split(" against")[0].split()[-1] for what in on_a_gpu if "against" in what} == {"attention"}
+    assert {what.split()[0] for what in on_a_gpu if "against" not in what} == {"waits", "fraction", "copies"}
+    cudnn = checks["bf16 eager, cuDNN attention against float32 eager: loss, relative"]
+    assert cudnn["found"] == "attention runs in flash here"
     for what in checks.keys() - on_a_gpu:
         assert (checks[what]["result"], checks[what]["note"]) == ("ok", "")
         assert 0 <= checks[what]["found"] <= checks[what]["bound"]
-    assert checks["bf16 eager against float32 eager: gradient of the worst tensor, relative"]["found"] > 1e-4
+    assert checks["bf16 compiled against float32 eager: gradient of the worst tensor, relative"]["found"] > 1e-4
+
+
+@pytest.mark.parametrize("part", correctness.CHECKS)
+def test_only_a_part_of_the_checks(tmp_path, monkeypatch, part):
+    done = []
+    for name in correctness.CHECKS:
+        monkeypatch.setattr(correctness, f"check_{name}", lambda session, *rest, name=name: done.append(name))
+    correctness.main(["--smoke", f"--folder={tmp_path}", "--only", part])
+    assert done == [part]
 
 
 def test_a_check_that_fails_ends_with_status_1(tmp_path, monkeypatch):
@@ -229,152 +249,183 @@ def test_idle_time_and_kernels_of_a_trace(tmp_path):
         event("cpu_op", "aten::mm", 0, 1000),
         dict(ph="M", name="process_name"),
     ]
-    path = tmp_path / "trace.json"
-    path.write_text(json.dumps(dict(traceEvents=events)))
-    on_gpu = gpu_events(path)
+    on_gpu = [e for e in events if e.get("cat") in correctness.ON_GPU]
     assert len(on_gpu) == 4
     assert idle_fraction(on_gpu) == pytest.approx(1 - (50 + 30.2 + 0.5) / 100)
     assert by_kernel(on_gpu) == pytest.approx({"gemm": 80 / 90.7, "Memcpy DtoH": 10.2 / 90.7})
 
 
-def test_memory_reports_the_estimate_of_every_optimizer(tmp_path):
-    found = {r["optimizer"]: r for r in smoke_rows(memory, tmp_path)}
-    assert found.keys() == {"adamw", "mars_m"}
-    assert all(row["size"] == "tiny" and 0 < row["estimate"] < 0.01 for row in found.values())
+def test_facts(tmp_path):
+    found = {r["what"]: r for r in smoke_rows(facts, tmp_path)}
+    assert found["card"]["torch"] == torch.__version__
+    assert found["copy"]["tb_s"] > 0
+    assert found["product of 8192 x 8192 in bf16"]["of_peak"] is None  # unknown for a CPU
+    assert found["attention kernel by setting"] == dict(
+        what="attention kernel by setting", auto="flash", flash="flash", cudnn="flash", note=""
+    )
 
 
-def test_ladder(tmp_path):
-    found = {r["rung"]: r for r in smoke_rows(ladder, tmp_path)}
-    assert found.keys() == {*ladder.RUNGS, "best against nanogpt", "best against materialized"}
+def test_every_side_of_training(tmp_path):
+    found = {r["side"]: r for r in smoke_rows(gpu, tmp_path, "--sides", *gpu.SIDES)}
+    assert found.keys() == {*gpu.SIDES, "best against nanogpt", "best against published"}
     best = found["best"]["tokens_per_s"]
-    for peer in ("nanogpt", "materialized"):
+    for peer in gpu.PLAIN:
         assert found.pop(f"best against {peer}")["speed_ratio"] == best / found[peer]["tokens_per_s"]
     for name, r in found.items():
-        numbers = ("tokens_per_s", "memory_gb", "step_ms", "optimizer_ms", "optimizer_share", "compile_s")
+        numbers = ("tokens_per_s", "memory_gb", "step_ms", "optimizer_ms", "optimizer_share", "start_s")
         assert all(0 < r[key] < math.inf for key in numbers), name
         assert r["optimizer_ms"] < r["step_ms"]
-        assert r["note"] == ""
+        assert (r["note"], r["size"], r["steps"]) == ("", "tiny", 3)
         assert r["mfu"] is None  # unknown for a CPU
-        assert ("data_wait_ms" in r) == (name not in ladder.PEERS)
+        assert ("data_wait_ms" in r) == ("estimate_gb" in r) == (name not in gpu.PLAIN)
         # tokens/s of a step of 480 sequences, computed from a step of `sequences`
         whole = (r["step_ms"] - r["optimizer_ms"]) * 480 / r["sequences"] + r["optimizer_ms"]
         assert r["tokens_per_s"] == pytest.approx(1e3 * 480 * 64 / whole)
         assert r["optimizer_share"] == pytest.approx(r["optimizer_ms"] / whole)
 
 
-def test_a_rung_runs_in_its_own_process(tmp_path):
-    figures = ladder.measure_elsewhere("nanogpt", "124M", smoke=True, micro=2)
-    assert figures["tokens_per_s"] > 0
+def test_a_side_runs_in_its_own_process_and_tells_its_numbers_early(tmp_path):
     session = session_in(tmp_path)
-    session.row(lambda: ladder.measure_elsewhere("best", "124M", True, "x"), rung="fails")
-    session.row(lambda: ladder.measure_elsewhere("best", "124M", True, 2), budget=0.5, rung="late")
-    notes = [r["note"] for r in session.report.rows]
-    assert "argument --micro: x: must be a whole number" in notes[0]
-    assert notes[1] == "not measured: took longer than 0.5 s"
+    told = []
+    command = [sys.executable, "-m", "bench.gpu", "--one=nanogpt", "--micro=1", "--smoke"]
+    in_own_process(command, lambda **numbers: told.append(numbers))
+    assert [*map(sorted, told[:2])] == [["micro_batch"], ["start_s"]]
+    assert told[-1]["tokens_per_s"] > 0
+    row = session.row(partial(gpu.measure_elsewhere, session, "best", "124M", "x", 4), side="fails")
+    assert "argument --micro: x: must be a whole number" in row["note"]
 
 
-def test_a_process_that_is_out_of_memory_is_recognized(monkeypatch):
-    program = "import torch; from runtime.command import one_line\nwith one_line('bench.ladder'): "
+def test_a_process_that_is_out_of_memory_is_recognized():
+    program = "import torch; from runtime.command import one_line\nwith one_line('bench.gpu'): "
     program += "raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')"
-    start = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda command, **more: start([command[0], "-c", program], **more))
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 2 GiB"):
-        in_own_process("ladder")
+        in_own_process([sys.executable, "-c", program], print)
 
 
-def test_a_rung_that_is_out_of_memory_is_repeated_with_smaller_micro_batches(tmp_path, monkeypatch):
-    def measure(name, size, smoke, micro):
+def test_a_side_that_is_out_of_memory_is_repeated_with_smaller_micro_batches(tmp_path, monkeypatch):
+    def measure(name, size, smoke, micro, steps, tell):
         if micro > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return dict(micro_batch=micro)
 
-    monkeypatch.setattr(ladder, "measure", measure)
+    monkeypatch.setattr(gpu, "measure", measure)
     session = session_in(tmp_path)
-    assert ladder.climb(session, "best", "124M", 10) == dict(micro_batch=2)
+    assert gpu.report_side(session, "best", "124M", 10, 4)["micro_batch"] == 2
     assert [r["note"] for r in session.report.rows] == ["out of memory", "out of memory", ""]
     assert {r["size"] for r in session.report.rows} == {"tiny"}  # a smoke test must not look like a measurement
 
 
-def test_rungs_are_settings_of_the_trainer():
-    """Settings exist in the schema, batches divide, and each rung adds the setting of its name."""
-    assert ladder.default_micro("best", "1558M") == ladder.micro_batch("auto") == "auto"
-    for size, most in MICRO.items():
-        for name, settings in ladder.RUNGS.items():
-            for smaller in (most, most // 2, most // 4, 1):
-                sequences = ladder.sequences_of(name, size, smaller)
-                given = (*settings, f"batch_size={sequences}", f"micro_batch={smaller}")
-                run = load_config(ROOT / f"config/{SIZES[size]}.py", [f"--{setting}" for setting in given])
-                assert run.per_process(1) == sequences <= 480
-                assert sequences % smaller == 0
-    graph, cudnn, residual, cast = (
-        load_config(ROOT / "config/gpt2_small.py", [f"--{s}" for s in ladder.RUNGS[name]]).compute
-        for name in ("loss_in_graph", "cudnn", "bf16_residual", "cast_once")
-    )
-    assert (graph.attention, graph.residual, graph.cast_weights) == ("flash", "float32", "micro_batch")
-    assert cudnn == replace(graph, attention="cudnn")
-    assert residual == replace(cudnn, residual="bfloat16")
-    assert cast == replace(residual, cast_weights="step")
+def test_micro_batches_that_a_side_cannot_have_are_refused(tmp_path):
+    assert gpu.micro_batches("best", "124M", None) == [40]
+    assert gpu.micro_batches("published", "124M", None) == [10]
+    for words, problem in (
+        (["best_autotuned", "--micro", "60"], "--micro 60: best_autotuned allows at most 40 sequences"),
+        (["nanogpt", "--micro", "auto"], "--micro auto: only the trainer can choose it"),
+    ):
+        with pytest.raises(SystemExit, match=problem):
+            gpu.main(["--smoke", f"--folder={tmp_path}", "--sides", *words])
 
 
-def gpu_results(folder, size="124M", tokens=612_345.6, date="2026-11-25", hardware="NVIDIA H100"):
-    """Result files as bench.ladder and bench.correctness write them on a GPU."""
-    facts = dict(bench=f"ladder_{size}_best_nanogpt", hardware=hardware, torch="2.13.0", threads=1, date=date)
-    best = dict(rung="best", size=size, tokens_per_s=tokens, mfu=0.5, memory_gb=61.2, optimizer_share=0.006)
-    rows = [facts, best | dict(note=""), dict(rung="nanogpt", size=size, tokens_per_s=tokens / 1.2, note="")]
+def test_no_default_micro_batch_has_2_to_the_31_logits():
+    assert all(MICRO[size] * 1024 * shape_of(size).padded_vocab_size < 2**31 for size in SIZES)
+
+
+def test_sides_are_settings_of_the_trainer():
+    """Settings exist in the schema, and each side of the trainer differs from best in the setting of its name."""
+    runs = {
+        name: load_config(ROOT / "config/gpt2_small.py", [f"--{setting}" for setting in settings])
+        for name, settings in gpu.SIDES.items()
+    }
+    best = runs["best"].compute
+    assert (best.attention, best.residual, best.cast_weights) == ("cudnn", "bfloat16", "step")
+    assert runs["best_flash"].compute == replace(best, attention="flash")
+    assert runs["best_float32_residual"].compute == replace(best, residual="float32")
+    assert runs["best_cast_micro_batch"].compute == replace(best, cast_weights="micro_batch")
+    assert runs["best_deterministic"].compute == replace(best, attention="flash", deterministic=True)
+    assert runs["best_checkpointing"].compute == replace(best, activation_checkpointing=True)
+    assert runs["default"].compute == runs["adamw"].compute == runs["eager"].compute == type(best)()
+    assert [runs[name].optimizer for name in ("best", "default", "eager", "adamw")] == [*["mars_m"] * 3, "adamw"]
+
+
+@pytest.mark.parametrize("card", MEMORY)
+def test_a_prediction_is_work_divided_by_rates(card):
+    """124M: 6 FLOPs a weight, 7 T C a layer, and the bytes of the other kernels; H200: the numbers by hand."""
+    best, default = (predicted("124M", side, card) for side in ("best", "default"))
+    assert best["tokens_per_s"] > default["tokens_per_s"]
+    products = 6 * (12 * 12 * 768**2 + 50304 * 768) / 620e12
+    attention = 7 * 1024 * 768 * 12 / 280e12
+    moved = 84 * 768 * 12 + 6 * 50304 + 12 * 123.6e6 / 40960
+    seconds = (products + attention + moved / MEMORY[card]) / 0.97
+    assert 1 / best["tokens_per_s"] == pytest.approx(seconds, rel=0.01)  # the optimizer's step takes less than 1 %
+    assert 0 < best["optimizer_share"] < 0.01
+
+
+def test_the_predictions_of_the_docs_are_the_computed_ones():
+    table = (ROOT / "docs/performance.md").read_text().split(page.BEGIN)[1].split(page.END)[0]
+    rows = [line.split(" | ") for line in table.strip().splitlines()[2:]]
+    expected = [line.split(" | ") for line in page.prediction_table({}).splitlines()[2:]]
+    assert [(*r[:3], r[4]) for r in rows] == [(*r[:3], r[4]) for r in expected]
+    assert len(rows) == len(PER_WIDTH) * len(SIZES)
+
+
+def gpu_results(folder, size="124M", tokens=612_345.6, date="2026-11-25", hardware="NVIDIA H100 80GB HBM3"):
+    """Result files as bench.gpu and bench.correctness write them on a GPU."""
+    facts = dict(bench=f"gpu_{size}_best_nanogpt", hardware=hardware, torch="2.13.0", threads=1, date=date)
+    best = dict(side="best", size=size, tokens_per_s=tokens, mfu=0.5, memory_gb=61.2, optimizer_share=0.006)
+    best |= dict(micro_batch=40, note="")
+    nanogpt = best | dict(side="nanogpt", tokens_per_s=tokens / 1.2)
+    rows = [facts, best, nanogpt, dict(side="published", size=size, note="out of memory")]
     write = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / f"ladder_{size}_best_nanogpt_{hardware.replace(' ', '-')}_{date}.jsonl").write_text(write)
+    (folder / f"gpu_{size}_best_nanogpt_{hardware.replace(' ', '-')}_{date}.jsonl").write_text(write)
     rows = [facts, dict(block="check", what="loss", bound=1e-3, found=1e-5, result="ok", note="")]
     write = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / f"correctness_124M_{hardware.replace(' ', '-')}_{date}.jsonl").write_text(write)
 
 
-def test_the_page_of_a_gpu_takes_the_newest_numbers_and_fills_the_readme(tmp_path, monkeypatch):
+def test_the_page_takes_the_newest_numbers_and_fills_the_docs(tmp_path, monkeypatch):
     gpu_results(tmp_path, tokens=1.0, date="2026-11-24")
     gpu_results(tmp_path)
     gpu_results(tmp_path, size="355M", hardware="cpu-x86_64")
+    gpu_results(tmp_path, size="355M", hardware="null GPU")
     gpu_results(tmp_path, size="774M", date="2026-11-24")
-    newer = tmp_path / "ladder_774M_best_NVIDIA-H100_2026-11-25.jsonl"  # that day nanogpt was not measured
-    lines = (tmp_path / "ladder_774M_best_nanogpt_NVIDIA-H100_2026-11-24.jsonl").read_text().splitlines()
+    newer = tmp_path / "gpu_774M_best_NVIDIA-H100-80GB-HBM3_2026-11-25.jsonl"  # that day nanogpt was not measured
+    lines = (tmp_path / "gpu_774M_best_nanogpt_NVIDIA-H100-80GB-HBM3_2026-11-24.jsonl").read_text().splitlines()
     newer.write_text("\n".join(lines[:2]).replace("2026-11-24", "2026-11-25"))
-    readme = tmp_path / "README.md"
-    readme.write_text((ROOT / "README.md").read_text())
-    monkeypatch.setattr(gpu_page, "ROOT", tmp_path)
-    gpu_page.main(["--folder", str(tmp_path)])
-    row = "| 124M | 612,346 | 50.0 % | 61.2 GB | 0.6 % | 1.20x | NVIDIA H100 | 2.13.0 | 2026-11-25 |"
-    for text in (readme.read_text(), (tmp_path / "gpu.md").read_text()):
-        assert row in text
-        assert row.replace("124M", "774M").replace("1.20x", "not measured") in text
-        assert "| 355M | not measured |" in text
-    assert "| loss | 0.001 | 1e-05 | ok |" in (tmp_path / "gpu.md").read_text()
-    assert "--optimizer=mars_m --dtype=bfloat16 --compile=true --attention=cudnn" in (tmp_path / "gpu.md").read_text()
-    assert (tmp_path / "gpu.png").stat().st_size > 5000
-    assert readme.read_text().endswith((ROOT / "README.md").read_text()[-2000:])
+    metrics = tmp_path / "runs/first/metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text('{"step": 60, "loss": 2.5, "tokens_per_s": 7.0}\n{"step": 60, "val_loss": 2.25}\n')
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/performance.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    monkeypatch.setattr(page, "ROOT", tmp_path)
+    page.main(["--folder", str(tmp_path)])
+    readme, text = (tmp_path / "README.md").read_text(), (tmp_path / "gpu.md").read_text()
+    card = "NVIDIA H100 80GB HBM3 | 2.13.0 | 2026-11-25 |"
+    row = f"| 124M | 612,346 | 50.0 % | 40 | 61.2 GB | 0.6 % | 1.20x | {card}"
+    for written in (readme, text):
+        assert row in written
+        assert row.replace("124M", "774M").replace("1.20x", "not measured") in written
+        assert "| 355M | not measured |" in written
+    assert "| loss | 0.001 | 1e-05 | ok |" in text
+    assert "| first | 60 | 2.5 | 2.25 | 7 |" in text
+    assert "--attention=cudnn" in text
+    assert readme.endswith((ROOT / "README.md").read_text()[-2000:])
+    measured = (tmp_path / "docs/performance.md").read_text()
+    assert re.search(r"\| best \| 124M \| [^|]+ \| not measured \| [^|]+ \| 612.3 \(50.0 %\) \|", measured)
+    assert re.search(r"\| best \| 355M \| [^|]+ \| not measured \| [^|]+ \| not measured \|", measured)
 
 
 def test_without_a_result_of_a_gpu_there_is_no_page(tmp_path):
     gpu_results(tmp_path, hardware="cpu-x86_64")
-    with pytest.raises(SystemExit, match="no result of bench.ladder on a GPU"):
-        gpu_page.main(["--folder", str(tmp_path)])
-    gpu_page.main(["--folder", str(tmp_path), "--any_hardware", "--keep_readme"])
+    with pytest.raises(SystemExit, match="no result of bench.gpu on a GPU"):
+        page.main(["--folder", str(tmp_path)])
+    page.main(["--folder", str(tmp_path), "--any_hardware", "--keep_docs"])
     assert (tmp_path / "gpu.md").exists()
 
 
-def test_the_first_hour_on_a_gpu_calls_benches_that_exist(tmp_path):
-    """With a stand-in for Python that writes down its arguments; each must be accepted by the bench's own parser."""
-    stand_in = tmp_path / "python"
-    stand_in.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
-    stand_in.chmod(0o755)
-    variables = os.environ | {"PYTHON": str(stand_in), "FOLDER": str(tmp_path)}
-    command = ["bash", str(ROOT / "scripts/first_gpu_hour.sh"), "--smoke"]
-    done = subprocess.run(command, env=variables, text=True, capture_output=True, timeout=60)
-    assert "0 calls failed" in done.stdout, done.stderr
-    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines() if "bench." in line]
-    assert [c[1] for c in calls] == [f"bench.{name}" for name in FIRST_HOUR]
-    sizes = [c[c.index("--size") + 1] for c in calls if "--size" in c]
-    assert sizes == [*SIZES, "1558M"]
-    rungs = {rung for c in calls if "--rungs" in c for rung in c[c.index("--rungs") + 1 : c.index("--smoke")]}
-    assert rungs <= ladder.RUNGS.keys()
-    assert {c[c.index("--scale") + 1] for c in calls if "--scale" in c} == {"smoke"}
-
-
-FIRST_HOUR = ["correctness", *["ladder"] * 5, "micro", *["sweep"] * 4, "gpu_page"]
+@pytest.mark.parametrize("name", [p.stem for p in (ROOT / "bench").glob("*.py") if "Moved:" in p.read_text()])
+def test_a_command_that_moved_says_where(name):
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(f"bench.{name}", run_name="__main__")
+    new = re.fullmatch(rf"bench.{name} is now (\S+): python -m \1.*", str(stop.value))[1]
+    assert importlib.util.find_spec(new)

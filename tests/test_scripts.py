@@ -231,20 +231,6 @@ def test_the_tests_of_cuda_code_use_an_environment_with_cuda_or_set_one_up(tmp_p
     assert done.stdout.splitlines() == [f"sets up {chosen}", f"{chosen}/bin/python -m pytest -m cuda -x"], done.stderr
 
 
-def test_ctrl_c_ends_the_first_gpu_hour_and_the_bench_that_runs(tmp_path):
-    program = '#!/bin/bash\n[[ $* == *data.prepare* ]] && exit\necho "pid $$"\nexec sleep 60'
-    write_programs(tmp_path, {"python": program})
-    command = ["bash", str(ROOT / "scripts/first_gpu_hour.sh"), "--smoke"]
-    env = environment() | {"PYTHON": str(tmp_path / "python"), "FOLDER": str(tmp_path)}
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as hour:
-        bench = next(int(line.split()[1]) for line in hour.stdout if line.startswith("pid "))
-        hour.send_signal(signal.SIGINT)
-        assert hour.stdout.read() == f"stopped; the results so far are in {tmp_path}\n"
-    assert hour.returncode == 130
-    with pytest.raises(ProcessLookupError):
-        os.kill(bench, 0)
-
-
 def test_options_and_arguments_after_the_dashes_reach_the_trainer():
     words = dry("train_small.sh", "--optimizer", "adamw", "--dataset=/data/edu", "--gpus=4", "--", "--name=a b")
     assert "--nproc_per_node=4" in words

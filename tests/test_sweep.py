@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack, suppress
 from itertools import pairwise
@@ -308,6 +309,43 @@ def test_runs_use_the_gpus_that_the_user_gives(plan, monkeypatch, visible, names
     assert used == names
     (error,) = {e.splitlines()[-1] for e in found.failed.values()}  # the runs ended well, and recorded nothing
     assert error == "ended, and metrics.jsonl has no last evaluation"
+
+
+def test_more_workers_than_gpus_share_them(plan, monkeypatch):
+    """The four first runs of the plan start at once, two on each of two GPUs."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    used, together = [], threading.Barrier(4, timeout=60)
+
+    def run(command, env, **options):
+        used.append(env["CUDA_VISIBLE_DEVICES"])
+        together.wait()
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(sweep.subprocess, "run", run)
+    found = Sweep(plan)
+    found.train(workers=4)
+    assert sorted(used) == ["4", "4", "5", "5"]
+    assert not any("Barrier" in error for error in found.failed.values())
+
+
+def test_by_default_every_gpu_has_one_run(plan, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    busy, lock = set(), threading.Lock()
+
+    def run(command, env, **options):
+        device = env["CUDA_VISIBLE_DEVICES"]
+        with lock:
+            assert device not in busy
+            busy.add(device)
+        time.sleep(0.2)
+        with lock:
+            busy.remove(device)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(sweep.subprocess, "run", run)
+    Sweep(plan).train()
 
 
 def test_the_hours_of_a_gpu_are_estimated(capsys):

@@ -13,7 +13,7 @@ from runtime.distributed import World
 from runtime.errors import UserError
 from runtime.hardware import available_memory
 
-ERROR = 0.05  # fraction by which an estimate may be too high; the most that was seen is 0.02 (bench.memory)
+ERROR = 0.05  # fraction by which an estimate may be too high; the most that was seen is 0.02 (bench.gpu)
 MARGIN = 0.08  # fraction of a GPU's memory that stays unused, for fragments, communication and scratch memory
 CPU_MOST = 8  # sequences; a larger micro-batch does not make a CPU faster
 
