@@ -14,7 +14,7 @@ GRAM_FROM_ASPECT = 2  # matrices at least this many times wider than high iterat
 RESTART = 3  # steps after which the Gram matrix is computed from the iterate again
 HALVES_FROM = 384  # rows from which a symmetric product is faster from three of its four quarters
 
-NSDtype = Literal["auto", "bfloat16", "float32"]
+NSDtype = Literal["auto", "bfloat16", "float16", "float32"]
 Scale = Literal["moonlight", "original"]
 
 
@@ -57,12 +57,14 @@ class Orthogonal(MatrixDirection):
 def newton_schulz_dtype(name: NSDtype, device: torch.device) -> torch.dtype:
     """The dtype to iterate in. "auto": bfloat16 on a GPU that has it, float32 elsewhere.
 
-    On a GPU the trainer multiplies float32 matrices in TF32, which keeps 10 bits after the leading one.
+    float16 costs what bfloat16 costs and is eight times closer to the exact iteration: no number of the iteration is
+    above 4, and it has 10 bits after the leading one where bfloat16 has 7. On a GPU the trainer multiplies float32
+    matrices in TF32, which has 10 bits, too.
     """
     if name == "auto":
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float32
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
 
 
 def orthogonalize(G: Tensor, steps: int = 5, eps: float = 1e-7, dtype: torch.dtype = torch.bfloat16) -> Tensor:
