@@ -12,7 +12,7 @@ from bench.runs import split_parameters
 from bench.timing import Session, compiled
 from model import GPT, GPTConfig
 from optimizers import MARSConfig, MARSMConfig, MuonConfig, Settings, build_optimizer
-from optimizers.composed import BATCH
+from optimizers.cohorts import BATCH
 from optimizers.newton_schulz import newton_schulz_dtype, orthogonalize
 
 BYTES = {  # bytes moved per parameter, of a matrix and of the rest, if each tensor is read or written only once
