@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .directions import State
 from .roles import ROLES
@@ -42,9 +43,10 @@ def group_errors(group: dict[str, Any], settings: Iterable[str], role_of: Callab
 def check_gradients(params: list[Tensor]) -> None:
     """Raises ValueError for a gradient that is sparse, not float32 or float64, or not sharded as its parameter."""
     for p in params:
+        if (g := p.grad) is None:
+            continue
         check_gradient(p)
-        g = p.grad
-        if g is not None and (g.is_sparse or g.dtype not in DTYPES):
+        if g.is_sparse or g.dtype not in DTYPES:
             kind = "sparse" if g.is_sparse else str(g.dtype)
             raise ValueError(
                 f"gradient of a parameter of shape {tuple(p.shape)} is {kind}: must be dense and float32 or float64; "
@@ -53,10 +55,7 @@ def check_gradients(params: list[Tensor]) -> None:
 
 
 def fitting_state(
-    params: Iterable[Tensor],
-    present: Mapping[Tensor, State],
-    loaded: Mapping[Tensor, State],
-    owns: Callable[[Tensor], bool],
+    optimizer: Optimizer, loaded: Mapping[Tensor, State], owns: Callable[[Tensor], bool]
 ) -> dict[Tensor, State]:
     """The loaded state as this rank keeps it: sharded as its parameters are, and without what only owners keep.
 
@@ -64,8 +63,8 @@ def fitting_state(
     Raises ValueError if the state of some parameters is not of the kind and shape of the present state.
     """
     out = dict(loaded)
-    for number, p in enumerate(params):
-        ours, saved = present.get(p, {}), out.get(p, {})
+    for number, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        ours, saved = optimizer.state.get(p, {}), out.get(p, {})
         if not owns(p):
             saved = {key: t for key, t in saved.items() if key in ours}
         if not p.requires_grad and not (ours and saved):

@@ -142,10 +142,11 @@ class ComposedOptimizer(Optimizer):
         return self._sharded if p in self._sharded.shapes else self.ownership
 
     def _by_role(self, group: dict[str, Any], params: list[Tensor]) -> Iterator[tuple[Rule, Owners, list[Tensor]]]:
-        for role in ROLES:
-            for owners in (self.ownership, self._sharded):
-                if members := [p for p in params if self._role(group, p) == role and self._owners(p) is owners]:
-                    yield self.rule(group, role), owners, members
+        kinds: dict[tuple[str, Owners], list[Tensor]] = {}
+        for p in params:
+            kinds.setdefault((self._role(group, p), self._owners(p)), []).append(p)
+        for (role, owners), members in sorted(kinds.items(), key=lambda kind: ROLES.index(kind[0][0])):
+            yield self.rule(group, role), owners, members
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, parameters matched in the order of the groups, as torch does.
@@ -161,9 +162,7 @@ class ComposedOptimizer(Optimizer):
         """What unpickling calls, and torch's load_state_dict between its hooks, with new state and groups."""
         loaded = "defaults" not in state
         if loaded:
-            params = (p for g in self.param_groups for p in g["params"])
-            fitting = fitting_state(params, self.state, state["state"], lambda p: self._owners(p).owns(p))
-            state = state | {"state": fitting}
+            state = state | {"state": fitting_state(self, state["state"], lambda p: self._owners(p).owns(p))}
             known, name = self.settings().as_group().keys(), type(self).__name__
             for missing in filter(None, (sorted(known - group.keys()) for group in state["param_groups"])):
                 raise ValueError(f"state_dict: a group has no {', '.join(missing)}; it is not a {name}'s")
@@ -195,6 +194,7 @@ class ComposedOptimizer(Optimizer):
     def update_previous_grad(self) -> None:
         """Exact form: keep the present gradients, those of the next batch; a parameter without one keeps the last."""
         self._follow_parameters()
+        check_gradients(list(self.state))
         self._looked_ahead = True
         for p, state in self.state.items():
             if "upcoming" in state:
@@ -317,15 +317,12 @@ class ComposedOptimizer(Optimizer):
         """Move matrices of one shape by their directions. Pauses while inputs or results travel between ranks."""
         direction, owners, blocks = cohort.rule.direction, cohort.owners, cohort.blocks
         assert isinstance(direction, MatrixDirection)
-        dtype, given = direction.shared_dtype(part[0]), part[0].dtype
-        travels = dtype if dtype.itemsize < 4 else given  # float64 stays, so that nothing is rounded twice
+        dtype = direction.shared_dtype(part[0])
+        travels = dtype if dtype.itemsize < 4 else part[0].dtype  # float64 stays, as for a process that is alone
         inputs = yield from owners.collect(part, partial(self._inputs, cohort), travels)
         results: dict[Tensor, Tensor] = {}
         for batch in chunks([p for p in part if owners.owns(p)], at_once(part[0])):
-            wide = [as_wide_matrices(x, blocks) for x in inputs(batch)]
-            stack = torch.cat(wide) if len(wide) > 1 else wide[0]
-            found = direction.directions(stack, [self.state[p] for p in batch], cohort.step).split(blocks)
-            results |= {p: from_wide_matrices(x, p, blocks) for p, x in zip(batch, found, strict=True)}
+            results |= self._directions(cohort, batch, inputs(batch))
         updates = yield from owners.share(part, results, dtype)
         numbers = direction.numbers(cohort.step)
         scales = {p: direction.scale(*matrix_shape(p, blocks)) for p in part}
@@ -342,6 +339,15 @@ class ComposedOptimizer(Optimizer):
             pieces = self._pieces(cohort, some, [out[p] for p in some])
             self._run(accumulate_all, pieces, cohort.weight, cohort.remember, direction.accumulate, numbers)
         return list(out.values())
+
+    def _directions(self, cohort: Cohort, batch: list[Tensor], inputs: list[Tensor]) -> dict[Tensor, Tensor]:
+        """The directions of whole matrices of one shape, in the shapes of their parameters."""
+        direction, blocks = cohort.rule.direction, cohort.blocks
+        assert isinstance(direction, MatrixDirection)
+        wide = [as_wide_matrices(x, blocks) for x in inputs]
+        stack = torch.cat(wide) if len(wide) > 1 else wide[0]
+        found = direction.directions(stack, [self.state[p] for p in batch], cohort.step).split(blocks)
+        return {p: from_wide_matrices(x, p, blocks) for p, x in zip(batch, found, strict=True)}
 
 
 def _differs(t: Tensor, p: Tensor) -> bool:

@@ -56,7 +56,7 @@ class Owners:
     def share(self, family: list[Tensor], results: dict[Tensor, Tensor], dtype: torch.dtype) -> Pauses:
         """Returns, for each parameter of a family, the result in the shape of what this rank holds.
 
-        results: whole results of the parameters that this rank owns. dtype: in which results travel.
+        results: whole results of the parameters that this rank owns; emptied. dtype: in which results travel.
         """
         yield from ()
         return results
@@ -75,8 +75,8 @@ class Replicated(Owners):
             slot_of[p], taken[self.owner[p]] = taken[self.owner[p]], taken[self.owner[p]] + 1
         slots, like = max(taken), family[0]
         send = torch.zeros(slots, like.numel(), dtype=dtype, device=like.device)
-        for p, result in results.items():
-            send[slot_of[p]].view(p.shape).copy_(result)
+        for p in list(results):
+            send[slot_of[p]].view(p.shape).copy_(results.pop(p))
         received = send.new_empty(self.size * slots, like.numel())
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
         work = gather(received, send, group=self.group, async_op=True)
@@ -126,14 +126,18 @@ class Sharded(Owners):
 
     def share(self, family: list[Tensor], results: dict[Tensor, Tensor], dtype: torch.dtype) -> Pauses:
         mine, like = [p for p in family if self.owns(p)], local(family[0])
-        cut = {p: results[p].split([s[self._dim(p)] for s in self.shapes[p]], self._dim(p)) for p in mine}
+        cut = {p: self._cut(p, results.pop(p)) for p in mine}
         theirs = [[p for p in family if self.owner[p] == r] for r in range(self.size)]
         parts = yield from self._exchange(
-            [like.new_empty(0, dtype=dtype), *(cut[p][r] for r in range(self.size) for p in mine)],
+            [like.new_empty(0, dtype=dtype), *(cut[p].pop(0) for _ in range(self.size) for p in mine)],
             [sum(self.shapes[p][r].numel() for p in mine) for r in range(self.size)],
             [[self.shapes[p][self.rank] for p in of_rank] for of_rank in theirs],
         )
         return {p: x for of_rank, got in zip(theirs, parts, strict=True) for p, x in zip(of_rank, got, strict=True)}
+
+    def _cut(self, p: Tensor, x: Tensor) -> list[Tensor]:
+        """The shards of a whole tensor, by rank."""
+        return list(x.split([shape[self._dim(p)] for shape in self.shapes[p]], self._dim(p)))
 
     def _dim(self, p: Tensor) -> int:
         return p.placements[sharding_of(self.first)[0]].dim  # type: ignore
@@ -144,6 +148,7 @@ class Sharded(Owners):
         shapes: of what each rank sends here. Returns that, a list for each rank.
         """
         flat = torch.cat([x.reshape(-1) for x in send])
+        send.clear()  # its memory, before the pause
         numbers = [[shape.numel() for shape in of_rank] for of_rank in shapes]
         received = flat.new_empty(sum(map(sum, numbers)))
         work = dist.all_to_all_single(

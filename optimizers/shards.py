@@ -46,7 +46,7 @@ def sharding_errors(params: Iterable[Tensor], first: Tensor | None, divided: boo
     for p in params:
         name = f"parameter of shape {tuple(p.shape)}"
         if getattr(p, "_fsdp_flattened", False):
-            out.append(f"{name} belongs to FullyShardedDataParallel, which flattens them; use fully_shard instead")
+            out.append(f"{name} was flattened by FullyShardedDataParallel; use fully_shard instead")
         if not is_dtensor(p):
             continue
         if divided:
