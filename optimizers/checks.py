@@ -78,3 +78,11 @@ def fitting_state(
                 raise ValueError(f"state_dict: {key} of parameter {number} has another shape than {tuple(t.shape)}")
         out[p] = sharded_as(ours, saved, number)
     return out
+
+
+def check_groups(optimizer: Optimizer, groups: list[dict[str, Any]], settings: Mapping[str, Any]) -> None:
+    """Raises ValueError if loaded groups lack a setting, because another kind of optimizer made them."""
+    for group in groups:
+        if missing := sorted(settings.keys() - group.keys()):
+            name = type(optimizer).__name__
+            raise ValueError(f"state_dict: a group has no {', '.join(missing)}; it is not a {name}'s")

@@ -2,7 +2,9 @@
 
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from .directions import MatrixDirection, Step
@@ -27,6 +29,15 @@ class Cohort:
     remember: bool  # this step's gradient is the next one's previous gradient (the approximate form)
     blocks: int
     norms: dict[Tensor, Tensor] = field(default_factory=dict)  # of the corrected gradients, if they are sharded
+
+    @property
+    def numbers(self) -> Any:
+        """The numbers of this step."""
+        return self.rule.direction.numbers(self.step)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.params[0].dtype
 
     @property
     def is_matrix(self) -> bool:

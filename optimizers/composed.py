@@ -10,21 +10,19 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from .checks import check_gradients, fitting_state, group_errors
+from .checks import check_gradients, check_groups, fitting_state, group_errors
 from .cohorts import Cohort, advanced, at_once, chunks, parts_of, with_elements
 from .cpu import update_of
 from .directions import MatrixDirection, Step
-from .elementwise import accumulate_all, move_all, norms_of_all, update_all
+from .elementwise import Runner, accumulate_all, move_all, norms_of_all, update_all
 from .matrices import as_wide_matrices, families, from_wide_matrices, matrix_shape
 from .owners import Owners, Replicated, Sharded
 from .roles import ROLES
 from .settings import Rule, Settings
 from .shards import local, sharding_errors, sharding_of
 from .signatures import with_arguments
-from .variance_reduction import Number, clip_factors, correction_weight, norms_from_rows
+from .variance_reduction import clip_factors, correction_weight, norms_from_rows
 
-# updates that share only 0-d numbers become one kernel, too
-INDUCTOR: dict[str, Any] = {"score_fusion_memory_threshold": 1}
 AT_ONCE = 10  # tensors in a compiled update: the compiler does not fuse operations that are more than 64 apart
 
 
@@ -69,10 +67,7 @@ class ComposedOptimizer(Optimizer):
             raise TypeError(f"{type(self).__name__} has no argument {', '.join(unknown)}")
         self.ownership = Owners() if process_group is None else Replicated(process_group)  # of whole parameters
         self._sharded = Sharded()
-        self._compiled = compiled
-        if compiled:  # each function is compiled once for each combination of shapes
-            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        self._functions: dict[Callable, Callable] = {}  # compiled
+        self._run = Runner(compiled)
         self._looked_ahead = False  # exact form: whether the next batch's gradient is known
         super().__init__(params, defaults | given)
 
@@ -98,8 +93,8 @@ class ComposedOptimizer(Optimizer):
         return group.get("role") or self.role_of(p)
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = ("ownership", "_sharded", "_compiled", "_looked_ahead")
-        return super().__getstate__() | {k: getattr(self, k) for k in ours} | dict(_functions={})
+        ours = ("ownership", "_sharded", "_run", "_looked_ahead")
+        return super().__getstate__() | {key: getattr(self, key) for key in ours}
 
     # ---- parameters and state
 
@@ -125,8 +120,7 @@ class ComposedOptimizer(Optimizer):
         blocks = group.get("blocks", 1)
         for rule, owners, members in self._by_role(group, params):
             direction = rule.direction
-            names = [*direction.state_names] + ([] if rule.correction is None else ["previous"])
-            names += ["upcoming"] if rule.correction is not None and not group.get("is_approx", True) else []
+            names = rule.state_names(exact=not group.get("is_approx", True))
             if isinstance(direction, MatrixDirection):
                 costs = {p: direction.cost(*matrix_shape(p, blocks)) for p in members}
                 owners.assign(families(members, blocks), costs.__getitem__)
@@ -162,10 +156,9 @@ class ComposedOptimizer(Optimizer):
         """What unpickling calls, and torch's load_state_dict between its hooks, with new state and groups."""
         loaded = "defaults" not in state
         if loaded:
-            state = state | {"state": fitting_state(self, state["state"], lambda p: self._owners(p).owns(p))}
-            known, name = self.settings().as_group().keys(), type(self).__name__
-            for missing in filter(None, (sorted(known - group.keys()) for group in state["param_groups"])):
-                raise ValueError(f"state_dict: a group has no {', '.join(missing)}; it is not a {name}'s")
+            fitting = fitting_state(self, state["state"], lambda p: self._owners(p).owns(p))
+            check_groups(self, state["param_groups"], self.settings().as_group())
+            state = state | {"state": fitting}
         super().__setstate__(state)
         for s in self.state.values() if loaded else ():
             if "step" in s:  # on the CPU, and of this parameter alone
@@ -254,19 +247,11 @@ class ComposedOptimizer(Optimizer):
             for p in params:
                 count = int(self.state[p]["step"]) + 1 if rule.direction.counts_steps else 1
                 by_count.setdefault(count, []).append(p)
-            weight = None if rule.correction is None else self._number(correction_weight(*rule.correction), params[0])
+            weight = rule.correction and self._run.number(correction_weight(*rule.correction), params[0].dtype)
             remember = rule.correction is not None and group.get("is_approx", True)
             for count, members in by_count.items():
                 step = Step(count, rule.lr, rule.weight_decay)
                 yield Cohort(rule, owners, members, step, weight, remember, group.get("blocks", 1))
-
-    def _number(self, x: float, like: Tensor) -> Number:
-        """A number for a function that may be compiled: compiled, a 0-d tensor on the CPU."""
-        return torch.tensor(x, dtype=like.dtype) if self._compiled else x
-
-    def _numbers(self, cohort: Cohort) -> Any:
-        n = cohort.rule.direction.numbers(cohort.step)
-        return type(n)(*torch.tensor(n, dtype=cohort.params[0].dtype).unbind()) if self._compiled else n
 
     def _norms(self, cohort: Cohort, params: list[Tensor]) -> Tensor:
         """Norms of the corrected gradients, or of this rank's shards of them."""
@@ -298,20 +283,12 @@ class ComposedOptimizer(Optimizer):
         ]
 
     def _update_elementwise(self, cohort: Cohort) -> None:
-        direction, numbers = cohort.rule.direction, self._numbers(cohort)
-        update = direction.update if self._compiled else update_of(direction, cohort.step)
+        direction, numbers = cohort.rule.direction, self._run.numbers(cohort.numbers, cohort.dtype)
+        update = direction.update if self._run.compiled else update_of(direction, cohort.step)
         if params := with_elements(cohort.params):
             pieces = self._pieces(cohort, params, [local(p) for p in params])
-            for some in chunks(pieces, AT_ONCE if self._compiled else len(pieces)):
+            for some in chunks(pieces, AT_ONCE if self._run.compiled else len(pieces)):
                 self._run(update_all, some, cohort.weight, cohort.remember, update, numbers)
-
-    def _run(self, function: Callable, *arguments: Any, eager: bool = False) -> Any:
-        """Call a function of elementwise.py, compiled if this optimizer is."""
-        if eager or not self._compiled:
-            return function(*arguments)
-        if function not in self._functions:
-            self._functions[function] = torch.compile(function, dynamic=False, options=INDUCTOR)
-        return self._functions[function](*arguments)
 
     def _move_matrices(self, cohort: Cohort, part: list[Tensor]) -> Generator[None, None, None]:
         """Move matrices of one shape by their directions. Pauses while inputs or results travel between ranks."""
@@ -324,15 +301,15 @@ class ComposedOptimizer(Optimizer):
         for batch in chunks([p for p in part if owners.owns(p)], at_once(part[0])):
             results |= self._directions(cohort, batch, inputs(batch))
         updates = yield from owners.share(part, results, dtype)
-        numbers = direction.numbers(cohort.step)
+        numbers = cohort.numbers
         scales = {p: direction.scale(*matrix_shape(p, blocks)) for p in part}
-        rates = {scale: self._number(numbers.rate * scale, part[0]) for scale in scales.values()}
+        rates = {scale: self._run.number(numbers.rate * scale, cohort.dtype) for scale in scales.values()}
         moved = [(local(p), updates[p], rates[scales[p]]) for p in with_elements(part)]
-        self._run(move_all, moved, self._number(numbers.decay, part[0]))
+        self._run(move_all, moved, self._run.number(numbers.decay, cohort.dtype))
 
     def _inputs(self, cohort: Cohort, params: list[Tensor]) -> list[Tensor]:
         """What the directions of matrices are made from, in the shapes that this rank holds."""
-        direction, numbers = cohort.rule.direction, self._numbers(cohort)
+        direction, numbers = cohort.rule.direction, self._run.numbers(cohort.numbers, cohort.dtype)
         assert isinstance(direction, MatrixDirection)
         out = {p: torch.empty_like(local(p), memory_format=torch.contiguous_format) for p in params}
         if some := with_elements(params):

@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import pickle
 import re
+import socket
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
@@ -25,6 +28,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
+import optimizers
 from config.load import load_config
 from model import GPT
 from optimizers import MARS, MARSM, REGISTRY, SOAP, AdEMAMix, Muon
@@ -147,19 +151,16 @@ def differences(ours, expected):
 def on_ranks(n, body, folder):
     """Call body(folder) in n processes that talk by gloo; returns what it returns on rank 0."""
     multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"])
-    environment = dict(OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n))
-    args = (environment, body, folder)
-    torch.multiprocessing.start_processes(_enter, args, nprocs=n, start_method="forkserver")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(n), OMP_NUM_THREADS="1")
+    torch.multiprocessing.start_processes(_enter, (environment, body, folder), nprocs=n, start_method="forkserver")
     return torch.load(folder / f"{body.__name__}.pt", weights_only=False)
 
 
 def _enter(rank, environment, body, folder):
     os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
-    size = int(environment["WORLD_SIZE"])
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(folder / f"{body.__name__}.store"), size), rank=rank, world_size=size
-    )
     try:
         found = body(folder)
     except dcp.CheckpointException as error:  # no Exception, so its text would be lost
@@ -216,6 +217,7 @@ def message_of(call):
 
 def four(folder):
     """What 4 processes report; they save checkpoints after SAVED_AT steps."""
+    dist.init_process_group("gloo")
     expected = torch.load(folder / "expected.pt")
     out = dict(equal=equalities(4, expected))
     mesh = make_mesh((4,))
@@ -319,6 +321,7 @@ def exchanging_groups(mesh):
 
 def two(folder):
     """What 2 processes report; they continue the checkpoints of 4 and of 1, and save for 1 and for themselves."""
+    dist.init_process_group("gloo")
     expected = torch.load(folder / "expected.pt")
     out = dict(equal=equalities(2, expected), refused=refusals(folder), loaded={})
     mesh = make_mesh((2,))
@@ -383,7 +386,12 @@ def copies(name, mesh):
     other = make_model(mesh)
     other.load_state_dict(model.state_dict())
     third = OURS[name](groups_of(other))
-    third.load_state_dict(pickle.loads(pickle.dumps(optimizer.state_dict())))
+    if name == "soap":  # as torchtitan does
+        flat = StateDictOptions(flatten_optimizer_state_dict=True)
+        state = get_optimizer_state_dict(model, optimizer, options=flat)
+        set_optimizer_state_dict(other, third, copy.deepcopy(state), options=flat)
+    else:
+        third.load_state_dict(pickle.loads(pickle.dumps(optimizer.state_dict())))
     expected = train(model, optimizer, 3)
     return differences(train(own, twin, 3), expected) | differences(train(other, third, 3), expected)
 
@@ -593,6 +601,14 @@ def unsuitable_gradients(mesh, rank):
     return out
 
 
+def page(folder):
+    """Run the loop of the page; returns its last loss and its optimizer's class."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/sharded.md").read_text(), re.DOTALL)[1]
+    sys.modules["mars_optimizers"] = optimizers
+    exec(compile(code, "docs/sharded.md", "exec"), names := {})
+    return names["loss"].item(), type(names["optimizer"]).__name__, len(code.replace("\n\n", "\n").splitlines())
+
+
 # ---- what the tests read
 
 
@@ -708,7 +724,7 @@ def exact(name, different):
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_a_copy_and_a_pickled_state_dict_go_on_as_the_original(reports, name):
+def test_a_copy_and_a_pickled_or_flattened_state_dict_go_on_as_the_original(reports, name):
     assert reports[2]["copies"][name] == {}
 
 
@@ -795,3 +811,10 @@ def test_unsuitable_gradients_are_refused_and_nothing_is_changed(reports, what, 
     said, unchanged = reports[2]["refused"][what]
     assert re.search(message, said)
     assert unchanged
+
+
+def test_the_loop_of_the_page_learns_on_two_processes(tmp_path):
+    loss, optimizer, lines = on_ranks(2, page, tmp_path)
+    assert loss < 0.5  # ln 100 at the start
+    assert optimizer == "MARSM"
+    assert lines <= 25
