@@ -20,7 +20,7 @@ from bench.runs import split_parameters
 from bench.timing import SIZES, TINY, Session, compiler, shape_of
 from model import GPT, GPTConfig
 from optimizers import MARSConfig, MARSMConfig, MuonConfig, Settings, build_optimizer
-from optimizers.composed import BATCH
+from optimizers.cohorts import BATCH
 from optimizers.newton_schulz import newton_schulz_dtype, orthogonalize
 from optimizers.standalone.mars_m import newton_schulz
 from runtime.command import one_line

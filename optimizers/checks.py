@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .directions import State
 from .roles import ROLES
+from .shards import check_gradient, sharded_as
 
 OF_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")  # their keys in groups
 DTYPES = (torch.float32, torch.float64)
@@ -31,8 +33,6 @@ def group_errors(group: dict[str, Any], settings: Iterable[str], role_of: Callab
     for p in group["params"]:
         if p.dtype not in DTYPES or p.dtype != group["params"][0].dtype:
             out.append(f"parameter of dtype {p.dtype}: must be float32 or float64, the same in the whole group")
-        elif hasattr(p, "device_mesh"):
-            out.append("parameter is a DTensor: sharded parameters are not supported; use DistributedDataParallel")
         elif role_of(p) == "matrix" and p.dim() < 2:
             out.append(f"parameter of shape {tuple(p.shape)}: has the role of a matrix and is none")
         elif p.dim() and p.shape[0] % n:
@@ -41,10 +41,12 @@ def group_errors(group: dict[str, Any], settings: Iterable[str], role_of: Callab
 
 
 def check_gradients(params: list[Tensor]) -> None:
-    """Raises ValueError for a gradient that is sparse or not float32 or float64."""
+    """Raises ValueError for a gradient that is sparse, not float32 or float64, or not sharded as its parameter."""
     for p in params:
-        g = p.grad
-        if g is not None and (g.is_sparse or g.dtype not in DTYPES):
+        if (g := p.grad) is None:
+            continue
+        check_gradient(p)
+        if g.is_sparse or g.dtype not in DTYPES:
             kind = "sparse" if g.is_sparse else str(g.dtype)
             raise ValueError(
                 f"gradient of a parameter of shape {tuple(p.shape)} is {kind}: must be dense and float32 or float64; "
@@ -52,10 +54,19 @@ def check_gradients(params: list[Tensor]) -> None:
             )
 
 
-def check_state(params: Iterable[Tensor], present: Mapping[Tensor, State], loaded: Mapping[Tensor, State]) -> None:
-    """Raises ValueError if the loaded state of some parameters is not of the kind and shape of the present state."""
-    for number, p in enumerate(params):
-        ours, saved = present.get(p, {}), loaded.get(p, {})
+def fitting_state(
+    optimizer: Optimizer, loaded: Mapping[Tensor, State], owns: Callable[[Tensor], bool]
+) -> dict[Tensor, State]:
+    """The loaded state as this rank keeps it: sharded as its parameters are, and without what only owners keep.
+
+    owns: whether this rank is the owner of a parameter.
+    Raises ValueError if the state of some parameters is not of the kind and shape of the present state.
+    """
+    out = dict(loaded)
+    for number, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        ours, saved = optimizer.state.get(p, {}), out.get(p, {})
+        if not owns(p):
+            saved = {key: t for key, t in saved.items() if key in ours}
         if not p.requires_grad and not (ours and saved):
             continue  # as in torch, a frozen parameter may be without state
         if bool(ours) != bool(saved):
@@ -65,3 +76,13 @@ def check_state(params: Iterable[Tensor], present: Mapping[Tensor, State], loade
         for key, t in ours.items():
             if t.shape != torch.as_tensor(saved[key]).shape:
                 raise ValueError(f"state_dict: {key} of parameter {number} has another shape than {tuple(t.shape)}")
+        out[p] = sharded_as(ours, saved, number)
+    return out
+
+
+def check_groups(optimizer: Optimizer, groups: list[dict[str, Any]], settings: Mapping[str, Any]) -> None:
+    """Raises ValueError if loaded groups lack a setting, because another kind of optimizer made them."""
+    for group in groups:
+        if missing := sorted(settings.keys() - group.keys()):
+            name = type(optimizer).__name__
+            raise ValueError(f"state_dict: a group has no {', '.join(missing)}; it is not a {name}'s")

@@ -1,7 +1,7 @@
 """The base of every algorithm in this folder: a raw or variance-reduced gradient becomes an update by one rule."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -10,19 +10,19 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from .checks import check_gradients, check_state, group_errors
+from .checks import check_gradients, check_groups, fitting_state, group_errors
+from .cohorts import Cohort, advanced, at_once, chunks, parts_of, with_elements
 from .cpu import update_of
 from .directions import MatrixDirection, Step
-from .elementwise import accumulate_all, move_all, norms_of_all, update_all
-from .matrices import Ownership, as_wide_matrices, families, from_wide_matrices, matrix_shape
+from .elementwise import Runner, accumulate_all, move_all, norms_of_all, update_all
+from .matrices import as_wide_matrices, families, from_wide_matrices, matrix_shape
+from .owners import Owners, Replicated, Sharded
 from .roles import ROLES
 from .settings import Rule, Settings
+from .shards import local, sharding_errors, sharding_of
 from .signatures import with_arguments
-from .variance_reduction import Number, clip_factors, correction_weight
+from .variance_reduction import clip_factors, correction_weight, norms_from_rows
 
-BATCH = 1 << 27  # elements of matrices worked on at a time on a GPU: bounds the memory beside the weights
-# updates that share only 0-d numbers become one kernel, too
-INDUCTOR: dict[str, Any] = {"score_fusion_memory_threshold": 1}
 AT_ONCE = 10  # tensors in a compiled update: the compiler does not fuse operations that are more than 64 apart
 
 
@@ -65,11 +65,9 @@ class ComposedOptimizer(Optimizer):
         defaults = self.settings().as_group()
         if unknown := sorted(given.keys() - defaults.keys()):
             raise TypeError(f"{type(self).__name__} has no argument {', '.join(unknown)}")
-        self.ownership = Ownership(process_group)
-        self._compiled = compiled
-        if compiled:  # each function is compiled once for each combination of shapes
-            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        self._functions: dict[Callable, Callable] = {}  # compiled
+        self.ownership = Owners() if process_group is None else Replicated(process_group)  # of whole parameters
+        self._sharded = Sharded()
+        self._run = Runner(compiled)
         self._looked_ahead = False  # exact form: whether the next batch's gradient is known
         super().__init__(params, defaults | given)
 
@@ -95,8 +93,8 @@ class ComposedOptimizer(Optimizer):
         return group.get("role") or self.role_of(p)
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = ("ownership", "_compiled", "_looked_ahead")
-        return super().__getstate__() | {k: getattr(self, k) for k in ours} | dict(_functions={})
+        ours = ("ownership", "_sharded", "_run", "_looked_ahead")
+        return super().__getstate__() | {key: getattr(self, key) for key in ours}
 
     # ---- parameters and state
 
@@ -108,34 +106,41 @@ class ComposedOptimizer(Optimizer):
         if errors:
             self.param_groups.pop()
             raise ValueError(f"{type(self).__name__}: {'; '.join(dict.fromkeys(errors))}")
+        for p in filter(sharding_of, group["params"]):
+            self._sharded.add(p)
         group["constructed_lr"] = float(self.defaults["lr"])
         self._allocate(group, [p for p in group["params"] if p.requires_grad])
 
     def _errors(self, group: dict[str, Any]) -> list[str]:
-        return group_errors(group, self.defaults, lambda p: self._role(group, p))
+        errors = sharding_errors(group["params"], self._sharded.first, isinstance(self.ownership, Replicated))
+        return errors or group_errors(group, self.defaults, lambda p: self._role(group, p))
 
     def _allocate(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """Create the state of parameters of a group. Every rank counts the steps; the owner holds the rest."""
+        """Create the state of parameters of a group. Every rank counts the steps; shards and owners have the rest."""
         blocks = group.get("blocks", 1)
-        for rule, members in self._by_role(group, params):
+        for rule, owners, members in self._by_role(group, params):
             direction = rule.direction
-            names = [] if rule.correction is None else ["previous"]
-            names += ["upcoming"] if names and not group.get("is_approx", True) else []
+            names = rule.state_names(exact=not group.get("is_approx", True))
             if isinstance(direction, MatrixDirection):
                 costs = {p: direction.cost(*matrix_shape(p, blocks)) for p in members}
-                self.ownership.assign(families(members, blocks), costs.__getitem__)
+                owners.assign(families(members, blocks), costs.__getitem__)
             for p in members:
                 state = {"step": torch.zeros(())} if direction.counts_steps else {}
-                if self.ownership.holds(p):
-                    zeros = {key: torch.zeros_like(p, memory_format=torch.contiguous_format) for key in names}
-                    state |= direction.state(p, blocks) | zeros
-                if state:
-                    self.state[p] = state
+                if owners.holds(p):
+                    state |= {name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name in names}
+                if owners.owns(p):
+                    state |= direction.owner_state(local(p).new_empty(()).expand(p.shape), blocks)
+                self.state[p] = state
 
-    def _by_role(self, group: dict[str, Any], params: list[Tensor]) -> Iterator[tuple[Rule, list[Tensor]]]:
-        for role in ROLES:
-            if members := [p for p in params if self._role(group, p) == role]:
-                yield self.rule(group, role), members
+    def _owners(self, p: Tensor) -> Owners:
+        return self._sharded if p in self._sharded.shapes else self.ownership
+
+    def _by_role(self, group: dict[str, Any], params: list[Tensor]) -> Iterator[tuple[Rule, Owners, list[Tensor]]]:
+        kinds: dict[tuple[str, Owners], list[Tensor]] = {}
+        for p in params:
+            kinds.setdefault((self._role(group, p), self._owners(p)), []).append(p)
+        for (role, owners), members in sorted(kinds.items(), key=lambda kind: ROLES.index(kind[0][0])):
+            yield self.rule(group, role), owners, members
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, parameters matched in the order of the groups, as torch does.
@@ -151,10 +156,9 @@ class ComposedOptimizer(Optimizer):
         """What unpickling calls, and torch's load_state_dict between its hooks, with new state and groups."""
         loaded = "defaults" not in state
         if loaded:
-            check_state((p for g in self.param_groups for p in g["params"]), self.state, state["state"])
-            known, name = self.settings().as_group().keys(), type(self).__name__
-            for missing in filter(None, (sorted(known - group.keys()) for group in state["param_groups"])):
-                raise ValueError(f"state_dict: a group has no {', '.join(missing)}; it is not a {name}'s")
+            fitting = fitting_state(self, state["state"], lambda p: self._owners(p).owns(p))
+            check_groups(self, state["param_groups"], self.settings().as_group())
+            state = state | {"state": fitting}
         super().__setstate__(state)
         for s in self.state.values() if loaded else ():
             if "step" in s:  # on the CPU, and of this parameter alone
@@ -183,10 +187,11 @@ class ComposedOptimizer(Optimizer):
     def update_previous_grad(self) -> None:
         """Exact form: keep the present gradients, those of the next batch; a parameter without one keeps the last."""
         self._follow_parameters()
+        check_gradients(list(self.state))
         self._looked_ahead = True
         for p, state in self.state.items():
             if "upcoming" in state:
-                state["upcoming"].copy_(state["previous"] if p.grad is None else p.grad)
+                local(state["upcoming"]).copy_(local(state["previous"] if p.grad is None else p.grad))
 
     @torch.no_grad()
     def update_last_grad(self) -> None:
@@ -213,23 +218,19 @@ class ComposedOptimizer(Optimizer):
                 loss = closure()
         self._follow_parameters()
         cohorts = [cohort for group in self.param_groups for cohort in self._cohorts(group)]
+        if self._sharded.shapes:
+            self._total_norms([cohort for cohort in cohorts if cohort.owners is self._sharded])
         for p in (p for cohort in cohorts if cohort.rule.direction.counts_steps for p in cohort.params):
             self.state[p]["step"] += 1
-        pending = []
-        for gathered in (g for cohort in cohorts if cohort.is_matrix for g in self._start_matrices(cohort)):
-            if gathered.work is None:
-                self._run(move_all, gathered.updates, gathered.decay)
-            else:
-                pending.append(gathered)
+        moves = advanced(self._move_matrices(c, part) for c in cohorts if c.is_matrix for part in parts_of(c))
         for cohort in cohorts:
             if not cohort.is_matrix:
                 self._update_elementwise(cohort)
-        for gathered in pending:
-            gathered.work.wait()
-            self._run(move_all, gathered.updates, gathered.decay)
+        while moves:
+            moves = advanced(moves)
         return loss
 
-    def _cohorts(self, group: dict[str, Any]) -> Iterator["Cohort"]:
+    def _cohorts(self, group: dict[str, Any]) -> Iterator[Cohort]:
         """The parameters of a group that have a gradient, by rule and by step count."""
         if errors := self.settings.of(group).errors():
             raise ValueError(f"{type(self).__name__}: {'; '.join(errors)}")
@@ -239,124 +240,92 @@ class ComposedOptimizer(Optimizer):
             )
         with_gradient = [p for p in group["params"] if p.grad is not None and p.numel()]
         check_gradients(with_gradient)
-        if unfrozen := [p for p in with_gradient if p not in self.state and p not in self.ownership.owner]:
+        if unfrozen := [p for p in with_gradient if p not in self.state]:
             self._allocate(group, unfrozen)
-        for rule, params in self._by_role(group, with_gradient):
+        for rule, owners, params in self._by_role(group, with_gradient):
             by_count: dict[int, list[Tensor]] = {}
             for p in params:
                 count = int(self.state[p]["step"]) + 1 if rule.direction.counts_steps else 1
                 by_count.setdefault(count, []).append(p)
-            weight = None if rule.correction is None else self._number(correction_weight(*rule.correction), params[0])
+            weight = rule.correction and self._run.number(correction_weight(*rule.correction), params[0].dtype)
             remember = rule.correction is not None and group.get("is_approx", True)
             for count, members in by_count.items():
                 step = Step(count, rule.lr, rule.weight_decay)
-                yield Cohort(rule, members, step, weight, remember, group.get("blocks", 1))
+                yield Cohort(rule, owners, members, step, weight, remember, group.get("blocks", 1))
 
-    def _number(self, x: float, like: Tensor) -> Number:
-        """A number for a function that may be compiled: compiled, a 0-d tensor on the CPU."""
-        return torch.tensor(x, dtype=like.dtype) if self._compiled else x
-
-    def _numbers(self, cohort: "Cohort") -> Any:
-        n = cohort.rule.direction.numbers(cohort.step)
-        return type(n)(*torch.tensor(n, dtype=cohort.params[0].dtype).unbind()) if self._compiled else n
-
-    def _factors(self, cohort: "Cohort", params: list[Tensor]) -> list[Tensor | None]:
-        """What scales the corrected gradient of each parameter to at most unit norm; None without clipping."""
-        if not cohort.rule.clip:
-            return [None] * len(params)
-        pieces = [(p.grad, self.state[p].get("previous")) for p in params]
+    def _norms(self, cohort: Cohort, params: list[Tensor]) -> Tensor:
+        """Norms of the corrected gradients, or of this rank's shards of them."""
+        pieces = [(local(p.grad), local(self.state[p].get("previous"))) for p in params]
         # ranks must agree on the norms of what all of them update: compiled reductions may differ in the last bit
-        eager = self.ownership.size > 1 and not cohort.is_matrix
-        return [*clip_factors(self._run(norms_of_all, pieces, cohort.weight, eager=eager))]
+        eager = cohort.owners.size > 1 and not (cohort.is_matrix and cohort.owners is self.ownership)
+        return norms_from_rows(self._run(norms_of_all, pieces, cohort.weight, eager=eager))
 
-    def _update_elementwise(self, cohort: "Cohort") -> None:
-        direction, numbers = cohort.rule.direction, self._numbers(cohort)
-        update = direction.update if self._compiled else update_of(direction, cohort.step)
-        keys, pieces = ("previous", *direction.state_names), []
-        for p, factor in zip(cohort.params, self._factors(cohort, cohort.params), strict=True):
-            pieces.append((factor, p, p.grad, *map(self.state[p].get, keys)))
-        for some in _chunks(pieces, AT_ONCE if self._compiled else len(pieces)):
-            self._run(update_all, some, cohort.weight, cohort.remember, update, numbers)
+    def _total_norms(self, cohorts: list[Cohort]) -> None:
+        """Find the norms that clipping needs, over all shards. Raises ValueError if ranks have other gradients."""
+        squares: dict[Tensor, Tensor] = {}
+        for cohort in cohorts:
+            if cohort.rule.clip and (some := with_elements(cohort.params)):
+                squares |= zip(some, self._norms(cohort, some).square(), strict=True)
+        totals = self._sharded.total(squares)
+        for cohort in cohorts:
+            cohort.norms.update((p, totals[p].sqrt()) for p in cohort.params)
 
-    def _run(self, function: Callable, *arguments: Any, eager: bool = False) -> Any:
-        """Call a function of elementwise.py, compiled if this optimizer is."""
-        if eager or not self._compiled:
-            return function(*arguments)
-        if function not in self._functions:
-            self._functions[function] = torch.compile(function, dynamic=False, options=INDUCTOR)
-        return self._functions[function](*arguments)
+    def _pieces(self, cohort: Cohort, params: list[Tensor], targets: list[Tensor]) -> list[tuple]:
+        """Clip factor, target, gradient, previous gradient and state of each parameter: what this rank holds."""
+        factors: list[Tensor | None] = [None] * len(params)
+        if cohort.rule.clip:
+            norms = torch.stack([cohort.norms[p] for p in params]) if cohort.norms else self._norms(cohort, params)
+            factors = [*clip_factors(norms, params[0].dtype)]
+        names = ("previous", *cohort.rule.direction.state_names)
+        return [
+            (factor, target, local(p.grad), *(local(self.state[p].get(name)) for name in names))
+            for factor, target, p in zip(factors, targets, params, strict=True)
+        ]
 
-    def _start_matrices(self, cohort: "Cohort") -> Iterator["Gathered"]:
-        """Directions of the matrices this rank owns, family by family of one shape.
+    def _update_elementwise(self, cohort: Cohort) -> None:
+        direction, numbers = cohort.rule.direction, self._run.numbers(cohort.numbers, cohort.dtype)
+        update = direction.update if self._run.compiled else update_of(direction, cohort.step)
+        if params := with_elements(cohort.params):
+            pieces = self._pieces(cohort, params, [local(p) for p in params])
+            for some in chunks(pieces, AT_ONCE if self._run.compiled else len(pieces)):
+                self._run(update_all, some, cohort.weight, cohort.remember, update, numbers)
 
-        Each family's results travel to the other ranks while the next family is worked on. A rank that is alone yields
-        the results of each batch by themselves, so that their memory is free before the next batch.
-        """
-        direction = cohort.rule.direction
+    def _move_matrices(self, cohort: Cohort, part: list[Tensor]) -> Generator[None, None, None]:
+        """Move matrices of one shape by their directions. Pauses while inputs or results travel between ranks."""
+        direction, owners, blocks = cohort.rule.direction, cohort.owners, cohort.blocks
         assert isinstance(direction, MatrixDirection)
-        numbers = direction.numbers(cohort.step)
-        decay = self._number(numbers.decay, cohort.params[0])
-        for family in families(cohort.params, cohort.blocks):
-            like = family[0]
-            # on a CPU each matrix is alone: as fast, less memory, and independent of which matrices a rank owns
-            size = max(1, BATCH // like.numel()) if like.device.type == "cuda" else 1
-            for part in _chunks(family, size) if self.ownership.size == 1 else [family]:
-                results: dict[Tensor, Tensor] = {}
-                for batch in _chunks([p for p in part if self.ownership.holds(p)], size):
-                    results |= zip(batch, self._directions(cohort, batch).split(cohort.blocks), strict=True)
-                shape, dtype = as_wide_matrices(like, cohort.blocks).shape, direction.shared_dtype(like.device)
-                work, shared = self.ownership.gather(part, results, shape, dtype)
-                scales = [direction.scale(*matrix_shape(p, cohort.blocks)) for p in part]
-                rates = {scale: self._number(numbers.rate * scale, like) for scale in scales}
-                updates = [
-                    (p, from_wide_matrices(update, p, cohort.blocks), rates[scale])
-                    for p, update, scale in zip(part, shared, scales, strict=True)
-                ]
-                yield Gathered(work, updates, decay)
+        dtype = direction.shared_dtype(part[0])
+        travels = dtype if dtype.itemsize < 4 else part[0].dtype  # float64 stays, as for a process that is alone
+        inputs = yield from owners.collect(part, partial(self._inputs, cohort), travels)
+        results: dict[Tensor, Tensor] = {}
+        for batch in chunks([p for p in part if owners.owns(p)], at_once(part[0])):
+            results |= self._directions(cohort, batch, inputs(batch))
+        updates = yield from owners.share(part, results, dtype)
+        numbers = cohort.numbers
+        scales = {p: direction.scale(*matrix_shape(p, blocks)) for p in part}
+        rates = {scale: self._run.number(numbers.rate * scale, cohort.dtype) for scale in scales.values()}
+        moved = [(local(p), updates[p], rates[scales[p]]) for p in with_elements(part)]
+        self._run(move_all, moved, self._run.number(numbers.decay, cohort.dtype))
 
-    def _directions(self, cohort: "Cohort", batch: list[Tensor]) -> Tensor:
-        """Directions of matrices of one shape, (blocks of all of them, m, n) with m <= n."""
-        direction = cohort.rule.direction
+    def _inputs(self, cohort: Cohort, params: list[Tensor]) -> list[Tensor]:
+        """What the directions of matrices are made from, in the shapes that this rank holds."""
+        direction, numbers = cohort.rule.direction, self._run.numbers(cohort.numbers, cohort.dtype)
         assert isinstance(direction, MatrixDirection)
-        gathered = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in batch]
-        keys, pieces = ("previous", *direction.state_names), []
-        for p, factor, out in zip(batch, self._factors(cohort, batch), gathered, strict=True):
-            pieces.append((factor, out, p.grad, *map(self.state[p].get, keys)))
-        accumulate, numbers = direction.accumulate, self._numbers(cohort)
-        self._run(accumulate_all, pieces, cohort.weight, cohort.remember, accumulate, numbers)
-        wide = [as_wide_matrices(x, cohort.blocks) for x in gathered]
+        out = {p: torch.empty_like(local(p), memory_format=torch.contiguous_format) for p in params}
+        if some := with_elements(params):
+            pieces = self._pieces(cohort, some, [out[p] for p in some])
+            self._run(accumulate_all, pieces, cohort.weight, cohort.remember, direction.accumulate, numbers)
+        return list(out.values())
+
+    def _directions(self, cohort: Cohort, batch: list[Tensor], inputs: list[Tensor]) -> dict[Tensor, Tensor]:
+        """The directions of whole matrices of one shape, in the shapes of their parameters."""
+        direction, blocks = cohort.rule.direction, cohort.blocks
+        assert isinstance(direction, MatrixDirection)
+        wide = [as_wide_matrices(x, blocks) for x in inputs]
         stack = torch.cat(wide) if len(wide) > 1 else wide[0]
-        return direction.directions(stack, [self.state[p] for p in batch], cohort.step)
-
-
-@dataclass(frozen=True)
-class Cohort:
-    """Parameters of a group that share one rule and one step count."""
-
-    rule: Rule
-    params: list[Tensor]
-    step: Step
-    weight: Number | None  # of the gradient in the corrected one; None: the raw gradient
-    remember: bool  # this step's gradient is the next one's previous gradient (the approximate form)
-    blocks: int
-
-    @property
-    def is_matrix(self) -> bool:
-        return isinstance(self.rule.direction, MatrixDirection)
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """A pending all-gather of matrix updates, and the weights they will move."""
-
-    work: Any  # None: nothing to wait for
-    updates: list[tuple[Tensor, Tensor, Number]]  # weight, update, rate
-    decay: Number
+        found = direction.directions(stack, [self.state[p] for p in batch], cohort.step).split(blocks)
+        return {p: from_wide_matrices(x, p, blocks) for p, x in zip(batch, found, strict=True)}
 
 
 def _differs(t: Tensor, p: Tensor) -> bool:
     return t.dtype is not p.dtype or t.get_device() != p.get_device()  # quick, for it runs in every step
-
-
-def _chunks(items: list, size: int) -> Iterator[list]:
-    return (items[i : i + size] for i in range(0, len(items), size))

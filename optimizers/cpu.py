@@ -1,6 +1,6 @@
 """Speed on a CPU: work block by block, so that a parameter's tensors stay in a core's cache, and Adam as one kernel.
 
-The rules do not know of it. On a GPU and in compiled code both functions change nothing.
+The rules do not know of it. On a GPU and in compiled code these functions change nothing.
 """
 
 from collections.abc import Callable
@@ -17,12 +17,23 @@ BLOCK = 1 << 16  # elements: five such float32 blocks stay in a core's cache
 def blocks(*tensors: Tensor | None) -> list[tuple]:
     """Tensors of one shape as tuples of blocks (n,); whole elsewhere, and where one is not contiguous."""
     given = [t for t in tensors if t is not None]
-    eager = given[0].device.type == "cpu" and not torch.compiler.is_compiling()
-    if not eager or not all(t.is_contiguous() for t in given):
+    if not _in_cache(given[0]) or not all(t.is_contiguous() for t in given):
         return [tensors]
     count = -(-given[0].numel() // BLOCK)
     columns = [[None] * count if t is None else t.view(-1).split(BLOCK) for t in tensors]
     return list(zip(*columns, strict=True))
+
+
+def row_blocks(x: Tensor, y: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+    """Two tensors of one shape as pairs of blocks of whole rows; vectors whole, and elsewhere all tensors."""
+    if not _in_cache(x) or x.dim() < 2:
+        return [(x, y)]
+    xs = x.split(max(1, BLOCK // max(1, x[0].numel())))
+    return list(zip(xs, [None] * len(xs) if y is None else y.split(len(xs[0])), strict=True))
+
+
+def _in_cache(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def update_of(direction: Direction, step: Step) -> Callable[[Tensor, Tensor, list[Tensor], Any], None]:

@@ -40,9 +40,12 @@ class Direction:
     state_names: tuple[str, ...]  # state tensors of the parameter's shape, in the order that `update` receives them
     counts_steps: ClassVar[bool] = False  # whether the direction reads step.count
 
-    def state(self, p: Tensor, blocks: int = 1) -> State:
-        """State of a parameter before its first step. blocks: row blocks that a matrix is treated as."""
-        return {name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name in self.state_names}
+    def owner_state(self, p: Tensor, blocks: int) -> State:
+        """State of other shapes than the parameter's, before the first step; only the owner of a matrix keeps it.
+
+        p: tells shape, dtype and device, and has no values. blocks: row blocks that a matrix is treated as.
+        """
+        return {}
 
     def numbers(self, step: Step) -> Any:
         """The numbers of a step, a NamedTuple of floats."""
@@ -95,9 +98,9 @@ class MatrixDirection(Direction):
         """
         raise NotImplementedError
 
-    def shared_dtype(self, device: torch.device) -> torch.dtype:
-        """The dtype in which ranks exchange directions."""
-        return torch.float32
+    def shared_dtype(self, p: Tensor) -> torch.dtype:
+        """The dtype in which ranks exchange the directions of a parameter."""
+        return p.dtype
 
     def scale(self, rows: int, columns: int) -> float:
         """Factor on the learning rate of a matrix (rows, columns)."""

@@ -1,13 +1,46 @@
-"""The parts of a step that may be compiled: functions over lists of tensors."""
+"""The parts of a step that may be compiled: functions over lists of tensors, and what calls them."""
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .cpu import blocks
 from .directions import move_
 from .variance_reduction import Number, corrected, row_norms
+
+# updates that share only 0-d numbers become one kernel, too
+INDUCTOR: dict[str, Any] = {"score_fusion_memory_threshold": 1}
+
+
+class Runner:
+    """Calls the functions below, compiled or as they are, and makes the numbers that they receive."""
+
+    def __init__(self, compiled: bool) -> None:
+        self.compiled = compiled
+        self._functions: dict[Callable, Callable] = {}  # compiled
+        if compiled:  # each function is compiled once for each combination of shapes
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+
+    def __call__(self, function: Callable, *arguments: Any, eager: bool = False) -> Any:
+        """The result of a function. eager: call it as it is."""
+        if eager or not self.compiled:
+            return function(*arguments)
+        if function not in self._functions:
+            self._functions[function] = torch.compile(function, dynamic=False, options=INDUCTOR)
+        return self._functions[function](*arguments)
+
+    def number(self, x: float, dtype: torch.dtype) -> Number:
+        """A number for a function that may be compiled: compiled, a 0-d tensor on the CPU."""
+        return torch.tensor(x, dtype=dtype) if self.compiled else x
+
+    def numbers(self, n: Any, dtype: torch.dtype) -> Any:
+        """The same for a NamedTuple of numbers."""
+        return type(n)(*torch.tensor(n, dtype=dtype).unbind()) if self.compiled else n
+
+    def __getstate__(self) -> dict[str, Any]:  # what is compiled can be neither copied nor pickled
+        return {"compiled": self.compiled, "_functions": {}}
 
 
 def norms_of_all(pieces: list[tuple], weight: Number | None) -> list[Tensor]:

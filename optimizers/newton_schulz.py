@@ -43,10 +43,10 @@ class Orthogonal(MatrixDirection):
         mix(gradient, state[0], n, out)
 
     def directions(self, stack: Tensor, states: list[State], step: Step) -> Tensor:
-        return orthogonalize(stack, self.ns_steps, self.eps, self.shared_dtype(stack.device))
+        return orthogonalize(stack, self.ns_steps, self.eps, self.shared_dtype(stack))
 
-    def shared_dtype(self, device: torch.device) -> torch.dtype:
-        return newton_schulz_dtype(self.ns_dtype, device)
+    def shared_dtype(self, p: Tensor) -> torch.dtype:
+        return newton_schulz_dtype(self.ns_dtype, p.device)
 
     def scale(self, rows: int, columns: int) -> float:
         if self.factor == "original":

@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from .composed import ComposedOptimizer
 from .directions import State, Step, summed
-from .matrices import as_wide_matrices, matrix_shape
+from .matrices import matrix_shape
 from .muon import MuonConfig
 from .newton_schulz import NSDtype, Orthogonal, Scale
 from .options import option
@@ -30,10 +30,10 @@ class NormalizedOrthogonal(Orthogonal):
     beta2: float = 0.95
     label = "row-normalized orthogonal"
 
-    def state(self, p: Tensor, blocks: int = 1) -> State:
-        """Adds the rows' mean squares, in the layout of wide matrices: a tall matrix has its rows in columns."""
-        wide, (rows, columns) = as_wide_matrices(p, blocks), matrix_shape(p, blocks)
-        return super().state(p) | {"row_sq": wide.new_zeros(wide.mean(1 if rows > columns else 2, keepdim=True).shape)}
+    def owner_state(self, p: Tensor, blocks: int) -> State:
+        """The rows' mean squares, in the layout of wide matrices: a tall matrix has its rows in columns."""
+        rows, columns = matrix_shape(p, blocks)
+        return {"row_sq": p.new_zeros((blocks, 1, rows) if rows > columns else (blocks, rows, 1))}
 
     def directions(self, stack: Tensor, states: list[State], step: Step) -> Tensor:
         found = super().directions(stack, states, step)

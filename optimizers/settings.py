@@ -23,6 +23,11 @@ class Rule:
     correction: tuple[float, float] | None = None  # (gamma, beta) of the corrected gradient; None: the raw one
     clip: bool = False  # scale the gradient of each tensor to at most unit norm
 
+    def state_names(self, exact: bool) -> list[str]:
+        """State tensors of the parameter's shape, among them the gradients that the correction needs."""
+        names = list(self.direction.state_names)
+        return names if self.correction is None else [*names, "previous", *(["upcoming"] if exact else [])]
+
     def __str__(self) -> str:
         gradient = "raw" if self.correction is None else ("clipped, " if self.clip else "") + "corrected"
         return f"{self.direction.label} update of the {gradient} gradient"

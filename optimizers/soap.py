@@ -21,7 +21,7 @@ from torch.optim.optimizer import ParamsT
 
 from .composed import ComposedOptimizer
 from .directions import Adaptive, MatrixDirection, MatrixNumbers, State, Step
-from .matrices import as_wide_matrices
+from .matrices import matrix_shape
 from .options import option
 from .settings import Rule, Settings
 from .signatures import arguments
@@ -41,16 +41,16 @@ class Rotated(MatrixDirection):
     counts_steps = True
     state_names = ()
 
-    def state(self, p: Tensor, blocks: int = 1) -> State:
+    def owner_state(self, p: Tensor, blocks: int) -> State:
         """The averages (blocks, m, n) in the bases, the preconditioners and bases (blocks, m, m) and (blocks, n, n).
 
         A side above `largest_side` has neither.
         """
-        wide = as_wide_matrices(p.detach(), blocks)
-        out = {key: wide.new_zeros(wide.shape) for key in ("exp_avg", "exp_avg_sq")}
-        for side, size in zip(SIDES, wide.shape[1:], strict=True):
+        shape = sorted(matrix_shape(p, blocks))
+        out = {key: p.new_zeros(blocks, *shape) for key in ("exp_avg", "exp_avg_sq")}
+        for side, size in zip(SIDES, shape, strict=True):
             if size <= self.largest_side:
-                out[side] = wide.new_zeros(blocks, size, size)
+                out[side] = p.new_zeros(blocks, size, size)
                 out[f"{side}_basis"] = torch.eye(size, dtype=p.dtype, device=p.device).repeat(blocks, 1, 1)
         return out
 

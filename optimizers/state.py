@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .shards import local
+
 NUMBERS = {"bool": bool, "int": int, "float": float}
 TENSOR_OF = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
@@ -106,7 +108,7 @@ def state_bytes(optimizer: Optimizer) -> int:
     """Bytes of optimizer state in this process, or the bytes that a class of torch will allocate at its first step."""
     if optimizer.state:
         tensors = [t for state in optimizer.state.values() for key, t in state.items() if key not in ("step", "count")]
-        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+        return sum(local(t).nbytes for t in tensors if isinstance(t, Tensor))
     return sum(
         group_numel * value.element_size()
         for p, group_numel, state in _first_states(optimizer)

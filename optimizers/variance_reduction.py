@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .cpu import blocks
+from .cpu import row_blocks
 
 Number = float | Tensor  # in compiled code 0-d, so that another value does not compile again
 
@@ -25,17 +25,26 @@ def corrected(grad: Tensor, previous: Tensor | None, weight: Number | None) -> T
 
 
 def row_norms(grad: Tensor, previous: Tensor | None, weight: Number | None) -> Tensor:
-    """Norms (n,) of the rows of the corrected gradient, or on a CPU of its blocks.
+    """Norms (n,) of the rows of the corrected gradient, of a vector one norm in float64.
 
-    The compiler sums the rows of many matrices in one kernel, and whole matrices in a kernel each.
+    A row's norm does not depend on the other rows, so shards of rows give the same norms as the whole tensor. The
+    compiler sums the rows of many matrices in one kernel, and whole matrices in a kernel each.
     """
     parts = []
-    for g, q in blocks(grad, previous):  # one after the other: a block's corrected gradient stays in the cache
-        c = corrected(g, q, weight)
-        parts.append(torch.linalg.vector_norm(c.reshape(c.shape[0] if c.dim() > 1 else 1, -1), dim=1))
+    for g, q in row_blocks(grad, previous):  # one after the other: a block's corrected gradient stays in the cache
+        c, dtype = corrected(g, q, weight), torch.float64 if grad.dim() < 2 else None
+        parts.append(torch.linalg.vector_norm(c.reshape(len(c) if c.dim() > 1 else 1, -1), dim=1, dtype=dtype))
     return torch.cat(parts)
 
 
-def clip_factors(norms: list[Tensor]) -> list[Tensor]:
-    """What scales each tensor to at most unit norm, 0-d, from the norms of its parts."""
-    return list(torch.stack(torch._foreach_norm(norms)).clamp(min=1.0).reciprocal().unbind())
+def norms_from_rows(rows: list[Tensor]) -> Tensor:
+    """The norm of each tensor (k,), or of each rank's shard, in float64, from the norms of its rows.
+
+    In float64 it hardly matters how the rows are divided over ranks.
+    """
+    return torch.stack(torch._foreach_norm(rows, 2, torch.float64))
+
+
+def clip_factors(norms: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """What scales each tensor to at most unit norm, 0-d, from their norms (k,)."""
+    return list(norms.to(dtype).clamp(min=1.0).reciprocal().unbind())

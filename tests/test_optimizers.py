@@ -534,17 +534,6 @@ def test_a_distributed_checkpoint_loads_in_place_with_a_count_for_each_parameter
     assert [float(s["step"]) for s in fresh.state.values()] == [10, 2]
 
 
-def test_sharded_parameters_are_refused_at_construction():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-        p = nn.Parameter(torch.distributed.tensor.distribute_tensor(torch.ones(4, 4), mesh))
-        with pytest.raises(ValueError, match="parameter is a DTensor: sharded parameters are not supported"):
-            MARSM([p])
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 @every
 def test_state_is_complete_before_the_first_step(make):
     params = parameters(dtype=torch.float32)

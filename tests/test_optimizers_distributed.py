@@ -17,8 +17,9 @@ from config.load import load_config
 from model import GPT
 from optimizers import OPTIMIZERS, MARSConfig, MARSMConfig, MuonConfig, build_optimizer
 from optimizers.directions import MatrixDirection, summed
-from optimizers.matrices import Ownership, families
+from optimizers.matrices import families
 from optimizers.newton_schulz import Orthogonal
+from optimizers.owners import Replicated
 from optimizers.state import load_named_state, named_state, state_bytes
 from runtime.distributed import start_world
 from training.checkpoint import CheckpointConfig, Checkpointer
@@ -183,7 +184,7 @@ def test_the_work_on_matrices_is_balanced_over_the_ranks(size, ranks, most, monk
     work = Orthogonal(summed(0.95)).cost
     monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: ranks)
-    ownership = Ownership("a group")
+    ownership = Replicated("a group")
     ownership.assign(families(matrices, 1), lambda p: work(*p.shape))
     shares = [sum(work(*p.shape) for p in matrices if ownership.owner[p] == rank) for rank in range(ranks)]
     assert max(shares) * ranks <= most * sum(shares)
