@@ -17,7 +17,7 @@ BLOCK = 1 << 16  # elements: five such float32 blocks stay in a core's cache
 def blocks(*tensors: Tensor | None) -> list[tuple]:
     """Tensors of one shape as tuples of blocks (n,); whole elsewhere, and where one is not contiguous."""
     given = [t for t in tensors if t is not None]
-    if not _in_cache(given[0]) or not all(t.is_contiguous() for t in given):
+    if not _is_cut(given[0]) or not all(t.is_contiguous() for t in given):
         return [tensors]
     count = -(-given[0].numel() // BLOCK)
     columns = [[None] * count if t is None else t.view(-1).split(BLOCK) for t in tensors]
@@ -26,14 +26,14 @@ def blocks(*tensors: Tensor | None) -> list[tuple]:
 
 def row_blocks(x: Tensor, y: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
     """Two tensors of one shape as pairs of blocks of whole rows; vectors whole, and elsewhere all tensors."""
-    if not _in_cache(x) or x.dim() < 2:
+    if not _is_cut(x) or x.dim() < 2:
         return [(x, y)]
     xs = x.split(max(1, BLOCK // max(1, x[0].numel())))
     return list(zip(xs, [None] * len(xs) if y is None else y.split(len(xs[0])), strict=True))
 
 
-def _in_cache(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+def _is_cut(x: Tensor) -> bool:
+    return x.numel() > BLOCK and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def update_of(direction: Direction, step: Step) -> Callable[[Tensor, Tensor, list[Tensor], Any], None]:
