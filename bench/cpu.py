@@ -45,7 +45,7 @@ from data.prepare import pydocs
 from data.prepare.build import build
 from data.prepare.sources import Files, local_files
 from data.prepare.split import FirstShard
-from data.prepare.workers import Recipe
+from data.prepare.workers import ShardSettings
 from data.shards import open_dataset
 from data.tokenizer import get_tokenizer
 from eval.scoring import greedy
@@ -242,9 +242,9 @@ def tokenization(args: Namespace, stack: ExitStack) -> Group:
 
     def pipeline(source: str, workers: int, size: float) -> None:
         tokens = max(1, round(1e6 * size / 15))  # of a shard, so that either text has several
-        recipe = Recipe(name, args.ranks, "before", FirstShard(), tokens, workers)
+        shards = ShardSettings(name, args.ranks, "before", FirstShard(), tokens, workers)
         out = Path(tempfile.mkdtemp(dir=folder), "out")
-        build(out, Files(local_files(folder / source)), {"name": "bench"}, recipe)
+        build(out, Files(local_files(folder / source)), {"name": "bench"}, shards)
 
     sides: dict[str, Callable[[], Any]] = {
         "the tokenizer alone, 1 process": lambda: [encode(document) for document in documents],

@@ -253,7 +253,7 @@ def write_shard(path: Path, tokens: np.ndarray, text_bytes: int | None, eot: int
     return ShardEntry(path.name, len(tokens), text_bytes, int(tokens.max(initial=0)), digest, documents)
 
 
-def examine(shard: Shard, eot: int | None, waits: Sequence[float] = WAITS) -> ShardEntry:
+def read_entry(shard: Shard, eot: int | None, waits: Sequence[float] = WAITS) -> ShardEntry:
     """Read a whole shard: its sha256, its largest token and its number of documents."""
     header, largest, documents = bytearray(shard.start), 0, 0
     read_at(shard.path, 0, memoryview(header), waits)
@@ -294,7 +294,7 @@ def shard_problems(folder: Path, hashes: bool = True, rank: int = 0, ranks: int 
             shard = listed_shard(folder, entry)
         except DataError as error:
             return str(error)
-        found = asdict(examine(shard, eot)) if hashes else entry
+        found = asdict(read_entry(shard, eot)) if hashes else entry
         if found["sha256"] != entry["sha256"]:
             return f"{shard.path}: its sha256 is not the manifest's; the shard was changed, prepare or fetch it again"
         for key in ("max_token", "documents"):

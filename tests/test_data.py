@@ -23,7 +23,15 @@ from data.prepare import command as prepare
 from data.prepare import pydocs
 from data.prepare.text import documents, text_files
 from data.reading import FILES
-from data.shards import HEADER_BYTES, DataError, examine, open_dataset, read_shard_header, shard_problems, write_shard
+from data.shards import (
+    HEADER_BYTES,
+    DataError,
+    open_dataset,
+    read_entry,
+    read_shard_header,
+    shard_problems,
+    write_shard,
+)
 from data.tokenizer import ByteTokenizer, get_tokenizer
 
 
@@ -257,7 +265,7 @@ def test_a_read_that_fails_for_good_names_the_file_and_the_true_reason(shard, fa
     assert faults.reads == 3
     with pytest.raises(DataError, match=r"train_000000.bin: cannot be read \(Input/output error\)$"):
         Faults(monkeypatch, *["EIO"] * 9)
-        examine(shard, None, waits=(0,))
+        read_entry(shard, None, waits=(0,))
 
 
 def test_a_file_that_is_gone_for_good_is_named(shard):

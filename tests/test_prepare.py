@@ -338,11 +338,11 @@ def test_names_that_begin_with_a_dot_are_left_alone(corpus, whole, tmp_path, mon
         (out / name).write_text(f"old {name}")
     monkeypatch.setattr(build, "publish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     stops(command("openwebtext", corpus, out, "--fresh"))
-    (output.temporary(out) / "._held-000001").write_text("new")
+    (output.temporary(out) / "._buffered-000001").write_text("new")
     stops(command("openwebtext", corpus, out, "--fresh"))
     monkeypatch.undo()
     prepare.main(command("openwebtext", corpus, out))
-    expected = {name: f"old {name}".encode() for name in names} | {"._held-000001": b"new"}
+    expected = {name: f"old {name}".encode() for name in names} | {"._buffered-000001": b"new"}
     assert contents(out) == contents(whole) | expected
     prepare.main(["verify", str(out)])
     prepare.main(command("openwebtext", corpus, out))
@@ -404,7 +404,7 @@ def test_two_preparations_of_one_folder(corpus, tmp_path):
 def test_without_workers_one_per_core_that_this_process_may_use(corpus, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
-    monkeypatch.setattr(prepare, "build", lambda out, source, settings, recipe: asked.append(recipe.workers))
+    monkeypatch.setattr(prepare, "build", lambda out, source, settings, shards: asked.append(shards.workers))
     monkeypatch.setattr(prepare, "describe", str)
     arguments = command("openwebtext", corpus, tmp_path / "owt")
     prepare.main(arguments)
@@ -595,7 +595,7 @@ def test_files_of_the_hub_are_not_written_to_the_disk(hub, tmp_path, monkeypatch
     cached = set(Path(HF_HUB_CACHE).rglob("*"))
     prepare.main(hub_command(tmp_path / "out"))
     assert set(Path(HF_HUB_CACHE).rglob("*")) == cached
-    assert all(re.fullmatch(r"(train|val)_\d+\.bin|progress\.json|held-\d+", name) for name in names), names
+    assert all(re.fullmatch(r"(train|val)_\d+\.bin|progress\.json|buffered-\d+", name) for name in names), names
 
 
 def test_json_lines_of_the_hub_make_the_same_shards(hub, whole, tmp_path):
@@ -1009,11 +1009,11 @@ def test_a_damaged_progress_file_is_named(corpus, tmp_path, monkeypatch, content
     "key, value",
     [
         *(("position", 3), ("position", [[]]), ("position", ["x"]), ("position", None)),
-        *(("held", {}), ("held", 5), ("held", None)),
+        *(("buffered", {}), ("buffered", 5), ("buffered", None)),
         *(("streams", [1]), ("streams", None), ("streams", [{}, {}]), ("streams", {}), ("documents", None)),
-        ("streams", [dict(held=-1, held_bytes=0, shards=[])] * 2),
-        ("streams", [dict(held=0, held_bytes=0, shards=[{"file": "x"}])] * 2),
-        ("streams", [dict(held=0, held_bytes=0, shards=5)] * 2),
+        ("streams", [dict(buffered=-1, buffered_bytes=0, shards=[])] * 2),
+        ("streams", [dict(buffered=0, buffered_bytes=0, shards=[{"file": "x"}])] * 2),
+        ("streams", [dict(buffered=0, buffered_bytes=0, shards=5)] * 2),
     ],
 )
 def test_a_progress_file_that_somebody_changed_is_named(corpus, tmp_path, monkeypatch, key, value):
@@ -1025,11 +1025,11 @@ def test_a_progress_file_that_somebody_changed_is_named(corpus, tmp_path, monkey
     assert f"{path}: damaged (" in stops(command("openwebtext", corpus, out))
 
 
-@pytest.mark.parametrize("name", ["/dev/zero", "../held-000000", ".", ""])
+@pytest.mark.parametrize("name", ["/dev/zero", "../buffered-000000", ".", ""])
 def test_a_progress_file_that_names_a_file_elsewhere_is_refused(corpus, tmp_path, monkeypatch, name):
     out = tmp_path / "owt"
     monkeypatch.setattr(build.Preparation, "finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     stops(command("openwebtext", corpus, out))
     path = output.temporary(out) / "progress.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"held": {"file": name, "sha256": "0"}}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"buffered": {"file": name, "sha256": "0"}}))
     assert "is missing or damaged; start over with --fresh" in stops(command("openwebtext", corpus, out))

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from data.prepare.output import PROGRESS, begin, discard, progress, publish
 from data.prepare.sources import Chunk, Source
-from data.prepare.workers import Encoded, Recipe, encoded
+from data.prepare.workers import Encoded, ShardSettings, encoded
 from data.shards import SPLITS, DataError, ShardEntry, listed_shard, write_manifest, write_shard
 from data.tokenizer import TOKENIZER_FILE, CustomTokenizer, Tokenizer, facts_of, get_tokenizer
 from runtime.files import sha256_of, write_durably
@@ -61,13 +61,13 @@ class ShardWriter:
 class Preparation:
     """The state of a preparation: position in the source, documents read, and a writer for each stream."""
 
-    def __init__(self, folder: Path, source: dict, recipe: Recipe, eot: int | None) -> None:
+    def __init__(self, folder: Path, source: dict, shards: ShardSettings, eot: int | None) -> None:
         """eot: the token that ends documents, if its count is their number."""
-        self.folder, self.source, self.split = folder, source, recipe.split
+        self.folder, self.source, self.split = folder, source, shards.split
         self.position: tuple[int, ...] = ()
         self.documents = self.unreadable = 0
-        self.max_skipped, self.last = recipe.max_skipped, ""  # last: names the last document that could not be read
-        self.writers = [ShardWriter(folder, splits, recipe.shard_tokens, eot) for splits in recipe.split.streams]
+        self.max_skipped, self.last = shards.max_skipped, ""  # last: names the last document that could not be read
+        self.writers = [ShardWriter(folder, splits, shards.shard_tokens, eot) for splits in shards.split.streams]
         state = progress(folder) or {}
         if "position" in state:
             self._restore(state)
@@ -106,15 +106,15 @@ class Preparation:
 
     def save(self) -> None:
         """Replace progress.json, after the tokens in the buffers are on the disk."""
-        path = self.folder / f"held-{self.shards:06d}"
+        path = self.folder / f"buffered-{self.shards:06d}"
         digest = write_durably(path, *(w.buffer[: w.count] for w in self.writers))
         state = dict(source=self.source, position=self.position, documents=self.documents, unreadable=self.unreadable)
-        state["held"] = dict(file=path.name, sha256=digest)
+        state["buffered"] = dict(file=path.name, sha256=digest)
         state["streams"] = [
-            dict(held=w.count, held_bytes=w.bytes, shards=[asdict(e) for e in w.entries]) for w in self.writers
+            dict(buffered=w.count, buffered_bytes=w.bytes, shards=[asdict(e) for e in w.entries]) for w in self.writers
         ]
         write_durably(self.folder / PROGRESS, (json.dumps(state) + "\n").encode())
-        for old in self.folder.glob("held-*"):
+        for old in self.folder.glob("buffered-*"):
             if old != path:
                 old.unlink()
 
@@ -130,13 +130,17 @@ class Preparation:
     def _read(self, state: dict) -> None:
         self.position = tuple(map(int, state["position"]))
         self.documents, self.unreadable = int(state["documents"]), int(state["unreadable"])
-        name = state["held"]["file"]
+        name = state["buffered"]["file"]
         path = self.folder / name
-        if not re.fullmatch(r"held-\d+", name) or not path.is_file() or sha256_of(path) != state["held"]["sha256"]:
+        if (
+            not re.fullmatch(r"buffered-\d+", name)
+            or not path.is_file()
+            or sha256_of(path) != state["buffered"]["sha256"]
+        ):
             raise DataError(f"{path} is missing or damaged; start over with --fresh")
         tokens = np.fromfile(path, dtype="<u2")
         for writer, saved in zip(self.writers, state["streams"], strict=True):
-            writer.count, writer.bytes = saved["held"], saved["held_bytes"]
+            writer.count, writer.bytes = saved["buffered"], saved["buffered_bytes"]
             writer.buffer[: writer.count], tokens = tokens[: writer.count], tokens[writer.count :]
             writer.entries = [ShardEntry(**e) for e in saved["shards"]]
             for entry in saved["shards"]:
@@ -160,23 +164,23 @@ class Preparation:
         write_manifest(self.folder, facts_of(tokenizer), self.source | {"read": counts}, splits)
 
 
-def build(out: Path, source: Source, settings: dict, recipe: Recipe) -> None:
+def build(out: Path, source: Source, settings: dict, shards: ShardSettings) -> None:
     """Prepare the dataset folder `out`, or continue to; settings: what the manifest says of the source.
 
     A folder that is already there is replaced once the new one is complete.
     Raises DataError for a source, a folder or a tokenizer that cannot be used, OSError for a full disk.
     """
-    tokenizer = get_tokenizer(recipe.tokenizer, recipe.ranks, recipe.separator)
+    tokenizer = get_tokenizer(shards.tokenizer, shards.ranks, shards.separator)
     ends: int | None
     folder, ends = begin(out, {"source": settings}), tokenizer.eot
     if isinstance(tokenizer, CustomTokenizer):
         ends = None  # its texts may contain the separator
         write_durably(folder / TOKENIZER_FILE, tokenizer.path.read_bytes())
-    preparation = Preparation(folder, settings, recipe, ends)
+    preparation = Preparation(folder, settings, shards, ends)
     look = dict(desc=printable(f"preparing {out.name}"), unit=" tokens", unit_scale=True, initial=preparation.tokens)
     interval = 0.1 if sys.stderr.isatty() else 60  # seconds between updates of the bar; a log gets one per minute
     chunks = source.chunks(preparation.position)
-    with closing(chunks), tqdm(**look, mininterval=interval) as bar, closing(encoded(chunks, recipe)) as results:
+    with closing(chunks), tqdm(**look, mininterval=interval) as bar, closing(encoded(chunks, shards)) as results:
         for chunk, result in results:
             preparation.add(chunk, result)
             if chunk.fraction:

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from data.prepare import pretokenized
 from data.prepare.build import build
-from data.prepare.corpora import CORPORA, JOBS, PRETOKENIZED, pretokenized_settings
+from data.prepare.corpora import CORPORA, PLANS, PRETOKENIZED, pretokenized_settings
 from data.prepare.formats import NO_ROOM
 from data.prepare.output import is_interrupted, is_prepared, locked, unfinished
 from data.prepare.text import GLOB
 from data.prepare.verify import describe, info, verify
-from data.prepare.workers import Recipe
+from data.prepare.workers import ShardSettings
 from data.shards import DataError, open_dataset
 from data.tokenizer import get_tokenizer
 from runtime.command import Parser, at_least, join_values, one_line, parse_number
@@ -118,8 +118,8 @@ def prepare(args: argparse.Namespace) -> None:
             raise DataError("--tokenizer and --eot: describe your own shards; name their folder with --source")
         name, settings = pretokenized_settings(args)
     else:
-        job = JOBS[args.command](args)
-        name, settings = job.name, job.settings | tokenizer_settings(args) | {"shard_tokens": args.shard_tokens}
+        plan = PLANS[args.command](args)
+        name, settings = plan.name, plan.settings | tokenizer_settings(args) | {"shard_tokens": args.shard_tokens}
     out = args.out or Path("data/tokens", name)
     out = out.resolve() if out.name in ("", "..") or out.is_symlink() else out
     if not out.name or out.is_mount():
@@ -133,10 +133,10 @@ def prepare(args: argparse.Namespace) -> None:
         if args.command == "pretokenized":
             pretokenized.fetch(out, settings, pinned)
         else:
-            source, split, facts = job.open(pinned)
+            source, split, facts = plan.open(pinned)
             how, workers = (args.tokenizer, args.ranks, settings["eot"]), args.workers or default_workers()
-            recipe = Recipe(*how, split, args.shard_tokens, workers, args.eot, args.max_skipped)
-            build(out, source, settings | facts, recipe)
+            shards = ShardSettings(*how, split, args.shard_tokens, workers, args.eot, args.max_skipped)
+            build(out, source, settings | facts, shards)
     print(f"prepared {describe(out)}")
 
 

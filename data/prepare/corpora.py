@@ -1,6 +1,6 @@
 """What each command prepares: the source, which documents are for validation, and where end-of-text goes.
 
-The settings of a job follow from the command line. Its source adds facts: its commit and its number of documents. A
+The settings of a plan follow from the command line. Its source adds facts: its commit and its number of documents. A
 continued preparation gets the recorded ones back as `pinned`, so that it reads the same source.
 """
 
@@ -56,7 +56,7 @@ PRETOKENIZED = {
 
 
 @dataclass(frozen=True)
-class Job:
+class PreparationPlan:
     """A preparation: the name of its folder, its settings, and open(pinned), which gives source, split and facts."""
 
     name: str
@@ -64,13 +64,15 @@ class Job:
     open: Callable[[dict], tuple[Source, Split, dict]]
 
 
-def pydocs_job(args: argparse.Namespace) -> Job:
+def pydocs_plan(args: argparse.Namespace) -> PreparationPlan:
     """Prose of the installed packages."""
     settings = pydocs.source() | {"val_fraction": args.val_fraction, "eot": "after"}
-    return Job("pydocs", settings, lambda pinned: (Named(pydocs.documents()), ByName(args.val_fraction), {}))
+    return PreparationPlan(
+        "pydocs", settings, lambda pinned: (Named(pydocs.documents()), ByName(args.val_fraction), {})
+    )
 
 
-def text_job(args: argparse.Namespace) -> Job:
+def text_plan(args: argparse.Namespace) -> PreparationPlan:
     """The user's text files."""
     if args.glob and args.root.is_file():
         raise DataError(f"--glob {args.glob[0]}: --root {args.root} is a file; give a folder or no --glob")
@@ -89,10 +91,10 @@ def text_job(args: argparse.Namespace) -> Job:
     settings |= {"column": args.column} if any(map(text.holds_records, files)) else {}
     documents = text.documents(folder, files, args.column)
     name = root.name if args.root.is_dir() else root.stem
-    return Job(name, settings, lambda pinned: (Named(documents), ByName(args.val_fraction), {}))
+    return PreparationPlan(name, settings, lambda pinned: (Named(documents), ByName(args.val_fraction), {}))
 
 
-def corpus_job(args: argparse.Namespace) -> Job:
+def corpus_plan(args: argparse.Namespace) -> PreparationPlan:
     """A corpus from the hub, or from files like it that the user has."""
     corpus = CORPORA[args.command]
     settings = {"name": args.command, "column": args.column, **corpus.split.settings, "eot": corpus.eot}
@@ -119,10 +121,10 @@ def corpus_job(args: argparse.Namespace) -> Job:
         return files, NanoGPT(facts["documents"]), facts
 
     name = f"{args.command}_{args.sample[:-1]}" if args.sample else args.command
-    return Job(name, settings, start)
+    return PreparationPlan(name, settings, start)
 
 
-JOBS = {"pydocs": pydocs_job, "text": text_job, **dict.fromkeys(CORPORA, corpus_job)}
+PLANS = {"pydocs": pydocs_plan, "text": text_plan, **dict.fromkeys(CORPORA, corpus_plan)}
 
 
 def pretokenized_settings(args: argparse.Namespace) -> tuple[str, dict]:

@@ -17,7 +17,9 @@ from runtime.files import locked as file_locked
 from runtime.files import replace_folder, replaced_name, restore_folder, was_replaced, write_durably
 
 PROGRESS, FETCHED = "progress.json", "fetched"
-OURS = re.compile(rf"((progress|manifest|tokenizer)\.json|held-\d+|({'|'.join(SPLITS)})_\d+\.bin)(\.tmp)?|{FETCHED}")
+OURS = re.compile(
+    rf"((progress|manifest|tokenizer)\.json|buffered-\d+|({'|'.join(SPLITS)})_\d+\.bin)(\.tmp)?|{FETCHED}"
+)
 PINNED = ("revision", "documents", "read")  # facts that the source adds to the settings
 
 

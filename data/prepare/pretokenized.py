@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from data.prepare.hub import download, hub_files
 from data.prepare.output import FETCHED, begin, publish
-from data.shards import MANIFEST, SPLITS, DataError, examine, names_split, read_shard_header, visible, write_manifest
+from data.shards import MANIFEST, SPLITS, DataError, names_split, read_entry, read_shard_header, visible, write_manifest
 from data.tokenizer import TOKENIZER_FILE, CustomTokenizer, GPT2Tokenizer, facts_of, get_tokenizer
 from runtime.files import sha256_of, write_durably
 from runtime.streams import printable
@@ -25,7 +25,7 @@ def index(folder: Path, paths: list[Path], source: dict, tokenizer: dict = GPT2)
     """Check a folder of shards and write its manifest. Raises DataError for a damaged shard or another tokenizer."""
     splits: dict = {split: [] for split in SPLITS}
     for path in tqdm(paths, desc=printable(f"checking {folder.name}"), unit=" shards", disable=None):
-        entry = examine(read_shard_header(path), None if "file" in tokenizer else tokenizer["eot"])
+        entry = read_entry(read_shard_header(path), None if "file" in tokenizer else tokenizer["eot"])
         if entry.max_token >= tokenizer["vocab_size"]:
             ids = f"{tokenizer['name']} with {tokenizer['vocab_size']} ids"
             raise DataError(f"{path}: holds token {entry.max_token}, which {ids} lacks")

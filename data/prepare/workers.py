@@ -20,7 +20,7 @@ from data.tokenizer import CustomTokenizer, get_tokenizer, pieces
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ShardSettings:
     """How documents become shards."""
 
     tokenizer: str  # its name or its file
@@ -88,24 +88,24 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def encoded(chunks: Iterator[Chunk], recipe: Recipe) -> Generator[tuple[Chunk, Encoded], None, None]:
+def encoded(chunks: Iterator[Chunk], settings: ShardSettings) -> Generator[tuple[Chunk, Encoded], None, None]:
     """Every chunk with its tokens, in order. At most two chunks per worker are read ahead."""
-    how = (recipe.tokenizer, recipe.ranks, recipe.separator, recipe.eot)
-    if recipe.workers == 1:
+    how = (settings.tokenizer, settings.ranks, settings.separator, settings.eot)
+    if settings.workers == 1:
         yield from ((chunk, encode(chunk, *how)) for chunk in chunks)
         return
-    pool = ProcessPoolExecutor(recipe.workers, get_context("spawn"), _start_worker)
+    pool = ProcessPoolExecutor(settings.workers, get_context("spawn"), _start_worker)
     waiting: deque[tuple[Chunk, Future]] = deque()
     try:
         for chunk in chunks:
             waiting.append((chunk, pool.submit(encode, chunk, *how)))
-            if len(waiting) > 2 * recipe.workers:
+            if len(waiting) > 2 * settings.workers:
                 first, result = waiting.popleft()
                 yield first, result.result()
         for first, result in waiting:
             yield first, result.result()
     except BrokenProcessPool:
-        problem = f"one of {recipe.workers} workers died, probably because memory is short"
+        problem = f"one of {settings.workers} workers died, probably because memory is short"
         raise DataError(f"{problem}; the same command continues, and may be given fewer --workers") from None
     finally:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C here would leave workers behind
