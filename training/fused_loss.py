@@ -1,11 +1,10 @@
 """The output layer and its loss with one Triton kernel, which reads the logits twice and needs no second buffer.
 
 Without it, the forward pass reads the logits (bf16, N x P) to sum up their softmax, and the backward pass reads them
-again and writes their gradient. Here the forward pass already overwrites the logits with their gradient
-
-    dL/dz = (softmax(z) - onehot(target)) / number of targets,
-
-as llm.c does (Karpathy et al. 2024), and the backward pass only multiplies it. Sums are in float32.
+again and writes their gradient. Here the forward pass already overwrites the logits with the gradient of their row's
+loss, softmax(z) - onehot(target), as llm.c does (Karpathy et al. 2024), and the backward pass only multiplies it. Sums
+are in float32. The number of targets divides the products, in float32: in bf16, most of a gradient would be rounded in
+the same direction.
 """
 
 from typing import Any
@@ -25,12 +24,11 @@ def _kernel(  # type: ignore[no-untyped-def]  # torch copies this text into modu
     logits,
     targets,
     losses,
-    scale,
     vocab_size: tl.constexpr,
     width: tl.constexpr,
     block: tl.constexpr,
 ):
-    """One row of `width` logits: its loss, and the gradient times `scale` in their place; the last ones are padding."""
+    """One row of `width` logits, the last ones padding: its loss, and the loss's gradient in place of the logits."""
     row = tl.program_id(0).to(tl.int64)  # more than 2^31 logits need 64 bits
     z, target, columns = logits + row * width, tl.load(targets + row), tl.arange(0, block)
     counts = target >= 0
@@ -44,24 +42,23 @@ def _kernel(  # type: ignore[no-untyped-def]  # torch copies this text into modu
     highest = tl.max(top, 0)
     log_sum = highest + tl.log2(tl.sum(total * tl.exp2(top - highest), 0))
     tl.store(losses + row, tl.where(counts, (log_sum - at_target) * LN2, 0.0))
-    factor = tl.where(counts, tl.load(scale), 0.0)
     for start in range(0, width, block):
         at = start + columns
         x = tl.load(z + at, mask=at < vocab_size, other=float("-inf")).to(tl.float32) * LOG2E
-        gradient = (tl.exp2(x - log_sum) - tl.where(at == target, 1.0, 0.0)) * factor
-        tl.store(z + at, gradient.to(logits.dtype.element_ty), mask=at < width)
+        gradient = tl.exp2(x - log_sum) - tl.where(at == target, 1.0, 0.0)
+        tl.store(z + at, tl.where(counts, gradient, 0.0).to(logits.dtype.element_ty), mask=at < width)
 
 
 @triton_op("gpt2_training::cross_entropy_", mutates_args={"logits"})
-def cross_entropy_(logits: Tensor, targets: Tensor, scale: Tensor, vocab_size: int) -> Tensor:
-    """Losses (N,) of logits (N, P) in nats, 0 for the target -1; the logits become their gradient times `scale` (0-d).
+def cross_entropy_(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Losses (N,) of logits (N, P) in nats, 0 for the target -1; the logits become the gradient of their row's loss.
 
     Columns from vocab_size on do not count, and their gradient is 0.
     """
     losses = torch.empty(logits.size(0), dtype=torch.float32, device=logits.device)
     block = min(BLOCK, 1 << (vocab_size.bit_length() - 1))  # so that every lane has a logit
     kernel = wrap_triton(_kernel)
-    kernel[(logits.size(0),)](logits, targets, losses, scale, vocab_size, logits.size(1), block, num_warps=8)
+    kernel[(logits.size(0),)](logits, targets, losses, vocab_size, logits.size(1), block, num_warps=8)
     return losses
 
 
@@ -74,16 +71,16 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
         logits = hidden @ weight.T
-        scale = 1.0 / (targets >= 0).sum(dtype=torch.float32)
-        losses = cross_entropy_(logits, targets, scale, vocab_size)
-        ctx.save_for_backward(hidden, weight, logits)
-        return losses.sum() * scale
+        count = (targets >= 0).sum(dtype=torch.float32)
+        losses = cross_entropy_(logits, targets, vocab_size)
+        ctx.save_for_backward(hidden, weight, logits, count)
+        return losses.sum() / count
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        hidden, weight, gradient = ctx.saved_tensors
-        factor = factor.to(gradient.dtype)
-        return (gradient @ weight) * factor, (gradient.T @ hidden) * factor, None, None
+        hidden, weight, gradient, count = ctx.saved_tensors
+        of_hidden, of_weight = (x.float() * (factor / count) for x in (gradient @ weight, gradient.T @ hidden))
+        return of_hidden.to(hidden.dtype), of_weight.to(weight.dtype), None, None
 
 
 def fused_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
