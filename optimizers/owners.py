@@ -163,7 +163,7 @@ class Sharded(Owners):
         """0-d float64 numbers of parameters, summed over the ranks; 0 where no rank has one. One all-reduce.
 
         Raises ValueError if some ranks have a gradient of a parameter and others have none. On a GPU the host looks at
-        that only where it changed, for it would have to wait.
+        that only where it changed, for it has to wait.
         """
         with_gradient, device = [p.grad is not None for p in self.shapes], local(self.first).device
         if changed := with_gradient != self._with_gradient or self._counts.device != device:
@@ -171,11 +171,15 @@ class Sharded(Owners):
         zero = self._counts.new_zeros(())
         sums = torch.stack([self._counts, torch.stack([squares.get(p, zero) for p in self.shapes])])
         dist.all_reduce(sums, group=self._group())
-        for p, n in zip(self.shapes, sums[0].tolist(), strict=True) if changed or device.type == "cpu" else ():
+        if changed or device.type == "cpu":
+            self._check_counts(sums[0].tolist())
+        self._with_gradient = with_gradient
+        return dict(zip(self.shapes, sums[1].unbind(), strict=True))
+
+    def _check_counts(self, counts: list[float]) -> None:
+        for p, n in zip(self.shapes, counts, strict=True):
             if n not in (0, self.size):
                 raise ValueError(
                     f"parameter of shape {tuple(p.shape)}: {n:g} of {self.size} ranks have a gradient; all or none "
                     "must, so give the others one of zeros"
                 )
-        self._with_gradient = with_gradient
-        return dict(zip(self.shapes, sums[1].unbind(), strict=True))
