@@ -1,26 +1,20 @@
-"""The optimizers against recurrences, identities, torch's own classes, and bad input."""
+"""The optimizers as users meet them: steps, compilation, bad input, the registry, and which tensor gets which rule."""
 
 import copy
-import math
-import pickle
 from dataclasses import dataclass
 from functools import partial
 
 import pytest
 import torch
-import torch.distributed.checkpoint
+from optimizer_steps import APPROXIMATE, EVERY, SHAPES, approximate, every, gradients, parameters, run
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from model import GPT, GPTConfig
 from optimizers import (
     MARS,
     MARSM,
     OPTIMIZERS,
-    REGISTRY,
-    SOAP,
     AdamWConfig,
-    AdEMAMix,
     Lion,
     MARSConfig,
     MARSMConfig,
@@ -30,506 +24,9 @@ from optimizers import (
     build_optimizer,
     register,
 )
-from optimizers.adamw import fused_adamw
-from optimizers.newton_schulz import COEFFICIENTS, orthogonalize
 from optimizers.roles import folded, update_table
-from optimizers.state import state_bytes
-
-SHAPES = {"wide": (6, 24), "tall": (24, 6), "square": (8, 8), "gain": (16,)}
-
-
-def parameters(seed=0, dtype=torch.float64, shapes=SHAPES):
-    g = torch.Generator().manual_seed(seed)
-    return {n: nn.Parameter(torch.randn(s, generator=g, dtype=dtype)) for n, s in shapes.items()}
-
-
-def gradients(params, steps, scale=1.0, seed=1):
-    """Gradients of `steps` steps whose norms lie on both sides of 1."""
-    g = torch.Generator().manual_seed(seed)
-    out = []
-    for t in range(steps):
-        size = scale * (0.05, 1.0)[t % 2]
-        out.append({n: size * torch.randn(p.shape, generator=g, dtype=p.dtype) for n, p in params.items()})
-    return out
-
-
-def run(optimizer, params, steps_of_gradients, lookahead=None):
-    if lookahead is None and getattr(optimizer, "needs_lookahead", False):
-        lookahead = steps_of_gradients
-    for t, step in enumerate(steps_of_gradients):
-        if lookahead:
-            for n, p in params.items():
-                p.grad = lookahead[t][n].clone()
-            optimizer.update_previous_grad()
-        for n, p in params.items():
-            p.grad = step[n].clone()
-        optimizer.step()
-        optimizer.zero_grad()
-        if lookahead:
-            optimizer.update_last_grad()
-
-
-def newton_schulz(G, steps=5, eps=0.0):
-    """The published iteration, spelled out."""
-    a, b, c = COEFFICIENTS
-    X = G.mT if G.shape[0] > G.shape[1] else G
-    X = X / (X.norm() + eps)
-    for _ in range(steps):
-        A = X @ X.T
-        X = a * X + (b * A + c * A @ A) @ X
-    return X.mT if G.shape[0] > G.shape[1] else X
-
-
-# ---- the papers' equations in float64
-
-
-def recurrence(kind, p, grads, previous_grads, *, lr, wd, betas, gamma, clip, eps=1e-8, raw=False):
-    """One tensor through the equations of the papers; previous_grads: None for the approximate form.
-
-    raw: v averages the squares of raw gradients.
-    """
-    beta1, beta2 = betas
-    m = v = previous = torch.zeros_like(p)
-    for t, g in enumerate(grads, start=1):
-        c = g + gamma * beta1 / (1 - beta1) * (g - previous)
-        if clip and c.norm() > 1:
-            c = c / c.norm()
-        previous = g if previous_grads is None else previous_grads[t - 1]
-        m = beta1 * m + (1 - beta1) * c
-        v = beta2 * v + (1 - beta2) * (g * g if raw else c * c)
-        if kind == "adamw":
-            u = m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + eps)
-        elif kind == "lion":
-            u = m.sign()
-        elif kind == "shampoo":
-            u = math.sqrt(max(1, p.shape[0] / p.shape[1])) * newton_schulz(m)
-        elif kind == "mars-m":
-            u = 0.2 * math.sqrt(max(p.shape)) * newton_schulz(m)
-        p = p - lr * (wd * p + u)
-    return p
-
-
-@pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize("kind", ["adamw", "lion", "shampoo"])
-def test_mars_agrees_with_its_equations(kind, clip, exact):
-    params = parameters()
-    start = {n: p.detach().clone() for n, p in params.items()}
-    grads, ahead = gradients(params, 50), gradients(params, 50, seed=2)
-    settings = dict(lr=3e-3, betas=(0.9, 0.98), weight_decay=0.1, gamma=0.05)
-    optimizer = MARS(
-        params.values(), **settings, mars_type=f"mars-{kind}", clip_c=clip, optimize_1d=True, is_approx=not exact
-    )
-    run(optimizer, params, grads, ahead if exact else None)
-    for n, p in params.items():
-        rule = "adamw" if kind == "shampoo" and p.dim() == 1 else kind
-        previous = [a[n] for a in ahead] if exact else None
-        common = dict(lr=3e-3, wd=0.1, betas=(0.9, 0.98), gamma=0.05, clip=clip)
-        expected = recurrence(rule, start[n], [g[n] for g in grads], previous, **common)
-        close(p, expected, orthogonal=rule == "shampoo")
-
-
-@pytest.mark.parametrize("clip", [True, False])
-def test_the_second_moment_of_mars_may_be_that_of_raw_gradients(clip):
-    """The other choice that remark 3.2 of the MARS paper names; without correction both are one."""
-    params = parameters()
-    start = {n: p.detach().clone() for n, p in params.items()}
-    grads = gradients(params, 50)
-    settings = dict(lr=3e-3, betas=(0.9, 0.98), weight_decay=0.1, clip_c=clip, optimize_1d=True)
-    run(MARS(params.values(), **settings, gamma=0.05, second_moment="raw"), params, grads)
-    for n, p in params.items():
-        common = dict(lr=3e-3, wd=0.1, betas=(0.9, 0.98), gamma=0.05, clip=clip)
-        close(p, recurrence("adamw", start[n], [g[n] for g in grads], None, **common, raw=True))
-        assert (p - recurrence("adamw", start[n], [g[n] for g in grads], None, **common)).abs().max() > 1e-4
-    if not clip:
-        raw = dict(settings, gamma=0.0, second_moment="raw")
-        two_runs(lambda p: MARS(p, **settings, gamma=0.0), lambda p: MARS(p, **raw))
-
-
-@pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("clip", [True, False])
-def test_mars_m_agrees_with_its_equations(clip, exact):
-    params = parameters()
-    start = {n: p.detach().clone() for n, p in params.items()}
-    grads, ahead = gradients(params, 50), gradients(params, 50, seed=2)
-    optimizer = MARSM(
-        params.values(),
-        lr=3e-3,
-        weight_decay=0.1,
-        momentum=0.9,
-        gamma=0.05,
-        clip_c=clip,
-        is_approx=not exact,
-        adamw_eps_first=False,
-    )
-    run(optimizer, params, grads, ahead if exact else None)
-    for n, p in params.items():
-        matrix = p.dim() == 2
-        previous = [a[n] for a in ahead] if exact else None
-        common = dict(lr=3e-3, wd=0.1, betas=(0.9, 0.95))
-        common |= dict(gamma=0.05, clip=clip) if matrix else dict(gamma=0.0, clip=False)
-        expected = recurrence("mars-m" if matrix else "adamw", start[n], [g[n] for g in grads], previous, **common)
-        close(p, expected, orthogonal=matrix)
-
-
-@pytest.mark.parametrize("scale", ["moonlight", "original"])
-@pytest.mark.parametrize("nesterov", [True, False])
-def test_muon_agrees_with_its_equations(nesterov, scale):
-    params = parameters(shapes={n: s for n, s in SHAPES.items() if len(s) == 2})
-    start = {n: p.detach().clone() for n, p in params.items()}
-    grads = gradients(params, 50)
-    run(Muon(params.values(), lr=3e-3, weight_decay=0.1, momentum=0.9, nesterov=nesterov, scale=scale), params, grads)
-    for n, p in params.items():
-        rows, columns = p.shape
-        factor = 0.2 * math.sqrt(max(rows, columns)) if scale == "moonlight" else math.sqrt(max(1, rows / columns))
-        q, m = start[n], torch.zeros_like(p)
-        for g in grads:
-            m = 0.9 * m + g[n]
-            q = q - 3e-3 * (0.1 * q + factor * newton_schulz(g[n] + 0.9 * m if nesterov else m))
-        close(p, q, orthogonal=True)
-
-
-def test_lion_agrees_with_its_equations():
-    params = parameters()
-    start = {n: p.detach().clone() for n, p in params.items()}
-    grads = gradients(params, 50)
-    run(Lion(params.values(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.1), params, grads)
-    for n, p in params.items():
-        q, m = start[n], torch.zeros_like(p)
-        for g in grads:
-            q = q - 1e-3 * (0.1 * q + (0.9 * m + 0.1 * g[n]).sign())
-            m = 0.98 * m + 0.02 * g[n]
-        close(p, q)
-
-
-def close(ours, expected, orthogonal=False):
-    """Newton-Schulz runs in float32, everything else here in float64."""
-    tolerance = 2e-5 if orthogonal else 1e-11
-    torch.testing.assert_close(ours.detach(), expected.detach(), atol=tolerance, rtol=tolerance)
-
-
-# ---- identities
-
-
-def two_runs(make_one, make_two, steps=20, atol=1e-11, shapes=SHAPES, scale=1.0):
-    one = parameters(shapes=shapes)
-    two = copy.deepcopy(one)
-    grads = gradients(one, steps, scale)
-    run(make_one(one.values()), one, grads)
-    run(make_two(two.values()), two, grads)
-    for n in one:
-        torch.testing.assert_close(one[n].detach(), two[n].detach(), atol=atol, rtol=atol)
-
-
-MATRICES = {n: s for n, s in SHAPES.items() if len(s) == 2}
-
-
-def test_mars_adamw_without_correction_is_adamw():
-    settings = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    two_runs(
-        lambda p: MARS(p, **settings, gamma=0.0, clip_c=False, optimize_1d=True),
-        lambda p: torch.optim.AdamW(p, **settings),
-    )
-    two_runs(
-        lambda p: MARS(p, **settings, gamma=0.0, clip_c=False, optimize_1d=True, amsgrad=True),
-        lambda p: torch.optim.AdamW(p, **settings, amsgrad=True),
-    )
-
-
-@pytest.mark.parametrize("gamma", [0.02, 0.1])
-def test_unclipped_mars_lion_is_lion(gamma):
-    """Lemma 3.4 of the MARS paper: MARS-Lion with momentum beta is Lion with (beta (1 - gamma), beta).
-
-    At gamma = 1 - beta2 (0.02 here) that is Lion with beta1 = beta2^2.
-    """
-    beta = 0.98
-    mars = dict(betas=(beta, 0.99), gamma=gamma, mars_type="mars-lion", clip_c=False, optimize_1d=True)
-    two_runs(
-        lambda p: MARS(p, lr=1e-3, **mars),
-        lambda p: Lion(p, lr=1e-3, betas=(beta * (1 - gamma), beta)),
-    )
-
-
-def adan(p, grads, *, lr, wd, betas, eps=1e-8):
-    """Adan (Xie et al. 2022, arXiv 2208.06677), in its paper's notation, where betas weigh what is new.
-
-    With bias correction and decoupled decay, as in its official code. The gradient before the first is zero.
-    """
-    b1, b2, b3 = betas
-    m = v = n = previous = torch.zeros_like(p)
-    for k, g in enumerate(grads, start=1):
-        difference, previous = g - previous, g
-        m = (1 - b1) * m + b1 * g
-        v = (1 - b2) * v + b2 * difference
-        n = (1 - b3) * n + b3 * (g + (1 - b2) * difference) ** 2
-        u = m / (1 - (1 - b1) ** k) + (1 - b2) * v / (1 - (1 - b2) ** k)
-        p = p - lr * wd * p - lr * u / ((n / (1 - (1 - b3) ** k)).sqrt() + eps)
-    return p
-
-
-@pytest.mark.parametrize("beta1, beta2", [(0.9, 0.99), (0.98, 0.92)])
-def test_unclipped_mars_adamw_at_gamma_one_minus_beta1_is_adan(beta1, beta2):
-    """The MARS paper, equations 3.16 to 3.18.
-
-    c = g + gamma beta1 / (1 - beta1) (g - previous) has Adan's weight beta1 on the difference if gamma = 1 - beta1.
-    Then m is the sum of Adan's two averages, of gradients and of differences, if both decay by beta1; v is Adan's n.
-    """
-    params = parameters()
-    start = {n: p.detach().clone() for n, p in params.items()}
-    grads = gradients(params, 50)
-    settings = dict(lr=3e-3, betas=(beta1, beta2), weight_decay=0.1, clip_c=False, optimize_1d=True)
-    run(MARS(params.values(), **settings, gamma=1 - beta1), params, grads)
-    for n, p in params.items():
-        tensor_grads = [g[n] for g in grads]
-        close(p, adan(start[n], tensor_grads, lr=3e-3, wd=0.1, betas=(1 - beta1, 1 - beta1, 1 - beta2)))
-        other = adan(start[n], tensor_grads, lr=3e-3, wd=0.1, betas=(1 - beta1, 0.5, 1 - beta2))
-        assert (p - other).abs().max() > 1e-4  # with another average of differences it is not MARS
-
-
-def test_mars_m_without_correction_is_plain_muon():
-    two_runs(
-        lambda p: MARSM(p, lr=1e-2, gamma=0.0, clip_c=False),
-        lambda p: Muon(p, lr=1e-2, weight_decay=0.1, nesterov=False),
-        atol=1e-5,
-    )
-
-
-def test_mars_m_at_gamma_one_minus_beta_is_torchs_nesterov_muon(monkeypatch):
-    """torch's Muon in float32: its cast to bfloat16 is replaced, since ours iterates in float32 on a CPU."""
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
-    settings = dict(lr=1e-2, weight_decay=0.1, momentum=0.95)
-    two_runs(
-        lambda p: MARSM(p, **settings, gamma=0.05, clip_c=False),
-        lambda p: torch.optim.Muon(p, **settings, nesterov=True, adjust_lr_fn="match_rms_adamw"),
-        atol=2e-5,
-        shapes=MATRICES,
-    )
-
-
-def test_one_buffer_mars_m_equals_two_buffers():
-    two_runs(
-        lambda p: MARSM(p, lr=1e-2, gamma=0.05, clip_c=False),
-        lambda p: MARSM(p, lr=1e-2, gamma=0.05, clip_c=False, keep_previous=True),
-        atol=1e-5,
-    )
-    two_runs(  # and both equal the clipped rule as long as nothing is clipped
-        lambda p: MARSM(p, lr=1e-2, gamma=0.05, clip_c=False),
-        lambda p: MARSM(p, lr=1e-2, gamma=0.05, clip_c=True),
-        atol=1e-5,
-        scale=1e-3,
-    )
-
-
-def test_the_clip_is_really_switched():
-    one, two = parameters(), parameters()
-    grads = gradients(one, 4)
-    run(MARSM(one.values(), lr=1e-2, clip_c=True), one, grads)
-    run(MARSM(two.values(), lr=1e-2, clip_c=False), two, grads)
-    assert (one["wide"] - two["wide"]).abs().max() > 1e-4
-
-
-def test_exact_mode_given_this_steps_gradients_is_approximate_mode():
-    one, two = parameters(), parameters()
-    grads = gradients(one, 10)
-    run(MARS(one.values(), lr=1e-2), one, grads)
-    run(MARS(two.values(), lr=1e-2, is_approx=False), two, grads, lookahead=grads)
-    for n in one:
-        assert torch.equal(one[n], two[n])
-
-
-def test_split_qkv_orthogonalizes_three_matrices():
-    g = torch.randn(24, 8)
-    whole, split = nn.Parameter(torch.zeros(24, 8)), nn.Parameter(torch.zeros(24, 8))
-    for p, blocks in ((whole, 1), (split, 3)):
-        optimizer = Muon([{"params": [p], "blocks": blocks}], lr=1.0, nesterov=False)
-        p.grad = g.clone()
-        optimizer.step()
-    expected = torch.cat([-0.2 * math.sqrt(8) * newton_schulz(part) for part in g.split(8)])
-    torch.testing.assert_close(split.detach(), expected, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(whole, split, atol=1e-2)
-
-
-def test_convolution_filters_are_flattened():
-    conv, flat = nn.Parameter(torch.zeros(6, 4, 3, 3)), nn.Parameter(torch.zeros(6, 36))
-    g = torch.randn(6, 4, 3, 3)
-    conv.grad, flat.grad = g, g.reshape(6, 36).clone()
-    Muon([conv]).step()
-    Muon([flat]).step()
-    torch.testing.assert_close(conv.reshape(6, 36), flat)
-
-
-# ---- Newton-Schulz
-
-
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 64), (2, 64, 16), (2, 40, 48)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_orthogonalize_brings_singular_values_into_the_published_band(shape, dtype):
-    G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    out = orthogonalize(G, dtype=dtype)
-    assert out.dtype == dtype
-    values = torch.linalg.svdvals(out.float())
-    large = torch.linalg.svdvals(G) > 0.05 * torch.linalg.matrix_norm(G)[:, None]
-    assert values[large].min() > 0.65
-    assert values.max() < 1.25
-    for one, matrix in zip(out, G, strict=True):
-        torch.testing.assert_close(one, orthogonalize(matrix[None], dtype=dtype)[0])
-
-
-@pytest.mark.parametrize("shape", [(64, 256), (96, 288), (256, 64), (40, 400), (393, 801)])
-def test_iterating_on_the_gram_matrix_stays_within_rounding(shape):
-    """float32 against float64 of the plain iteration, also for badly conditioned matrices."""
-    g = torch.Generator().manual_seed(0)
-    U, _, Vh = torch.linalg.svd(torch.randn(shape, generator=g, dtype=torch.float64), full_matrices=False)
-    for decay in (1, 1e-3, 1e-6):
-        S = torch.logspace(0, math.log10(decay), min(shape), dtype=torch.float64)
-        G = U @ torch.diag(S) @ Vh
-        error = (orthogonalize(G.float()[None], dtype=torch.float32)[0] - newton_schulz(G)).norm()
-        assert error < 1e-4 * newton_schulz(G).norm()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_zero_large_small_and_rank_deficient_matrices_stay_finite(dtype):
-    rank_one = torch.outer(torch.randn(8), torch.randn(32))
-    for G in (torch.zeros(8, 32), 1e15 * torch.randn(8, 32), 1e-15 * torch.randn(8, 32), rank_one, rank_one.T):
-        out = orthogonalize(G[None].contiguous(), dtype=dtype)
-        assert torch.isfinite(out).all()
-        assert torch.linalg.svdvals(out.float()).max() < 1.3
-    G = torch.randn(1, 8, 32)  # without eps, its scale does not matter
-    for scale in (1e-15, 1e15):
-        torch.testing.assert_close(orthogonalize(scale * G, eps=0.0), orthogonalize(G), atol=0.05, rtol=0.05)
-
 
 # ---- being an ordinary optimizer
-
-
-OURS = {make.__name__.lower(): make for make, _ in REGISTRY.values() if make is not fused_adamw}
-EVERY = {name: partial(make, lr=1e-2) for name, make in sorted(OURS.items())} | {
-    "mars-raw": partial(MARS, lr=1e-2, second_moment="raw", clip_c=False),
-    "mars-exact": partial(MARS, lr=1e-2, is_approx=False),
-    "mars-lion": partial(MARS, lr=1e-2, mars_type="mars-lion"),
-    "mars-shampoo": partial(MARS, lr=1e-2, mars_type="mars-shampoo", amsgrad=True),
-    "marsm-one-buffer": partial(MARSM, lr=1e-2, clip_c=False),
-    "ademamix": partial(AdEMAMix, lr=1e-2, slow_warmup=5),
-    "soap": partial(SOAP, lr=1e-2, refresh_every=1),
-}
-every = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY.keys())
-APPROXIMATE = {name: make for name, make in EVERY.items() if name != "mars-exact"}
-approximate = pytest.mark.parametrize("make", APPROXIMATE.values(), ids=APPROXIMATE.keys())
-
-
-@every
-def test_state_dict_round_trip_continues_bit_for_bit(make):
-    params = parameters(dtype=torch.float32)
-    optimizer, grads = make(params.values()), gradients(params, 8)
-    run(optimizer, params, grads[:4])
-    twin = copy.deepcopy(params)
-    other = make(twin.values())
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    run(optimizer, params, grads[4:])
-    run(other, twin, grads[4:])
-    for n in params:
-        assert torch.equal(params[n], twin[n])
-
-
-def test_hooks_of_torch_around_saving_and_loading_are_called_as_torch_calls_them():
-    params = parameters(dtype=torch.float32)
-    optimizer = MARS(params.values())
-    run(optimizer, params, gradients(params, 3))
-    calls = []
-
-    def after_saving(_, state):
-        calls.append("saved")
-        return {"inner": state, "state": {}, "param_groups": []}
-
-    def before_loading(_, state):
-        calls.append("unwrapped")
-        return state["inner"]
-
-    def after_loading(loaded):
-        calls.append(f"loaded step {int(loaded.state[params['gain']]['step'])}")
-
-    optimizer.register_state_dict_pre_hook(lambda _: calls.append("saving"))
-    optimizer.register_state_dict_post_hook(after_saving)
-    optimizer.register_load_state_dict_pre_hook(before_loading)
-    optimizer.register_load_state_dict_post_hook(after_loading)
-    optimizer.load_state_dict(optimizer.state_dict())
-    assert calls == ["saving", "saved", "unwrapped", "loaded step 3"]
-
-
-@every
-def test_a_pickled_copy_takes_its_own_state_dict_back(make):
-    params = parameters(dtype=torch.float32)
-    optimizer = make(list(params.values()))
-    run(optimizer, params, gradients(params, 3))
-    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        twin.load_state_dict(twin.state_dict())
-        own = dict(zip(params, (p for g in twin.param_groups for p in g["params"]), strict=True))
-        reference = copy.deepcopy(params)
-        other = make(list(reference.values()))
-        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        run(twin, own, gradients(params, 3, seed=5))
-        run(other, reference, gradients(params, 3, seed=5))
-        assert all(torch.equal(own[n], reference[n]) for n in params)
-
-
-@every
-def test_the_state_dicts_of_torchs_distributed_checkpoints_come_back(make):
-    """They name parameters instead of numbering them."""
-    params = nn.ParameterDict(parameters(dtype=torch.float32))
-    optimizer = make(list(params.parameters()))
-    run(optimizer, dict(params), gradients(params, 3))
-    saved = copy.deepcopy(get_optimizer_state_dict(params, optimizer))
-    weights = copy.deepcopy(params)
-    run(optimizer, dict(params), gradients(params, 2, seed=5))
-    other = make(list(weights.parameters()))
-    set_optimizer_state_dict(weights, other, saved)
-    run(other, dict(weights), gradients(params, 2, seed=5))
-    assert all(torch.equal(params[n], weights[n]) for n in params)
-
-
-@every
-def test_frozen_and_empty_parameters_pass_torchs_distributed_state_dicts(make):
-    """As with torch's AdamW. The frozen one is trained later, from then on."""
-    params = nn.ParameterDict(parameters(dtype=torch.float32, shapes=SHAPES | {"empty": (0, 4)}))
-    params["square"].requires_grad = False
-    twin = copy.deepcopy(params)
-    one, two = make(list(params.parameters())), make(list(twin.parameters()))
-
-    def trained(own):
-        return {n: p for n, p in own.items() if p.requires_grad}
-
-    run(one, trained(params), gradients(trained(params), 3))
-    set_optimizer_state_dict(twin, two, copy.deepcopy(get_optimizer_state_dict(params, one)))
-    twin.load_state_dict(params.state_dict())
-    for optimizer, own in ((one, params), (two, twin)):
-        own["square"].requires_grad = True
-        run(optimizer, dict(own), gradients(own, 3, seed=5))
-    assert all(torch.equal(params[n], twin[n]) for n in params)
-
-
-def test_a_distributed_checkpoint_loads_in_place_with_a_count_for_each_parameter(tmp_path):
-    """dcp.load writes into the tensors of the state that it is given, so no two parameters may share one."""
-    params = parameters(dtype=torch.float32, shapes={"early": (16,), "late": (16,)})
-    optimizer = MARS(params.values())
-    for t in range(10):
-        params["early"].grad = torch.ones(16)
-        params["late"].grad = torch.ones(16) if t >= 8 else None
-        optimizer.step()
-    saved = optimizer.state_dict()["state"]
-    torch.distributed.checkpoint.save(saved, checkpoint_id=tmp_path, no_dist=True)
-    fresh = MARS(parameters(dtype=torch.float32, shapes={"early": (16,), "late": (16,)}).values())
-    torch.distributed.checkpoint.load(fresh.state_dict()["state"], checkpoint_id=tmp_path, no_dist=True)
-    assert [float(s["step"]) for s in fresh.state.values()] == [10, 2]
-
-
-@every
-def test_state_is_complete_before_the_first_step(make):
-    params = parameters(dtype=torch.float32)
-    optimizer = make(params.values())
-    before = {i: set(s) for i, s in optimizer.state_dict()["state"].items()}
-    run(optimizer, params, gradients(params, 2))
-    assert before == {i: set(s) for i, s in optimizer.state_dict()["state"].items()}
-    assert len(before) == len(params)
 
 
 @every
@@ -701,6 +198,56 @@ def test_a_group_may_set_every_number_for_itself():
     assert not torch.equal(params["tall"], alone["tall"])
 
 
+def test_a_learning_rate_may_be_a_tensor():
+    one, two = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
+    grads = gradients(one, 2)
+    run(MARSM(one.values(), lr=0.125), one, grads)
+    run(MARSM(two.values(), lr=torch.tensor(0.125)), two, grads)
+    for n in one:
+        assert torch.equal(one[n], two[n])
+
+
+def test_any_number_may_be_a_tensor_even_inside_betas():
+    one, two = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
+    numbers = dict(lr=0.125, weight_decay=0.5, gamma=0.25, lr_1d=0.0625, betas=(0.75, 0.875))
+    tensors = {k: tuple(map(torch.tensor, v)) if k == "betas" else torch.tensor(v) for k, v in numbers.items()}
+    plain, given = MARS(one.values(), **numbers), MARS(two.values(), **tensors)
+    for t, grads in enumerate(gradients(one, 3)):
+        plain.param_groups[0]["lr"] = 0.125 / (t + 1)
+        given.param_groups[0]["lr"].fill_(0.125 / (t + 1))  # as torch's schedulers change a tensor
+        run(plain, one, [grads])
+        run(given, two, [grads])
+    for n in one:
+        assert torch.equal(one[n], two[n])
+
+
+def test_groups_can_serve_another_optimizer():
+    groups = [{"params": list(parameters().values())}]
+    MARSM(groups, lr=1e-3)
+    second = MARSM(groups, lr=6e-3, is_approx=False).param_groups[0]
+    assert (second["lr"], second["is_approx"]) == (6e-3, False)
+
+
+def test_a_groups_own_learning_rate_reaches_its_vectors():
+    """As in the official class: lr_1d relates to the constructor's lr, and a group's lr scales it."""
+    own, given = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
+    vector = next(n for n, p in own.items() if p.dim() == 1)
+    grads = gradients(own, 3)
+    run(MARS([{"params": list(own.values()), "lr": 0.01}], lr=0.04, lr_1d=0.02), own, grads)
+    run(MARS(given.values(), lr=0.01, lr_1d=0.005), given, grads)
+    assert torch.equal(own[vector], given[vector])
+
+
+@every
+def test_empty_parameters_are_nothing_to_do(make):
+    params = {"empty": nn.Parameter(torch.zeros(0, 4)), "full": nn.Parameter(torch.ones(4, 4))}
+    run(make(params.values()), params, gradients(params, 2))
+    assert not torch.equal(params["full"], torch.ones(4, 4))
+
+
+# ---- compilation
+
+
 # the compiler's own kernels for three; for the others only what it captures, which takes a tenth of the time
 COMPILED = [(name, "inductor" if name in ("mars", "marsm", "ademamix") else "aot_eager") for name in APPROXIMATE]
 
@@ -762,71 +309,6 @@ def test_a_step_inside_a_function_that_the_user_compiles_computes_the_same(make)
         assert torch.equal(plain[n], compiled[n])
 
 
-def test_a_learning_rate_may_be_a_tensor():
-    one, two = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
-    grads = gradients(one, 2)
-    run(MARSM(one.values(), lr=0.125), one, grads)
-    run(MARSM(two.values(), lr=torch.tensor(0.125)), two, grads)
-    for n in one:
-        assert torch.equal(one[n], two[n])
-
-
-def test_any_number_may_be_a_tensor_even_inside_betas():
-    one, two = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
-    numbers = dict(lr=0.125, weight_decay=0.5, gamma=0.25, lr_1d=0.0625, betas=(0.75, 0.875))
-    tensors = {k: tuple(map(torch.tensor, v)) if k == "betas" else torch.tensor(v) for k, v in numbers.items()}
-    plain, given = MARS(one.values(), **numbers), MARS(two.values(), **tensors)
-    for t, grads in enumerate(gradients(one, 3)):
-        plain.param_groups[0]["lr"] = 0.125 / (t + 1)
-        given.param_groups[0]["lr"].fill_(0.125 / (t + 1))  # as torch's schedulers change a tensor
-        run(plain, one, [grads])
-        run(given, two, [grads])
-    for n in one:
-        assert torch.equal(one[n], two[n])
-
-
-def test_groups_can_serve_another_optimizer():
-    groups = [{"params": list(parameters().values())}]
-    MARSM(groups, lr=1e-3)
-    second = MARSM(groups, lr=6e-3, is_approx=False).param_groups[0]
-    assert (second["lr"], second["is_approx"]) == (6e-3, False)
-
-
-def test_a_groups_own_learning_rate_reaches_its_vectors():
-    """As in the official class: lr_1d relates to the constructor's lr, and a group's lr scales it."""
-    own, given = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
-    vector = next(n for n, p in own.items() if p.dim() == 1)
-    grads = gradients(own, 3)
-    run(MARS([{"params": list(own.values()), "lr": 0.01}], lr=0.04, lr_1d=0.02), own, grads)
-    run(MARS(given.values(), lr=0.01, lr_1d=0.005), given, grads)
-    assert torch.equal(own[vector], given[vector])
-
-
-@every
-def test_a_model_may_be_converted_after_its_optimizer_was_made(make):
-    """The state then has the dtype that it would have had from the start."""
-    model = nn.ParameterDict(parameters(dtype=torch.float32))
-    grads = gradients(model, 4)
-    optimizer = make(model.values())
-    run(optimizer, dict(model), grads[:2])
-    state = copy.deepcopy(optimizer.state_dict())
-    model.double()
-    wide = copy.deepcopy(model)
-    reference = make(wide.values())
-    reference.load_state_dict(state)  # torch converts on loading
-    doubled = [{n: g.double() for n, g in step.items()} for step in grads[2:]]
-    run(optimizer, dict(model), doubled)
-    run(reference, dict(wide), doubled)
-    for n, p in model.items():
-        assert p.dtype == torch.float64
-        assert torch.equal(p, wide[n])
-    model.bfloat16()
-    for p in model.values():
-        p.grad = torch.zeros_like(p)
-    with pytest.raises(ValueError, match="dtype torch.bfloat16: must be float32 or float64"):
-        optimizer.step()
-
-
 @approximate
 def test_code_that_the_compiler_gives_up_on_still_computes_the_same(make, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
@@ -836,38 +318,6 @@ def test_code_that_the_compiler_gives_up_on_still_computes_the_same(make, monkey
     run(make(compiled.values(), compiled=True), compiled, grads)
     for n in plain:
         torch.testing.assert_close(plain[n], compiled[n], atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "make, per_parameter",
-    [
-        (lambda p: MARS([p]), 12),
-        (lambda p: MARS([p], amsgrad=True), 16),
-        (lambda p: MARS([p], mars_type="mars-lion"), 8),
-        (lambda p: MARS([p], mars_type="mars-shampoo"), 8),
-        (lambda p: MARSM([p]), 8),
-        (lambda p: MARSM([p], is_approx=False), 12),
-        (lambda p: MARSM([p], clip_c=False), 4),
-        (lambda p: Muon([p]), 4),
-        (lambda p: Lion([p]), 4),
-    ],
-)
-def test_state_bytes_per_parameter(make, per_parameter):
-    p = nn.Parameter(torch.zeros(32, 64))
-    optimizer = make(p)
-    assert state_bytes(optimizer) == per_parameter * p.numel()
-    p.grad = torch.ones_like(p)
-    optimizer.update_previous_grad()
-    optimizer.step()
-    assert state_bytes(optimizer) == per_parameter * p.numel()
-
-
-def test_keys_of_torchs_schedulers_stay_in_the_groups():
-    optimizer = Muon([nn.Parameter(torch.ones(4, 4))])
-    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
-    group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-    assert "max_momentum" in group
-    optimizer.add_param_group(group | {"params": [nn.Parameter(torch.ones(4, 4))]})
 
 
 # ---- bad input
@@ -920,25 +370,6 @@ def test_sparse_gradients_are_refused():
         optimizer.step()
 
 
-@every
-def test_copies_of_an_optimizer_go_on_by_themselves(make):
-    params = parameters(dtype=torch.float32)
-    optimizer, grads = make(params.values()), gradients(params, 4)
-    run(optimizer, params, grads[:2])
-    twin_params, twin = copy.deepcopy((params, optimizer))
-    run(optimizer, params, grads[2:])
-    run(twin, twin_params, grads[2:])
-    for n in params:
-        assert torch.equal(params[n], twin_params[n])
-
-
-@every
-def test_empty_parameters_are_nothing_to_do(make):
-    params = {"empty": nn.Parameter(torch.zeros(0, 4)), "full": nn.Parameter(torch.ones(4, 4))}
-    run(make(params.values()), params, gradients(params, 2))
-    assert not torch.equal(params["full"], torch.ones(4, 4))
-
-
 def test_exact_mode_without_lookahead_is_an_error():
     params = parameters(dtype=torch.float32)
     for optimizer in (MARS(params.values(), is_approx=False), MARSM(params.values(), is_approx=False)):
@@ -954,37 +385,6 @@ def test_a_rate_that_becomes_nonsense_is_refused():
     optimizer.param_groups[0]["lr"] = float("nan")
     with pytest.raises(ValueError, match="MARS: lr=nan: must be a number of at least 0"):
         run(optimizer, params, gradients(params, 1))
-
-
-@pytest.mark.parametrize(
-    "other, message",
-    [
-        (lambda p: Lion(p), "state_dict: .*expected"),
-        (lambda p: MARS(p, is_approx=False), "state_dict: .*expected"),
-        (lambda p: torch.optim.AdamW(p), "state_dict: .*state is that of other parameters"),
-        (lambda p: MARS(list(p)[:2]), "parameter group that doesn't match the size of optimizer's group"),
-    ],
-)
-def test_a_state_dict_of_another_optimizer_is_refused(other, message):
-    params = parameters(dtype=torch.float32)
-    optimizer = MARS(params.values())
-    with pytest.raises(ValueError, match=message):
-        optimizer.load_state_dict(other(params.values()).state_dict())
-
-
-def test_a_state_dict_with_the_same_state_of_another_optimizer_is_refused():
-    matrix = [nn.Parameter(torch.zeros(3, 4))]
-    lion, muon = Lion(matrix), Muon(matrix)
-    assert lion.state[matrix[0]].keys() == muon.state[matrix[0]].keys()
-    for one, other, key in ((lion, muon, "betas"), (muon, lion, "nesterov")):
-        with pytest.raises(ValueError, match=f"state_dict: a group has no .*{key}"):
-            one.load_state_dict(other.state_dict())
-
-
-def test_a_state_dict_of_other_shapes_is_refused():
-    one, two = MARS([nn.Parameter(torch.zeros(3, 4))]), MARS([nn.Parameter(torch.zeros(4, 3))])
-    with pytest.raises(ValueError, match=r"state_dict: exp_avg of parameter 0 has another shape than \(3, 4\)"):
-        one.load_state_dict(two.state_dict())
 
 
 # ---- the registry

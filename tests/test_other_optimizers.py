@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_optimizers import MATRICES, close, gradients, newton_schulz, parameters, run, two_runs
+from optimizer_steps import MATRICES, close, gradients, newton_schulz, parameters, run, two_runs
 
 from optimizers import MARS, SOAP, AdEMAMix, NorMuon, Shampoo
 
