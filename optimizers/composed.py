@@ -31,7 +31,8 @@ class ComposedOptimizer(Optimizer):
 
     Parameter groups may carry "role" ("matrix", "embedding" or "vector"); parameters of a group without one get
     their role from `role_of`. "blocks": n treats a matrix as n blocks of rows, each a matrix of its own.
-    State is allocated when a parameter is added; of a frozen parameter, at its first step.
+    State is allocated when a parameter is added; of a frozen parameter, at its first step. Parameters may be sharded by
+    `fully_shard`, which docs/sharded.md describes.
 
     Exact form (is_approx=False): the loop evaluates the next batch at the current parameters and calls
     `update_previous_grad()`, then evaluates the current batch and calls `step()` and `update_last_grad()`.

@@ -91,6 +91,8 @@ class Sharded(Owners):
     def __init__(self) -> None:
         super().__init__()
         self.shapes: dict[Tensor, list[torch.Size]] = {}  # of the shards of each parameter, by rank
+        self._dim: dict[Tensor, int] = {}  # of each parameter, the one that is cut
+        self._mesh_dim = 0
         self._with_gradient: list[bool] = []  # of each parameter, at the last step
         self._counts = torch.empty(0)
 
@@ -100,14 +102,13 @@ class Sharded(Owners):
         return next(iter(self.shapes), None)
 
     def _group(self) -> dist.ProcessGroup:  # looked up, because a group cannot be copied or pickled
-        mesh_dim, _ = sharding_of(self.first)  # type: ignore
-        return self.first.device_mesh.get_group(mesh_dim)  # type: ignore
+        return self.first.device_mesh.get_group(self._mesh_dim)  # type: ignore[union-attr]
 
     def add(self, p: Tensor) -> None:
         """Take in a sharded parameter, which `sharding_errors` has nothing against."""
+        mesh, (self._mesh_dim, self._dim[p]) = p.device_mesh, sharding_of(p)  # type: ignore
         if not self.shapes:
-            mesh, (mesh_dim, _) = p.device_mesh, sharding_of(p)  # type: ignore
-            super().__init__(mesh.get_local_rank(mesh_dim), mesh.size(mesh_dim))
+            super().__init__(mesh.get_local_rank(self._mesh_dim), mesh.size(self._mesh_dim))
         self.shapes[p] = shard_shapes(p)
 
     def holds(self, p: Tensor) -> bool:
@@ -121,12 +122,12 @@ class Sharded(Owners):
             [sum(self.shapes[p][self.rank].numel() for p in by_owner if self.owner[p] == r) for r in range(self.size)],
             [[self.shapes[p][r] for p in mine] for r in range(self.size)],
         )
-        whole = {p: torch.cat([parts[r][i] for r in range(self.size)], self._dim(p)) for i, p in enumerate(mine)}
+        whole = {p: torch.cat([parts[r][i] for r in range(self.size)], self._dim[p]) for i, p in enumerate(mine)}
         return lambda params: [whole.pop(p) for p in params]
 
     def share(self, family: list[Tensor], results: dict[Tensor, Tensor], dtype: torch.dtype) -> Pauses:
         mine, like = [p for p in family if self.owns(p)], local(family[0])
-        cut = {p: self._cut(p, results.pop(p)) for p in mine}
+        cut = {p: self._cut(p, results.pop(p).to(dtype)) for p in mine}
         theirs = [[p for p in family if self.owner[p] == r] for r in range(self.size)]
         parts = yield from self._exchange(
             [like.new_empty(0, dtype=dtype), *(cut[p].pop(0) for _ in range(self.size) for p in mine)],
@@ -137,10 +138,7 @@ class Sharded(Owners):
 
     def _cut(self, p: Tensor, x: Tensor) -> list[Tensor]:
         """The shards of a whole tensor, by rank."""
-        return list(x.split([shape[self._dim(p)] for shape in self.shapes[p]], self._dim(p)))
-
-    def _dim(self, p: Tensor) -> int:
-        return p.placements[sharding_of(self.first)[0]].dim  # type: ignore
+        return list(x.split([shape[self._dim[p]] for shape in self.shapes[p]], self._dim[p]))
 
     def _exchange(self, send: list[Tensor], sizes: list[int], shapes: list[list[torch.Size]]) -> Pauses:
         """One all-to-all. send: what goes out, in the order of ranks; sizes: how many numbers of it go to each rank.
@@ -163,7 +161,7 @@ class Sharded(Owners):
         """0-d float64 numbers of parameters, summed over the ranks; 0 where no rank has one. One all-reduce.
 
         Raises ValueError if some ranks have a gradient of a parameter and others have none. On a GPU the host looks at
-        that only where it changed, for it would have to wait.
+        that only where it changed, for it has to wait.
         """
         with_gradient, device = [p.grad is not None for p in self.shapes], local(self.first).device
         if changed := with_gradient != self._with_gradient or self._counts.device != device:
@@ -171,11 +169,15 @@ class Sharded(Owners):
         zero = self._counts.new_zeros(())
         sums = torch.stack([self._counts, torch.stack([squares.get(p, zero) for p in self.shapes])])
         dist.all_reduce(sums, group=self._group())
-        for p, n in zip(self.shapes, sums[0].tolist(), strict=True) if changed or device.type == "cpu" else ():
+        if changed or device.type == "cpu":
+            self._check_counts(sums[0].tolist())
+        self._with_gradient = with_gradient
+        return dict(zip(self.shapes, sums[1].unbind(), strict=True))
+
+    def _check_counts(self, counts: list[float]) -> None:
+        for p, n in zip(self.shapes, counts, strict=True):
             if n not in (0, self.size):
                 raise ValueError(
                     f"parameter of shape {tuple(p.shape)}: {n:g} of {self.size} ranks have a gradient; all or none "
                     "must, so give the others one of zeros"
                 )
-        self._with_gradient = with_gradient
-        return dict(zip(self.shapes, sums[1].unbind(), strict=True))

@@ -7,7 +7,7 @@ from .options import options_of
 
 OF_EVERY_CLASS = {
     "params": 'parameters, (name, parameter) pairs, or groups: dicts with "params", "role" and own settings',
-    "process_group": "ranks that hold equal gradients; the work on matrices is divided over them",
+    "process_group": "ranks with equal gradients, which share the work on matrices; not for sharded parameters",
     "compiled": "run the elementwise updates through torch.compile",
 }
 

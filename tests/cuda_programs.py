@@ -12,7 +12,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import null_gpu
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
 
 import train_gpt
 from bench.correctness import compilations, synchronizations
@@ -20,7 +24,8 @@ from bench.runs import batch_of, opened, take_step
 from bench.timing import SIZES
 from config.load import load_config
 from model import GPT
-from optimizers import build_optimizer
+from optimizers import REGISTRY, build_optimizer
+from optimizers.owners import Sharded
 from training.clipping import GradientClipper
 from training.compute import ComputeConfig, attention_kernel, torch_settings
 from training.preflight import memory_estimate
@@ -40,6 +45,7 @@ def ignore_numbers() -> None:
         check(self)
 
     GradientClipper.check = wait
+    Sharded._check_counts = lambda *_: None
 
 
 def train(*arguments: str) -> None:
@@ -125,10 +131,40 @@ def launches(size: str, optimizer: str, compiled: str) -> dict:
     return dict(kernels=counters.launches(), scratch=torch.cuda.max_memory_allocated() - before)
 
 
+def sharded(optimizer: str, compiled: str) -> dict:
+    """What two steps over matrices sharded by fully_shard call and wait for, and the bytes that a step needs."""
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl")
+    mesh = init_device_mesh("cuda", (dist.get_world_size(),))
+    matrices = [torch.nn.Parameter(torch.zeros(512, 2048, device="cuda")) for _ in range(8)]
+    model = fully_shard(torch.nn.ParameterList(matrices), mesh=mesh)
+    step = REGISTRY[optimizer][0](list(model), compiled=compiled == "true").step
+    for p in model:
+        p.grad = torch.zeros_like(p)
+    for _ in range(WARM_UP):
+        step()
+    counters = null_gpu.Counters() if null_gpu.is_active() else None
+    if counters:
+        counters.reset()
+    torch.cuda.set_sync_debug_mode("error")
+    with CommDebugMode() as calls:
+        for _ in range(2):
+            step()
+    torch.cuda.set_sync_debug_mode("default")
+    waited = counters.host_waits() if counters else 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    scratch = torch.cuda.max_memory_allocated() - before
+    dist.destroy_process_group()
+    return dict(waits=waited, calls=calls.get_total_counts(), scratch=scratch)
+
+
 if __name__ == "__main__":
     if null_gpu.is_active():
         ignore_numbers()
-    programs = {f.__name__: f for f in (train, waits, waits_found, compiled_later, attention, memory, launches)}
-    result = programs[sys.argv[1]](*sys.argv[2:])
+    programs = [train, waits, waits_found, compiled_later, attention, memory, launches, sharded]
+    result = {f.__name__: f for f in programs}[sys.argv[1]](*sys.argv[2:])
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(result))

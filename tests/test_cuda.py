@@ -206,6 +206,15 @@ def test_no_step_of_two_processes_waits_for_the_device(on_gpu):
     assert result_of("waits", *on_gpu, "--optimizer=mars_m", gpus=2) == 0
 
 
+@needs_two_gpus
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_a_step_on_sharded_matrices_waits_for_nothing_and_bounds_its_memory(compiled):
+    """Eight matrices (512, 2048) on two GPUs. 12 bytes an element cover the traffic in bfloat16 and Newton-Schulz."""
+    found = result_of("sharded", "mars_m", compiled, gpus=2)
+    assert (found["waits"], found["calls"]) == (0, 2 * 3)
+    assert found["scratch"] <= 12 * (8 * 512 * 2048) / 2
+
+
 def test_nothing_is_compiled_again_while_the_learning_rate_and_gamma_change(on_gpu):
     settings = ["--optimizer=mars_m", "--gamma_end=0.05", "--warmup=100", "--steps=200", "--compile=true"]
     assert result_of("compiled_later", *on_gpu, *settings) == 0
