@@ -36,11 +36,10 @@ from torch._dynamo.utils import counters
 import train_gpt
 from bench.gpu import SIDES
 from bench.report import bench_parser
-from bench.runs import MICRO, batch_of, opened, run_arguments, take_step
+from bench.runs import MICRO, attention_of, batch_of, opened, run_arguments, take_step
 from bench.timing import SIZES, Session, compiler
 from runtime.command import first_line, one_line
 from train_gpt import Trainer
-from training.compute import attention_kernel
 
 NO_GPU = "needs a CUDA GPU"
 CHECKS = ["numbers", "steady", "resume"]
@@ -77,9 +76,7 @@ def gradients(arguments: Callable[..., list[str]], *settings: str) -> dict[str, 
     with opened(arguments(*settings)) as t:
         if "dtype=float32" in settings:
             torch.set_float32_matmul_precision("highest")
-        c, device = t.run.model, t.world.device
-        kernel = attention_kernel(c.n_head, c.n_embd, c.block_size, c.dropout, t.run.dtype, device)
-        loss = t.accumulate(batch_of(t, 0), 0)
+        kernel, loss = attention_of(t), t.accumulate(batch_of(t, 0), 0)
         gradients = {name: p.grad for name, p in t.model.named_parameters() if p.grad is not None}
         return {name: x.detach().cpu() for name, x in (gradients | {"loss": loss}).items()} | {"attention": kernel}
 

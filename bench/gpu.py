@@ -38,14 +38,13 @@ from torch._dynamo.utils import counters
 
 from bench.peers import PlainGPT, mars_m_by_tensor
 from bench.report import bench_parser
-from bench.runs import MICRO, in_own_process, opened, run_arguments
+from bench.runs import MICRO, attention_of, in_own_process, opened, run_arguments
 from bench.timing import SIZES, TINY, Session, compiler, elapsed, mark, shape_of
 from model import GPT, GPTConfig
 from runtime.command import at_least, one_line
 from runtime.errors import UserError
 from runtime.hardware import memory_gb, peak_flops
 from train_gpt import Trainer, train
-from training.compute import attention_kernel
 from training.logger import METRICS, read_metrics
 from training.preflight import memory_estimate
 
@@ -63,6 +62,7 @@ SIDES: dict[str, tuple[str, ...]] = {  # settings of the trainer
     "adamw": ("optimizer=adamw",),
     "eager": ("optimizer=mars_m", "compile=false"),
     "best_flash": (*BEST, "attention=flash"),
+    "best_fused_loss": (*BEST, "fused_loss=true"),
     "best_float32_residual": (*BEST, "residual=float32"),
     "best_cast_micro_batch": (*BEST, "cast_weights=micro_batch"),
     "best_deterministic": (*BEST, "attention=flash", "deterministic=true"),
@@ -148,11 +148,9 @@ def measure_trainer(settings: tuple[str, ...], size: str, smoke: bool, micro: An
         redirect_stdout(io.StringIO()),
         opened(run_arguments(Path(folder), size, smoke, *settings, *batch), TimedTrainer) as t,
     ):
-        c, run = t.run.model, t.run
-        estimate = memory_estimate(run, t.model, t.optimizer, t.world).total(t.micro_batch) / 1e9
-        kernel = attention_kernel(c.n_head, c.n_embd, c.block_size, c.dropout, run.dtype, t.world.device)
-        tell(micro_batch=t.micro_batch, attention=kernel, estimate_gb=estimate)
-        t.times = StepTimes(c, t.world.device, steps, run.sequences, tell)
+        estimate = memory_estimate(t.run, t.model, t.optimizer, t.world).total(t.micro_batch) / 1e9
+        tell(micro_batch=t.micro_batch, attention=attention_of(t), estimate_gb=estimate)
+        t.times = StepTimes(t.run.model, t.world.device, steps, t.run.sequences, tell)
         t.times.began = began
         train(t)
         wait = statistics.mean(r["data_ms"] for r in read_metrics(t.folder / METRICS)[1:])

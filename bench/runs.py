@@ -22,7 +22,7 @@ from model import GPT
 from runtime.distributed import start_world
 from train_gpt import Trainer
 from training.clipping import GradientClipper
-from training.compute import collector_paused, torch_settings
+from training.compute import attention_kernel, collector_paused, torch_settings
 from training.run_config import RunConfig
 
 MICRO = {"124M": 40, "355M": 40, "774M": 24, "1558M": 16}  # sequences per forward pass; 42 have 2^31 logits
@@ -97,6 +97,12 @@ def batch_of(t: Trainer, step: int) -> Tensor:
     """The tokens of a step, in pinned memory for a GPU, as the trainer's loop gets them."""
     batch = torch.from_numpy(t.loader.batch(step))
     return batch.pin_memory() if t.world.device.type == "cuda" else batch
+
+
+def attention_of(t: Trainer) -> str:
+    """The kernel that attention runs in: cudnn, flash, efficient or math."""
+    c = t.run.model
+    return attention_kernel(c.n_head, c.n_embd, c.block_size, c.dropout, t.run.dtype, t.world.device)
 
 
 def take_step(t: Trainer, batch: Tensor) -> None:

@@ -22,13 +22,15 @@ export PYTHONUNBUFFERED=1 PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-exp
 save() { # write the archive of the results so far, without weights
     local archive
     archive=$(mktemp "$OUT/.gpu.XXXXXX") || return
+    # shellcheck disable=SC2012  # the names are ours, and ls sorts by time everywhere
     (cd "$scratch" && ls -tr results | sed 's#^#results/#' | tar czf "$archive" --exclude='*.safetensors' -T - 2>/dev/null)
     mv "$archive" "$OUT/gpu-$part.tgz"
 }
 # shellcheck disable=SC2317,SC2329  # called by the trap
 stop() {
     trap '' INT TERM
-    kill $(jobs -p) 2>/dev/null
+    mapfile -t running < <(jobs -p)
+    kill "${running[@]}" 2>/dev/null
     wait
     save
     echo "stopped; the results so far are in $OUT/gpu-$part.tgz"
@@ -90,7 +92,7 @@ part_of_the_measurements() {
         machine_and_data
         short_runs
         bench 110 medium gpu --size 355M --sides best
-        bench 100 default gpu --sides default best_flash --micro 40
+        bench 100 default gpu --sides default best_fused_loss best_flash --micro 40
         ;;
     C)
         END=570

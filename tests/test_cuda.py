@@ -222,8 +222,7 @@ def test_nothing_is_compiled_again_while_the_learning_rate_and_gamma_change(on_g
 
 @pytest.mark.parametrize("setting", ["auto", "flash", "efficient", "math", "cudnn"])
 def test_attention_uses_the_backend_that_the_setting_names(setting):
-    prefers_cudnn = not REAL or torch.cuda.get_device_capability() in ((9, 0), (10, 0))
-    expected = ("cudnn" if prefers_cudnn else "flash") if setting == "auto" else setting
+    expected = "flash" if setting == "auto" else setting
     assert result_of("attention", setting, TORCH_CUDNN_SDPA_DEPRIORITIZED="") == [expected, expected]
 
 
@@ -238,12 +237,12 @@ def test_the_memory_estimate_is_within_8_percent_of_the_allocators_peak(wide, co
 
 def test_the_largest_micro_batch_that_fits(wide):
     found = {}
-    for size in (25, 80, 141):
+    for size in (12, 25, 80):
         arguments = wide("batch_size=480", "micro_batch=auto", "compile=false")
         found[size] = result_of("memory", *arguments, memory=size * GB)
         assert found[size]["peak"] <= found[size]["total"] == size * GB
     sizes = [f["micro_batch"] for f in found.values()]
-    assert 1 < sizes[0] < sizes[1] < sizes[2], found
+    assert 1 < sizes[0] < sizes[1] < sizes[2] == 40, found  # 42 would have 2^31 logits
 
 
 @pytest.mark.parametrize("micro_batch", ["auto", "1"])
