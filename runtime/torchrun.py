@@ -48,7 +48,7 @@ if __name__ == "__main__":
         main()
     except SignalException as stop:
         sys.exit(128 + stop.sigval)
-    except ValueError as error:  # of its own options; the programs are other processes
+    except ValueError as error:  # only for its own options; the programs are other processes
         sys.exit(f"torchrun: {error}")
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
