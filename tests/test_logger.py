@@ -190,7 +190,7 @@ def test_records_wait_until_they_can_be_written(tmp_path, capsys):
     run.close()
     assert [r["step"] for r in read_metrics(path)] == [5]
     said = capsys.readouterr().out
-    assert said.count("metrics.jsonl: Is a directory; its records wait in memory, and every record tries again") == 1
+    assert said.count("metrics.jsonl: Is a directory; its records wait in memory until they can be written") == 1
     assert said.count("metrics.jsonl: all records are written now") == 1
     assert run.lost == ""
 
