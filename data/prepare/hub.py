@@ -18,8 +18,8 @@ from data.shards import DataError
 from runtime.command import first_line
 from runtime.streams import masked
 
-BLOCK_BYTES = 1 << 25  # fetched at a time
-REFUSALS = {  # by the class of huggingface_hub's error
+BLOCK_BYTES = 1 << 25  # bytes per request
+REFUSALS = {  # class of huggingface_hub's error: our message
     "GatedRepoError": "is gated: accept its terms there, then log in with `hf auth login` or HF_TOKEN",
     "RepositoryNotFoundError": "does not exist (moved, renamed or private); give its new name with --repo",
     "RevisionNotFoundError": "has no revision {revision}; give a commit or branch with --revision, for example main",
@@ -59,7 +59,7 @@ def hub_problem() -> str | None:
 
 @contextmanager
 def answers(repo: str, revision: str, file: str = "") -> Iterator[None]:
-    """Turn errors in asking the hub for a repository, or for a file of it, into DataError of one line."""
+    """Turn errors of the hub, for a repository or for one of its files, into a DataError of one line."""
     errors = hub_library().errors
     where = f"{endpoint()}/datasets/{repo}"
     try:

@@ -70,7 +70,7 @@ def refuse_foreign_files(folder: Path) -> None:
 
 
 def is_prepared(out: Path, settings: dict) -> bool:
-    """Whether `out` is a complete dataset of these settings; then says so.
+    """Whether `out` is a complete dataset with these settings. If so, prints a line.
 
     Raises DataError if the folder holds something else.
     """

@@ -39,9 +39,9 @@ class Chunk:
     """Consecutive documents. `texts` decodes them; it holds all that is needed, so that a worker can call it."""
 
     after: tuple[int, ...]  # position at which the next chunk starts
-    fraction: float  # of the source that lies before that position
+    fraction: float  # part of the source before that position
     texts: Callable[[], Documents]
-    names: tuple[str, ...] | None = None  # of the documents, where the split depends on them
+    names: tuple[str, ...] | None = None  # names of the documents, if the split depends on them
 
 
 Chunks = Generator[Chunk, None, None]
