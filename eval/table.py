@@ -13,7 +13,7 @@ from typing import Any
 from eval.tasks import PAPER, factor, metrics_of
 from runtime.markdown import markdown_table
 
-Place = tuple[str, str]  # of a cell: task and metric
+Place = tuple[str, str]  # a column: task and metric
 
 SIZES = {"small": 124e6, "medium": 354e6, "large": 774e6, "xl": 1558e6}  # parameters of the published models
 

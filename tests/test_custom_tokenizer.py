@@ -55,7 +55,7 @@ def train(folder: Path, dataset: Path, vocab_size: int, *more) -> Path:
 
 
 def stops(main, *arguments) -> str:
-    """The one line with which a command ends that cannot go on."""
+    """The one line that a failing command prints."""
     with pytest.raises(SystemExit) as caught:
         main([*map(str, arguments)])
     assert isinstance(caught.value.code, str)
@@ -174,16 +174,16 @@ def test_a_run_without_a_tokenizer_is_told_what_it_will_miss(nanogpt, tmp_path, 
     perplexity.main([str(run), "--device", "cpu"])
     assert f"{len(TEXT) - 1:,} tokens" in capsys.readouterr().out
     map_of_run = nanogpt.with_name("map.json")
-    assert "nothing names the tokenizer" in stops(sample.main, run)
+    assert "is not recorded; give --tokenizer FILE" in stops(sample.main, run)
     sample.main([str(run), "--tokenizer", str(map_of_run), "--max_tokens", "4", "--prompt", "\n"])
     export.main([str(run), str(tmp_path / "bare")])
-    assert "without tokenizer files: nothing names the tokenizer" in capsys.readouterr().out
+    assert "without tokenizer files, because the tokenizer is not recorded" in capsys.readouterr().out
     assert not list((tmp_path / "bare").glob("tokenizer*"))
     assert json.loads((tmp_path / "bare" / "config.json").read_text())["vocab_size"] == size
     export.main([str(run), str(tmp_path / "hf"), "--tokenizer", str(map_of_run)])
     assert open_trained(tmp_path / "hf", CPU).tokenizer.encode("License")
     line = stops(perplexity.main, run, "--text", CONFIG)
-    assert "nothing names the tokenizer of its vocab_size" in line
+    assert "the tokenizer of its vocab_size" in line
 
 
 def test_files_of_nanogpt_can_be_indexed_with_their_map(nanogpt, tmp_path, capsys):
