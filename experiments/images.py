@@ -26,10 +26,10 @@ class Dataset:
     """How an image set is read and augmented."""
 
     read: Callable[[Path], tuple[Split, Split]]  # a folder to the training and the test images
-    mean: tuple[float, ...]  # of each channel, for images in [0, 1]
+    mean: tuple[float, ...]  # per channel, for images in [0, 1]
     std: tuple[float, ...]
     validation: int  # training images that are held out
-    padding: int = 0  # of the random crop, with black
+    padding: int = 0  # black pixels on each side before the random crop
     flip: bool = False  # horizontally, at random
     classes: int = 10
 

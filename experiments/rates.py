@@ -51,7 +51,7 @@ class Arm:
     weight: float  # 1 - beta at T = TUNED_AT
     lr_power: float  # lr is proportional to T^lr_power
     weight_power: float  # and 1 - beta to T^weight_power
-    gamma: float | None = None  # of MARS-M; None: Muon without Nesterov momentum
+    gamma: float | None = None  # for MARS-M; None: Muon without Nesterov momentum
     is_approx: bool = False
 
     def optimizer(self, x: nn.Parameter, steps: int, seeds: int) -> tuple[Muon | MARSM, float]:

@@ -51,7 +51,7 @@ class Run:
 
     folder: Path
     name: str
-    config: dict  # of config.json
+    config: dict  # content of config.json
     last: dict  # record of the latest evaluation
     size: str | None  # the published size, None for other sizes
     parameters: int
