@@ -176,7 +176,7 @@ def missing_dataset(folder: Path) -> str:
 
 
 def visible(folder: Path) -> list[Path]:
-    """What is in a folder, in order, without names that begin with a dot: the system makes such files by itself."""
+    """The entries of a folder in order, without names that begin with a dot: these are files of the system."""
     return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
 
 

@@ -153,7 +153,7 @@ class CustomTokenizer:
         found = next((token for token in ([eot] if eot is not None else usual) if token in ids), None)
         if found is None:
             problem = f"no token {eot!r}" if eot is not None else f"none of {', '.join(map(repr, usual))}"
-            raise UserError(f"{path}: has {problem}; name the token that separates documents with --eot")
+            raise UserError(f"{path}: has {problem}; give the token that separates documents with --eot TOKEN")
         self.separator, self.eot = found, ids[found]
 
     def encode(self, text: str) -> list[int]:
@@ -271,7 +271,7 @@ def tokenizer_of(facts: dict, folders: tuple[Path, ...], ranks_file: str | None 
         if path.is_file() and sha256_of(path) == facts["sha256"]:
             return get_tokenizer(str(path), eot=facts["separator"])
     places = " or ".join(str(folder) for folder in folders)
-    raise UserError(f"tokenizer {facts['name']}: {places} has no such {facts['file']}; name it with --tokenizer FILE")
+    raise UserError(f"tokenizer {facts['name']}: {places} has no such {facts['file']}; give it with --tokenizer FILE")
 
 
 def copy_custom(facts: dict | None, source: Path, folder: Path) -> None:

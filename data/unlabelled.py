@@ -1,7 +1,7 @@
 """Recognizes files without a header that hold something else than uint16 tokens.
 
 A file that is refused by mistake is worse than one that is not recognized. So each rule asks for something that tokens
-of text do not have, whether they are bytes, characters or GPT-2's byte pairs: their ids are small numbers most often.
+of text never have, whether they are bytes, characters or GPT-2's byte pairs. Most ids of such tokens are small numbers.
 """
 
 import numpy as np
@@ -53,8 +53,8 @@ def other_content(start: bytes, samples: np.ndarray) -> str | None:
 def _are_floats(x: np.ndarray, is_short: bool) -> bool:
     """Whether bytes that were read as floats are floats: then nearly all are zero or of usual size.
 
-    is_short: of 16 bits. Then ids in a narrow range are of usual size, too, so the numbers must also be ids or
-    have both signs or lie between 0 and 1, as those of most arrays do.
+    is_short: the floats have 16 bits. Then ids in a narrow range look like floats of usual size, too. So the numbers
+    must also be whole like ids, or have both signs, or lie between 0 and 1. Most arrays do one of these.
     """
     x = x[x != 0]
     if not len(x):

@@ -226,7 +226,7 @@ def export(trained: Trained, out: Path, dtype: torch.dtype = torch.float32) -> t
 def refuse_existing(out: Path) -> None:
     """Raise UserError if a path exists, also if it is a broken link."""
     if os.path.lexists(out):
-        raise UserError(f"{out} exists; name a folder that does not")
+        raise UserError(f"{out} exists; give a folder that does not exist yet")
 
 
 @contextmanager

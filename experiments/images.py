@@ -104,7 +104,7 @@ def read_idx(path: Path) -> Tensor:
     shape = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
     start = 4 + 4 * dimensions
     if data[:3] != b"\0\0\x08" or len(data) - start != np.prod(shape):
-        raise UserError(f"{path}: is no complete idx file of bytes")
+        raise UserError(f"{path}: is not a complete idx file of bytes")
     return torch.from_numpy(np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy())
 
 

@@ -2,7 +2,7 @@
 
 Theory (MARS-M, arXiv 2510.21800): over T steps the mean gradient norm is of order T^(-1/3) for MARS-M with the exact
 correction and gamma 1, and T^(-1/4) for Muon. Both are measured on a small problem that is not convex, with the
-schedules of the theory, and the exponent is the slope of a line in log-log axes. Three further arms must fail: Muon
+schedules of the theory. The exponent is the slope of a line in log-log axes. Three further arms must fail: Muon
 under MARS-M's schedule, MARS-M with the gamma of practice (0.025), and MARS-M with the approximate correction.
 
 Every arm sees the same noise. The rules that would refute the theory are in `rules`; they were fixed before the run.

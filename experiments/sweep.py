@@ -9,7 +9,7 @@ Each arm is tried at several learning rates on the first seed of the plan. The b
 and only those are reported, so the selection of the rate does not favour any arm. A seed gives all arms equal initial
 weights and equal batches, so differences are taken seed by seed. The runs are ordinary run folders under runs/sweeps;
 the same command continues an interrupted sweep. Runs of experiments.vision are selected by held-out images, and
-reported by test images; the lowest test error of any epoch and try stands beside it only because published tables
+reported by test images. The lowest test error of any epoch and try stands beside that, only because published tables
 report it.
 """
 

@@ -142,7 +142,7 @@ def test_a_checkpoint_without_its_tokenizer_says_what_to_do(run, prepared, tmp_p
     (copied / "tokenizer.json").rename(tmp_path / "own.json")
     line = stops(sample.main, copied)
     assert f"tokenizer {prepared[1].name}: " in line
-    assert line.endswith("has no such tokenizer.json; name it with --tokenizer FILE")
+    assert line.endswith("has no such tokenizer.json; give it with --tokenizer FILE")
     sample.main([str(copied), "--tokenizer", str(tmp_path / "own.json"), "--max_tokens", "3"])
     perplexity.main([str(copied), "--data", str(prepared[0].with_name("elsewhere")), "--device", "cpu"])
     assert " nats/token" in capsys.readouterr().out
@@ -220,7 +220,7 @@ def test_the_separator_is_found_or_named(tmp_path):
     with pytest.raises(ValueError, match="has no token '\\[STOP\\]'"):
         get_tokenizer(odd, eot="[STOP]")
     letters = str(map_file(tmp_path / "c.json", "ACGT|"))
-    with pytest.raises(ValueError, match=r"has none of '\\n'; name the token"):
+    with pytest.raises(ValueError, match=r"has none of '\\n'; give the token"):
         get_tokenizer(letters)
     assert get_tokenizer(letters, eot="|").stop == 4
     with pytest.raises(ValueError, match="--eot '|': belongs to a tokenizer file; byte has its own"):

@@ -88,7 +88,7 @@ def test_an_export_with_other_logits_is_deleted(run, tmp_path, monkeypatch, what
 def test_an_existing_folder_and_an_export_of_an_export_are_errors(run, exported, tmp_path):
     (tmp_path / "link").symlink_to("nowhere")
     for out in (exported, ".", tmp_path / "link"):
-        with pytest.raises(SystemExit, match="exists; name a folder that does not"):
+        with pytest.raises(SystemExit, match="exists; give a folder that does not exist yet"):
             export.main([str(run), str(out)])
     with pytest.raises(SystemExit, match="is a Hugging Face folder already"):
         export.main([str(exported), str(tmp_path / "again")])

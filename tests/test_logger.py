@@ -233,7 +233,7 @@ def test_unreadable_lines_are_counted_and_kept(tmp_path, capsys):
     logger(tmp_path, resume_step=2).close()
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
     assert (tmp_path / "metrics.unreadable").read_text() == '\x00\x00\n{"st\n'
-    assert "2 lines are no records; they are in metrics.unreadable now" in capsys.readouterr().out
+    assert "2 lines are not records; they are in metrics.unreadable now" in capsys.readouterr().out
 
 
 def test_the_meter_excludes_evaluations_and_counts_waiting():

@@ -637,7 +637,7 @@ def stop_at(write, number, path, *more):
         ("moved/data", [], "moved/data does not exist .* give its new name with --repo"),
         ("gated/data", [], "gated/data is gated: accept its terms there, then log in"),
         ("some/data", ["--revision", "nope"], "some/data has no revision nope; give a commit or branch"),
-        ("some/data", ["--pattern", "*.csv"], 'no file matches "\\*.csv"; name the files with --pattern'),
+        ("some/data", ["--pattern", "*.csv"], 'no file matches "\\*.csv"; give another --pattern'),
         (
             "some/data",
             ["--column", "body"],

@@ -99,7 +99,7 @@ class MetricsFile:
     """metrics.jsonl: one record a line. Records after the step of a resume are deleted, because the run repeats it.
 
     A record that cannot be written, on a full disk for example, is kept in memory and written with the next one. Lines
-    that are no records, such as one cut off by a crash, are moved to another file.
+    that are not records, such as one cut off by a crash, are moved to another file.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
@@ -114,7 +114,7 @@ class MetricsFile:
             copy = path.with_name(UNREADABLE)
             with open(copy, "ab") as f:
                 f.write(b"".join(line.rstrip(b"\n") + b"\n" for line in unreadable))
-            print(f"note: {path}: {len(unreadable)} lines are no records; they are in {copy.name} now")
+            print(f"note: {path}: {len(unreadable)} lines are not records; they are in {copy.name} now")
         if len(kept) < len(lines) or (content and not content.endswith(b"\n")):
             write_durably(path, b"".join(line.rstrip(b"\n") + b"\n" for line in kept))
 

@@ -134,9 +134,9 @@ def all_reduce_seconds(world: World, elements: int = 1 << 22) -> float | None:
         x[0].item()
     except RuntimeError as error:
         raise UserError(
-            f"an all-reduce over {world.size} processes failed ({first_line(error)}); name the network "
-            "interface between the machines with NCCL_SOCKET_IFNAME (GLOO_SOCKET_IFNAME on a CPU), or switch "
-            "InfiniBand off with NCCL_IB_DISABLE=1"
+            f"an all-reduce over {world.size} processes failed ({first_line(error)}); set NCCL_SOCKET_IFNAME "
+            "(GLOO_SOCKET_IFNAME on a CPU) to the network interface between the machines, or switch InfiniBand "
+            "off with NCCL_IB_DISABLE=1"
         ) from None
     if not right:
         raise UserError(f"an all-reduce over {world.size} processes gives wrong sums; check drivers and cables")

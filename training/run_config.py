@@ -152,7 +152,7 @@ def value_of(config: RunConfig, key: str) -> Any:
 def changeable_keys(run: RunConfig, accept_changes: bool = False) -> set[str]:
     """Dotted keys that may change when a run is resumed.
 
-    The budget may change if the schedule can go on: a constant one, and wsd, whose decay moves to the new end.
+    The budget may change with a constant schedule, and with wsd, whose decay moves to the new end.
     accept_changes: every key may change, except those of the model.
     """
     keys = all_keys(run)

@@ -94,7 +94,7 @@ def hub_files(repo: str, pattern: str, revision: str) -> tuple[str, list[SourceF
         tree = list(api.list_repo_tree(repo, repo_type="dataset", revision=commit, recursive=True))
     found = [e for e in tree if hasattr(e, "size") and fnmatch.fnmatch(e.path, pattern)]
     if not found:
-        raise DataError(f'{repo} at {commit}: no file matches "{pattern}"; name the files with --pattern')
+        raise DataError(f'{repo} at {commit}: no file matches "{pattern}"; give another --pattern')
     return commit, [
         SourceFile(e.path, e.size, f"{repo}: {e.path}", partial(streamed, repo, commit, e.path), e.lfs and e.lfs.sha256)
         for e in sorted(found, key=lambda e: e.path)

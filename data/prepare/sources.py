@@ -71,8 +71,8 @@ class Named:
 def files_below(root: Path, pattern: str, exclude: Sequence[str] = ()) -> dict[str, Path]:
     """The files under root that match a glob, by name within root, in the order of the names.
 
-    Left out are hidden files and folders, unless the glob names one, and what matches one of the patterns `exclude`
-    with its name, or the name of a folder around it. A file that is there twice through links counts once.
+    Hidden files and folders are left out, unless the glob names one. A file is also left out if its name, or the name
+    of a folder around it, matches one of the patterns `exclude`. A file that is there twice through links counts once.
     """
     hidden_too, found = "/." in f"/{pattern}", {}
     for path in root.glob(pattern):
