@@ -1,6 +1,7 @@
 """GPT-2 (Radford et al. 2019) under OpenAI's parameter names.
 
-Letters in shapes: B sequences, T positions, C = n_embd, H heads, D = C / H, V = vocab_size.
+Letters in shapes: B sequences, T positions, C = n_embd, H heads, D = C / H, V = vocab_size,
+P = V rounded up to a multiple of 64, the rows of the embedding table.
 """
 
 import math
@@ -17,7 +18,7 @@ from optimizers.options import errors_of, option
 
 # torch 2.11 has no loss in chunks; a type checker that knows only that version must not look for it
 newest_nn: Any = nn
-LOSS_ROWS = 512  # positions whose logits exist at a time where the loss is computed in chunks
+LOSS_ROWS = 512  # positions per chunk, if the loss is computed in chunks
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class GPTConfig:
 class KVCache:
     """Keys and values of the positions already read, one pair (B, H, T, D) per layer.
 
-    padding: for a batch of prompts of unequal lengths, how many ids (B,) at the left of each row are to be ignored.
+    padding: (B,), the number of ids to ignore at the left of each row, for a batch of prompts of unequal lengths.
     """
 
     def __init__(self, padding: Tensor | None = None) -> None:
@@ -157,10 +158,10 @@ class GPT(nn.Module):
         if errors := config.errors():
             raise ValueError("; ".join(errors))
         self.config = config
-        self.residual_dtype: torch.dtype | None = None  # of the sums between blocks; None: as the embeddings
-        # (hidden (N, C), table (P, C), targets (N,), vocab_size) to the mean loss; None: by torch
+        self.residual_dtype: torch.dtype | None = None  # None: that of the embeddings
+        # maps hidden (N, C), table (P, C), targets (N,) and vocab_size to the mean loss; None: torch's functions do
         self.fused_loss: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None = None
-        self.recompute_blocks = False  # keep the input of each block only, and compute the block again for backward
+        self.recompute_blocks = False  # activation checkpointing: keep only the input of each block
         self.transformer = Transformer(config)
         for name, p in self.named_parameters():
             if p.dim() >= 2:  # residual branches are scaled down so that their sum keeps unit variance
@@ -174,7 +175,7 @@ class GPT(nn.Module):
         start = len(cache) if cache is not None else 0
         T = idx.size(1)
         if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens: the context holds {self.config.block_size}")
+            raise ValueError(f"{start + T} tokens do not fit in the context of {self.config.block_size}")
         # positions are a slice, not a lookup: its backward is a plain sum instead of atomic adds
         positions = self.transformer.wpe.weight[start : start + T]
         if cache is not None and cache.padding is not None:
@@ -190,7 +191,7 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., C) to (..., V): the padded rows of the table never reach a softmax."""
+        """Hidden states (..., C) to logits (..., V). Padded rows of the table are left out, so no softmax sees them."""
         return F.linear(hidden, self.transformer.wte.weight)[..., : self.config.vocab_size]
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -198,7 +199,7 @@ class GPT(nn.Module):
 
         The loss is the cross-entropy in nats per token over the targets that are not -1. It is part of
         the same graph as the model, so that a compiler can fuse the two and keep no float32 logits. In
-        float32 on a CPU the logits of LOSS_ROWS positions exist at a time, where torch can do that.
+        float32 on a CPU, it is computed in chunks of LOSS_ROWS positions if torch can do that.
         """
         hidden = self.hidden(idx)
         if targets is None:
@@ -215,7 +216,7 @@ class GPT(nn.Module):
         return loss(hidden.flatten(0, 1), weight, targets.flatten(), ignore_index=-1, options=chunks)
 
     def _loss_in_chunks(self, hidden: Tensor) -> bool:
-        """Whether the logits are worth cutting: so large that memory, not arithmetic, sets the pace."""
+        """Whether to compute the loss in chunks: only where logits are so large that memory limits the speed."""
         eager = hidden.device.type == "cpu" and not torch.compiler.is_compiling() and hidden.dtype == torch.float32
         large = self.config.vocab_size > 8 * self.config.n_embd and hidden[..., 0].numel() > LOSS_ROWS
         return large and eager and not torch.is_autocast_enabled("cpu") and hasattr(nn, "LinearCrossEntropyOptions")
@@ -229,7 +230,7 @@ class GPT(nn.Module):
         }
 
     def num_params(self, positions: bool = True) -> int:
-        """Number of parameters, the tied table once; without the position table if positions is off."""
+        """Number of parameters. The tied table counts once, and the position table only if `positions` is true."""
         return sum(p.numel() for p in self.parameters()) - (0 if positions else self.transformer.wpe.weight.numel())
 
     def flops_per_token(self) -> float:

@@ -109,8 +109,8 @@ class Trainer:
     def restore(self, accept_changes: bool) -> dict[str, Any]:
         """Load the checkpoint to continue from, if there is one; returns its state.json. Changes no file.
 
-        It is the newest good one of the run, or the one that the run branches from. Raises UserError on every rank if
-        the run in the folder has other settings.
+        This is the newest undamaged checkpoint of the run, or the checkpoint that the run branches from. Raises
+        UserError on every rank if the run in the folder has other settings.
         """
         run, world, found = self.run, self.world, None
         if not self.fresh:
@@ -124,7 +124,7 @@ class Trainer:
             self.origin = branch_origin(run.branch_from, world)
             found = checkpoint_in(self.origin)
         if found is None and run.init_from:
-            from weights import load_weights  # only such a run needs the readers of other formats
+            from weights import load_weights  # only --init_from needs the readers of other formats
 
             self.settings[INIT_SHA256] = load_weights(self.model, run.init_from)
         if found:
@@ -142,7 +142,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether this run was finished before this start."""
+        """Whether an earlier start has finished this run."""
         return self.continues and self.step == self.steps and self.start.get("val_loss") is not None
 
     def begin(self) -> None:
@@ -158,7 +158,7 @@ class Trainer:
         self.unreadable: DataError | None = None
 
     def copy_files(self) -> None:
-        """Copy the files that the run folder shall have: those of a custom tokenizer and of the run's origin."""
+        """Copy a custom tokenizer, and for a branch the checkpoint and metrics of its origin, into the run folder."""
         copy_custom(self.dataset.tokenizer, self.dataset.folder, self.folder)
         if self.origin:
             start_branch(self.origin, self.folder)
@@ -201,7 +201,7 @@ class Trainer:
         self.log.say(f"run     {self.folder}")
 
     def bad_samples(self, step: int) -> str:
-        """The end of the message of a NonFiniteError: the sequences of this step whose loss is not finite."""
+        """The sequences of a step whose loss is not finite, as the end of the message of a NonFiniteError."""
         saved = partial(self.checkpoints.latest, {MODEL})
         return f"; sequences: {bad_samples(self.loader, step, self.model, self.autocast, self.world, saved)}"
 
@@ -216,7 +216,7 @@ class Trainer:
         return self.start["sequences"] + (self.step - self.start["step"]) * self.run.sequences
 
     def divide_batch(self) -> None:
-        """Choose the micro-batch and the number of them in a step of this process."""
+        """Choose the micro-batch, and the number of micro-batches that this process accumulates per step."""
         run, sequences = self.run, self.run.per_process(self.world.size)
 
         def loss(micro_batch: int) -> Tensor:
@@ -253,7 +253,7 @@ class Trainer:
         self.lr = set_rates(self.optimizer, run.optim, run.schedule, run.moves, self.step, self.steps)
 
     def gradients(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Leave the clipped gradients of a batch in the parameters; returns this rank's mean loss and their norm."""
+        """Compute and clip the gradients of a batch; returns this rank's mean loss and the norm before clipping."""
         if self.lookahead:  # the exact form first needs the next batch's gradient at the present weights
             self.accumulate(self.following_batch, self.step + 1)
             self.clipper.clip(self.step + 1)
@@ -276,7 +276,7 @@ class Trainer:
         return total
 
     def unsynchronized(self) -> AbstractContextManager[None]:
-        """Inside, backward passes do not average their gradients over the ranks."""
+        """A context in which backward passes do not average gradients over the ranks."""
         return self.forward.no_sync() if isinstance(self.forward, DistributedDataParallel) else nullcontext()
 
     def update(self) -> None:
@@ -297,7 +297,7 @@ class Trainer:
 
         Before anything is logged, evaluated or saved, check that all gradients were finite.
         """
-        self.write_record()  # of the step before, whose norm `clip` has seen by now
+        self.write_record()  # of the previous step: by now `clip` has checked its norm
         self.last_loss, self.last_norm = loss, norm
         if self.due(self.run.log.every):
             self.log_step()
@@ -306,7 +306,7 @@ class Trainer:
             self.write_record()
 
     def log_step(self) -> None:
-        """Measure the last step, unless that is done; times are means over the steps since the last report."""
+        """Measure the last step, unless this was done already; times are means over the steps since the last log."""
         if self.logged_step == self.step:
             return
         loss = self.world.sum(self.last_loss.clone()) / self.world.size
@@ -317,14 +317,14 @@ class Trainer:
         self.logged_step = self.step
 
     def write_record(self) -> None:
-        """Write the record of the step that was measured last, unless it is written."""
+        """Write the record that waits, if there is one."""
         if self.unwritten:
             (numbers, measured), self.unwritten = self.unwritten, None
             numbers["loss"], numbers["grad_norm"] = measured().tolist()
             self.log.record(numbers, console.step_line(numbers, self.steps))
 
     def evaluate_if_due(self, stop: StopRequest) -> bool:
-        """Evaluate, unless this step is evaluated already; False if a stop request interrupted it, on every rank."""
+        """Evaluate if it is due and not done yet. Returns False, on every rank, if a stop request interrupted it."""
         if not self.due(self.run.eval_every) or self.val_loss is not None:
             return True
         with self.meter.excluded():
@@ -346,7 +346,7 @@ class Trainer:
 
         last: the run ends here; save this step in any case, wait for it, and raise CheckpointError if it fails.
         """
-        due = self.step < self.steps and any(map(self.due, self.run.checkpoint.intervals))  # else with `last`
+        due = self.step < self.steps and any(map(self.due, self.run.checkpoint.intervals))  # `last` saves the last step
         with self.meter.excluded():
             self.saver.after_step(self.step, due, last, self.save)
 
@@ -359,7 +359,7 @@ class Trainer:
         state |= dict(val_loss=self.val_loss, best_val_loss=self.best_val_loss, train_seconds=self.meter.trained)
         state |= dict(processes=self.world.size)
         tokenizer = self.dataset.tokenizer
-        if tokenizer and "file" in tokenizer:  # a copy of the file lies in the run folder
+        if tokenizer and "file" in tokenizer:  # a custom tokenizer; its file is in the run folder
             state["tokenizer"] = tokenizer
         self.log.flush()
         tensors = named_state(self.optimizer, self.model, self.world.rank)
@@ -380,7 +380,7 @@ def train(t: Trainer) -> None:
             if stop.agreed(t.unreadable is not None):
                 break
             if isinstance(batch, DataError) or (t.lookahead and isinstance(t.following_batch, DataError)):
-                raise t.unreadable or batch  # at the first step of a start there was no time to agree
+                raise t.unreadable or batch  # at its first step, a start has no agreement yet
             t.set_rates()
             loss, norm = t.gradients(batch)
             t.update()
@@ -416,7 +416,7 @@ def train_run(run: RunConfig, world: World, fresh: bool, accept_changes: bool) -
     t = Trainer(run, world, fresh, accept_changes)
     if t.finished:
         loss = console.loss_text(t.start["val_loss"], t.evaluator.bits_per_byte(t.start["val_loss"]))
-        again = "--fresh starts over, another --name is another run"
+        again = "to train again, give --fresh or another --name"
         world.say(f"{t.folder} is finished: {t.step} steps, {loss}; {again}")
         return
     t.begin()
@@ -440,7 +440,7 @@ def arguments() -> Parser:
     parser.add_argument("config", nargs="*", help="a config file, for example config/quickstart.py")
     parser.add_argument("--help", "-h", action="store_true", help="list every key of CONFIG with its value")
     parser.add_argument("--fresh", action="store_true", help="start over; the old run folder is renamed and kept")
-    parser.add_argument("--accept_changes", action="store_true", help="resume even if settings differ; not the model's")
+    parser.add_argument("--accept_changes", action="store_true", help="accept changed settings, except the model's")
     parser.add_argument("--as_published", action="store_true", help="set what the official runs of the papers did")
     parser.add_argument("--preflight", action="store_true", help="report memory, disk, data, time, network, and stop")
     parser.add_argument("--verify", action="store_true", help="with --preflight: hash every shard, too")
@@ -466,7 +466,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{parser.format_help()}\nkeys, as {args.config[0]} sets them:\n{describe_keys(run)}")
             return
         if not args.preflight and (args.verify or args.tokens_per_s or args.machines):
-            raise ConfigError(["--tokens_per_s=N, --verify and --as=GPUS: belong to --preflight; give that, too"])
+            raise ConfigError(["--tokens_per_s=N, --verify and --as=GPUS: need --preflight; give it as well"])
         with compute.torch_settings(run.compute), start_world(run.device) as world:
             if args.preflight:
                 preflight(run, world, args.verify, args.tokens_per_s, args.machines)

@@ -22,7 +22,7 @@ from training.checkpoint import AVERAGE, MODEL, open_checkpoint
 
 AVERAGED = ":average"  # after the path of a run or a checkpoint: its averaged weights, see --ema
 RELEASED = re.compile(r"(openai-community/)?(gpt2(-medium|-large|-xl)?)")  # OpenAI's models on the hub
-UNKNOWN = "unknown"  # name of a tokenizer that nothing names
+UNKNOWN = "unknown"  # name of a tokenizer that is not known
 TRAINED_AS = "trained_as"  # key of an exported tokenizer_config.json: the name of the tokenizer in training
 EMBEDDING = "transformer.wte.weight"
 WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)+")  # torch.compile and DDP add these to parameter names
@@ -37,15 +37,15 @@ HUB_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_co
 
 @dataclass
 class Trained:
-    """A model in evaluation mode, its tokenizer, and where both come from."""
+    """A model in evaluation mode, its tokenizer, and the source of both."""
 
     name: str  # short name for tables
     path: Path  # the checkpoint folder, Hugging Face folder or .pt file
     kind: str  # "checkpoint", "huggingface" or "pt"
     model: GPT
-    sha256: str  # of the file with the weights
+    sha256: str  # hash of the file with the weights
     state: dict  # state.json of our checkpoints; step and loss of a .pt file; empty for Hugging Face folders
-    facts: dict = field(default_factory=dict)  # of the tokenizer, as in a manifest; "folder": of Hugging Face files
+    facts: dict = field(default_factory=dict)  # the tokenizer, as in a manifest, or the "folder" of its files
     folders: tuple[Path, ...] = ()  # where the file of a custom tokenizer may be
     tokenizer: Tokenizer | None = None  # None if it is not loaded
 
@@ -68,7 +68,7 @@ def open_trained(
     "RUN@STEP" opens the checkpoint of one step, "RUN:average" the averaged weights of a run. OpenAI's models have the
     names gpt2, gpt2-medium, gpt2-large and gpt2-xl; they come from the hub or its cache.
     tokenizer: "byte", "gpt2" or a file replaces the source's own. The model's vocabulary is cut to the tokenizer's ids.
-    text: whether a tokenizer must be known, is loaded if it is known, or is not loaded. `facts` has its name and size.
+    text: "required": raise UserError if the tokenizer is not known; "if known": load it if it is; "unused": load none.
     Raises UserError, in one line, for a damaged file, another architecture or a tokenizer that does not fit.
     """
     trained = read_trained(path)
@@ -86,7 +86,7 @@ def open_trained(
 
 
 def read_trained(path: str | Path) -> Trained:
-    """A model on the CPU, without its tokenizer, as `open_trained` opens it. Raises UserError as it does."""
+    """Open a model on the CPU as `open_trained` does, without its tokenizer. Raises the same errors."""
     text, path = str(path), Path(path).expanduser()
     if text.endswith(AVERAGED) and not path.exists():  # a run may have such a name
         return _read_checkpoint(Path(text.removesuffix(AVERAGED)).expanduser(), averaged=True)
@@ -132,12 +132,12 @@ def known_tokenizer(trained: Trained, ranks: str | None, text: str) -> Tokenizer
         return FolderTokenizer(trained.facts["folder"])
     if not trained.facts and text == "required":
         ids = f"its vocab_size={trained.model.config.vocab_size} ids"
-        raise UserError(f"{trained.path}: nothing names the tokenizer of {ids}; give --tokenizer FILE")
+        raise UserError(f"{trained.path}: the tokenizer of {ids} is not recorded; give --tokenizer FILE")
     return tokenizer_of(trained.facts, trained.folders, ranks) if trained.facts and text != "unused" else None
 
 
 def cut_vocabulary(model: GPT, size: int) -> None:
-    """Drop the ids from `size` on, which no tokenizer gives: their rows of the embedding become zeros or vanish."""
+    """Cut the vocabulary to `size` ids. Later rows of the embedding become zeros if they are padding, else they go."""
     model.config = replace(model.config, vocab_size=size)
     rows = model.transformer.wte.weight.detach()[: model.config.padded_vocab_size]
     rows[size:] = 0
@@ -193,7 +193,7 @@ def from_hub(name: str) -> Path:
 def _read_checkpoint(path: Path, averaged: bool = False) -> Trained:
     """One of our checkpoint folders, or the newest checkpoint of a run folder."""
     if (path / MANIFEST).exists():
-        raise UserError(f"{path}: is a dataset; name a run or another checkpoint")
+        raise UserError(f"{path}: is a dataset; give a run or a checkpoint")
     file = AVERAGE if averaged else MODEL
     checkpoint = open_checkpoint(path, wanted={file})  # the optimizer state is twice as large, and is not read
     folder, state = checkpoint.folder.resolve(), checkpoint.state
@@ -251,12 +251,12 @@ def _load(path: Path) -> Any:
             raise
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(f"{path}: holds more than tensors and numbers ({found[1]}); it is not loaded") from None
-        reason = "no torch file" if isinstance(error, pickle.UnpicklingError) else first_line(error)
+        reason = "not a torch file" if isinstance(error, pickle.UnpicklingError) else first_line(error)
         raise UserError(f"{path}: damaged or of another format ({reason})") from None
 
 
 def _hugging_face_settings(path: Path) -> dict | None:
-    """The config.json of a Hugging Face folder; None for other paths. That of a run folder has no model type."""
+    """The config.json of a Hugging Face folder; None for other paths, also run folders, which name no model_type."""
     file = path / "config.json"
     if not file.is_file() or (path / "checkpoints").is_dir():
         return None
@@ -325,7 +325,7 @@ class FolderTokenizer:
         options = dict(add_special_tokens=False, split_special_tokens=True, verbose=False)
         try:
             return self._tokenizer.encode(text, **options)
-        except Exception as error:  # of the Rust library, for a character that a map does not have
+        except Exception as error:  # the Rust library's, for a character without an id
             raise UserError(f"{self.folder}: its tokenizer cannot encode the text ({first_line(error)})") from None
 
     def decode(self, ids: list[int]) -> str:

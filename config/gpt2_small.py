@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=8 train_gpt.py config/gpt2_small.py --optimizer=mars_m
 
 Sources: [1] MARS paper (arXiv 2411.10438) tables 10 to 12; [2] MARS-M README; [3] config files of
-AGI-Arena/MARS at 4831e28; [ours] where nothing was published. --as_published sets what the runs did beyond
+AGI-Arena/MARS at 4831e28; [ours] if nothing was published. --as_published sets what the runs did beyond
 these numbers (config/published.py). The config files of the other sizes say what they change in this one.
 """
 
@@ -28,7 +28,7 @@ optimizers = {
     "adamw": AdamWConfig(lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1),  # [1]
     "lion": LionConfig(lr=1e-4, betas=(0.95, 0.98), weight_decay=1.0),  # [ours]
     # Moonlight's scale, the baseline of the MARS-M paper: lr and decay [3]
-    # FineWeb-Edu: --lr=1e-2 [2], where the script's config has 6e-3 [3]
+    # FineWeb-Edu: --lr=1e-2 [2], but the script's config has 6e-3 [3]
     "muon": MuonConfig(lr=6e-3, weight_decay=0.1, momentum=0.95, scale="moonlight"),
     # K. Jordan's scale, the baseline of the MARS paper: lr [3]; embeddings under AdamW at AdamW's lr [ours]
     "muon_original": MuonConfig(lr=2e-2, adamw_lr=6e-4, weight_decay=0.0, momentum=0.95, scale="original"),

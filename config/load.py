@@ -283,13 +283,13 @@ def _with_vocabulary_of_data(config: RunConfig, path: Path) -> RunConfig:
             max((e["max_token"] for e in entries(manifest)), default=-1),
         )
         if "file" in manifest["tokenizer"]:
-            largest = size - 1  # as open_dataset asks for
+            largest = size - 1  # as open_dataset requires
         if type(size) is not int or largest < given < size + PADDING:
             return config
-    except (OSError, DataError, TypeError):  # whoever opens the dataset or checks the config says what is wrong
+    except (OSError, DataError, TypeError):  # the same error is raised later, by open_dataset or by the check
         return config
     if os.environ.get("RANK", "0") == "0":
-        why = f"the tokenizer of {config.data.path} has so many ids; {path} has {given}, which does not fit"
+        why = f"the tokenizer of {config.data.path} has {size} ids; {path} has {given}, which does not fit"
         print(f"note: vocab_size={size}: {why}", file=sys.stderr)
     return apply(config, {"model.vocab_size": size})
 

@@ -59,7 +59,7 @@ def read_items(path: str, count: int, tokenizer: Tokenizer) -> list[Item]:
             reason = f"{type(error).__name__}: {error}"
             raise DataError(f"data.hellaswag={path}: line {number + 1} is not a HellaSwag row ({reason})") from None
         context = tokenizer.encode(query)
-        whole = [tokenizer.encode(f"{query} {e}") for e in endings]  # first encode, then cut: lm-eval does it so
+        whole = [tokenizer.encode(f"{query} {e}") for e in endings]  # cut after encoding, as lm-eval does
         items.append(Item(context, [w[len(context) :] for w in whole], [len(e) for e in endings], right))
     if not items:
         raise DataError(f"data.hellaswag={path}: holds no rows")

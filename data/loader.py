@@ -36,7 +36,7 @@ class DataConfig:
         "fixed", "validation windows: fixed, or random ones for every evaluation (as published)", on_resume="free"
     )
     hellaswag: str = option("", "file of HellaSwag rows to score during training; empty: none", on_resume="free")
-    hellaswag_every: int = option(5, "score HellaSwag at every so many evaluations", least=1, on_resume="free")
+    hellaswag_every: int = option(5, "evaluations from one HellaSwag score to the next", least=1, on_resume="free")
     hellaswag_items: int = option(256, "HellaSwag items to score, at most", least=1, on_resume="free")
 
     def errors(self) -> list[str]:
@@ -138,10 +138,10 @@ class TrainLoader:
         _require_windows(self.windows, dataset, "train")
         self.origin = (0, 0)
         rows = batch_size // world_size
-        self.rows = slice(rank * rows, (rank + 1) * rows)  # of the global batch
+        self.rows = slice(rank * rows, (rank + 1) * rows)  # this rank's rows of the global batch
 
     def start_at(self, step: int, sequences: int) -> None:
-        """Let `step` read what follows the first `sequences` sequences: those before had another batch size."""
+        """Start `step` after the first `sequences` sequences, because earlier steps had another batch size."""
         self.origin = (step, sequences)
 
     def window_ids(self, step: int) -> np.ndarray:
@@ -156,7 +156,7 @@ class TrainLoader:
         return np.concatenate(parts)
 
     def epochs(self, sequences: int) -> float:
-        """Passes over the split in so many sequences, counted in tokens if windows overlap."""
+        """The epochs that this number of sequences makes; tokens are counted if windows overlap."""
         return sequences * self.windows.block_size / (len(self.windows) * self.windows.stride)
 
     def batch(self, step: int) -> np.ndarray:
@@ -208,7 +208,7 @@ class ValidationSet:
         return index * len(self.windows) // self.count
 
     def fingerprint(self) -> str:
-        """A hash of the tokens of the windows; where every evaluation draws others, of evenly spread ones."""
+        """A hash of the tokens of the windows; with val_sampling="random", of evenly spaced windows."""
         digest = hashlib.sha256()
         for index in range(self.count):
             digest.update(self.windows.read(self._spread(np.array([index])), self.vocab_size).tobytes())
@@ -249,7 +249,7 @@ class ReadAhead:
     place. Close it at the end: torch aborts a process that exits while another thread is inside torch.
     """
 
-    KNOWN, DEPTH = 3, 6  # batches that `take` waits for, and that are read or being read
+    KNOWN, DEPTH = 3, 6  # `take` waits for KNOWN batches; DEPTH batches are read or being read
 
     def __init__(self, loader: TrainLoader, start: int, pin: bool) -> None:
         self._loader, self._pin, self._next = loader, pin, start
@@ -265,7 +265,7 @@ class ReadAhead:
         return batch.pin_memory() if self._pin else batch
 
     def take(self) -> tuple[Any, Any]:
-        """The next batch, and a look at the one after it."""
+        """The next batch, and the one after it, which the next call returns again."""
         while len(self._batches) < self.DEPTH:
             self._batches.append(self._pool.submit(self._read, self._next))
             self._next += 1
@@ -274,7 +274,7 @@ class ReadAhead:
         return self._known[0], self._known[1]
 
     def error(self, needed: int) -> DataError | None:
-        """The first error among the batch that was taken and the next two, of which the run needs so many."""
+        """The first error in the batch that was taken and the two after it. needed: how many of the three to check."""
         return next((b for b in self._known[: max(0, needed)] if isinstance(b, DataError)), None)
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from typing import BinaryIO
 from runtime.errors import UserError
 
 WAITS = (0.1, 1.0, 3.0)  # seconds before a file that could not be read is read again
-MOST_FILES = 1 << 16  # more help nobody, and some programs close all file numbers up to the limit one by one
+MOST_FILES = 1 << 16  # more bring nothing, and some programs close every file number up to the limit
 
 
 class DataError(UserError):
@@ -30,7 +30,7 @@ class OpenFiles:
         self.lock, self.most = Lock(), 0
 
     def get(self, path: Path) -> BinaryIO:
-        """An open file. Whoever holds it keeps it open, even if it is dropped here."""
+        """An open file. It stays open while a caller holds it, even after it is dropped here."""
         with self.lock:
             file = self.files.pop(path, None) or self._opened(path)
             self.files[path] = file
@@ -61,7 +61,7 @@ FILES = OpenFiles()
 
 
 def _raised_limit() -> int:
-    """The number of files that this process may open, after raising it as far as it may."""
+    """The limit of this process on open files, after raising it as far as the system allows."""
     import resource  # not on Windows, where runtime.files says in one line that this program needs WSL
 
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -77,8 +77,8 @@ def _raised_limit() -> int:
 def read_at(path: Path, place: int, out: memoryview, waits: Sequence[float] = WAITS) -> int:
     """Read bytes of a file into out, from byte `place` on. Returns their number, smaller only at the end of the file.
 
-    Errors of a network drive often pass. So after each error and one of the waits (in seconds), the file is opened and
-    read again. If none is left, raises DataError with the name of the file and the reason.
+    waits: seconds before each retry. Errors of a network drive often pass, so a retry opens and reads the file again.
+    After the last one, raises DataError with the name of the file and the reason.
     Each read is a system call of its own. A memory map would count every page it ever read as resident memory.
     """
     done, pauses = 0, iter(waits)

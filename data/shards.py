@@ -76,7 +76,7 @@ def read_shard_header(path: Path) -> Shard:
             raise DataError(f"{path}: shard version {header[1]}, this program reads version {VERSION}")
         expected = HEADER_BYTES + 2 * int(header[2])
         if size != expected:
-            problem = f"{path}: {size} bytes where its header promises {expected}"
+            problem = f"{path}: {size} bytes, but its header says {expected}"
             raise DataError(f"{problem}; the file is truncated or overwritten, prepare or fetch it again")
         return Shard(path, HEADER_BYTES, int(header[2]))
     shard = Shard(path, 0, size // 2)
@@ -96,7 +96,7 @@ class Dataset:
     folder: Path
     splits: dict[str, list[Shard]]
     manifest: dict  # empty for a folder without one
-    tokenizer: dict | None  # what is known of it: from the manifest, else from the size of the model's vocabulary
+    tokenizer: dict | None  # its facts: from the manifest, else from the size of the model's vocabulary
 
     def tokens(self, split: str) -> int:
         """Number of tokens in a split."""
@@ -110,7 +110,7 @@ class Dataset:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def changed_shard(self, split: str) -> str | None:
-        """What is wrong with a shard of a split whose content is not what the manifest says; None if none is."""
+        """A message about the first shard of a split whose sha256 is not the manifest's; None if all agree."""
         for entry in entries(self.manifest, split) if self.manifest else ():
             path = self.folder / entry["file"]
             if entry.get("sha256") and sha256_of(path) != entry["sha256"]:
@@ -168,7 +168,7 @@ def open_dataset(folder: str | Path, vocab_size: int) -> Dataset:
 
 
 def missing_dataset(folder: Path) -> str:
-    """What to say of a dataset that does not exist: the command that makes it."""
+    """The message for a dataset that does not exist, with the command that makes it."""
     command = "openwebtext" if folder.name == "openwebtext" else "pydocs"
     if re.fullmatch(r"fineweb(_edu)?_\d+B", folder.name):
         command = f"pretokenized {folder.name}"
@@ -176,7 +176,7 @@ def missing_dataset(folder: Path) -> str:
 
 
 def visible(folder: Path) -> list[Path]:
-    """What is in a folder, in order, without names that begin with a dot: the system makes such files by itself."""
+    """The entries of a folder in order, without names that begin with a dot: these are files of the system."""
     return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
 
 
@@ -227,7 +227,7 @@ def listed_shard(folder: Path, entry: dict) -> Shard:
     """The shard of a manifest's entry; DataError unless header, size and token count agree with the entry."""
     shard = read_shard_header(folder / entry["file"])
     if shard.tokens != entry["tokens"]:
-        problem = f"{shard.path}: holds {shard.tokens} tokens where {MANIFEST} says {entry['tokens']}"
+        problem = f"{shard.path}: holds {shard.tokens} tokens, but {MANIFEST} says {entry['tokens']}"
         raise DataError(f"{problem}; the shard belongs to another preparation, prepare the dataset again")
     return shard
 

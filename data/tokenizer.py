@@ -23,9 +23,10 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|
 RANKS_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
 RANKS_VARIABLE = "GPT2_TIKTOKEN"  # environment variable: path of a local GPT-2 ranks file
 SIZES = {257: "byte", 320: "byte", 50257: "gpt2", 50304: "gpt2"}  # vocabularies, some padded to a multiple of 64
-PADDING = 128  # a model may have fewer than this many ids beyond those of its tokenizer
+PADDING = 128  # a model must have fewer than this many ids beyond those of its tokenizer
 TOKENIZER_FILE = "tokenizer.json"  # a custom tokenizer, in the folders of datasets and runs
-SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")  # end-of-text tokens, the first counts
+# names of end-of-text tokens; the first one that a tokenizer file has is used
+SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 
 
 class Tokenizer(Protocol):
@@ -137,7 +138,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 
 
 class CustomTokenizer:
-    """A tokenizer of a file of the user. Its name holds a part of the file's sha256."""
+    """A tokenizer from a user's file. Its name contains a part of the file's sha256."""
 
     def __init__(self, path: Path, kind: str, ids: dict[str, int], eot: str | None, usual: tuple[str, ...]) -> None:
         """ids: of all tokens. eot: the token that separates documents, by default the first of the usual ones."""
@@ -152,7 +153,7 @@ class CustomTokenizer:
         found = next((token for token in ([eot] if eot is not None else usual) if token in ids), None)
         if found is None:
             problem = f"no token {eot!r}" if eot is not None else f"none of {', '.join(map(repr, usual))}"
-            raise UserError(f"{path}: has {problem}; name the token that separates documents with --eot")
+            raise UserError(f"{path}: has {problem}; give the token that separates documents with --eot TOKEN")
         self.separator, self.eot = found, ids[found]
 
     def encode(self, text: str) -> list[int]:
@@ -218,7 +219,7 @@ def get_tokenizer(
 ) -> "ByteTokenizer | GPT2Tokenizer | CharacterTokenizer | FileTokenizer":
     """The tokenizer called "byte" or "gpt2", or that of a file; UserError for anything else.
 
-    eot: the token of a file that separates documents, if it is none of the usual ones.
+    eot: the token of a file that separates documents, if it is not one of the usual ones.
     """
     if name in ("byte", "gpt2"):
         if eot is not None:
@@ -270,7 +271,7 @@ def tokenizer_of(facts: dict, folders: tuple[Path, ...], ranks_file: str | None 
         if path.is_file() and sha256_of(path) == facts["sha256"]:
             return get_tokenizer(str(path), eot=facts["separator"])
     places = " or ".join(str(folder) for folder in folders)
-    raise UserError(f"tokenizer {facts['name']}: {places} has no such {facts['file']}; name it with --tokenizer FILE")
+    raise UserError(f"tokenizer {facts['name']}: {places} has no such {facts['file']}; give it with --tokenizer FILE")
 
 
 def copy_custom(facts: dict | None, source: Path, folder: Path) -> None:

@@ -1,7 +1,7 @@
-"""What a file without a header holds, if its content shows that it holds no uint16 tokens.
+"""Recognizes files without a header that hold something else than uint16 tokens.
 
 A file that is refused by mistake is worse than one that is not recognized. So each rule asks for something that tokens
-of text do not have, whether they are bytes, characters or GPT-2's byte pairs: their ids are small numbers most often.
+of text never have, whether they are bytes, characters or GPT-2's byte pairs. Most ids of such tokens are small numbers.
 """
 
 import numpy as np
@@ -20,8 +20,8 @@ STARTS = {
     b"\x89HDF\r\n\x1a\n": "HDF5 file; write its tokens as uint16 without a header",
     b"version https://git-lfs": "git-lfs pointer to the file; fetch the file: git lfs pull",
 }
-FEWEST = 64  # numbers from which their kind can be told
-CONTROL = np.zeros(256, dtype=bool)  # bytes that text does not hold
+FEWEST = 64  # with fewer numbers, their kind cannot be recognized
+CONTROL = np.zeros(256, dtype=bool)  # bytes that do not occur in text
 CONTROL[[*range(9), 11, *range(14, 27), *range(28, 32), 127]] = True
 
 
@@ -41,7 +41,7 @@ def other_content(start: bytes, samples: np.ndarray) -> str | None:
     again = "; write it again: np.fromfile(FILE, dtype=...).astype(np.uint16).tofile(FILE)"
     whole = samples[:, : samples.shape[1] // 4 * 4]  # numbers of up to 8 bytes
     high = {0, 0xFFFF}  # the upper halves of positive and negative 32-bit integers
-    if any(high.issuperset(np.unique(whole[:, parity::2])) for parity in (0, 1)):  # of either byte order
+    if any(high.issuperset(np.unique(whole[:, parity::2])) for parity in (0, 1)):  # in either byte order
         return f"holds wider integers than uint16{again}"
     with np.errstate(all="ignore"):
         for kind in ("<f8", "<f4", "<f2"):
@@ -53,8 +53,8 @@ def other_content(start: bytes, samples: np.ndarray) -> str | None:
 def _are_floats(x: np.ndarray, is_short: bool) -> bool:
     """Whether bytes that were read as floats are floats: then nearly all are zero or of usual size.
 
-    is_short: of 16 bits. Then ids in a narrow range are of usual size, too, so the numbers must also be ids or
-    have both signs or lie between 0 and 1, as those of most arrays do.
+    is_short: the floats have 16 bits. Then ids in a narrow range look like floats of usual size, too. So the numbers
+    must also be whole like ids, or have both signs, or lie between 0 and 1. Most arrays do one of these.
     """
     x = x[x != 0]
     if not len(x):

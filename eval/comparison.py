@@ -19,7 +19,7 @@ def measured_on(config: dict, record: dict) -> dict[str, Any]:
 
 
 def comparable(a: tuple[dict, dict], b: tuple[dict, dict]) -> bool:
-    """Whether two evaluations, each a config.json and a record, were measured on the same."""
+    """Whether two evaluations, each a config.json and a record, were measured on the same data."""
     if all(record.get(MEASURED_ON) for _, record in (a, b)):
         return a[1][MEASURED_ON] == b[1][MEASURED_ON]
     return _stated(a[0]) == _stated(b[0])
@@ -45,7 +45,7 @@ def groups_of(items: Sequence[Item], evaluations: Sequence[tuple[dict, dict]]) -
 
 
 def tokenizer_name(config: dict, record: dict) -> str:
-    """The name of a run's tokenizer; the size of the vocabulary where none is recorded."""
+    """The name of a run's tokenizer; the size of the vocabulary if none is recorded."""
     size = config["model"]["vocab_size"]
     return measured_on(config, record).get("tokenizer") or (facts_by_size(size) or {}).get("name") or f"{size} ids"
 

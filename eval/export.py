@@ -30,7 +30,7 @@ ROUNDING = 1e-5  # largest difference allowed, relative to the largest logit: fl
 def to_hugging_face(model: GPT, eot: int | None, stop: int | None) -> Any:
     """A GPT2LMHeadModel with a model's weights: zero biases where there are none, padded rows dropped.
 
-    eot, stop: the ids that start and end texts, if there are such.
+    eot, stop: the ids that start and end texts; None if there are none.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -186,13 +186,13 @@ token on the run's validation split.{start}
 def export(trained: Trained, out: Path, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
     """Write a Hugging Face folder; returns the largest logit difference and the largest logit.
 
-    dtype: of the weights in the folder. Those of `trained` are rounded to it, so equal weights are compared.
+    dtype: of the weights in the folder. The weights of `trained` are rounded to it before the comparison.
     The folder gets its name when it is complete and on the disk. Raises UserError, and leaves no folder, if `out`
     exists or the export does not compute the same.
     """
     refuse_existing(out)
     temporary = out.with_name(UNFINISHED + out.name)
-    delete_folder(temporary)  # of a killed export
+    delete_folder(temporary)  # a killed export may have left it
     temporary.mkdir(parents=True)
     try:
         trained.model.to(dtype).float()
@@ -224,14 +224,14 @@ def export(trained: Trained, out: Path, dtype: torch.dtype = torch.float32) -> t
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise UserError if a path exists, also as a link that leads nowhere."""
+    """Raise UserError if a path exists, also if it is a broken link."""
     if os.path.lexists(out):
-        raise UserError(f"{out} exists; name a folder that does not")
+        raise UserError(f"{out} exists; give a folder that does not exist yet")
 
 
 @contextmanager
 def full_disk_in_one_line(out: Path) -> Iterator[None]:
-    """Turn the errors of a write, of whatever library, into a UserError."""
+    """Turn errors of writing, from any library, into a UserError."""
     try:
         yield
     except Exception as error:  # the Rust library of tokenizers raises no other class
@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights in OUT")
     args = parser.parse_args(argv)
     if (args.out is None) == (args.named is None):
-        parser.error("name one folder to write: CHECKPOINT OUT, or CHECKPOINT --out OUT")
+        parser.error("give one folder to write: CHECKPOINT OUT, or CHECKPOINT --out OUT")
     out = args.out or args.named
     with one_line("eval.export"):
         try:
@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{out}: another export writes it at the moment") from None
     print(f"{out}: {trained.name}, vocabulary {trained.model.config.vocab_size}")
     if trained.tokenizer is None:
-        print("without tokenizer files: nothing names the tokenizer; --tokenizer FILE adds them")
+        print("without tokenizer files, because the tokenizer is not recorded; --tokenizer FILE adds them")
     print(f"largest logit difference {difference:.1e}, largest logit {largest:.1f}")
 
 

@@ -33,7 +33,7 @@ def fetch(tasks: Tasks, name: str, folder: Path) -> list[Path]:
             raise UserError(f"task {part}: dataset {source}: {first_line(error)}; {AGAIN}") from None
         (folder / part).mkdir(parents=True, exist_ok=True)
         for split, path in missing.items():
-            with lock_of(path):  # of another fetch
+            with lock_of(path):  # another fetch may be writing it
                 temporary = path.with_suffix(".tmp")
                 found[split].to_json(temporary)
                 temporary.replace(path)

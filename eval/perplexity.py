@@ -138,7 +138,7 @@ def read_stream(args: argparse.Namespace, first: Trained) -> Stream:
         return read_text(args.text, first)
     folder = args.data or (first.state["config"]["data"]["path"] if first.kind == "checkpoint" else None)
     if folder is None:
-        raise UserError(f"{first.path} does not say what it was trained on; name --data FOLDER or --text FILE")
+        raise UserError(f"{first.path} does not say what it was trained on; give --data FOLDER or --text FILE")
     return read_split(folder, args.split, first.model.config.vocab_size)
 
 

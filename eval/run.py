@@ -137,7 +137,7 @@ def score_model(
     scorer, scores, failed = Scorer(trained.model, args.batch_tokens, world), [], {}
     facts = {"checkpoint": trained.name, "path": str(trained.path), "step": trained.state.get("step")}
     facts |= {"dtype": "float32", "device": str(world.device)}
-    # of rank 0, because a copy on another machine has other times, and all ranks must score the same tasks
+    # rank 0 decides: file times differ between machines, and all ranks must score the same tasks
     files = world.from_main(fingerprint(args.out, args.include_path, args.task_data))
     for shots, name in itertools.product(args.shots, tasks.names):
         key = {"sha256": trained.sha256, "task": name, "shots": shots, "limit": args.limit}
@@ -196,7 +196,7 @@ def write_tables(out: Path, scores: list[dict], sizes: list[str]) -> str:
 
 
 def with_earlier(scores: list[dict], records: list[dict]) -> list[dict]:
-    """The scores of this command and older ones of the same models; of equal keys, the newest record counts."""
+    """The scores of this command and older ones of the same models; for equal keys, the newest record counts."""
 
     def model(s: dict) -> tuple:
         return s["sha256"], s.get("tokenizer"), s.get("prefix_token")

@@ -17,7 +17,7 @@ from runtime.command import is_out_of_memory
 from runtime.distributed import ALONE, World
 from runtime.errors import UserError
 
-NEW_TOKENS = 256  # lm-eval's limit for tasks that name none
+NEW_TOKENS = 256  # lm-eval's limit for tasks without their own
 POSITIONS = 4096  # logits are computed for this many positions at a time: 0.8 GB in float32 at GPT-2's vocabulary
 
 Score = tuple[float, bool]  # log-likelihood in nats; whether every token is the most likely one
@@ -157,7 +157,7 @@ class Scorer:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.batch_tokens = sequences // 2 * length
-        print(f"out of memory: going on with {self.batch_tokens} tokens a batch", file=sys.stderr)
+        print(f"out of memory: continuing with {self.batch_tokens} tokens per batch", file=sys.stderr)
 
     @torch.inference_mode()
     def _score(self, batch: list[Group]) -> dict[int, Score]:

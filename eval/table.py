@@ -13,7 +13,7 @@ from typing import Any
 from eval.tasks import PAPER, factor, metrics_of
 from runtime.markdown import markdown_table
 
-Place = tuple[str, str]  # of a cell: task and metric
+Column = tuple[str, str]  # a column: task and metric
 
 SIZES = {"small": 124e6, "medium": 354e6, "large": 774e6, "xl": 1558e6}  # parameters of the published models
 
@@ -29,7 +29,7 @@ def size_of(parameters: int) -> str | None:
     return next((name for name, n in SIZES.items() if abs(parameters - n) < 0.1 * n), None)
 
 
-def score_rows(scores: list[dict], sizes: Sequence[str]) -> tuple[list[Place], list[dict]]:
+def score_rows(scores: list[dict], sizes: Sequence[str]) -> tuple[list[Column], list[dict]]:
     """The columns, each a task and a metric, and the rows of a table: name, shots, mean, cells and cut requests.
 
     cells: column to score and standard error or None. cut: task to the requests that lost tokens, and all requests.

@@ -25,7 +25,7 @@ PAPER = {
     "sciq": ("SciQ", "acc_norm"),
 }
 PAPER_FOLDERS = ("arc", "super_glue", "hellaswag", "openbookqa", "piqa", "winogrande", "mmlu", "sciq")
-FOLDERS = (*PAPER_FOLDERS, "gsm8k", "lambada", "wikitext")  # of lm_eval/tasks, which are read first
+FOLDERS = (*PAPER_FOLDERS, "gsm8k", "lambada", "wikitext")  # folders of lm_eval/tasks that are read first
 FEWSHOT_SEED = 1234  # lm-eval's default
 NOT_FRACTIONS = {"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "bpb", "bleu", "chrf", "ter"}
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")  # keys of task files

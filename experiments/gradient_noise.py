@@ -1,7 +1,7 @@
 """Which gamma fits a run: python -m experiments.gradient_noise RUN
 
-At every checkpoint that a run has kept, this bench trains on for some steps and compares the momentum of each gamma
-with the full gradient F, which it estimates from many batches that the run has not seen. It reports, over all weight
+At every kept checkpoint of a run, this program trains on for some steps. It compares the momentum of each gamma with
+the full gradient F, which it estimates from many batches that the run has not seen. It reports, over all weight
 matrices together:
 
     noise      s2 = E|g - F|^2 for the gradient g of one step's batch, relative to |F|^2
@@ -11,7 +11,7 @@ matrices together:
 
 with m_gamma = (1 - gamma) m + gamma g in the approximate form, and m + gamma X in the exact form, where X averages the
 difference of a batch's gradients at the present and the previous weights. Products with F use estimates from other
-batches, so they are unbiased. Gradients are not clipped. The bench holds about eight more copies of the weights.
+batches, so they are unbiased. Gradients are not clipped. The program holds about eight more copies of the weights.
 """
 
 import math
@@ -34,7 +34,7 @@ from training.average import weights_in_model
 from training.plot import new_figure, save
 
 GAMMAS = (0.0, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)
-Gradients = list[Tensor]  # of the weight matrices
+Gradients = list[Tensor]  # one tensor for each weight matrix
 
 
 def dot(a: Gradients, b: Gradients) -> float:
@@ -71,7 +71,7 @@ class Follower:
         self.t, self.beta, self.count = t, beta, 0
         roles = t.model.parameter_roles()
         self.matrices = [p for name, p in t.model.named_parameters() if roles[name] == "matrix"]
-        self.average = [torch.zeros_like(p) for p in self.matrices]  # of gradients
+        self.average = [torch.zeros_like(p) for p in self.matrices]  # average of the gradients
         self.change = [torch.zeros_like(p) for p in self.matrices]  # X of the exact form
         self.ahead: Gradients | None = None  # the coming batch's gradient at the previous weights
         self.previous = {name: p.detach().clone() for name, p in t.model.named_parameters()}

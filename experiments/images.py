@@ -26,10 +26,10 @@ class Dataset:
     """How an image set is read and augmented."""
 
     read: Callable[[Path], tuple[Split, Split]]  # a folder to the training and the test images
-    mean: tuple[float, ...]  # of each channel, for images in [0, 1]
+    mean: tuple[float, ...]  # per channel, for images in [0, 1]
     std: tuple[float, ...]
     validation: int  # training images that are held out
-    padding: int = 0  # of the random crop, with black
+    padding: int = 0  # black pixels on each side before the random crop
     flip: bool = False  # horizontally, at random
     classes: int = 10
 
@@ -104,7 +104,7 @@ def read_idx(path: Path) -> Tensor:
     shape = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
     start = 4 + 4 * dimensions
     if data[:3] != b"\0\0\x08" or len(data) - start != np.prod(shape):
-        raise UserError(f"{path}: is no complete idx file of bytes")
+        raise UserError(f"{path}: is not a complete idx file of bytes")
     return torch.from_numpy(np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy())
 
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Arm:
-    """One of the things that are compared: an optimizer with its settings."""
+    """One side of a comparison: an optimizer with its settings."""
 
-    options: str  # of the program that does the runs
-    lr: dict[str, float]  # middle of the learning rates that are tried, by scale
-    more: dict[str, str] = field(default_factory=dict)  # further options, by scale
+    options: str  # options of the program that trains
+    lr: dict[str, float]  # by scale, the middle of the learning rates that are tried
+    more: dict[str, str] = field(default_factory=dict)  # by scale, further options
     lr_1d: float | None = None  # MARS: learning rate of vectors as a multiple of lr
-    gamma: float | None = None  # place on the axis of the plot of loss against gamma
+    gamma: float | None = None  # x value in the plot of loss against gamma
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class Scale:
     """How large the runs are."""
 
     config: str  # first argument of the program: a config file, or the images of experiments.vision
-    options: str  # of the program, for every arm
+    options: str  # options of the program, equal for all arms
     seeds: tuple[int, ...]  # the first one selects learning rates; the others are reported
-    processes: int = 1  # GPUs of a run
+    processes: int = 1  # per run; each needs a GPU
     multiples: tuple[float, ...] = (0.5, 1.0, 2.0)  # learning rates that each arm tries, as multiples of its own
     decays: tuple[float, ...] = ()  # weight decays that each arm tries with each rate; empty: the arm's own
-    program: str = "train_gpt"  # what does a run: "train_gpt" for train_gpt.py, or "vision" for experiments.vision
+    program: str = "train_gpt"  # that trains: "train_gpt" for train_gpt.py, or "vision" for experiments.vision
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,16 @@ class Program:
     """A program that trains, and how to read its run folders. Of the metrics, lower values are better."""
 
     words: tuple[str, ...]  # after `python`
-    configuration: Callable[[Sequence[str]], Any]  # of the run with these arguments; it has `optim`
+    configuration: Callable[[Sequence[str]], Any]  # the configuration for these arguments; it has `optim`
     changed: Callable[[dict, Any], dict[str, tuple]]  # settings by which a config.json differs from a configuration
     is_last: Callable[[dict, Any], bool]  # whether a record is the last one of a run
-    flops: Callable[[Any], float]  # of a whole run; NaN if they are not known
-    selects: tuple[str, ...]  # metric that selects learning rates, and metrics that decide between equal values
+    flops: Callable[[Any], float]  # operations of a whole run; NaN if not known
+    selects: tuple[str, ...]  # the metric that selects learning rates, and further metrics for ties
     reports: str  # metric of the report
-    label: str  # what the report calls it
-    amount: str  # key of the amount of data that was trained on
-    decimals: int  # of its values in tables
-    height: float  # of the plots, in its unit
+    label: str  # name of that metric in the report
+    amount: str  # key of the amount of training data in a record
+    decimals: int  # decimals of that metric in tables
+    height: float  # range of the y axis of the plots
 
 
 def _of_gpt(arguments: Sequence[str]) -> RunConfig:

@@ -2,7 +2,7 @@
 
 Theory (MARS-M, arXiv 2510.21800): over T steps the mean gradient norm is of order T^(-1/3) for MARS-M with the exact
 correction and gamma 1, and T^(-1/4) for Muon. Both are measured on a small problem that is not convex, with the
-schedules of the theory, and the exponent is the slope of a line in log-log axes. Three further arms must fail: Muon
+schedules of the theory. The exponent is the slope of a line in log-log axes. Three further arms must fail: Muon
 under MARS-M's schedule, MARS-M with the gamma of practice (0.025), and MARS-M with the approximate correction.
 
 Every arm sees the same noise. The rules that would refute the theory are in `rules`; they were fixed before the run.
@@ -51,7 +51,7 @@ class Arm:
     weight: float  # 1 - beta at T = TUNED_AT
     lr_power: float  # lr is proportional to T^lr_power
     weight_power: float  # and 1 - beta to T^weight_power
-    gamma: float | None = None  # of MARS-M; None: Muon without Nesterov momentum
+    gamma: float | None = None  # for MARS-M; None: Muon without Nesterov momentum
     is_approx: bool = False
 
     def optimizer(self, x: nn.Parameter, steps: int, seeds: int) -> tuple[Muon | MARSM, float]:

@@ -9,7 +9,7 @@ Each arm is tried at several learning rates on the first seed of the plan. The b
 and only those are reported, so the selection of the rate does not favour any arm. A seed gives all arms equal initial
 weights and equal batches, so differences are taken seed by seed. The runs are ordinary run folders under runs/sweeps;
 the same command continues an interrupted sweep. Runs of experiments.vision are selected by held-out images, and
-reported by test images; the lowest test error of any epoch and try stands beside it only because published tables
+reported by test images. The lowest test error of any epoch and try stands beside that, only because published tables
 report it.
 """
 
@@ -61,7 +61,7 @@ def load_plan(name: str) -> Plan:
         raise UserError(f"{name}: no such plan; nearest: {nearest(name, plan_names())}")
     plan = run_file(path).get("plan")
     if not isinstance(plan, Plan):
-        raise UserError(f"{path}: must define `plan`, a experiments.plan.Plan")
+        raise UserError(f"{path}: must define `plan`, an experiments.plan.Plan")
     try:
         errors = plan.errors()
     except (TypeError, AttributeError) as error:
@@ -103,7 +103,7 @@ class Run:
 
     @property
     def tried(self) -> str:
-        """What the arm tries with this run."""
+        """The learning rate, and the weight decay if the scale tries several, as text."""
         return f"{self.lr:g}" if self.decay is None else f"{self.lr:g}, decay {self.decay:g}"
 
     @property
@@ -136,7 +136,7 @@ class Run:
         return self.sweep.program.configuration(self.arguments)
 
     def changes(self) -> dict[str, tuple]:
-        """Settings with which the run folder was made and which the plan has changed since, as key: (old, new)."""
+        """The settings that the plan has changed since the run folder was made, as key: (old, new)."""
         path = self.path / CONFIG
         before = read_json(path) if path.exists() else None
         return self.sweep.program.changed(before, self.config) if before else {}
@@ -170,7 +170,7 @@ class Run:
         return self.final(self.sweep.program.selects[0])
 
     def train(self, devices: str) -> None:
-        """Do the run, unless it is finished. Raises RuntimeError if it fails; a loss that is not finite is a result.
+        """Train, unless the run is finished. Raises RuntimeError if it fails; a loss that is not finite is a result.
 
         If another sweep does this run at the moment, wait for it. The run ends with this process, even if it is killed.
         """
@@ -208,7 +208,7 @@ class Sweep:
         for option, given in (("arms", arms), ("reference", [reference] if reference else [])):
             if unknown := sorted(set(given) - self.plan.arms.keys()):
                 raise UserError(f"--{option}={unknown[0]}: no such arm; nearest: {nearest(unknown[0], self.plan.arms)}")
-        self.file = f"sweep_{self.name}_{scale or next(iter(self.plan.scales))}"  # of results, without suffix
+        self.file = f"sweep_{self.name}_{scale or next(iter(self.plan.scales))}"  # name of the results, without suffix
         if reference and reference != self.plan.reference:
             self.plan = replace(self.plan, reference=reference)
             self.file += f"_vs_{folder_name(reference)}"

@@ -51,7 +51,7 @@ class VisionConfig:
 
 
 def train(config: VisionConfig, images: Images) -> Iterator[dict[str, float]]:
-    """Do a run, and yield a record after each epoch: losses, and errors in %.
+    """Train, and yield a record after each epoch: losses in nats per image, and errors in %.
 
     The images are on the device of the run. Raises UserError if the loss is no longer finite.
     """

@@ -1,1 +1,1 @@
-"""The parts around the training loop: processes, schedules, checkpoints, logs, hardware facts."""
+"""The ground floor: command line, processes, files, streams and hardware. It imports nothing of this project."""

@@ -16,7 +16,7 @@ from runtime.errors import UserError
 from runtime.streams import guard_streams, printable
 
 UNITS = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-OUT_OF_MEMORY = (  # parts of messages of errors that have no class of their own
+OUT_OF_MEMORY = (  # messages that contain one of these report too little memory
     "can't allocate memory",  # torch in host memory
     "Storage size calculation overflowed",
     "CUDA error: out of memory",  # torch.AcceleratorError
@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", HelpFormatter)
-        guard_streams()  # a program starts by making its parser, which may print its help
+        guard_streams()  # early, because the parser may print its help
         super().__init__(*args, **kwargs)
 
     def parse_known_args(  # type: ignore[override]
@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args([spelled(a) for a in (sys.argv[1:] if args is None else args)], namespace)
 
     def parse_with_settings(self, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-        """The options of this parser, and all others as settings `--key=value`, which may be written `--key value`."""
+        """Parse this parser's options; returns all others as `--key=value`, also if they are given as `--key value`."""
         flags = [name for action in self._actions if action.nargs == 0 for name in action.option_strings]
         return self.parse_known_args(join_values(sys.argv[1:] if argv is None else argv, flags))
 

@@ -31,8 +31,8 @@ T = TypeVar("T")
 # error. Exchanges on the CPU time out before those of NCCL, because NCCL ends the process without an explanation.
 PATIENCE = float(os.environ.get("RANKS_WAIT_SECONDS", "540"))
 TIMEOUT, NCCL_TIMEOUT = timedelta(seconds=PATIENCE), timedelta(seconds=PATIENCE + 30)
-BEAT = 2.0  # seconds between two signs of life of a rank
-REPEATED = 1.0  # ignore repeats of the signal for so many seconds; launchers send it twice
+BEAT = 2.0  # seconds between two heartbeats of a rank
+REPEATED = 1.0  # seconds during which repeats of a signal are ignored; launchers send it twice
 
 
 @dataclass
@@ -111,7 +111,8 @@ def start_world(device: str) -> Iterator[World]:
     try:
         dist.init_process_group(backend, timeout=timeout, device_id=torch_device if on_gpu else None)
     except dist.DistError as error:
-        raise UserError(f"the processes of this run did not find each other ({first_line(error)})") from None
+        check = "check MASTER_ADDR, MASTER_PORT and the network interface (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
+        raise UserError(f"the processes of this run did not find each other ({first_line(error)}); {check}") from None
     rank, size, shut_down = dist.get_rank(), dist.get_world_size(), True
     roll = Roll(rank, size)
     try:
@@ -142,10 +143,10 @@ class LostRankError(UserError):
 
 
 class Roll:
-    """Signs of life of all ranks, in the store through which they have found each other.
+    """Heartbeats of all ranks, in the key-value store of their rendezvous.
 
-    A thread of each rank writes them. So a rank whose process was killed or stopped, or whose machine is lost, is
-    known by name, while the other ranks only know that some collective failed.
+    A thread of each rank writes them. They show which rank was killed or stopped, or lost its machine. The failed
+    collective itself does not say which rank is missing.
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -168,7 +169,7 @@ class Roll:
         return [self.store.get(key) if self.store.check([key]) else None for key in keys]
 
     def missing(self) -> str:
-        """A message that names the missing ranks: those without signs of life, or else those that do not wait."""
+        """A message that names the ranks without heartbeats; if all have them, those that are not in the collective."""
         again = "the same command continues from the last checkpoint"
         try:
             self.store.set(f"waits/{self.rank}", "yes")
@@ -195,7 +196,7 @@ def _stop_with_launcher() -> None:
 
 
 def resolve_device(device: str, local_rank: int | None = None) -> torch.device:
-    """The torch device of a device name. With a local rank, the rank selects the GPU, unless it sees only one.
+    """The torch device of a device name. With a local rank, the rank selects the GPU, unless the process sees only one.
 
     Raises UserError if the device does not exist, and for "auto" if the machine has a GPU that torch cannot use.
     """
@@ -236,7 +237,7 @@ def _unusable_gpus() -> list[str]:
 
 
 class DelayedAny:
-    """Combines a yes or no of every rank without waiting for the network.
+    """Tells all ranks whether any of them said yes, without waiting for the network.
 
     Each call of `any` starts an exchange and returns the result of the previous one. So every rank gets the same
     answer at the same call. Every rank must call it at the same points of the program.
@@ -327,11 +328,11 @@ class StopRequest:
             self._steps_finish = True
 
     def agreed(self, also: bool = False) -> bool:
-        """Whether all ranks stop now. also: this rank has another reason than a signal."""
+        """Whether all ranks stop now. also: this rank must stop for another reason than a signal."""
         return bool(self._exchange.any(also or self.signal is not None))
 
     def close(self, wait: bool = True) -> None:
-        """Restore the previous signal handlers. wait: finish the pending exchange first; not if a rank has failed."""
+        """Restore the previous signal handlers. wait: finish the pending exchange first; False if a rank has failed."""
         if wait:
             self._exchange.close()
         signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked_before)

@@ -79,7 +79,7 @@ MEMORY_GB = {
     **{"RTX 5090": 32, "RTX 5080": 16, "RTX 4090": 24, "RTX 4080": 16, "RTX 3090": 24, "RTX 3080": 10},
     **{"MI300X": 192, "MI325X": 256, "MI350X": 288, "MI355X": 288},
 }
-OTHER_PRODUCTS = re.compile(r"\b(MIG|Laptop|Max-Q|D)\b")  # parts of a GPU, and slower ones with the same name
+OTHER_PRODUCTS = re.compile(r"\b(MIG|Laptop|Max-Q|D)\b")  # MIG parts of a GPU, and slower GPUs with the same name
 PACKAGES = ("torch", "numpy", "safetensors", "transformers", "datasets", "tiktoken", "wandb", "lm_eval")
 
 
@@ -100,7 +100,7 @@ class Machines:
     """GPUs to plan for: machines of equally many cards of one kind."""
 
     count: int
-    gpus: int  # of each machine
+    gpus: int  # per machine
     card: str  # a key of MEMORY_GB
 
     @property
@@ -151,7 +151,7 @@ def cores() -> int:
 
 
 def available_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes that this process can use, and bytes that the device has. On a GPU, used ones count as usable."""
+    """Bytes that this process can use, and bytes that the device has. What torch has reserved on a GPU is usable."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device), total
@@ -165,7 +165,7 @@ def available_memory(device: torch.device) -> tuple[int, int]:
 
 
 def to_host(x: Tensor) -> Callable[[], Tensor]:
-    """Start to copy a tensor to page-locked memory of the host; the result waits for the copy and returns it."""
+    """Start to copy a tensor to page-locked host memory. Returns a function that waits for the copy and returns it."""
     copied = x.to("cpu", non_blocking=True)
     event = torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None
 

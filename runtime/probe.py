@@ -23,7 +23,7 @@ NEEDS = {
 
 
 def existing_parent(folder: Path) -> Path:
-    """The nearest folder above that exists. Raises UserError if it is no folder that can be written into."""
+    """The nearest existing folder on the path of `folder`. Raises UserError if it cannot be written into."""
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -84,5 +84,5 @@ def probe(folder: Path) -> tuple[list[str], bool]:
 
 
 def open_files() -> int:
-    """Number of files that this process may open at a time, if it asks for as many as it may."""
+    """The hard limit of this process on open files."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[1]

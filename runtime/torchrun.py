@@ -7,7 +7,7 @@ It differs from torchrun in four things.
   versions have it as the default value of a function. This launcher sets both; a value that the user has set is kept.
 - If a process was killed, the others get 15 seconds to say which one is missing, before they are ended. After any
   failure they have at most 15 more seconds.
-- SIGUSR1 stops a run, too. It would end torchrun, and the processes would go on alone.
+- SIGUSR1 stops a run, too. With torchrun it ends torchrun alone, and the processes go on without it.
 - A failure is one line instead of torchrun's traceback, because the process that failed has already said why. The exit
   code is that of this process, and 128 plus the number of the signal for a run that was stopped.
 """
@@ -48,7 +48,7 @@ if __name__ == "__main__":
         main()
     except SignalException as stop:
         sys.exit(128 + stop.sigval)
-    except ValueError as error:  # of its own options; the programs are other processes
+    except ValueError as error:  # only for its own options; the programs are other processes
         sys.exit(f"torchrun: {error}")
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()

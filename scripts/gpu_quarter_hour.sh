@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measure this project on a GPU that is there for minutes only: bash scripts/gpu_quarter_hour.sh A [B C D]
+# Measure this project on a GPU that you have for only a few minutes: bash scripts/gpu_quarter_hour.sh A [B C D]
 #
 # A: the card, a short run, gradients, speed of 124M. B: losses of optimizers, speed of 355M. C: waits, resume, the parts
 # of a step, 774M, a sweep. D: 1558M. A ends by itself within 400 seconds, B within 290, C and D within 575.
@@ -36,10 +36,10 @@ stop() {
     echo "stopped; the results so far are in $OUT/gpu-$part.tgz"
     exit 130
 }
-begin() { # a command in the background: seconds, name of its log, command. timeout gives it a process group of its own
+begin() { # start a command in the background: seconds, name of its log, command. timeout gives it its own process group
     timeout --kill-after=5 "$1" "${@:3}" >"$results/$2.log" 2>&1 &
 }
-measure() { # a command, for at most so many seconds and not beyond the end of the part; it may fail
+measure() { # run a command for at most $1 seconds, and not beyond the end of the part; it may fail
     local seconds=$1 name=$2 left=$((END - SECONDS)) status=0
     ((seconds <= left)) || seconds=$left
     if ((seconds < 10)); then
@@ -52,7 +52,7 @@ measure() { # a command, for at most so many seconds and not beyond the end of t
     tail -n 5 "$results/$name.log"
     ((status == 0)) || echo "== $name: status $status (124: its time was over)"
 }
-bench() { # a bench with its seconds and the name of its log
+bench() { # run a bench: seconds, name of its log, bench, options
     measure "$1" "$2" "$PYTHON" -m "bench.$3" --folder "$results" "${@:4}"
 }
 machine_and_data() {

@@ -3,8 +3,8 @@
 Writes report/report.md and report/report.png: loss against tokens, training time and gradient evaluations, and losses
 at the same token counts beside the published ones. The page begins with the settings that differ. Losses stand side by
 side if they were measured on the same validation data. --paired (a file of eval.perplexity --out) adds paired
-differences, --scores (results.json of eval.run) adds benchmark scores. --html writes report.html, too: one file
-without others, with configs and samples. --on-track RUN only prints whether a run lies inside the published band at
+differences, --scores (results.json of eval.run) adds benchmark scores. --html also writes report.html: a single
+file with configs and samples. --on-track RUN only prints whether a run lies inside the published band at
 its present token count.
 """
 
@@ -51,7 +51,7 @@ class Run:
 
     folder: Path
     name: str
-    config: dict  # of config.json
+    config: dict  # content of config.json
     last: dict  # record of the latest evaluation
     size: str | None  # the published size, None for other sizes
     parameters: int

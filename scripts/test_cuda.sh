@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run the tests of CUDA code: on the GPU if torch finds one, and otherwise on the null GPU of tests/null_gpu.
-# CUDA_VENV names an environment with requirements.txt and a CUDA build of torch. Without it, .venv is used if it has one,
+# CUDA_VENV names an environment with requirements.txt and a CUDA build of torch. Without it, .venv is used if it has such a build,
 # and otherwise .venv-cuda is set up. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

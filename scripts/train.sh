@@ -23,7 +23,7 @@ size=${1:-} dataset=openwebtext gpus=1 nodes=1 rendezvous='' dry='' arguments=()
 case $size in
 small | medium | large | xl) shift ;;
 -h | --help) usage ;;
-*) fail "\"$size\" is no size; choose small, medium, large or xl" ;;
+*) fail "\"$size\" is not a size; choose small, medium, large or xl" ;;
 esac
 nvidia-smi -L >/dev/null 2>&1 && gpus=gpu # torchrun counts those that torch may use
 while [ $# -gt 0 ]; do

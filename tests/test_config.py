@@ -161,7 +161,7 @@ def test_the_vocabulary_is_that_of_the_dataset(tmp_path, capsys, given, size, us
     write_manifest(tmp_path, {"name": "x", "vocab_size": size, "eot": 0}, {}, {"train": [shard], "val": []})
     run = load_config(CONFIG, [f"--data.path={tmp_path}", *given])
     assert run.model.vocab_size == used
-    note = f"note: vocab_size={size}: the tokenizer of {tmp_path} has so many ids; {CONFIG} has 60, which does not fit"
+    note = f"note: vocab_size={size}: the tokenizer of {tmp_path} has {size} ids; {CONFIG} has 60, which does not fit"
     assert (note in capsys.readouterr().err) == (not given and used != 60)
 
 
@@ -349,7 +349,7 @@ def test_help_lists_every_key_with_its_meaning(optimizer):
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
-def test_no_shipped_optimizer_ends_above_half_its_peak(path):
+def test_no_shipped_optimizer_ends_above_six_tenths_of_its_peak(path):
     for name in OPTIMIZERS:
         run = load_config(path, [f"--optimizer={name}"])
         last = learning_rate(run.schedule, run.total_steps, run.total_steps, run.optim.lr)

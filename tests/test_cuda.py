@@ -64,7 +64,7 @@ def start(*command: str, **options) -> subprocess.CompletedProcess:
 
 
 def output_of(*command: str, **options) -> str:
-    """What a program prints that has to succeed."""
+    """What a program prints; it must succeed."""
     done = start(*command, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

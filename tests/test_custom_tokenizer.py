@@ -55,7 +55,7 @@ def train(folder: Path, dataset: Path, vocab_size: int, *more) -> Path:
 
 
 def stops(main, *arguments) -> str:
-    """The one line with which a command ends that cannot go on."""
+    """The one line that a failing command prints."""
     with pytest.raises(SystemExit) as caught:
         main([*map(str, arguments)])
     assert isinstance(caught.value.code, str)
@@ -142,7 +142,7 @@ def test_a_checkpoint_without_its_tokenizer_says_what_to_do(run, prepared, tmp_p
     (copied / "tokenizer.json").rename(tmp_path / "own.json")
     line = stops(sample.main, copied)
     assert f"tokenizer {prepared[1].name}: " in line
-    assert line.endswith("has no such tokenizer.json; name it with --tokenizer FILE")
+    assert line.endswith("has no such tokenizer.json; give it with --tokenizer FILE")
     sample.main([str(copied), "--tokenizer", str(tmp_path / "own.json"), "--max_tokens", "3"])
     perplexity.main([str(copied), "--data", str(prepared[0].with_name("elsewhere")), "--device", "cpu"])
     assert " nats/token" in capsys.readouterr().out
@@ -174,16 +174,16 @@ def test_a_run_without_a_tokenizer_is_told_what_it_will_miss(nanogpt, tmp_path, 
     perplexity.main([str(run), "--device", "cpu"])
     assert f"{len(TEXT) - 1:,} tokens" in capsys.readouterr().out
     map_of_run = nanogpt.with_name("map.json")
-    assert "nothing names the tokenizer" in stops(sample.main, run)
+    assert "is not recorded; give --tokenizer FILE" in stops(sample.main, run)
     sample.main([str(run), "--tokenizer", str(map_of_run), "--max_tokens", "4", "--prompt", "\n"])
     export.main([str(run), str(tmp_path / "bare")])
-    assert "without tokenizer files: nothing names the tokenizer" in capsys.readouterr().out
+    assert "without tokenizer files, because the tokenizer is not recorded" in capsys.readouterr().out
     assert not list((tmp_path / "bare").glob("tokenizer*"))
     assert json.loads((tmp_path / "bare" / "config.json").read_text())["vocab_size"] == size
     export.main([str(run), str(tmp_path / "hf"), "--tokenizer", str(map_of_run)])
     assert open_trained(tmp_path / "hf", CPU).tokenizer.encode("License")
     line = stops(perplexity.main, run, "--text", CONFIG)
-    assert "nothing names the tokenizer of its vocab_size" in line
+    assert "the tokenizer of its vocab_size" in line
 
 
 def test_files_of_nanogpt_can_be_indexed_with_their_map(nanogpt, tmp_path, capsys):
@@ -220,7 +220,7 @@ def test_the_separator_is_found_or_named(tmp_path):
     with pytest.raises(ValueError, match="has no token '\\[STOP\\]'"):
         get_tokenizer(odd, eot="[STOP]")
     letters = str(map_file(tmp_path / "c.json", "ACGT|"))
-    with pytest.raises(ValueError, match=r"has none of '\\n'; name the token"):
+    with pytest.raises(ValueError, match=r"has none of '\\n'; give the token"):
         get_tokenizer(letters)
     assert get_tokenizer(letters, eot="|").stop == 4
     with pytest.raises(ValueError, match="--eot '|': belongs to a tokenizer file; byte has its own"):

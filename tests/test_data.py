@@ -124,10 +124,10 @@ def remove_validation(folder):
     "damage, message",
     [
         (remove_shard, "train_000000.bin: no such shard"),
-        (damage_length, "train_000001.bin: 1124 bytes where its header promises 21024"),
+        (damage_length, "train_000001.bin: 1124 bytes, but its header says 21024"),
         (damage_magic, r"val_000000.bin: not a token shard \(it starts with 16843009, a shard with 20240520\)"),
         (damage_version, "val_000000.bin: shard version 7, this program reads version 1"),
-        (damage_manifest_count, "holds 77 tokens where manifest.json says 10000"),
+        (damage_manifest_count, "holds 77 tokens, but manifest.json says 10000"),
         (damage_manifest_text, "manifest.json: not a dataset manifest"),
         (damage_manifest_fields, "manifest.json: not a dataset manifest .*tokens"),
         (
@@ -218,7 +218,7 @@ def test_a_shard_truncated_while_in_use_is_named(tmp_path):
 
 
 class Faults:
-    """Takes the place of os.preadv: each of the next reads fails with an error, or gives at most so many bytes."""
+    """Takes the place of os.preadv: each of the next reads fails with an error, or gives at most n bytes."""
 
     def __init__(self, monkeypatch, *faults):
         self.faults, self.reads, self.real = list(faults), 0, os.preadv

@@ -90,7 +90,7 @@ def write_rows(folder, **splits):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Twelve rows of every task's format to be scored, six to draw examples from; of MMLU two subjects."""
+    """For every task, twelve rows to score and six to draw examples from; MMLU has two subjects here."""
     folder = tmp_path_factory.mktemp("data")
     for rows in (hellaswag, boolq, piqa, winogrande):
         write_rows(folder / rows.__name__, validation=rows(12), train=rows(18)[-6:])
@@ -561,7 +561,7 @@ def test_the_mean_of_published_rows_and_the_sizes():
     assert metric_of("other", {"alias": "x", "bpb,none": 1, "bpb_stderr,none": 1}) == "bpb"
 
 
-def test_the_table_tells_of_cut_requests():
+def test_the_table_lists_cut_requests():
     score = dict(checkpoint="run", task="boolq", shots=5, metric="acc", score=0.5, stderr=None, requests=24)
     whole = markdown([score | dict(requests_cut_on_the_left=0)], [])
     assert "Requests" not in whole

@@ -88,7 +88,7 @@ def test_an_export_with_other_logits_is_deleted(run, tmp_path, monkeypatch, what
 def test_an_existing_folder_and_an_export_of_an_export_are_errors(run, exported, tmp_path):
     (tmp_path / "link").symlink_to("nowhere")
     for out in (exported, ".", tmp_path / "link"):
-        with pytest.raises(SystemExit, match="exists; name a folder that does not"):
+        with pytest.raises(SystemExit, match="exists; give a folder that does not exist yet"):
             export.main([str(run), str(out)])
     with pytest.raises(SystemExit, match="is a Hugging Face folder already"):
         export.main([str(exported), str(tmp_path / "again")])
@@ -138,7 +138,7 @@ def test_checkpoints_of_nanogpt_and_mars_give_the_reference_logits(case, tmp_pat
 
 
 def open_trained_with_any_tokenizer(path, vocab_size):
-    """The golden models have 128 or 256 ids, which are no tokenizer's."""
+    """The golden models have 128 or 256 ids, which no tokenizer has."""
 
     class Exact(ByteTokenizer):
         pass
@@ -437,7 +437,7 @@ def test_a_run_whose_name_ends_like_the_averaged_weights_is_reached(dataset, tmp
 
 
 def test_a_dataset_as_a_run_and_a_shard_as_a_dataset_are_one_clear_line(dataset, tmp_path):
-    with pytest.raises(SystemExit, match=f"{dataset}: is a dataset; name a run or another checkpoint"):
+    with pytest.raises(SystemExit, match=f"{dataset}: is a dataset; give a run or a checkpoint"):
         export.main([str(dataset), str(tmp_path / "hf")])
     shard = next(dataset.glob("train*.bin"))
     with pytest.raises(SystemExit, match=f"data.path {shard}: is a file; give the folder of the shards, {dataset}"):

@@ -1,4 +1,4 @@
-"""The house: who may import whom, and what training may need."""
+"""Which folder may import which, and which packages training may need."""
 
 import ast
 import subprocess

@@ -190,7 +190,7 @@ def test_records_wait_until_they_can_be_written(tmp_path, capsys):
     run.close()
     assert [r["step"] for r in read_metrics(path)] == [5]
     said = capsys.readouterr().out
-    assert said.count("metrics.jsonl: Is a directory; its records wait in memory, and every record tries again") == 1
+    assert said.count("metrics.jsonl: Is a directory; its records wait in memory until they can be written") == 1
     assert said.count("metrics.jsonl: all records are written now") == 1
     assert run.lost == ""
 
@@ -233,7 +233,7 @@ def test_unreadable_lines_are_counted_and_kept(tmp_path, capsys):
     logger(tmp_path, resume_step=2).close()
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
     assert (tmp_path / "metrics.unreadable").read_text() == '\x00\x00\n{"st\n'
-    assert "2 lines are no records; they are in metrics.unreadable now" in capsys.readouterr().out
+    assert "2 lines are not records; they are in metrics.unreadable now" in capsys.readouterr().out
 
 
 def test_the_meter_excludes_evaluations_and_counts_waiting():

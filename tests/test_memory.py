@@ -234,7 +234,7 @@ if __name__ == "__main__":
 
 
 def test_a_chosen_micro_batch_has_at_most_2_to_the_31_logits(dataset):
-    """41 sequences of GPT-2, and 40 where the batch of 480 must divide, whatever room there is."""
+    """41 sequences of GPT-2, and 40 if the batch of 480 must divide, for any amount of memory."""
     run = load_config(ROOT / "config" / "gpt2_small.py", [f"--data.path={dataset}", "--vocab_size=50257"])
     with torch.device("meta"):
         model = GPT(run.model)

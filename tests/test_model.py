@@ -162,7 +162,7 @@ def test_cached_logits_equal_whole_context_logits():
     whole = model(x)
     pieces = [model.logits(model.hidden(x[:, a:b], cache)) for a, b in ((0, 5), *((i, i + 1) for i in range(5, 12)))]
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="13 tokens: the context holds 12"):
+    with pytest.raises(ValueError, match="13 tokens do not fit in the context of 12"):
         model.hidden(x[:, :1], cache)
 
 

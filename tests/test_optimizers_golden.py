@@ -137,7 +137,7 @@ def test_soap_follows_the_code_of_its_authors(every):
     """Fifty steps in float64: decay, bias correction, the first step, and the order of the bases at each refresh.
 
     Signs of eigenvectors must not matter, so they are changed. Where the first gradient leaves eigenvectors free, in
-    the null space of the longer side, the authors' choice is taken over.
+    the null space of the longer side, the authors' choice is used.
     """
     golden, flips = dict(np.load(GOLDEN / MANIFEST["soap"]["file"])), torch.Generator().manual_seed(every)
     s = dict(MANIFEST["soap"]["settings"], refresh_every=every, betas=tuple(MANIFEST["soap"]["settings"]["betas"]))

@@ -181,7 +181,7 @@ def test_all_processes_of_a_cpu_share_its_memory(arguments, capsys, monkeypatch)
 def test_more_than_ten_epochs_are_a_warning(arguments, capsys):
     train_gpt.main([*arguments, "--preflight", "--steps=2000"])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  tokens"))
-    assert line.endswith("; more than 10: the model will know the text by heart")
+    assert line.endswith("; more than 10: the model will memorize the text")
     assert "19.23 epochs" in line
 
 
@@ -278,7 +278,7 @@ def test_a_speed_must_be_a_number_of_at_least_1(arguments, rate):
 
 @pytest.mark.parametrize("word", ["--verify", "--tokens_per_s=5", "--as=8xH100"])
 def test_options_of_the_preflight_are_refused_without_it(arguments, word):
-    with pytest.raises(SystemExit, match="--tokens_per_s=N, --verify and --as=GPUS: belong to --preflight"):
+    with pytest.raises(SystemExit, match="--tokens_per_s=N, --verify and --as=GPUS: need --preflight"):
         train_gpt.main([*arguments, word])
 
 
@@ -302,7 +302,9 @@ def test_an_all_reduce_that_fails_is_an_error_with_advice(monkeypatch):
         raise RuntimeError("NCCL error: unhandled system error\nmore")
 
     monkeypatch.setattr(World, "sum", broken)
-    with pytest.raises(ValueError, match=r"over 2 processes failed \(NCCL error: unhandled system error\); name the"):
+    with pytest.raises(
+        ValueError, match=r"over 2 processes failed \(NCCL error: unhandled system error\); set NCCL_SOCKET"
+    ):
         all_reduce_seconds(World(0, 2, torch.device("cpu")))
     monkeypatch.setattr(World, "sum", lambda self, x: x)
     with pytest.raises(ValueError, match="gives wrong sums"):  # nothing was added

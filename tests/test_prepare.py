@@ -52,7 +52,7 @@ def command(corpus: str, source: Path, out: Path, *more) -> list[str]:
 
 
 def stops(arguments: list[str]) -> str:
-    """The message with which a command ends that cannot go on."""
+    """The message of a failing command."""
     with pytest.raises(SystemExit) as caught:
         prepare.main(arguments)
     assert isinstance(caught.value.code, str)
@@ -460,7 +460,7 @@ def damage_manifest(folder):
         (damage_manifest, "manifest.json says documents 1234, it is"),
         (damage_manifest, "owt: 600 documents were read, its shards hold"),
         (damage_hash, "train_000002.bin: its sha256 is not the manifest's"),
-        (damage_half, "train_000001.bin: 5000 bytes where its header promises 21024"),
+        (damage_half, "train_000001.bin: 5000 bytes, but its header says 21024"),
         (damage_missing, "val_000000.bin: no such shard"),
         (damage_foreign, "train_000099.bin: not in the manifest"),
     ],
@@ -637,7 +637,7 @@ def stop_at(write, number, path, *more):
         ("moved/data", [], "moved/data does not exist .* give its new name with --repo"),
         ("gated/data", [], "gated/data is gated: accept its terms there, then log in"),
         ("some/data", ["--revision", "nope"], "some/data has no revision nope; give a commit or branch"),
-        ("some/data", ["--pattern", "*.csv"], 'no file matches "\\*.csv"; name the files with --pattern'),
+        ("some/data", ["--pattern", "*.csv"], 'no file matches "\\*.csv"; give another --pattern'),
         (
             "some/data",
             ["--column", "body"],
@@ -836,7 +836,7 @@ def test_a_foreign_file_and_a_damaged_shard_in_an_unfinished_folder(corpus, tmp_
         (output.temporary(out) / name).unlink()
     os.truncate(output.temporary(out) / "train_000001.bin", 3000)
     message = stops(command("openwebtext", corpus, out))
-    assert "train_000001.bin: 3000 bytes where its header promises 21024" in message
+    assert "train_000001.bin: 3000 bytes, but its header says 21024" in message
 
 
 def test_a_full_disk_keeps_what_was_written(corpus, whole, tmp_path):

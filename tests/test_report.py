@@ -1,4 +1,4 @@
-"""The page made of run folders and results."""
+"""The page that scripts/report.py makes from run folders and results."""
 
 import json
 import re

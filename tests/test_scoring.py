@@ -96,7 +96,7 @@ def test_out_of_memory_halves_the_batch(model, monkeypatch, capsys, error):
     assert [g[0] for g in got] == pytest.approx([e[0] for e in expected], abs=2e-3)
     assert sizes[0] > 3
     assert sum(n > 3 for n in sizes) <= 4  # it does not fail again and again
-    assert "out of memory: going on with" in capsys.readouterr().err
+    assert "out of memory: continuing with" in capsys.readouterr().err
 
 
 def test_out_of_memory_with_one_sequence_is_one_clear_line(monkeypatch):

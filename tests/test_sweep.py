@@ -244,7 +244,7 @@ def test_an_arm_with_wrong_settings_stops_the_sweep_before_any_run(plan, tmp_pat
         ("dict(laptop=0.01)", "0.01", "a value has a wrong type"),
         ("dict(laptop=0.01)", "dict(paper=0.01)", "arm 'AdamW': has no lr for scale laptop"),
         ('"AdamW", dict(laptop', '"Adam", dict(laptop', "reference='Adam': must be one of the arms, AdamW, Muon"),
-        ("plan = Plan", "plans = Plan", "must define `plan`, a experiments.plan.Plan"),
+        ("plan = Plan", "plans = Plan", "must define `plan`, an experiments.plan.Plan"),
         ("plan = Plan", "plan = Plam", "name 'Plam' is not defined"),
         ("plan = Plan(", "plan = Plan((", "'\\(' was never closed"),
     ],

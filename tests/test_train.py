@@ -719,7 +719,7 @@ train_gpt.main()
 """
 
 
-def test_replicas_that_differ_in_one_bit_are_told_at_the_next_checkpoint(arguments, tmp_path):
+def test_replicas_that_differ_in_one_bit_are_reported_at_the_next_checkpoint(arguments, tmp_path):
     (tmp_path / "program.py").write_text(ONE_BIT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(tmp_path / "program.py"), *arguments, "--checkpoint.every=4"]
@@ -732,7 +732,9 @@ def test_replicas_that_differ_in_one_bit_are_told_at_the_next_checkpoint(argumen
 
 
 @pytest.mark.parametrize("full_at", [8, 12])
-def test_a_full_disk_behind_a_background_write_is_told_and_survived(arguments, monkeypatch, capsys, full_at):
+def test_a_full_disk_during_a_background_write_is_reported_and_training_continues(
+    arguments, monkeypatch, capsys, full_at
+):
     def full(step):
         if step == full_at:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -825,7 +827,7 @@ def test_sequences_are_named_by_the_last_checkpoint_if_the_update_has_spoilt_the
     run_in_process(arguments, "--steps=8")
     t = train_gpt.Trainer(run, ALONE, fresh=False)
     spoil(t.model)
-    assert t.bad_samples(9).startswith("; sequences: none alone have a loss that is not finite")
+    assert t.bad_samples(9).startswith("; sequences: no single one has a loss that is not finite")
 
 
 def spoil(model):

@@ -93,7 +93,7 @@ def test_idx_files_are_read_packed_or_not(fashion):
 def test_a_damaged_or_missing_idx_file_is_named(fashion):
     path = fashion / "t10k-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte: is no complete idx file"):
+    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte: is not a complete idx file"):
         load_images("fashion", str(fashion))
     with pytest.raises(UserError, match=r"--data names the folder of the idx files"):
         read_idx(fashion / "nothing")

@@ -48,10 +48,10 @@ from runtime.files import (
 )
 
 MODEL, AVERAGE, STATE = "model.safetensors", "average.safetensors", "state.json"
-FORMAT = 2  # of state.json
+FORMAT = 2  # version of the form of state.json
 COUNTS, LOSSES = ("step", "tokens", "sequences"), ("val_loss", "best_val_loss", "train_seconds")  # keys of state.json
 STEP_OF_RUN = re.compile(r"(.+)@(\d+)")  # names a checkpoint: runs/NAME@600
-STEP_FOLDER = re.compile(r"(\.)?(?P<name>step_(?P<step>\d+))(?(1)\.replaced)")  # the second form: `replaced_name`
+STEP_FOLDER = re.compile(r"(\.)?(?P<name>step_(?P<step>\d+))(?(1)\.replaced)")  # with a dot: see `replaced_name`
 FAILURES = (OSError, RuntimeError, MemoryError, SafetensorError)  # errors that fail one checkpoint, not the run
 DTYPES = {  # as the safetensors format names them
     torch.float64: "F64",
@@ -73,12 +73,14 @@ class CheckpointConfig:
 
     every: int = option(1000, "steps between checkpoints; the last step is always saved", least=1, on_resume="free")
     keep: int = option(2, "recent checkpoints to keep, in addition to the best one", least=1, on_resume="free")
-    milestone_every: int = option(0, "also save, and keep, every so many steps; 0: none", least=0, on_resume="free")
+    milestone_every: int = option(
+        0, "steps between checkpoints that are always kept; 0: none", least=0, on_resume="free"
+    )
     background: bool = option(False, "write checkpoints on a thread, from a copy in host memory", on_resume="free")
 
     @property
     def intervals(self) -> tuple[int, ...]:
-        """Intervals in steps; a checkpoint is due at the multiples of each."""
+        """Intervals in steps; a checkpoint is due at every multiple of one of them."""
         return (self.every, self.milestone_every) if self.milestone_every else (self.every,)
 
     def errors(self) -> list[str]:
@@ -118,7 +120,7 @@ class PendingSave:
     temporary: Path
     final: Path
     state: dict
-    written: Future  # of this rank: the sha256 by file name
+    written: Future  # the writing of this rank's files; gives their sha256 by name
 
 
 class Checkpointer:
@@ -238,7 +240,7 @@ class Checkpointer:
         """Delete all checkpoints except the latest `keep`, the best one, and milestones.
 
         newest: the step that was just written. Folders of later steps are damaged checkpoints that a resume skipped.
-        They do not count and are not deleted. Only losses that were measured as the newest one was are compared.
+        They do not count and are not deleted. Only losses measured on the same data as the newest one are compared.
         """
         found = {path: read_state(path)[0] for path in self._folders()}
         states = {path: s for path, s in found.items() if s and s["step"] <= newest}
@@ -261,7 +263,7 @@ class Checkpointer:
         return sorted(present, key=lambda p: int(found[p]["step"]), reverse=True)
 
     def repair(self) -> None:
-        """Finish what a killed run was doing here. Only the process that holds the run's lock may call it."""
+        """Finish or undo what a killed run left half done. Only the process that holds the run's lock may call it."""
         for path in sorted(self.folder.glob("*step_*")):
             if match := STEP_FOLDER.fullmatch(path.name):
                 restore_folder(path.with_name(match["name"]))
@@ -290,9 +292,9 @@ class Checkpointer:
 
 
 def open_checkpoint(path: str | Path, wanted: Collection[str] | None = None) -> Checkpoint:
-    """A checkpoint folder, that of "RUN@STEP", or the newest good one of a run folder.
+    """Open a checkpoint folder, the checkpoint "RUN@STEP", or the newest undamaged one of a run folder.
 
-    wanted: the files to check, as others are not read; None: all of them. Raises CheckpointError if there is none.
+    wanted: the files that are read and so must be checked; None: all of them. Raises CheckpointError if there is none.
     """
     path = Path(path)
     if not path.exists() and STEP_OF_RUN.fullmatch(str(path)):
@@ -360,7 +362,7 @@ def checkpoint_in(folder: Path) -> Checkpoint:
 
 
 def load(found: Checkpoint, model: nn.Module, optimizer: Optimizer, name: str) -> None:
-    """Load weights and optimizer state of a checkpoint. name: of the run's optimizer.
+    """Load weights and optimizer state of a checkpoint. name: the run's optimizer.
 
     Raises CheckpointError if they do not fit.
     """
@@ -376,7 +378,7 @@ def load(found: Checkpoint, model: nn.Module, optimizer: Optimizer, name: str) -
 
 
 def find_damage(folder: Path, wanted: Collection[str] | None = None) -> str | None:
-    """The damage of a checkpoint folder, or None: state.json must be as written, and every hash must match.
+    """What is damaged in a checkpoint folder; None if state.json is as written and every hash matches.
 
     wanted: the names of the files to check; None: all of them.
     """

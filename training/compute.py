@@ -101,8 +101,8 @@ def start_compile_workers(local_size: int) -> None:
 def attention_backends(config: ComputeConfig) -> list[SDPBackend]:
     """The attention backends that may run, preferred ones first.
 
-    On Hopper and Blackwell GPUs torch would select cuDNN. There are open reports of gradients of it that are not
-    finite, so "auto" leaves it out until both were compared on such a card.
+    On Hopper and Blackwell GPUs torch would select cuDNN. There are open reports that its gradients are not
+    finite, so "auto" leaves it out until it has been compared with flash on such a GPU.
     """
     return BACKENDS["flash" if config.attention == "auto" else config.attention]
 
@@ -181,9 +181,9 @@ def apply_compute(model: Any, config: ComputeConfig, bf16: bool) -> None:
 
 
 def _fused_loss(device: torch.device) -> Any:
-    """The loss by a Triton kernel. Raises UserError where it cannot run."""
+    """The loss function that uses the Triton kernel. Raises UserError if the kernel cannot run here."""
     if device.type == "cpu":
-        raise UserError("compute.fused_loss=true: needs a GPU; leave it out")
+        raise UserError("compute.fused_loss=true: needs a GPU; leave this setting out")
     try:
         from training.fused_loss import fused_loss
     except ImportError:

@@ -38,7 +38,7 @@ class Evaluator:
         self.validation, self.hellaswag, self.world = validation, hellaswag, world
         self.bytes_per_token = dataset.bytes_per_token("val")  # None if not known
         if problem := world.from_main(dataset.changed_shard("val") if world.is_main else None):
-            raise DataError(problem)  # every loss of this run would be wrong, and nothing else would show it
+            raise DataError(problem)  # nothing else would show that every validation loss is wrong
         # two losses may be compared if all of these are equal
         self.measured_on = {
             "data": world.from_main(validation.fingerprint() if world.is_main else ""),
@@ -128,7 +128,7 @@ def bad_samples(
 ) -> str:
     """The sequences of a step's batch whose loss is not finite, as text.
 
-    saved: finds the last good checkpoint, if there is one.
+    saved: returns the newest undamaged checkpoint, or None.
     """
 
     def loss_of(row: Tensor) -> Tensor:
@@ -141,5 +141,5 @@ def bad_samples(
         model.load_state_dict(found.model())
     bad = [name for names in world.gather(loader.bad_samples(step, loss_of)) for name in names]
     if len(bad) in (0, loader.batch_size):
-        return f"{'all' if bad else 'none alone'} have a loss that is not finite, so a smaller --lr may help"
+        return f"{'all have' if bad else 'no single one has'} a loss that is not finite, so a smaller --lr may help"
     return ", ".join(bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")

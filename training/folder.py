@@ -50,7 +50,7 @@ def compare_settings(path: Path, settings: dict, may_change: set[str], defaults:
 
 
 def write_settings(path: Path, settings: dict, facts: dict, fresh: bool, world: World) -> None:
-    """Create a run folder, or open an existing one. Called when nothing can be wrong with the settings any more.
+    """Create a run folder, or open an existing one. Call it only after all settings were checked.
 
     settings: the configuration as nested dicts. facts: about this start, such as versions. fresh: rename an existing
     folder and start over. Raises RunFolderError, on every rank, if the folder cannot be written.
@@ -63,7 +63,7 @@ def write_settings(path: Path, settings: dict, facts: dict, fresh: bool, world: 
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         kept = {}
         if (path / CONFIG).exists():
-            with suppress(ValueError, AttributeError):  # it was compared if it matters
+            with suppress(ValueError, AttributeError):  # that of a started run was checked before
                 before = json.loads((path / CONFIG).read_text(encoding="utf-8"))
                 kept = {key: before[key] for key in (INIT_SHA256,) if key in before}
         write_json(path / CONFIG, kept | settings)

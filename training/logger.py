@@ -32,10 +32,10 @@ class LogConfig:
     folder: str = option("runs", "folder in which run folders are created", on_resume="free")
     every: int = option(10, "steps between log lines", least=1, on_resume="free")
     wandb: Literal["online", "offline", "off", "disabled"] = option(
-        "off", "copy metrics to Weights & Biases; the variable WANDB_MODE replaces online and offline", on_resume="free"
+        "off", "copy metrics to Weights & Biases; the environment variable WANDB_MODE comes first", on_resume="free"
     )
     tensorboard: bool = option(False, "write TensorBoard event files into the run folder", on_resume="free")
-    project: str = option("gpt2", "wandb project; the variable WANDB_PROJECT replaces it", on_resume="free")
+    project: str = option("gpt2", "wandb project; the environment variable WANDB_PROJECT comes first", on_resume="free")
 
     def errors(self) -> list[str]:
         """Everything wrong with this config, one line each."""
@@ -45,7 +45,8 @@ class LogConfig:
 class Meter:
     """Measures the seconds of training, without evaluations and checkpoints, and the seconds of waiting for data.
 
-    trained: seconds of training before this start. flops: of a step. peak_flops: of all devices; 0 if unknown.
+    trained: seconds of training before this start. tokens, flops: per step. peak_flops: FLOP/s of all devices; 0 if
+    unknown.
     """
 
     def __init__(self, trained: float = 0.0, tokens: int = 0, flops: float = 0.0, peak_flops: float = 0.0) -> None:
@@ -57,26 +58,26 @@ class Meter:
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
-        """The time inside does not count as training."""
+        """A context whose time does not count as training."""
         self._advance()
         yield
         self._since = time.perf_counter()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """The time inside counts as waiting for data."""
+        """A context whose time counts as waiting for data."""
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
 
     def step_done(self) -> None:
-        """A step has ended. The first one compiles, so the means of `read` leave it out if there are others."""
+        """Call it after each step. The first step compiles, so the means of `read` leave it out if there are others."""
         if self._first is None:
             self._advance()
             self._first = self.trained - self._read_at
 
     def read(self, steps: int) -> dict[str, float]:
-        """Means over the steps since the last reading, and train_s, the seconds of training in all."""
+        """Means over the `steps` since the last reading: tokens_per_s, step_ms, data_ms and mfu; and train_s in all."""
         self._advance()
         seconds = (self.trained - self._read_at) / steps
         if self._first and steps > 1:
@@ -98,7 +99,7 @@ class MetricsFile:
     """metrics.jsonl: one record a line. Records after the step of a resume are deleted, because the run repeats it.
 
     A record that cannot be written, on a full disk for example, is kept in memory and written with the next one. Lines
-    that are no records, such as one cut off by a crash, are moved to another file.
+    that are not records, such as one cut off by a crash, are moved to another file.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
@@ -113,7 +114,7 @@ class MetricsFile:
             copy = path.with_name(UNREADABLE)
             with open(copy, "ab") as f:
                 f.write(b"".join(line.rstrip(b"\n") + b"\n" for line in unreadable))
-            print(f"note: {path}: {len(unreadable)} lines are no records; they are in {copy.name} now")
+            print(f"note: {path}: {len(unreadable)} lines are not records; they are in {copy.name} now")
         if len(kept) < len(lines) or (content and not content.endswith(b"\n")):
             write_durably(path, b"".join(line.rstrip(b"\n") + b"\n" for line in kept))
 
@@ -135,7 +136,7 @@ class MetricsFile:
         except OSError as error:
             self.problem = error.strerror or str(error)
         if self.problem and self.problem != before:
-            return f"{self.path}: {self.problem}; its records wait in memory, and every record tries again"
+            return f"{self.path}: {self.problem}; its records wait in memory until they can be written"
         return f"{self.path}: all records are written now" if before and not self.problem else ""
 
     def _append(self, f: Any) -> None:
@@ -176,7 +177,8 @@ class Wandb:
             path.write_text(os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])
         project, mode = os.environ.get("WANDB_PROJECT", config.project), os.environ.get("WANDB_MODE", config.wandb)
         settings: dict[str, Any] = dict(project=project, name=name, id=path.read_text(), config=run)
-        settings |= dict(dir=str(folder), resume="allow", group=re.sub(r"-seed\d+", "", name))  # a group's runs: seeds
+        group = re.sub(r"-seed\d+", "", name)  # runs that differ only in the seed
+        settings |= dict(dir=str(folder), resume="allow", group=group)
         try:
             self.run = wandb.init(**settings | dict(mode=mode))
         except Exception as error:

@@ -13,9 +13,9 @@ from runtime.distributed import World
 from runtime.errors import UserError
 from runtime.hardware import available_memory
 
-ERROR = 0.05  # fraction by which an estimate may be too high; the most that was seen is 0.02 (bench.gpu)
+ERROR = 0.05  # fraction by which an estimate may be too high; bench.gpu found at most 0.02
 MARGIN = 0.08  # fraction of a GPU's memory that stays unused, for fragments, communication and scratch memory
-CPU_MOST = 8  # sequences; a larger micro-batch does not make a CPU faster
+CPU_MOST = 8  # sequences; a CPU is not faster with a larger micro-batch
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class MemoryEstimate:
     weights: int
     gradients: int
     optimizer: int
-    activations: int  # for each sequence of a micro-batch
-    most: int = sys.maxsize  # sequences that a chosen micro-batch may have
+    activations: int  # per sequence of a micro-batch
+    most: int = sys.maxsize  # largest micro-batch that may be chosen
 
     def total(self, micro_batch: int) -> int:
         return self.weights + self.gradients + self.optimizer + micro_batch * self.activations
@@ -68,15 +68,15 @@ def largest_fitting(need: MemoryEstimate, per_process: int, world: World, memory
 
 
 def _room(world: World, memory: tuple[int, int]) -> int:
-    """Bytes that a process can fill."""
+    """Bytes that one process may use."""
     available, total = memory
     return available - round(MARGIN * total) if world.device.type == "cuda" else available // world.local_size
 
 
 def first_attempt(need: MemoryEstimate, estimate: int, per_process: int, world: World, memory: tuple[int, int]) -> int:
-    """The next size above an estimated micro-batch if it fits into ERROR more room on every rank, or the estimate.
+    """The size to try first: the next one above the estimate, if it fits on every rank with ERROR more room.
 
-    An attempt that fails costs a compilation, which takes minutes for the large sizes.
+    Otherwise it is the estimate. An attempt that fails costs a compilation, which takes minutes for the large sizes.
     """
     above = ([estimate] + [m for m in divisors(per_process, min(need.most, per_process)) if m > estimate])[-1]
     fits = need.total(above) <= (1 + ERROR) * _room(world, memory)

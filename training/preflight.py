@@ -77,7 +77,7 @@ def fitting_micro_batch(
 ) -> MicroBatch:
     """The largest micro-batch that fits and divides a process's batch: measured on a GPU, estimated on a CPU.
 
-    loss: computes the loss of a micro-batch of so many sequences, as training does.
+    loss: maps n to the loss of a micro-batch of n sequences, computed as in training.
     """
     need = memory_estimate(run, model, optimizer, world)
     reserve = 0 if optimizer.state else need.optimizer  # torch optimizers allocate state at their first step
@@ -89,7 +89,7 @@ def fitting_micro_batch(
 
 
 def on_meta_device(run: RunConfig, world: World) -> tuple[GPT, Optimizer]:
-    """The model and the optimizer of a run, without memory for their tensors."""
+    """The model and the optimizer of a run on the meta device, so without memory for their tensors."""
     with torch.device("meta"):
         model = GPT(run.model)
     apply_compute(model, run.compute, wants_bf16(run.dtype, world.device))
@@ -106,7 +106,7 @@ def check_shards(dataset: Dataset, world: World, verify: bool) -> tuple[list[str
 
 
 def checkpoints_kept(steps: int, every: int, keep: int, milestone_every: int) -> int:
-    """The most checkpoints on the disk: the latest, the best, milestones, and the one that is being written."""
+    """The largest number of checkpoints on the disk: the latest, the best, milestones, and the one being written."""
     milestones = steps // milestone_every if milestone_every else 0
     saved = math.ceil(steps / every) + milestones
     return min(saved, keep + 1 + milestones) + 1
@@ -134,9 +134,9 @@ def all_reduce_seconds(world: World, elements: int = 1 << 22) -> float | None:
         x[0].item()
     except RuntimeError as error:
         raise UserError(
-            f"an all-reduce over {world.size} processes failed ({first_line(error)}); name the network "
-            "interface between the machines with NCCL_SOCKET_IFNAME (GLOO_SOCKET_IFNAME on a CPU), or switch "
-            "InfiniBand off with NCCL_IB_DISABLE=1"
+            f"an all-reduce over {world.size} processes failed ({first_line(error)}); set NCCL_SOCKET_IFNAME "
+            "(GLOO_SOCKET_IFNAME on a CPU) to the network interface between the machines, or switch InfiniBand "
+            "off with NCCL_IB_DISABLE=1"
         ) from None
     if not right:
         raise UserError(f"an all-reduce over {world.size} processes gives wrong sums; check drivers and cables")
@@ -144,7 +144,7 @@ def all_reduce_seconds(world: World, elements: int = 1 << 22) -> float | None:
 
 
 def planned_state(optimizer: Optimizer, processes: int) -> int:
-    """Bytes of state of one of several processes that do not exist: each owns an equal part of the matrices."""
+    """Optimizer state of one process of a planned run, in bytes: each process owns an equal part of the matrices."""
     owned = getattr(getattr(optimizer, "ownership", None), "owner", ())
     of_matrices = sum(t.nbytes for p in owned for t in optimizer.state[p].values())
     return state_bytes(optimizer) - of_matrices + -(-of_matrices // processes)
@@ -181,7 +181,7 @@ def memory_lines(run: RunConfig, world: World, machines: Machines | None) -> tup
 
 
 def data_lines(run: RunConfig, world: World, verify: bool) -> tuple[list[str], bool]:
-    """The facts of the dataset, and whether it is good. A dataset that does not exist yet is a fact, too."""
+    """The facts of the dataset, one a line, and whether it is usable. For a missing one, a line says how to make it."""
     budget = f"{run.total_steps * run.tokens_per_step:,} in {run.total_steps:,} steps"
     if not Path(run.data.path).exists():
         return [f"  tokens   {budget}", f"  shards   {missing_dataset(Path(run.data.path))}"], False
@@ -191,7 +191,7 @@ def data_lines(run: RunConfig, world: World, verify: bool) -> tuple[list[str], b
     sizes = dict(block_size=run.model.block_size, vocab_size=run.model.vocab_size, seed=run.seed)
     loader = TrainLoader(dataset, run.data, batch_size=run.sequences, **sizes)
     epochs = loader.epochs(run.total_steps * run.sequences)
-    many = f"; more than {MANY_EPOCHS}: the model will know the text by heart" if epochs > MANY_EPOCHS else ""
+    many = f"; more than {MANY_EPOCHS}: the model will memorize the text" if epochs > MANY_EPOCHS else ""
     problems, checked = check_shards(dataset, world, verify)
     return [
         f"  tokens   {budget}: {epochs:,.2f} epochs of {dataset.tokens('train'):,} in {run.data.path}{many}",

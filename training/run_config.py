@@ -24,7 +24,7 @@ class RunConfig:
 
     model: GPTConfig = field(default_factory=GPTConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    optim: Settings = field(default_factory=MARSMConfig)  # of the selected optimizer; load_config sets them
+    optim: Settings = field(default_factory=MARSMConfig)  # load_config sets those of the selected optimizer
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -112,7 +112,7 @@ class RunConfig:
         return self.steps_after(0, 0)
 
     def steps_after(self, step: int, tokens: int) -> int:
-        """Steps of the whole run, of which the first `step` had `tokens` tokens, perhaps with another batch size."""
+        """Steps of the whole run, if its first `step` steps had `tokens` tokens, perhaps with another batch size."""
         if self.steps is not None:
             return self.steps
         return step + max(0, -(-((self.tokens or 0) - tokens) // self.tokens_per_step))
@@ -152,7 +152,7 @@ def value_of(config: RunConfig, key: str) -> Any:
 def changeable_keys(run: RunConfig, accept_changes: bool = False) -> set[str]:
     """Dotted keys that may change when a run is resumed.
 
-    The budget may change if the schedule can go on: a constant one, and wsd, whose decay moves to the new end.
+    The budget may change with a constant schedule, and with wsd, whose decay moves to the new end.
     accept_changes: every key may change, except those of the model.
     """
     keys = all_keys(run)

@@ -14,7 +14,7 @@ class Saver:
     """Starts and finishes the checkpoints of a run, and says which one is complete or why it failed."""
 
     def __init__(self, checkpoints: Checkpointer, step: int, say: Callable[[str], None]) -> None:
-        """step: the last one that needs no saving. say: prints a line."""
+        """step: where the run starts; this step needs no saving. say: prints a line."""
         self.checkpoints, self.step, self.say = checkpoints, step, say
 
     def after_step(self, step: int, due: bool, last: bool, save: Callable[[], Path | None]) -> None:
@@ -51,8 +51,8 @@ class Saver:
 def replica_warning(weights: Iterable[Tensor], world: World) -> str:
     """A warning if ranks hold other weights than rank 0, which a faulty device or link causes; empty if all are equal.
 
-    Equal gradients and equal updates keep replicas equal bit for bit, and nothing else compares them. Costs one pass
-    over the weights and a number of each rank.
+    Equal gradients and equal updates keep replicas equal bit for bit, and nothing else compares them. The cost is
+    one pass over the weights and a small exchange between the ranks.
     """
     if world.size == 1:
         return ""
@@ -61,5 +61,5 @@ def replica_warning(weights: Iterable[Tensor], world: World) -> str:
     found = world.gather(torch.stack(sums).tolist())
     other = [rank for rank, sums_of_rank in enumerate(found) if sums_of_rank != found[0]]
     ranks = ", ".join(map(str, other[:8])) + (" and more" if len(other) > 8 else "")
-    advice = "a device or a link computes wrongly, or the machines differ; rank 0 is saved"
+    advice = "a device or a link is faulty, or the machines differ; the weights of rank 0 are saved"
     return f"warning: the weights of rank {ranks} differ from those of rank 0: {advice}" if other else ""

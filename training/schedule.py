@@ -101,7 +101,7 @@ def set_rates(
 ) -> float:
     """Set the learning rate and the moving hyperparameters of every group; returns the main learning rate.
 
-    A group whose value differs from the main one keeps its proportion to it.
+    If a group has its own value, its ratio to the main value is kept.
     """
     lr = learning_rate(schedule, step, steps, optim.lr)
     for group in optimizer.param_groups:

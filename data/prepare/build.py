@@ -23,7 +23,7 @@ from data.tokenizer import TOKENIZER_FILE, CustomTokenizer, Tokenizer, facts_of,
 from runtime.files import sha256_of, write_durably
 from runtime.streams import printable
 
-NOTICES = 20  # unreadable documents that are named; all are counted
+NOTICES = 20  # how many unreadable documents are named; all are counted
 
 
 class ShardWriter:
@@ -165,8 +165,9 @@ class Preparation:
 
 
 def build(out: Path, source: Source, settings: dict, shards: ShardSettings) -> None:
-    """Prepare the dataset folder `out`, or continue to; settings: what the manifest says of the source.
+    """Prepare the dataset folder `out`, or continue a preparation.
 
+    settings: the facts about the source that the manifest records.
     A folder that is already there is replaced once the new one is complete.
     Raises DataError for a source, a folder or a tokenizer that cannot be used, OSError for a full disk.
     """

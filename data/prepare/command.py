@@ -80,8 +80,8 @@ def arguments() -> argparse.ArgumentParser:
     commands.add_parser("verify", help="check a folder").add_argument("folder", type=Path)
     facts = commands.add_parser("info", help="describe a folder")
     facts.add_argument("folder", type=Path)
-    facts.add_argument("config", nargs="?", help="config file of a run, to state its epochs; --key=value may follow")
-    facts.add_argument("--budget", type=parse_number, help="training tokens, to state the epochs that they make")
+    facts.add_argument("config", nargs="?", help="config file of a run, to show its epochs; --key=value may follow")
+    facts.add_argument("--budget", type=parse_number, help="training tokens, to show how many epochs they are")
     return parser
 
 
@@ -141,7 +141,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def default_workers() -> int:
-    """One process per core that this process may use."""
+    """The number of cores that this process may use, for one worker on each."""
     from runtime.hardware import cores  # imports torch, which takes a second and is not needed otherwise
 
     return cores()
@@ -159,7 +159,7 @@ def tokenizer_settings(args: argparse.Namespace) -> dict:
 
 
 def check(args: argparse.Namespace) -> None:
-    """DataError for numbers out of range."""
+    """Check the numeric options. Raises DataError for one that is out of range."""
     if not 0 < getattr(args, "val_fraction", 0.5) < 1:
         raise DataError(f"--val_fraction {args.val_fraction}: must be between 0 and 1")
     if not 0 <= getattr(args, "max_skipped", 0.5) <= 1:
@@ -167,7 +167,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def coverage(folder: Path, config: str, overrides: list[str]) -> str:
-    """How much of a folder the run of a config file reads; errors as the trainer would raise them."""
+    """How much of a folder the run of a config file reads. Raises the errors that the trainer would raise."""
     from config.load import load_config
     from data.loader import TrainLoader, ValidationSet
 

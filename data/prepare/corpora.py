@@ -22,7 +22,7 @@ class Corpus:
 
     repo: str
     commit: str  # read unless --revision names another
-    pattern: str  # of its files
+    pattern: str  # glob for its files
     split: type[NanoGPT | FirstShard]
     eot: str  # end-of-text "before" or "after" each document
     samples: tuple[str, ...] = ("",)  # choices of --sample, which may appear in the pattern

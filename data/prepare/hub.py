@@ -18,8 +18,8 @@ from data.shards import DataError
 from runtime.command import first_line
 from runtime.streams import masked
 
-BLOCK_BYTES = 1 << 25  # fetched at a time
-REFUSALS = {  # by the class of huggingface_hub's error
+BLOCK_BYTES = 1 << 25  # bytes per request
+REFUSALS = {  # class of huggingface_hub's error: our message
     "GatedRepoError": "is gated: accept its terms there, then log in with `hf auth login` or HF_TOKEN",
     "RepositoryNotFoundError": "does not exist (moved, renamed or private); give its new name with --repo",
     "RevisionNotFoundError": "has no revision {revision}; give a commit or branch with --revision, for example main",
@@ -59,7 +59,7 @@ def hub_problem() -> str | None:
 
 @contextmanager
 def answers(repo: str, revision: str, file: str = "") -> Iterator[None]:
-    """Turn errors in asking the hub for a repository, or for a file of it, into DataError of one line."""
+    """Turn errors of the hub, for a repository or for one of its files, into a DataError of one line."""
     errors = hub_library().errors
     where = f"{endpoint()}/datasets/{repo}"
     try:
@@ -94,7 +94,7 @@ def hub_files(repo: str, pattern: str, revision: str) -> tuple[str, list[SourceF
         tree = list(api.list_repo_tree(repo, repo_type="dataset", revision=commit, recursive=True))
     found = [e for e in tree if hasattr(e, "size") and fnmatch.fnmatch(e.path, pattern)]
     if not found:
-        raise DataError(f'{repo} at {commit}: no file matches "{pattern}"; name the files with --pattern')
+        raise DataError(f'{repo} at {commit}: no file matches "{pattern}"; give another --pattern')
     return commit, [
         SourceFile(e.path, e.size, f"{repo}: {e.path}", partial(streamed, repo, commit, e.path), e.lfs and e.lfs.sha256)
         for e in sorted(found, key=lambda e: e.path)

@@ -1,7 +1,7 @@
 """The output folder. A dataset is made in FOLDER.tmp, which gets the name FOLDER when it is complete.
 
 Only files that a preparation made are ever deleted. Its first file is progress.json, and its last one manifest.json. So
-a folder without either is not ours. Names that begin with a dot are not looked at, and such files are never deleted.
+a folder without either is not ours. Files whose names begin with a dot are ignored and never deleted.
 """
 
 import json
@@ -70,7 +70,7 @@ def refuse_foreign_files(folder: Path) -> None:
 
 
 def is_prepared(out: Path, settings: dict) -> bool:
-    """Whether `out` is a complete dataset of these settings; then says so.
+    """Whether `out` is a complete dataset with these settings. If so, prints a line.
 
     Raises DataError if the folder holds something else.
     """

@@ -66,7 +66,7 @@ def fetch(out: Path, settings: dict, pinned: dict) -> None:
     files = [f for f in found if f in train or split_of(f.name) == "val"]
     names = [Path(f.name).name for f in files]
     if len(set(names)) < len(names):
-        raise DataError(f'{repo}: "{pattern}" matches files of one name in several folders; narrow it')
+        raise DataError(f'{repo}: "{pattern}" matches files of one name in several folders; give a narrower --pattern')
     source = settings | {"revision": commit}
     folder = begin(out, {"source": source, "files": names})
     bar = tqdm(names, desc=printable(f"fetching {out.name}"), unit=" shards", disable=None)

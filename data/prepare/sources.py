@@ -39,9 +39,9 @@ class Chunk:
     """Consecutive documents. `texts` decodes them; it holds all that is needed, so that a worker can call it."""
 
     after: tuple[int, ...]  # position at which the next chunk starts
-    fraction: float  # of the source that lies before that position
+    fraction: float  # part of the source before that position
     texts: Callable[[], Documents]
-    names: tuple[str, ...] | None = None  # of the documents, where the split depends on them
+    names: tuple[str, ...] | None = None  # names of the documents, if the split depends on them
 
 
 Chunks = Generator[Chunk, None, None]
@@ -71,8 +71,8 @@ class Named:
 def files_below(root: Path, pattern: str, exclude: Sequence[str] = ()) -> dict[str, Path]:
     """The files under root that match a glob, by name within root, in the order of the names.
 
-    Left out are hidden files and folders, unless the glob names one, and what matches one of the patterns `exclude`
-    with its name, or the name of a folder around it. A file that is there twice through links counts once.
+    Hidden files and folders are left out, unless the glob names one. A file is also left out if its name, or the name
+    of a folder around it, matches one of the patterns `exclude`. A file that is there twice through links counts once.
     """
     hidden_too, found = "/." in f"/{pattern}", {}
     for path in root.glob(pattern):

@@ -31,7 +31,7 @@ def text_files(root: Path, patterns: Sequence[str] = (GLOB,), exclude: Sequence[
         try:
             for pattern in without_braces(asked):
                 found |= files_below(root, in_any_case(pattern), exclude)
-        except (NotImplementedError, ValueError) as error:  # of pathlib
+        except (NotImplementedError, ValueError) as error:  # pathlib refuses the pattern
             raise DataError(f'--glob "{asked}": {error}; give a pattern like {GLOB}') from None
     if not found:
         asked = '" or "'.join(patterns)

@@ -89,7 +89,7 @@ def _die_with_parent() -> None:
 
 
 def encoded(chunks: Iterator[Chunk], settings: ShardSettings) -> Generator[tuple[Chunk, Encoded], None, None]:
-    """Every chunk with its tokens, in order. At most two chunks per worker are read ahead."""
+    """Yield every chunk with its tokens, in order. At most two chunks per worker are read ahead."""
     how = (settings.tokenizer, settings.ranks, settings.separator, settings.eot)
     if settings.workers == 1:
         yield from ((chunk, encode(chunk, *how)) for chunk in chunks)

@@ -16,7 +16,7 @@ LAPTOP = Scale(
     seeds=(1, 2, 3, 4, 5, 6),
     multiples=(0.25, 0.5, 1.0, 2.0, 4.0),
 )
-# A fourth of the noise at the same number of steps, and four times the steps at the same noise.
+# One has a quarter of the noise at the same number of steps, the other four times the steps at the same noise.
 LAPTOP_LARGE_BATCH = replace(
     LAPTOP,
     options=f"{TINY} --batch_size=64 --micro_batch=64 --steps=1200 --warmup=60 --checkpoint.every=1200",
