@@ -128,7 +128,7 @@ class Run:
     @property
     def command(self) -> list[str]:
         processes = self.sweep.scale.processes
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        torchrun = ["-m", "runtime.torchrun", "--standalone", f"--nproc_per_node={processes}"]
         return [sys.executable, *(torchrun if processes > 1 else []), *self.sweep.program.words, *self.arguments]
 
     @cached_property
