@@ -122,7 +122,10 @@ for part in "$@"; do
     small=(config/gpt2_small.py --data.path=data/tokens/pydocs --vocab_size=257 --val_windows=400 --schedule.warmup=20
         --log.folder="$results/runs")
     trap stop INT TERM
-    (while kill -0 $$ 2>/dev/null && sleep 15; do save; done) &
+    (while kill -0 $$ 2>/dev/null; do
+        sleep 15 >/dev/null 2>&1 & # in the background, so that `kill` ends the loop at once
+        wait $! && save
+    done) &
     saver=$!
     part_of_the_measurements
     kill $saver && wait $saver 2>/dev/null

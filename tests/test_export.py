@@ -509,7 +509,7 @@ def test_two_exports_of_one_folder_at_once_are_one_clear_line(run, tmp_path):
 
 def test_the_folder_is_named_once(run, tmp_path):
     for words in ([], [str(tmp_path / "a"), "--out", str(tmp_path / "b")]):
-        with pytest.raises(SystemExit, match="name one folder to write: CHECKPOINT OUT, or CHECKPOINT --out OUT"):
+        with pytest.raises(SystemExit, match="give one folder to write: CHECKPOINT OUT, or CHECKPOINT --out OUT"):
             export.main([str(run), *words])
     assert list(tmp_path.iterdir()) == []
 
