@@ -16,6 +16,7 @@ from bench.report import RESULTS, ROOT
 from bench.timing import SIZES
 from runtime.command import Parser, one_line
 from runtime.errors import UserError
+from runtime.files import write_durably
 from runtime.markdown import table_of_records
 from training.logger import METRICS, read_metrics
 
@@ -128,7 +129,7 @@ def fill(path: Path, table: str) -> None:
     if not re.search(f"{BEGIN}.*{END}", text, re.DOTALL):
         raise UserError(f"{path}: has no lines {BEGIN} and {END}")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n{table}{END}{after}", encoding="utf-8")
+    write_durably(path, f"{before}{BEGIN}\n{table}{END}{after}".encode())
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -141,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         found = speeds(args.folder, args.any_hardware)
         if not any(side == "best" for _, side in found):
             raise UserError(f"{args.folder}: no result of bench.gpu on a GPU; scripts/gpu_quarter_hour.sh measures it")
-        (args.folder / "gpu.md").write_text(page(args.folder, found, args.any_hardware), encoding="utf-8")
+        write_durably(args.folder / "gpu.md", page(args.folder, found, args.any_hardware).encode())
         if not args.keep_docs:
             fill(ROOT / "README.md", speed_table(found))
             fill(ROOT / "docs/performance.md", prediction_table(found))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import resource
 import signal
 import sys
@@ -63,6 +64,20 @@ def test_records_after_the_checkpoint_are_dropped_on_resume(tmp_path):
         (3, 1 / 3),
         (4, 9.0),
     ]
+
+
+def test_the_id_of_a_wandb_page_is_complete_or_absent(tmp_path, monkeypatch, capsys):
+    """Half an id, or an empty one, would be another page at every later start."""
+
+    def fails(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace())
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "replace", fails)
+        logger(tmp_path, wandb="offline").close()
+    assert "wandb failed" in capsys.readouterr().out
+    assert not (tmp_path / "wandb_id").exists()
 
 
 def test_wandb_offline_gets_the_records_and_keeps_its_id(tmp_path, monkeypatch):

@@ -174,7 +174,7 @@ class Wandb:
             raise UserError("wandb is not installed (pip install wandb)") from None
         path = folder / WANDB_ID
         if not path.exists():  # the agent of a wandb sweep gives the run its id
-            path.write_text(os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])
+            write_durably(path, (os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12]).encode())
         project, mode = os.environ.get("WANDB_PROJECT", config.project), os.environ.get("WANDB_MODE", config.wandb)
         settings: dict[str, Any] = dict(project=project, name=name, id=path.read_text(), config=run)
         group = re.sub(r"-seed\d+", "", name)  # runs that differ only in the seed
