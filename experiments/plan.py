@@ -25,7 +25,7 @@ class Scale:
     processes: int = 1  # per run; each needs a GPU
     multiples: tuple[float, ...] = (0.5, 1.0, 2.0)  # learning rates that each arm tries, as multiples of its own
     decays: tuple[float, ...] = ()  # weight decays that each arm tries with each rate; empty: the arm's own
-    program: str = "train_gpt"  # that trains: "train_gpt" for train_gpt.py, or "vision" for experiments.vision
+    program: str = "train_gpt"  # "train_gpt" for train_gpt.py, or "vision" for experiments.vision
 
 
 @dataclass(frozen=True)
