@@ -30,3 +30,16 @@ LAPTOP_LONG = replace(
 PAPER_SMALL = Scale("config/gpt2_small.py", "", seeds=(1, 2, 3, 4), processes=8)
 PAPER_SMALL_FINEWEB = Scale("config/gpt2_small.py", "--data.path=data/tokens/fineweb_edu_100B", (1, 2, 3, 4), 8)
 PAPER_XL_FINEWEB = Scale("config/gpt2_xl.py", "--data.path=data/tokens/fineweb_edu_100B", (1, 2, 3, 4), 8)
+# The quickstart itself: 1.9 million parameters, 1.4 million bytes. A run takes six minutes of a CPU core.
+QUICKSTART = Scale(
+    "config/quickstart.py",
+    "--eval_every=175 --checkpoint.every=700",
+    seeds=(1, 2, 3, 4, 5),
+    multiples=(0.5, 1.0, 2.0, 4.0),
+)
+QUICKSTART_LONG = replace(
+    QUICKSTART,
+    options="--steps=2800 --warmup=200 --eval_every=700 --checkpoint.every=2800",
+    seeds=(1, 2, 3, 4),
+    multiples=(0.5, 1.0, 2.0),
+)
