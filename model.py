@@ -202,8 +202,10 @@ class GPT(nn.Module):
         float32 on a CPU, it is computed in chunks of LOSS_ROWS positions if torch can do that.
         """
         hidden = self.hidden(idx)
-        if targets is None:
-            return self.logits(hidden)
+        return self.logits(hidden) if targets is None else self.loss(hidden, targets)
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Hidden states (B, T, C) and targets (B, T) to the mean loss; see `forward`."""
         if self.fused_loss and torch.is_grad_enabled():
             table = self.transformer.wte.weight
             return self.fused_loss(hidden.flatten(0, 1), table, targets.flatten(), self.config.vocab_size)

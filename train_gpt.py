@@ -12,14 +12,13 @@ import math
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from config.load import ConfigError, describe_keys, load_config, to_dict
 from data.hellaswag import HellaSwag
@@ -33,7 +32,7 @@ from runtime.command import Parser, one_line
 from runtime.distributed import StopRequest, World, start_world
 from runtime.errors import UserError
 from runtime.hardware import environment, memory_gb, peak_flops, to_host
-from training import compute, console
+from training import compute, console, parallel
 from training.average import WeightAverage
 from training.checkpoint import MODEL, Checkpointer, branch_origin, checkpoint_in, load, start_branch
 from training.clipping import GradientClipper, NonFiniteError
@@ -69,7 +68,11 @@ class Trainer:
         compiles = compute.wants_compile(run.compile, world.device)
         if compiles:
             compute.start_compile_workers(world.local_size)
-        self.optimizer = build_optimizer(self.model, run.optim, world.group, compiles)
+        self.shards = parallel.shards(run.compute.shard, world)
+        if sharded := run.compute.shard != "none" and world.size > 1:
+            parallel.shard(self.model, run.compute.shard, world, compiles)
+        group = None if sharded else world.group
+        self.optimizer = build_optimizer(self.model, run.optim, group, compiles)
         if problem := state_problem(self.optimizer, self.model):
             raise UserError(f"optimizer={run.optimizer}: checkpoints cannot keep its state ({problem})")
         if run.compute.cast_weights == "step":
@@ -87,11 +90,9 @@ class Trainer:
         self.loader.start_at(self.step, state["sequences"])
 
         self.autocast = compute.autocast(run.dtype, world.device)
-        self.compiled: Any = torch.compile(self.model, fullgraph=True, dynamic=False) if compiles else self.model
-        self.forward: Any = self.compiled
-        if world.size > 1:
-            buckets = compute.bucket_size(self.model, run.compute)
-            self.forward = DistributedDataParallel(self.compiled, bucket_cap_mb=buckets, gradient_as_bucket_view=True)
+        whole_graph = compiles and not sharded
+        self.compiled: Any = torch.compile(self.model, fullgraph=True, dynamic=False) if whole_graph else self.model
+        self.forward = parallel.synchronized(self.model, self.compiled, run.compute, world)
         self.divide_batch()
         validation = ValidationSet(dataset, run.data, micro_batch=self.micro_batch, **sizes)
         self.evaluator = Evaluator(self.model, self.compiled, self.autocast, validation, hellaswag, dataset, world)
@@ -176,6 +177,7 @@ class Trainer:
             "batch": f"{run.sequences} sequences = {split} = {run.tokens_per_step:,} tokens",
             "chosen": self.chosen,
             "budget": f"{self.steps:,} steps = {total * c.block_size:,} tokens",
+            "shard": parallel.description(run.compute.shard, world),
             "optimizer": f"{run.optimizer}: {run.optim}",
             "state": f"{state_bytes(self.optimizer) / 1e6:,.1f} MB of optimizer state in this process",
             "device": f"{world.device}, {run.compute}",
@@ -221,7 +223,7 @@ class Trainer:
 
         def loss(micro_batch: int) -> Tensor:
             tokens = torch.zeros(micro_batch, run.model.block_size + 1, dtype=torch.uint16)
-            with self.unsynchronized(), self.autocast:
+            with parallel.unsynchronized(self.forward), self.autocast:
                 return self.forward(*to_device(tokens, self.world.device))
 
         self.chosen = None
@@ -268,16 +270,12 @@ class Trainer:
         torch.manual_seed(self.run.seed + 1_000_003 * (step + 1) + 7919 * self.world.rank)
         total = torch.zeros((), device=self.world.device)
         for i, part in enumerate(batch.split(self.micro_batch)):
-            with nullcontext() if i == self.accumulation - 1 else self.unsynchronized():
+            with nullcontext() if i == self.accumulation - 1 else parallel.unsynchronized(self.forward):
                 with self.autocast:
                     loss = self.forward(*to_device(part, self.world.device))
                 (loss * (self.run.grad_multiple / self.accumulation)).backward()
             total += loss.detach() / self.accumulation
         return total
-
-    def unsynchronized(self) -> AbstractContextManager[None]:
-        """A context in which backward passes do not average gradients over the ranks."""
-        return self.forward.no_sync() if isinstance(self.forward, DistributedDataParallel) else nullcontext()
 
     def update(self) -> None:
         """Update the weights and drop the gradients."""
@@ -353,7 +351,7 @@ class Trainer:
     def save(self) -> Path | None:
         """Write a checkpoint and return its folder; in the background, start to write it and return None."""
         gc.collect()
-        self.log.say(replica_warning(self.model.parameters(), self.world))
+        self.log.say(replica_warning(self.model.parameters(), self.world, self.shards))
         state = dict(step=self.step, tokens=self.tokens, sequences=self.sequences, steps=self.steps)
         state |= dict(config=self.settings, measured_on=self.evaluator.measured_on)
         state |= dict(val_loss=self.val_loss, best_val_loss=self.best_val_loss, train_seconds=self.meter.trained)
@@ -363,8 +361,9 @@ class Trainer:
             state["tokenizer"] = tokenizer
         self.log.flush()
         tensors = named_state(self.optimizer, self.model, self.world.rank)
-        average = self.average.averaged if self.average else None
-        return self.checkpoints.save(dict(self.model.named_parameters()), tensors, state, average)
+        weights = parallel.gathered(dict(self.model.named_parameters()), self.world.is_main)
+        average = parallel.gathered(self.average.averaged, self.world.is_main) if self.average else None
+        return self.checkpoints.save(weights, tensors, state, average)
 
 
 def train(t: Trainer) -> None:

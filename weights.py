@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from data.shards import MANIFEST, read_manifest
 from data.tokenizer import PADDING, Tokenizer, facts_by_size, facts_of, get_tokenizer, tokenizer_of
 from model import GPT, GPTConfig
+from optimizers.shards import load_whole
 from runtime.command import first_line, is_out_of_memory
 from runtime.errors import UserError
 from runtime.files import read_json, sha256_of
@@ -122,7 +123,7 @@ def load_weights(model: GPT, path: str) -> str:
     cut_vocabulary(source.model, ours.vocab_size)
     found = source.model.state_dict()
     found["transformer.wpe.weight"] = found["transformer.wpe.weight"][: ours.block_size]
-    model.load_state_dict(found)
+    load_whole(model, found)
     return source.sha256
 
 

@@ -133,13 +133,14 @@ class ComposedOptimizer(Optimizer):
                     state |= direction.owner_state(local(p).new_empty(()).expand(p.shape), blocks)
                 self.state[p] = state
 
-    def _owners(self, p: Tensor) -> Owners:
+    def owners_of(self, p: Tensor) -> Owners:
+        """Who works on a parameter."""
         return self._sharded if p in self._sharded.shapes else self.ownership
 
     def _by_role(self, group: dict[str, Any], params: list[Tensor]) -> Iterator[tuple[Rule, Owners, list[Tensor]]]:
         kinds: dict[tuple[str, Owners], list[Tensor]] = {}
         for p in params:
-            kinds.setdefault((self._role(group, p), self._owners(p)), []).append(p)
+            kinds.setdefault((self._role(group, p), self.owners_of(p)), []).append(p)
         for (role, owners), members in sorted(kinds.items(), key=lambda kind: ROLES.index(kind[0][0])):
             yield self.rule(group, role), owners, members
 
@@ -157,7 +158,7 @@ class ComposedOptimizer(Optimizer):
         """What unpickling calls, and torch's load_state_dict between its hooks, with new state and groups."""
         loaded = "defaults" not in state
         if loaded:
-            fitting = fitting_state(self, state["state"], lambda p: self._owners(p).owns(p))
+            fitting = fitting_state(self, state["state"], lambda p: self.owners_of(p).owns(p))
             check_groups(self, state["param_groups"], self.settings().as_group())
             state = state | {"state": fitting}
         super().__setstate__(state)

@@ -1,10 +1,10 @@
 """Sharded parameters, the DTensors that `fully_shard` makes: which part a rank holds, and which kinds are refused."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .directions import State
 
@@ -12,6 +12,22 @@ from .directions import State
 def local(t: Any) -> Any:
     """This rank's part of a tensor; a tensor that is not sharded, and None, as they are."""
     return t.to_local() if is_dtensor(t) else t
+
+
+def cut(whole: Tensor, like: Any) -> Tensor:
+    """A whole tensor, sharded as `like` is; every rank has the whole tensor, and nothing is sent."""
+    if not is_dtensor(like) or is_dtensor(whole):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = whole.to(like.device)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def load_whole(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load whole weights by name; a sharded model takes its shards of them. Raises RuntimeError if they do not fit."""
+    present = dict(model.named_parameters())
+    model.load_state_dict({name: cut(t, present.get(name)) for name, t in weights.items()})
 
 
 def is_dtensor(t: Any) -> bool:
@@ -97,9 +113,7 @@ def sharded_as(ours: State, saved: State, number: int) -> State:
     out = dict(saved)
     for key, t in ours.items():
         if is_dtensor(t) and not is_dtensor(saved[key]):
-            from torch.distributed.tensor import distribute_tensor
-
-            out[key] = distribute_tensor(saved[key], t.device_mesh, t.placements, src_data_rank=None)  # type: ignore
+            out[key] = cut(saved[key], t)
         elif is_dtensor(saved[key]) and (not is_dtensor(t) or _layout(saved[key]) != _layout(t)):
             raise ValueError(
                 f"state_dict: {key} of parameter {number} is sharded in another way than the parameter; "

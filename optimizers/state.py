@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .shards import local
+from .owners import Owners
+from .shards import cut, is_dtensor, local, sharding_of
 
 NUMBERS = {"bool": bool, "int": int, "float": float}
 TENSOR_OF = {bool: torch.bool, int: torch.int64, float: torch.float64}
@@ -25,18 +26,35 @@ def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 def named_state(optimizer: Optimizer, model: nn.Module, rank: int = 0) -> dict[str, Tensor]:
-    """The state that this rank writes, as "parameter/key": the state it owns, and on rank 0 the state of all ranks."""
-    owner = optimizer.ownership.owner if hasattr(optimizer, "ownership") else {}
+    """The state that this rank writes, as "parameter/key": the state it owns, and on rank 0 the state of all ranks.
+
+    Sharded state is gathered, so every rank must call this, and copied to host memory, one tensor at a time. The
+    parameters are divided over the ranks that write.
+    """
     out = {}
-    for name, p in model.named_parameters():
-        if p not in optimizer.state or owner.get(p, 0) != rank:
-            continue
-        for key, value in optimizer.state[p].items():
+    for number, (name, p) in enumerate(model.named_parameters()):
+        writes = _writer(optimizer, p, number) == rank
+        for key, value in optimizer.state.get(p, {}).items():
+            if is_dtensor(value):
+                value = value.full_tensor().cpu()
+            if not writes:
+                continue
             if isinstance(value, Tensor):
                 out[f"{name}/{key}"] = value if value.dim() else value.clone()  # parameters may share a step count
             elif value is not None:
                 out[f"{name}/{key}#{type(value).__name__}"] = torch.tensor(value, dtype=TENSOR_OF[type(value)])
     return out
+
+
+def _owners(optimizer: Optimizer, p: Tensor) -> Owners:
+    return optimizer.owners_of(p) if hasattr(optimizer, "owners_of") else Owners()
+
+
+def _writer(optimizer: Optimizer, p: Tensor, number: int) -> int:
+    """The rank that writes the state of a parameter: its owner, if it has one. number: its position in the model."""
+    divided = sharding_of(p)
+    otherwise = number % p.device_mesh.size(divided[0]) if divided else 0  # type: ignore[attr-defined]
+    return _owners(optimizer, p).owner.get(p, otherwise)
 
 
 def load_named_state(optimizer: Optimizer, model: nn.Module, saved: Mapping[str, Tensor]) -> None:
@@ -45,7 +63,6 @@ def load_named_state(optimizer: Optimizer, model: nn.Module, saved: Mapping[str,
     Each rank reads what it holds. Raises ValueError if another kind of optimizer made it, or if shapes differ.
     """
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-    owner, rank = (o.owner, o.rank) if (o := getattr(optimizer, "ownership", None)) else ({}, 0)
     keys: dict[str, list[str]] = defaultdict(list)
     for full in sorted(saved):
         name, _, key = full.rpartition("/")
@@ -57,7 +74,7 @@ def load_named_state(optimizer: Optimizer, model: nn.Module, saved: Mapping[str,
         if allocated and p not in optimizer.state:
             continue  # another rank owns this state
         found = {key.partition("#")[0]: key for key in keys[name]}
-        if owner.get(p, rank) != rank:  # this rank only counts the steps of this parameter
+        if not _owners(optimizer, p).owns(p):  # this rank only counts the steps of this parameter
             found = {key: full for key, full in found.items() if key in present}
         if allocated and found.keys() != present.keys():
             raise ValueError(
@@ -69,6 +86,8 @@ def load_named_state(optimizer: Optimizer, model: nn.Module, saved: Mapping[str,
             if isinstance(present.get(key), Tensor) and present[key].shape != torch.as_tensor(value).shape:
                 shapes = f"shape {tuple(torch.as_tensor(value).shape)}, not {tuple(present[key].shape)}"
                 raise ValueError(f"optimizer state {name}/{key}: {shapes}; it belongs to another optimizer or model")
+            if isinstance(value, Tensor) and value.shape == p.shape:
+                values[key] = cut(value, present.get(key, p))
         if values:
             state["state"][i] = values
     optimizer.load_state_dict(state)

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from optimizers.shards import cut, local
+
 
 @contextmanager
 def weights_in_model(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -25,7 +27,7 @@ class WeightAverage:
     """average <- d average + (1 - d) weights after every update, with d = min(decay, (1 + step) / (10 + step)).
 
     The smaller d of the first steps lets the average forget the initial weights. Memory: one copy of the weights on
-    the same device, in every process.
+    the same device, in every process; with `shard`, one shard.
     """
 
     def __init__(self, model: nn.Module, decay: float, saved: Mapping[str, Tensor] | None) -> None:
@@ -34,10 +36,11 @@ class WeightAverage:
         self.parameters: list[Tensor] = list(model.parameters())
         self.averaged = {name: p.detach().clone() for name, p in model.named_parameters()}
         for name, tensor in (saved or {}).items():
-            self.averaged[name].copy_(tensor)
+            self.averaged[name].copy_(cut(tensor, self.averaged[name]))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Include the weights after `step` updates: one pass over the weights."""
         d = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.averaged.values()), self.parameters, weight=1 - d)
+        averaged, present = map(local, self.averaged.values()), map(local, self.parameters)
+        torch._foreach_lerp_(list(averaged), list(present), weight=1 - d)

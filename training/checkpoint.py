@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optimizers.options import errors_of, option
+from optimizers.shards import load_whole
 from optimizers.state import load_named_state
 from runtime.command import first_line
 from runtime.distributed import ALONE, DelayedAny, World
@@ -367,7 +368,7 @@ def load(found: Checkpoint, model: nn.Module, optimizer: Optimizer, name: str) -
     Raises CheckpointError if they do not fit.
     """
     try:
-        model.load_state_dict(found.model())
+        load_whole(model, found.model())
         load_named_state(optimizer, model, found.optimizer())
     except (RuntimeError, ValueError) as error:
         reason, before = " ".join(str(error).split()), found.state["config"].get("optimizer")

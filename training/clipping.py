@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from optimizers.shards import is_dtensor
 from runtime.errors import UserError
 from runtime.hardware import to_host
 
@@ -38,7 +40,8 @@ class GradientClipper:
 
         Raises NonFiniteError for this step on a CPU, and for the previous step on a GPU.
         """
-        norm = clip_grad_norm_(self.parameters, self.max_norm, foreach=True)
+        norm: Any = clip_grad_norm_(self.parameters, self.max_norm, foreach=True)
+        norm = norm.full_tensor() if is_dtensor(norm) else norm
         if self.late:
             self.check()
         self._norms.append((step, to_host(norm)))

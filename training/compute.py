@@ -50,6 +50,11 @@ class ComputeConfig:
     fused_loss: bool = option(
         False, "compute loss and gradient of the logits by one Triton kernel; needs a GPU and bf16", on_resume="free"
     )
+    shard: Literal["none", "full", "hybrid"] = option(
+        "none",
+        "divide weights, gradients and optimizer state over all processes (full) or those of a machine (hybrid)",
+        on_resume="free",
+    )
     bucket_mb: int = option(0, "MB per all-reduce of gradients; 0: a tenth, at least 25", least=0, on_resume="free")
     deterministic: bool = option(False, "bit-exact results on a GPU; slower, without cuDNN attention", on_resume="free")
 
@@ -58,6 +63,8 @@ class ComputeConfig:
         out = errors_of(self)
         if self.deterministic and self.attention == "cudnn":
             out.append('attention="cudnn": its gradients are not deterministic; use "flash", or deterministic=false')
+        if self.shard != "none" and self.cast_weights == "step":
+            out.append(f'shard="{self.shard}": keeps no bfloat16 copies of the weights; leave out cast_weights="step"')
         return out
 
 

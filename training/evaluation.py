@@ -7,15 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import set_stance
 
 from data.hellaswag import HellaSwag
 from data.loader import TrainLoader, ValidationSet, to_device
 from data.shards import DataError, Dataset
 from model import GPT
+from optimizers.shards import load_whole, local
 from runtime.distributed import StopRequest, World
 from training.average import weights_in_model
 from training.checkpoint import Checkpoint
 from training.clipping import NonFiniteError
+from training.parallel import whole_weights
 
 
 class Evaluator:
@@ -75,7 +78,8 @@ class Evaluator:
         if self.bytes_per_token:
             found["val_bits_per_byte"] = self.bits_per_byte(found["val_loss"])
         if self.hellaswag and with_hellaswag:
-            found |= self.hellaswag.score(self.model, self.world, self.autocast)
+            with whole_weights(self.model), set_stance("force_eager"):  # each item has another length
+                found |= self.hellaswag.score(self.model, self.world, self.autocast)
         return found
 
     def bits_per_byte(self, loss: float) -> float:
@@ -94,16 +98,17 @@ class Evaluator:
         sums = torch.zeros(len(validation), dtype=torch.float64, device=world.device)
         interrupted, unreadable = False, None
         model.eval()
-        for number in range(world.rank, len(validation), world.size):
-            if interrupted := stop.signal is not None:
-                break
-            try:
-                idx, targets, windows = validation.inputs(number, step, world.device)
-            except DataError as error:
-                unreadable = error
-                break
-            with self.autocast:
-                sums[number] = model(idx, targets).double() * windows
+        with whole_weights(self.model):
+            for number in range(world.rank, len(validation), world.size):
+                if interrupted := stop.signal is not None:
+                    break
+                try:
+                    idx, targets, windows = validation.inputs(number, step, world.device)
+                except DataError as error:
+                    unreadable = error
+                    break
+                with self.autocast:
+                    sums[number] = model(idx, targets).double() * windows
         model.train()
         world.raise_first(unreadable)
         if any(world.gather(interrupted)):
@@ -135,11 +140,13 @@ def bad_samples(
         with autocast:
             return model(*to_device(row[None], world.device))
 
-    if not all(torch.isfinite(p).all() for p in model.parameters()):  # on a GPU the bad update is in the weights
+    lost = not all(torch.isfinite(local(p)).all() for p in model.parameters())
+    if any(world.gather(lost)):  # on a GPU the bad update is in the weights
         if (found := saved()) is None:
             return "unknown, because the weights are lost and there is no checkpoint"
-        model.load_state_dict(found.model())
-    bad = [name for names in world.gather(loader.bad_samples(step, loss_of)) for name in names]
+        load_whole(model, found.model())
+    with whole_weights(model), set_stance("force_eager"):
+        bad = [name for names in world.gather(loader.bad_samples(step, loss_of)) for name in names]
     if len(bad) in (0, loader.batch_size):
         return f"{'all have' if bad else 'no single one has'} a loss that is not finite, so a smaller --lr may help"
     return ", ".join(bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")

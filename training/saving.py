@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from optimizers.shards import local
 from runtime.distributed import World
 from training.checkpoint import Checkpointer, CheckpointError
 
@@ -48,18 +49,21 @@ class Saver:
 
 
 @torch.no_grad()
-def replica_warning(weights: Iterable[Tensor], world: World) -> str:
-    """A warning if ranks hold other weights than rank 0, which a faulty device or link causes; empty if all are equal.
+def replica_warning(weights: Iterable[Tensor], world: World, shards: int) -> str:
+    """A warning if ranks hold other weights than the first rank with the same shards; empty if all are equal.
 
-    Equal gradients and equal updates keep replicas equal bit for bit, and nothing else compares them. The cost is
-    one pass over the weights and a small exchange between the ranks.
+    A faulty device or link causes that. Equal gradients and equal updates keep replicas equal bit for bit, and nothing
+    else compares them. The cost is one pass over the weights and a small exchange between the ranks.
+
+    shards: over how many ranks weights are divided.
     """
-    if world.size == 1:
+    if world.size == shards:
         return ""
     words = {4: torch.int32, 2: torch.int16, 8: torch.int64}
-    sums = [w.detach().reshape(-1).view(words[w.element_size()]).sum(dtype=torch.int64) for w in weights]
+    sums = [w.reshape(-1).view(words[w.element_size()]).sum(dtype=torch.int64) for w in map(local, weights)]
     found = world.gather(torch.stack(sums).tolist())
-    other = [rank for rank, sums_of_rank in enumerate(found) if sums_of_rank != found[0]]
+    other = [rank for rank, sums_of_rank in enumerate(found) if sums_of_rank != found[rank % shards]]
     ranks = ", ".join(map(str, other[:8])) + (" and more" if len(other) > 8 else "")
-    advice = "a device or a link is faulty, or the machines differ; the weights of rank 0 are saved"
-    return f"warning: the weights of rank {ranks} differ from those of rank 0: {advice}" if other else ""
+    first = f"the first {shards} ranks" if shards > 1 else "rank 0"
+    advice = f"a device or a link is faulty, or the machines differ; the weights of {first} are saved"
+    return f"warning: the weights of rank {ranks} differ from those of {first}: {advice}" if other else ""

@@ -1,0 +1,120 @@
+"""How the processes of a run divide the work: replicas by DistributedDataParallel, or shards by torch's FSDP2.
+
+Sharded weights, gradients and optimizer state are DTensors. Each block of the model is gathered before it computes and
+dropped after it; the optimizers work on the shards themselves.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from model import GPT
+from optimizers.shards import is_dtensor
+from runtime.distributed import World
+from runtime.errors import UserError
+from training.compute import ComputeConfig, bucket_size
+
+
+def shards(kind: str, world: World) -> int:
+    """Over how many processes each weight is divided; 1: every process has all weights.
+
+    kind: "none", "full" (over all processes) or "hybrid" (over those of a machine). Raises UserError if the machines
+    have different numbers of processes.
+    """
+    if kind == "none":
+        return 1
+    if kind == "hybrid" and world.size % world.local_size:
+        raise UserError(
+            f"shard=hybrid: {world.size} processes do not divide into machines of {world.local_size}; "
+            "start equally many on each machine, or use --shard=full"
+        )
+    return world.size if kind == "full" else world.local_size
+
+
+def shard(model: GPT, kind: str, world: World, compiles: bool) -> None:
+    """Shard a model in place: block by block, then the rest. Compiles each block and the loss before, if wanted.
+
+    The whole model cannot be one graph here, because blocks are gathered between them.
+    """
+    if compiles:
+        # the blocks have one code object, and each may need graphs of its own for training and evaluation
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * model.config.n_layer)
+        for part, name in (*((block, "forward") for block in model.transformer.h), (model, "loss")):
+            setattr(part, name, torch.compile(getattr(part, name), fullgraph=True, dynamic=False))
+    each = shards(kind, world)
+    mesh = init_device_mesh(world.device.type, (world.size // each, each), mesh_dim_names=("replicate", "shard"))
+    for module in (*model.transformer.h, model):
+        fully_shard(module, mesh=mesh if kind == "hybrid" else mesh["shard"])
+
+
+def description(kind: str, world: World) -> str:
+    """What is divided over which processes, in words; empty if nothing is."""
+    if kind == "none" or world.size == 1:
+        return ""
+    each = shards(kind, world)
+    copies = f", {world.size // each} copies" if kind == "hybrid" else ""
+    return f"{kind}: weights, gradients and state divided over {each} processes{copies}"
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def synchronized(model: GPT, compiled: Any, config: ComputeConfig, world: World) -> Any:
+    """The model whose backward pass averages gradients over the processes. compiled: the model, compiled or not."""
+    if world.size == 1 or is_sharded(model):
+        return compiled
+    return DistributedDataParallel(compiled, bucket_cap_mb=bucket_size(model, config), gradient_as_bucket_view=True)
+
+
+def unsynchronized(model: Any) -> AbstractContextManager[None]:
+    """A context in which backward passes do not average gradients over the processes. model: from `synchronized`."""
+    if is_sharded(model):
+        return _without_reduction(model)
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+@contextmanager
+def _without_reduction(model: FSDPModule) -> Iterator[None]:
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+@contextmanager
+def whole_weights(model: GPT) -> Iterator[None]:
+    """Give every process all weights, so that forward passes inside need no communication.
+
+    Every process must enter; each may then compute as often as it likes. Memory: the weights.
+    """
+    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(part is not model, recurse=False)  # as `fully_shard` sets it
+
+
+def gathered(tensors: Mapping[str, Tensor], wanted: bool) -> dict[str, Tensor]:
+    """Whole tensors, of sharded ones copies in host memory; empty on a process that does not want them.
+
+    Every process must call it. One tensor at a time is whole on the device.
+    """
+    out = {}
+    for name, t in tensors.items():
+        whole = t.full_tensor().cpu() if is_dtensor(t) else t  # type: ignore[attr-defined]
+        if wanted:
+            out[name] = whole
+    return out
