@@ -35,9 +35,10 @@ def check_license(name: str) -> str:
 
 
 def check_language(code: str) -> str:
-    """A language code. Raises UserError for a form that the hub refuses."""
+    """A language code, of the option or of a manifest. Raises UserError for a form that the hub refuses."""
     if not re.fullmatch(r"[a-z]{2,3}|code|multilingual", code):
-        raise UserError(f"--language {code}: must be a code of ISO 639 in two or three small letters, for example en")
+        need = "the hub takes a code of ISO 639 in two or three small letters; give one, for example --language en"
+        raise UserError(f"language {code}: {need}")
     return code
 
 
@@ -61,6 +62,8 @@ def metadata(trained: Trained, license: str | None, language: str | None, scores
 
     terms, task = data_terms(trained), "text-generation"
     dataset = terms.get("dataset")
+    if (language := language or terms.get("language")) is not None:
+        check_language(language)
     results = []
     if (loss := losses_of(trained).get("val_loss")) is not None:
         name = Path(trained.state["config"]["data"]["path"]).name if "config" in trained.state else "unknown"
@@ -71,7 +74,7 @@ def metadata(trained: Trained, license: str | None, language: str | None, scores
             shots = {"num_few_shot": s["shots"]}
             what = {"metric_type": metric, "metric_name": f"{metric}, {s['shots']}-shot", "metric_value": value}
             results.append(EvalResult(task, s["task"], s["task"], dataset_args=shots, **what))
-    facts: dict[str, Any] = {"license": license, "language": language or terms.get("language")}
+    facts: dict[str, Any] = {"license": license, "language": language}
     facts |= {"datasets": [dataset] if dataset else None, "tags": ["gpt2"]}
     facts |= {"model_name": trained.name, "eval_results": results} if results else {}
     return ModelCardData(library_name="transformers", pipeline_tag=task, **facts).to_yaml()
@@ -96,7 +99,8 @@ def origin(trained: Trained) -> dict[str, object]:
     state, folder = trained.state, trained.run_folder
     environment = folder / ENVIRONMENT if folder else None
     facts = read_json(environment) if environment and environment.exists() else {}
-    found: dict[str, object] = {"training command": f"`{facts['command']}`" if facts.get("command") else None}
+    command = str(facts.get("command") or "").replace("|", r"\|")  # in a table
+    found: dict[str, object] = {"training command": f"`{command}`" if command else None}
     if facts.get("commit"):
         changed = " with uncommitted changes" if facts.get("uncommitted_changes") else ""
         found |= {"commit of the training code": f"{facts['commit']}{changed}"}

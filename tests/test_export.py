@@ -626,7 +626,7 @@ def test_the_manifest_of_an_older_preparation_gives_the_terms_of_its_source(tmp_
     "words, message",
     [
         (["--license", "Apache 2"], "--license Apache 2: the hub does not know it; nearest: apache-2.0"),
-        (["--language", "English"], "--language English: must be a code of ISO 639"),
+        (["--language", "English"], "language English: the hub takes a code of ISO 639"),
         (["--scores", "nowhere.json"], "--scores nowhere.json: no such file; eval.run writes it"),
     ],
 )
@@ -636,6 +636,13 @@ def test_what_the_hub_would_refuse_is_one_clear_line(run, tmp_path, words, messa
     assert str(error.value).startswith(f"eval.export: {message}")
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_language_of_the_manifest_that_the_hub_would_refuse_is_one_clear_line(tmp_path):
+    run = run_with_terms(tmp_path, TERMS | {"language": "English"})
+    with pytest.raises(SystemExit, match="^eval.export: language English: the hub takes a code"):
+        export.main([str(run), str(tmp_path / "hf")])
+    assert not (tmp_path / "hf").exists()
 
 
 def test_scores_of_other_weights_are_not_copied(run, tmp_path):
