@@ -9,10 +9,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from model import GPT
 from optimizers.shards import is_dtensor
@@ -62,15 +63,40 @@ def description(kind: str, world: World) -> str:
     return f"{kind}: weights, gradients and state divided over {each} processes{copies}"
 
 
-def is_sharded(model: torch.nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
 def synchronized(model: GPT, compiled: Any, config: ComputeConfig, world: World) -> Any:
-    """The model whose backward pass averages gradients over the processes. compiled: the model, compiled or not."""
+    """The model whose backward pass averages gradients over the processes. compiled: the model, compiled or not.
+
+    DistributedDataParallel exchanges gradients in buckets. The gradients stay views of the buckets, so they exist once,
+    if the first pass is not in `unsynchronized` and if `clear_gradients` drops them. The buckets are formed anew at the
+    second pass; two passes that compute nothing let a resumed run use the same buckets as one that was not interrupted.
+    """
     if world.size == 1 or is_sharded(model):
         return compiled
-    return DistributedDataParallel(compiled, bucket_cap_mb=bucket_size(model, config), gradient_as_bucket_view=True)
+    both = _ComputesOrTouches(compiled)
+    forward = DistributedDataParallel(both, bucket_cap_mb=bucket_size(model, config), gradient_as_bucket_view=True)
+    for _ in range(2):
+        forward().backward()
+    return forward
+
+
+class _ComputesOrTouches(nn.Module):
+    """A model that returns 0 without arguments; then the gradients of all its parameters are 0."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.model(*inputs) if inputs else sum(p.sum() * 0 for p in self.parameters())  # type: ignore
+
+
+def clear_gradients(model: Any, optimizer: Optimizer) -> None:
+    """Drop the gradients; those in the buckets of DistributedDataParallel become 0. model: from `synchronized`."""
+    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
 
 
 def unsynchronized(model: Any) -> AbstractContextManager[None]:
@@ -105,6 +131,11 @@ def whole_weights(model: GPT) -> Iterator[None]:
         for part in parts:
             part.reshard()
             part.set_reshard_after_forward(part is not model, recurse=False)  # as `fully_shard` sets it
+
+
+def uncompiled(model: GPT) -> AbstractContextManager[object]:
+    """A context in which the parts that `shard` compiled are not: for inputs of many shapes."""
+    return torch.compiler.set_stance("force_eager") if "loss" in vars(model) else nullcontext()
 
 
 def gathered(tensors: Mapping[str, Tensor], wanted: bool) -> dict[str, Tensor]:

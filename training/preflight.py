@@ -65,7 +65,7 @@ def memory_estimate(run: RunConfig, model: GPT, optimizer: Optimizer, world: Wor
     return MemoryEstimate(
         # autocast keeps a bf16 copy of the weights; --ema keeps a float32 copy
         weights=params * ((6 if bf16 else 4) + (4 if run.ema else 0)),
-        gradients=4 * params * (2 if world.size > 1 else 1),  # the accumulated ones, and the all-reduce buckets
+        gradients=4 * params,
         optimizer=state_bytes(optimizer),
         activations=round(c.block_size * (blocks * c.n_embd + logits * c.padded_vocab_size)),
         most=max(1, (2**31 - 1) // (c.block_size * c.padded_vocab_size)),
