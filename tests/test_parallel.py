@@ -156,6 +156,8 @@ def test_hybrid_needs_equal_machines():
     assert shards("full", world) == 6
     with pytest.raises(UserError, match="shard=hybrid: 6 processes do not divide into machines of 4"):
         shards("hybrid", world)
+    with pytest.raises(UserError, match="shard=hybrid: each machine has one process"):
+        shards("hybrid", World(0, 2, torch.device("cpu")))
     assert shards("none", world) == shards("full", ALONE) == 1
 
 

@@ -84,16 +84,16 @@ def first_attempt(need: MemoryEstimate, estimate: int, per_process: int, world: 
 
 
 def choose_micro_batch(
-    need: MemoryEstimate, per_process: int, world: World, attempt: Callable[[int], int]
+    need: MemoryEstimate, per_process: int, world: World, attempt: Callable[[int], int] | None
 ) -> MicroBatch:
     """The largest micro-batch that fits on every rank: estimated on a CPU, measured on a GPU. Every rank must call it.
 
-    per_process: sequences per step of one process. attempt: see `measured_micro_batch`.
+    per_process: sequences per step of one process. attempt: see `measured_micro_batch`; None: estimate on a GPU, too.
     Raises UserError if a single sequence does not fit.
     """
     memory = available_memory(world.device)
     estimate = estimated_micro_batch(need, per_process, world, memory)
-    if world.device.type == "cpu":
+    if world.device.type == "cpu" or attempt is None:
         return MicroBatch(estimate, need.total(estimate), memory[1])
     world.sum(torch.zeros(1, device=world.device))  # communication allocates its memory before the attempts
     first = first_attempt(need, estimate, per_process, world, memory)

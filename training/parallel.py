@@ -25,8 +25,8 @@ from training.compute import ComputeConfig, bucket_size
 def shards(kind: str, world: World) -> int:
     """Over how many processes each weight is divided; 1: every process has all weights.
 
-    kind: "none", "full" (over all processes) or "hybrid" (over those of a machine). Raises UserError if the machines
-    have different numbers of processes.
+    kind: "none", "full" (over all processes) or "hybrid" (over those of a machine). Raises UserError for a hybrid of
+    machines that have different numbers of processes, or one process each.
     """
     if kind == "none":
         return 1
@@ -35,6 +35,8 @@ def shards(kind: str, world: World) -> int:
             f"shard=hybrid: {world.size} processes do not divide into machines of {world.local_size}; "
             "start equally many on each machine, or use --shard=full"
         )
+    if kind == "hybrid" and world.size > world.local_size == 1:
+        raise UserError("shard=hybrid: each machine has one process (LOCAL_WORLD_SIZE is 1); use --shard=full")
     return world.size if kind == "full" else world.local_size
 
 

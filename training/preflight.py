@@ -36,6 +36,7 @@ from training.memory import (
     largest_fitting,
     peak_of_pass,
 )
+from training.parallel import description, is_sharded, shards
 from training.run_config import RunConfig
 
 MANY_EPOCHS = 10
@@ -62,11 +63,19 @@ def memory_estimate(run: RunConfig, model: GPT, optimizer: Optimizer, world: Wor
     residual = (model.residual_dtype or torch.float32).itemsize
     block = 2 * residual + 14 * element
     blocks = residual * c.n_layer + block if model.recompute_blocks else block * c.n_layer
+    average = 4 if run.ema else 0  # --ema keeps a float32 copy
+    weights = params * ((6 if bf16 else 4) + average)  # autocast keeps a bf16 copy
+    gradients, state = 4 * params, state_bytes(optimizer)
+    if (each := shards(run.compute.shard, world)) > 1:
+        largest = max(sum(p.numel() for p in block.parameters()) for block in model.transformer.h)
+        others = params - sum(p.numel() for p in model.transformer.h.parameters())
+        weights = params * (4 + average) // each + (2 * params if bf16 else 0) + 4 * (others + 2 * largest)
+        gradients = 4 * params // each + 4 * params + 4 * max(others, largest)
+        state = state if is_sharded(model) else -(-state // each)
     return MemoryEstimate(
-        # autocast keeps a bf16 copy of the weights; --ema keeps a float32 copy
-        weights=params * ((6 if bf16 else 4) + (4 if run.ema else 0)),
-        gradients=4 * params,
-        optimizer=state_bytes(optimizer),
+        weights=weights,
+        gradients=gradients,
+        optimizer=state,
         activations=round(c.block_size * (blocks * c.n_embd + logits * c.padded_vocab_size)),
         most=max(1, (2**31 - 1) // (c.block_size * c.padded_vocab_size)),
     )
@@ -77,7 +86,8 @@ def fitting_micro_batch(
 ) -> MicroBatch:
     """The largest micro-batch that fits and divides a process's batch: measured on a GPU, estimated on a CPU.
 
-    loss: maps n to the loss of a micro-batch of n sequences, computed as in training.
+    It is estimated if the model is sharded, too: every pass communicates, and if one process ran out of memory, the
+    others would wait for it. loss: maps n to the loss of a micro-batch of n sequences, computed as in training.
     """
     need = memory_estimate(run, model, optimizer, world)
     reserve = 0 if optimizer.state else need.optimizer  # torch optimizers allocate state at their first step
@@ -85,7 +95,7 @@ def fitting_micro_batch(
     def attempt(micro_batch: int) -> int:
         return peak_of_pass(partial(loss, micro_batch), model.parameters(), reserve, world.device)
 
-    return choose_micro_batch(need, run.per_process(world.size), world, attempt)
+    return choose_micro_batch(need, run.per_process(world.size), world, None if is_sharded(model) else attempt)
 
 
 def on_meta_device(run: RunConfig, world: World) -> tuple[GPT, Optimizer]:
@@ -93,7 +103,7 @@ def on_meta_device(run: RunConfig, world: World) -> tuple[GPT, Optimizer]:
     with torch.device("meta"):
         model = GPT(run.model)
     apply_compute(model, run.compute, wants_bf16(run.dtype, world.device))
-    return model, build_optimizer(model, run.optim, world.group)
+    return model, build_optimizer(model, run.optim, world.group if shards(run.compute.shard, world) == 1 else None)
 
 
 def check_shards(dataset: Dataset, world: World, verify: bool) -> tuple[list[str], str]:
@@ -154,10 +164,12 @@ def memory_lines(run: RunConfig, world: World, machines: Machines | None) -> tup
     """What a process and the checkpoints need, one fact a line, and whether memory and disk suffice."""
     model, optimizer = on_meta_device(run, world)
     need, all_state = memory_estimate(run, model, optimizer, world), state_bytes(optimizer)
-    if machines:
-        need, memory = replace(need, optimizer=planned_state(optimizer, world.size)), (machines.memory, machines.memory)
-    else:
-        memory, all_state = available_memory(world.device), state_bytes(build_optimizer(model, run.optim))
+    sharded = description(run.compute.shard, world)
+    memory = (machines.memory, machines.memory) if machines else available_memory(world.device)
+    if machines and not sharded:
+        need = replace(need, optimizer=planned_state(optimizer, world.size))
+    if not machines:
+        all_state = state_bytes(build_optimizer(model, run.optim))
     divided = run.per_process(world.size)
     most = run.micro_batch or largest_fitting(need, divided, world, memory)
     micro_batch = divisors(divided, most if machines else min(world.gather(most)))[0]
@@ -174,9 +186,11 @@ def memory_lines(run: RunConfig, world: World, machines: Machines | None) -> tup
         f"{run.per_process(world.size) // micro_batch}{'' if run.micro_batch else ', estimated to fit'}",
         f"  disk     {gb(disk)} for {kept} checkpoints{compared(disk, free)}",
     ]
-    if saving.background:  # on the first process; the others copy no weights
-        copy = gb(weights + need.optimizer)
-        lines.append(f"  host     {copy} for the copy that background checkpoints are written from")
+    if sharded:
+        lines.insert(0, f"  shard    {sharded}")
+    if copies := bool(sharded) + saving.background:  # on the first process; the others copy no weights
+        copy = gb(copies * (weights + need.optimizer))
+        lines.append(f"  host     {copy} for what checkpoints are written from")
     return lines, total <= limit and disk <= free
 
 
