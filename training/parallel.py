@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -50,10 +50,18 @@ def shard(model: GPT, kind: str, world: World, compiles: bool) -> None:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * model.config.n_layer)
         for part, name in (*((block, "forward") for block in model.transformer.h), (model, "loss")):
             setattr(part, name, torch.compile(getattr(part, name), fullgraph=True, dynamic=False))
-    each = shards(kind, world)
-    mesh = init_device_mesh(world.device.type, (world.size // each, each), mesh_dim_names=("replicate", "shard"))
+    mesh = _mesh(kind, world)
     for module in (*model.transformer.h, model):
-        fully_shard(module, mesh=mesh if kind == "hybrid" else mesh["shard"])
+        fully_shard(module, mesh=mesh)
+
+
+def _mesh(kind: str, world: World) -> DeviceMesh:
+    """All processes, or machines x processes. Groups that torch makes would wait 30 minutes for a lost rank."""
+    if kind == "full":
+        return init_device_mesh(world.device.type, (world.size,))
+    ranks = torch.arange(world.size).view(-1, world.local_size)
+    groups = [world.subgroup(lists.tolist()) for lists in (ranks.T, ranks)]
+    return DeviceMesh.from_group(groups, world.device.type, ranks, mesh_dim_names=("replicate", "shard"))
 
 
 def description(kind: str, world: World) -> str:
