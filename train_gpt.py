@@ -260,7 +260,7 @@ class Trainer:
             self.accumulate(self.following_batch, self.step + 1)
             self.clipper.clip(self.step + 1)
             self.lookahead.update_previous_grad()
-            self.optimizer.zero_grad(set_to_none=True)
+            parallel.clear_gradients(self.forward, self.optimizer)
         loss, norm = self.accumulate(batch, self.step), self.clipper.clip(self.step)
         return loss, norm
 
@@ -280,7 +280,7 @@ class Trainer:
     def update(self) -> None:
         """Update the weights and drop the gradients."""
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        parallel.clear_gradients(self.forward, self.optimizer)
         if self.lookahead:
             self.lookahead.update_last_grad()
         self.step, self.val_loss = self.step + 1, None

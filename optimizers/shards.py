@@ -15,13 +15,17 @@ def local(t: Any) -> Any:
 
 
 def cut(whole: Tensor, like: Any) -> Tensor:
-    """A whole tensor, sharded as `like` is; every rank has the whole tensor, and nothing is sent."""
+    """A whole tensor, sharded as `like` is: a copy of this rank's part. Every rank has the whole tensor."""
     if not is_dtensor(like) or is_dtensor(whole):
         return whole
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor
 
-    whole = whole.to(like.device)
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    part, mesh = whole, like.device_mesh
+    if found := sharding_of(like):
+        rank, dim, shapes = mesh.get_local_rank(found[0]), found[1], shard_shapes(like)
+        part = whole.narrow(dim, sum(shape[dim] for shape in shapes[:rank]), shapes[rank][dim])
+    part = part.to(like.device, copy=True, memory_format=torch.contiguous_format)
+    return DTensor.from_local(part, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def load_whole(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -139,8 +139,8 @@ def state_bytes(optimizer: Optimizer) -> int:
 def _first_states(optimizer: Optimizer) -> list[tuple[Tensor, int, dict[str, Any]]]:
     """The state that a first step creates, found by a step on copies of a few small parameters.
 
-    For each group and number of dimensions: the smallest parameter, the number of elements of all such parameters, and
-    the state of the smallest one.
+    For each group and number of dimensions: the smallest parameter, the number of elements that this process has of all
+    such parameters, and the state of the smallest one.
     """
     out = []
     for group in optimizer.param_groups:
@@ -155,5 +155,5 @@ def _first_states(optimizer: Optimizer) -> list[tuple[Tensor, int, dict[str, Any
             # a copy lacks this mark; without it, torch looks for "capturable" on GPU machines, and Adafactor has none
             probe._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]
             probe.step()
-            out.append((smallest, sum(p.numel() for p in members), dict(probe.state[twin])))
+            out.append((smallest, sum(local(p).numel() for p in members), dict(probe.state[twin])))
     return out

@@ -59,6 +59,11 @@ class World:
         """The process group of all ranks; None with one process."""
         return dist.group.WORLD if self.size > 1 else None
 
+    def subgroup(self, lists: list[list[int]]) -> dist.ProcessGroup:
+        """The process group of the list of ranks that has this one. Every rank must call it, with equal lists."""
+        timeout = NCCL_TIMEOUT if self.device.type == "cuda" else TIMEOUT
+        return dist.new_subgroups_by_enumeration(lists, timeout=timeout)[0]
+
     def sum(self, x: Tensor) -> Tensor:
         """Sum of a tensor over all ranks, in place."""
         if self.size > 1:

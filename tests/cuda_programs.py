@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -26,6 +27,7 @@ from config.load import load_config
 from model import GPT
 from optimizers import REGISTRY, build_optimizer
 from optimizers.owners import Sharded
+from runtime.distributed import World
 from training.clipping import GradientClipper
 from training.compute import ComputeConfig, attention_kernel, torch_settings
 from training.preflight import memory_estimate
@@ -112,6 +114,17 @@ def memory(*arguments: str) -> dict:
         return dict(peak=peak, estimate=estimate, total=torch.cuda.mem_get_info()[1], micro_batch=t.micro_batch)
 
 
+def memory_of_one(processes: str, *arguments: str) -> dict:
+    """As `memory`, of the first process of many on one machine. The others do not exist; nothing is sent."""
+    start, size = dist.init_process_group, int(processes)
+    os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes)
+    dist.init_process_group = lambda *_, **__: start("fake", rank=0, world_size=size, store=dist.HashStore())
+    dist.new_group = lambda *_, **__: dist.group.WORLD
+    dist.all_to_all_single = lambda *_, **__: SimpleNamespace(wait=lambda: None)
+    World.gather = lambda self, item: [item] * size
+    return memory(*arguments)
+
+
 def launches(size: str, optimizer: str, compiled: str) -> dict:
     """What one step of an optimizer launches for all parameters of a GPT-2, by kernel, and the bytes that it needs."""
     run = load_config(f"config/{SIZES[size]}.py", [f"--optimizer={optimizer}"])
@@ -164,7 +177,7 @@ def sharded(optimizer: str, compiled: str) -> dict:
 if __name__ == "__main__":
     if null_gpu.is_active():
         ignore_numbers()
-    programs = [train, waits, waits_found, compiled_later, attention, memory, launches, sharded]
+    programs = [train, waits, waits_found, compiled_later, attention, memory, memory_of_one, launches, sharded]
     result = {f.__name__: f for f in programs}[sys.argv[1]](*sys.argv[2:])
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(result))

@@ -202,8 +202,18 @@ def test_correctness_takes_no_warning_of_torch_for_a_wait(on_gpu):
 
 
 @needs_two_gpus
-def test_no_step_of_two_processes_waits_for_the_device(on_gpu):
-    assert result_of("waits", *on_gpu, "--optimizer=mars_m", gpus=2) == 0
+@pytest.mark.parametrize(
+    "shard, compiled", [("none", "false"), ("full", "false"), ("full", "true"), ("hybrid", "false")]
+)
+def test_no_step_of_two_processes_waits_for_the_device(on_gpu, shard, compiled):
+    settings = ["--optimizer=mars_m", f"--shard={shard}", f"--compile={compiled}"]
+    assert result_of("waits", *on_gpu, *settings, gpus=2) == 0
+
+
+@needs_two_gpus
+def test_two_sharded_processes_train_compiled(on_gpu):
+    output_of("train", *on_gpu, "--optimizer=mars_m", "--shard=full", "--compile=true", "--ema=0.9", gpus=2)
+    check_losses(on_gpu)
 
 
 @needs_two_gpus
@@ -232,6 +242,19 @@ def test_attention_uses_the_backend_that_the_setting_names(setting):
 @pytest.mark.parametrize("compiled", ["false", "true"])
 def test_the_memory_estimate_is_within_8_percent_of_the_allocators_peak(wide, compiled):
     found = result_of("memory", *wide("batch_size=16", "micro_batch=8", f"compile={compiled}"))
+    assert found["estimate"] == pytest.approx(found["peak"], rel=0.08), found
+
+
+@needs_two_gpus
+def test_gradients_of_replicas_exist_once(wide):
+    found = result_of("memory", *wide("batch_size=16", "micro_batch=4", "compile=false"), gpus=2)
+    assert found["estimate"] == pytest.approx(found["peak"], rel=0.04), found  # buckets beside them would be 8 %
+
+
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_the_memory_estimate_of_one_of_eight_sharded_processes(wide, compiled):
+    settings = ["n_layer=12", "batch_size=128", "micro_batch=8", "optimizer=mars", "shard=full"]
+    found = result_of("memory_of_one", "8", *wide(*settings, f"compile={compiled}"), memory=85 * GB)
     assert found["estimate"] == pytest.approx(found["peak"], rel=0.08), found
 
 

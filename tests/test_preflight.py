@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,7 +88,7 @@ def test_weights_gradients_and_state_are_those_of_the_trainer(arguments, optimiz
     assert need.total(2) == need.weights + need.gradients + need.optimizer + 2 * need.activations
 
 
-def test_the_exact_form_keeps_one_more_gradient_and_several_processes_need_buckets(arguments):
+def test_the_exact_form_keeps_one_more_gradient_and_replicas_need_no_more(arguments):
     runs = [
         load_config(arguments[0], [*arguments[1:], "--optimizer=mars", f"--is_approx={approx}"])
         for approx in ("true", "false")
@@ -97,7 +98,31 @@ def test_the_exact_form_keeps_one_more_gradient_and_several_processes_need_bucke
     assert exact.total(1) - approx.total(1) == exact.optimizer - approx.optimizer == 4 * corrected
     model, optimizer = on_meta_device(runs[0], ALONE)
     two = memory_estimate(runs[0], model, optimizer, World(0, 2, torch.device("cpu")))
-    assert two.gradients == 2 * approx.gradients
+    assert two.gradients == approx.gradients
+
+
+@pytest.mark.parametrize("optimizer, all_of_it", [("adamw", 8), ("mars", 12)])
+def test_shards_need_a_part_of_the_weights_and_of_the_state(arguments, optimizer, all_of_it):
+    """One block is gathered while the next one computes; gradients are whole until a step's last micro-batch."""
+    words = [*arguments[1:], f"--optimizer={optimizer}", "--shard=full"]
+    run = load_config(arguments[0], words)
+    model = GPT(run.model)
+    params, block = model.num_params(), sum(p.numel() for p in model.transformer.h[0].parameters())
+    others = params - run.model.n_layer * block
+    need = estimate(run, World(0, 4, torch.device("cpu")))
+    assert need.weights == params + 4 * (others + 2 * block)
+    assert need.gradients == params + 4 * params + 4 * max(block, others)
+    assert need.optimizer <= all_of_it * params / 4 + 1
+
+
+@pytest.mark.parametrize(
+    "shard, expected", [("none", "exceeds the 24.00 GB available"), ("full", "; 24.00 GB are available")]
+)
+def test_the_largest_model_fits_on_small_cards_if_it_is_sharded(capsys, shard, expected):
+    words = ["--optimizer=adamw", "--micro_batch=auto", f"--shard={shard}"]
+    with suppress(SystemExit):
+        train_gpt.main(["config/gpt2_xl.py", "--preflight", "--as=8xRTX4090", *words])
+    assert expected in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -139,7 +164,7 @@ def test_the_copy_of_background_checkpoints_is_reported(arguments, capsys):
     train_gpt.main([*arguments, "--preflight", "--checkpoint.background=true"])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  host"))
     params = GPT(load_config(arguments[0], arguments[1:]).model).num_params()
-    assert line == f"  host     {12 * params / 1e9:.2f} GB for the copy that background checkpoints are written from"
+    assert line == f"  host     {12 * params / 1e9:.2f} GB for what checkpoints are written from"
 
 
 def test_the_speed_is_read_from_the_metrics_of_the_run(arguments, capsys, tmp_path):

@@ -351,6 +351,9 @@ def from_a_whole_state_dict(folder, name, mesh, expected):
         for n, p in model.items():
             p.copy_(cut(weights[n], p))
     optimizer.load_state_dict(state)
+    loaded = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, DTensor)]
+    for t in map(DTensor.to_local, loaded):
+        assert t.untyped_storage().nbytes() == t.nbytes, "a shard keeps the whole tensor in memory"
     return differences(train(model, optimizer, SAVED_AT), expected[name])
 
 

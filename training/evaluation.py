@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import set_stance
 
 from data.hellaswag import HellaSwag
 from data.loader import TrainLoader, ValidationSet, to_device
@@ -18,7 +17,7 @@ from runtime.distributed import StopRequest, World
 from training.average import weights_in_model
 from training.checkpoint import Checkpoint
 from training.clipping import NonFiniteError
-from training.parallel import whole_weights
+from training.parallel import uncompiled, whole_weights
 
 
 class Evaluator:
@@ -78,7 +77,7 @@ class Evaluator:
         if self.bytes_per_token:
             found["val_bits_per_byte"] = self.bits_per_byte(found["val_loss"])
         if self.hellaswag and with_hellaswag:
-            with whole_weights(self.model), set_stance("force_eager"):  # each item has another length
+            with whole_weights(self.model), uncompiled(self.model):
                 found |= self.hellaswag.score(self.model, self.world, self.autocast)
         return found
 
@@ -145,7 +144,7 @@ def bad_samples(
         if (found := saved()) is None:
             return "unknown, because the weights are lost and there is no checkpoint"
         load_whole(model, found.model())
-    with whole_weights(model), set_stance("force_eager"):
+    with whole_weights(model), uncompiled(model):
         bad = [name for names in world.gather(loader.bad_samples(step, loss_of)) for name in names]
     if len(bad) in (0, loader.batch_size):
         return f"{'all have' if bad else 'no single one has'} a loss that is not finite, so a smaller --lr may help"

@@ -84,16 +84,16 @@ def first_attempt(need: MemoryEstimate, estimate: int, per_process: int, world: 
 
 
 def choose_micro_batch(
-    need: MemoryEstimate, per_process: int, world: World, attempt: Callable[[int], int]
+    need: MemoryEstimate, per_process: int, world: World, attempt: Callable[[int], int] | None
 ) -> MicroBatch:
     """The largest micro-batch that fits on every rank: estimated on a CPU, measured on a GPU. Every rank must call it.
 
-    per_process: sequences per step of one process. attempt: see `measured_micro_batch`.
+    per_process: sequences per step of one process. attempt: see `measured_micro_batch`; None: estimate on a GPU, too.
     Raises UserError if a single sequence does not fit.
     """
     memory = available_memory(world.device)
     estimate = estimated_micro_batch(need, per_process, world, memory)
-    if world.device.type == "cpu":
+    if world.device.type == "cpu" or attempt is None:
         return MicroBatch(estimate, need.total(estimate), memory[1])
     world.sum(torch.zeros(1, device=world.device))  # communication allocates its memory before the attempts
     first = first_attempt(need, estimate, per_process, world, memory)
@@ -139,10 +139,10 @@ def peak_of_pass(loss: Callable[[], Tensor], parameters: Iterable[Tensor], reser
     GPU the gradients may occupy parts of the large blocks that the first pass frees, and the second pass needs others.
     `reserve` bytes and the margin are occupied during the passes: the reserve is for memory that is used later, such
     as optimizer state that is not allocated yet. The answer includes the reserve and not the margin.
-    Weights and random generators are unchanged afterwards, and gradients are None.
+    Weights and random generators are unchanged afterwards, and gradients are None, or 0 if they were not None.
     Raises torch.OutOfMemoryError if the passes do not fit.
     """
-    parameters, gpu = list(parameters), device.type == "cuda"
+    gradients, gpu = [(p, p.grad) for p in parameters], device.type == "cuda"
     margin = round(MARGIN * available_memory(device)[1]) if gpu else 0
     if gpu:
         torch.cuda.reset_peak_memory_stats(device)
@@ -154,7 +154,7 @@ def peak_of_pass(loss: Callable[[], Tensor], parameters: Iterable[Tensor], reser
         del occupied
         return torch.cuda.max_memory_allocated(device) - margin if gpu else 0
     finally:
-        for p in parameters:
-            p.grad = None
+        for p, before in gradients:
+            p.grad = before.zero_() if before is not None else None
         if gpu:
             torch.cuda.reset_peak_memory_stats(device)

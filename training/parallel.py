@@ -9,10 +9,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from model import GPT
 from optimizers.shards import is_dtensor
@@ -24,8 +25,8 @@ from training.compute import ComputeConfig, bucket_size
 def shards(kind: str, world: World) -> int:
     """Over how many processes each weight is divided; 1: every process has all weights.
 
-    kind: "none", "full" (over all processes) or "hybrid" (over those of a machine). Raises UserError if the machines
-    have different numbers of processes.
+    kind: "none", "full" (over all processes) or "hybrid" (over those of a machine). Raises UserError for a hybrid of
+    machines that have different numbers of processes, or one process each.
     """
     if kind == "none":
         return 1
@@ -34,6 +35,8 @@ def shards(kind: str, world: World) -> int:
             f"shard=hybrid: {world.size} processes do not divide into machines of {world.local_size}; "
             "start equally many on each machine, or use --shard=full"
         )
+    if kind == "hybrid" and world.size > world.local_size == 1:
+        raise UserError("shard=hybrid: each machine has one process (LOCAL_WORLD_SIZE is 1); use --shard=full")
     return world.size if kind == "full" else world.local_size
 
 
@@ -47,10 +50,18 @@ def shard(model: GPT, kind: str, world: World, compiles: bool) -> None:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * model.config.n_layer)
         for part, name in (*((block, "forward") for block in model.transformer.h), (model, "loss")):
             setattr(part, name, torch.compile(getattr(part, name), fullgraph=True, dynamic=False))
-    each = shards(kind, world)
-    mesh = init_device_mesh(world.device.type, (world.size // each, each), mesh_dim_names=("replicate", "shard"))
+    mesh = _mesh(kind, world)
     for module in (*model.transformer.h, model):
-        fully_shard(module, mesh=mesh if kind == "hybrid" else mesh["shard"])
+        fully_shard(module, mesh=mesh)
+
+
+def _mesh(kind: str, world: World) -> DeviceMesh:
+    """All processes, or machines x processes. Groups that torch makes would wait 30 minutes for a lost rank."""
+    if kind == "full":
+        return init_device_mesh(world.device.type, (world.size,))
+    ranks = torch.arange(world.size).view(-1, world.local_size)
+    groups = [world.subgroup(lists.tolist()) for lists in (ranks.T, ranks)]
+    return DeviceMesh.from_group(groups, world.device.type, ranks, mesh_dim_names=("replicate", "shard"))
 
 
 def description(kind: str, world: World) -> str:
@@ -62,15 +73,40 @@ def description(kind: str, world: World) -> str:
     return f"{kind}: weights, gradients and state divided over {each} processes{copies}"
 
 
-def is_sharded(model: torch.nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
 def synchronized(model: GPT, compiled: Any, config: ComputeConfig, world: World) -> Any:
-    """The model whose backward pass averages gradients over the processes. compiled: the model, compiled or not."""
+    """The model whose backward pass averages gradients over the processes. compiled: the model, compiled or not.
+
+    DistributedDataParallel exchanges gradients in buckets. The gradients stay views of the buckets, so they exist once,
+    if the first pass is not in `unsynchronized` and if `clear_gradients` drops them. The buckets are formed anew at the
+    second pass; two passes that compute nothing let a resumed run use the same buckets as one that was not interrupted.
+    """
     if world.size == 1 or is_sharded(model):
         return compiled
-    return DistributedDataParallel(compiled, bucket_cap_mb=bucket_size(model, config), gradient_as_bucket_view=True)
+    both = _ComputesOrTouches(compiled)
+    forward = DistributedDataParallel(both, bucket_cap_mb=bucket_size(model, config), gradient_as_bucket_view=True)
+    for _ in range(2):
+        forward().backward()
+    return forward
+
+
+class _ComputesOrTouches(nn.Module):
+    """A model that returns 0 without arguments; then the gradients of all its parameters are 0."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.model(*inputs) if inputs else sum(p.sum() * 0 for p in self.parameters())  # type: ignore
+
+
+def clear_gradients(model: Any, optimizer: Optimizer) -> None:
+    """Drop the gradients; those in the buckets of DistributedDataParallel become 0. model: from `synchronized`."""
+    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
 
 
 def unsynchronized(model: Any) -> AbstractContextManager[None]:
@@ -105,6 +141,11 @@ def whole_weights(model: GPT) -> Iterator[None]:
         for part in parts:
             part.reshard()
             part.set_reshard_after_forward(part is not model, recurse=False)  # as `fully_shard` sets it
+
+
+def uncompiled(model: GPT) -> AbstractContextManager[object]:
+    """A context in which the parts that `shard` compiled are not: for inputs of many shapes."""
+    return torch.compiler.set_stance("force_eager") if "loss" in vars(model) else nullcontext()
 
 
 def gathered(tensors: Mapping[str, Tensor], wanted: bool) -> dict[str, Tensor]:

@@ -36,6 +36,7 @@ from training.memory import (
     largest_fitting,
     peak_of_pass,
 )
+from training.parallel import description, is_sharded, shards
 from training.run_config import RunConfig
 
 MANY_EPOCHS = 10
@@ -62,11 +63,19 @@ def memory_estimate(run: RunConfig, model: GPT, optimizer: Optimizer, world: Wor
     residual = (model.residual_dtype or torch.float32).itemsize
     block = 2 * residual + 14 * element
     blocks = residual * c.n_layer + block if model.recompute_blocks else block * c.n_layer
+    average = 4 if run.ema else 0  # --ema keeps a float32 copy
+    weights = params * ((6 if bf16 else 4) + average)  # autocast keeps a bf16 copy
+    gradients, state = 4 * params, state_bytes(optimizer)
+    if (each := shards(run.compute.shard, world)) > 1:
+        largest = max(sum(p.numel() for p in block.parameters()) for block in model.transformer.h)
+        others = params - sum(p.numel() for p in model.transformer.h.parameters())
+        weights = params * (4 + average) // each + (2 * params if bf16 else 0) + 4 * (others + 2 * largest)
+        gradients = 4 * params // each + 4 * params + 4 * max(others, largest)
+        state = state if is_sharded(model) else -(-state // each)
     return MemoryEstimate(
-        # autocast keeps a bf16 copy of the weights; --ema keeps a float32 copy
-        weights=params * ((6 if bf16 else 4) + (4 if run.ema else 0)),
-        gradients=4 * params * (2 if world.size > 1 else 1),  # the accumulated ones, and the all-reduce buckets
-        optimizer=state_bytes(optimizer),
+        weights=weights,
+        gradients=gradients,
+        optimizer=state,
         activations=round(c.block_size * (blocks * c.n_embd + logits * c.padded_vocab_size)),
         most=max(1, (2**31 - 1) // (c.block_size * c.padded_vocab_size)),
     )
@@ -77,7 +86,8 @@ def fitting_micro_batch(
 ) -> MicroBatch:
     """The largest micro-batch that fits and divides a process's batch: measured on a GPU, estimated on a CPU.
 
-    loss: maps n to the loss of a micro-batch of n sequences, computed as in training.
+    It is estimated if the model is sharded, too: every pass communicates, and if one process ran out of memory, the
+    others would wait for it. loss: maps n to the loss of a micro-batch of n sequences, computed as in training.
     """
     need = memory_estimate(run, model, optimizer, world)
     reserve = 0 if optimizer.state else need.optimizer  # torch optimizers allocate state at their first step
@@ -85,7 +95,7 @@ def fitting_micro_batch(
     def attempt(micro_batch: int) -> int:
         return peak_of_pass(partial(loss, micro_batch), model.parameters(), reserve, world.device)
 
-    return choose_micro_batch(need, run.per_process(world.size), world, attempt)
+    return choose_micro_batch(need, run.per_process(world.size), world, None if is_sharded(model) else attempt)
 
 
 def on_meta_device(run: RunConfig, world: World) -> tuple[GPT, Optimizer]:
@@ -93,7 +103,7 @@ def on_meta_device(run: RunConfig, world: World) -> tuple[GPT, Optimizer]:
     with torch.device("meta"):
         model = GPT(run.model)
     apply_compute(model, run.compute, wants_bf16(run.dtype, world.device))
-    return model, build_optimizer(model, run.optim, world.group)
+    return model, build_optimizer(model, run.optim, world.group if shards(run.compute.shard, world) == 1 else None)
 
 
 def check_shards(dataset: Dataset, world: World, verify: bool) -> tuple[list[str], str]:
@@ -159,7 +169,7 @@ class Needs:
     limit: int  # memory that is available to a process
     checkpoints: int  # largest number on the disk
     disk: int  # of these checkpoints
-    copy: int  # in host memory, from which background checkpoints are written
+    copies: int  # in host memory of the first process, from which checkpoints are written; the others copy no weights
 
     @property
     def total(self) -> int:
@@ -170,17 +180,20 @@ def needs_of(run: RunConfig, world: World, machines: Machines | None) -> Needs:
     """What a run needs on the machine at hand, or on planned ones. Every rank must call it."""
     model, optimizer = on_meta_device(run, world)
     need, all_state = memory_estimate(run, model, optimizer, world), state_bytes(optimizer)
-    if machines:
-        need, memory = replace(need, optimizer=planned_state(optimizer, world.size)), (machines.memory, machines.memory)
-    else:
-        memory, all_state = available_memory(world.device), state_bytes(build_optimizer(model, run.optim))
+    sharded = description(run.compute.shard, world)
+    memory = (machines.memory, machines.memory) if machines else available_memory(world.device)
+    if machines and not sharded:
+        need = replace(need, optimizer=planned_state(optimizer, world.size))
+    if not machines:
+        all_state = state_bytes(build_optimizer(model, run.optim))
     divided = run.per_process(world.size)
     most = run.micro_batch or largest_fitting(need, divided, world, memory)
     micro_batch = divisors(divided, most if machines else min(world.gather(most)))[0]
     limit = memory[1] if world.device.type == "cuda" else memory[0] // world.local_size
     saving, weights = run.checkpoint, (8 if run.ema else 4) * model.num_params()
     kept = checkpoints_kept(run.total_steps, saving.every, saving.keep, saving.milestone_every)
-    return Needs(need, micro_batch, limit, kept, kept * (weights + all_state), weights + need.optimizer)
+    copies = (bool(sharded) + saving.background) * (weights + need.optimizer)
+    return Needs(need, micro_batch, limit, kept, kept * (weights + all_state), copies)
 
 
 def memory_lines(run: RunConfig, world: World, machines: Machines | None) -> tuple[list[str], bool]:
@@ -196,8 +209,10 @@ def memory_lines(run: RunConfig, world: World, machines: Machines | None) -> tup
         f"{run.per_process(world.size) // micro_batch}{'' if run.micro_batch else ', estimated to fit'}",
         f"  disk     {gb(found.disk)} for {found.checkpoints} checkpoints{compared(found.disk, free)}",
     ]
-    if run.checkpoint.background:  # on the first process; the others copy no weights
-        lines.append(f"  host     {gb(found.copy)} for the copy that background checkpoints are written from")
+    if sharded := description(run.compute.shard, world):
+        lines.insert(0, f"  shard    {sharded}")
+    if found.copies:
+        lines.append(f"  host     {gb(found.copies)} for what checkpoints are written from")
     return lines, found.total <= found.limit and found.disk <= free
 
 
