@@ -2,8 +2,8 @@
 
 A shard is a header of 1024 bytes, little-endian int32 (magic 20240520, version 1, token count, zeros), followed by
 uint16 tokens. llm.c and modded-nanogpt use this format. nanoGPT's `train.bin` and `val.bin`, which have no header, can
-be read too. `manifest.json` names the tokenizer, the source, and each shard with its token count, largest token and
-sha256.
+be read too. `manifest.json` names the tokenizer, the source with licence and citation, and each shard with its token
+count, largest token and sha256.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from data.reading import FILES, WAITS, DataError, read_at
+from data.terms import terms_of
 from data.tokenizer import facts_by_size
 from data.unlabelled import other_content
 from runtime.errors import UserError
@@ -205,6 +206,8 @@ def read_manifest(path: Path) -> dict:
             raise UserError(f"bad entry for the tokenizer's {wrong[0]}")
         if "file" in tokenizer and Path(tokenizer["file"]).name != tokenizer["file"]:
             raise UserError(f"bad entry for {tokenizer['file']!r}")
+        if any(type(text) is not str for text in manifest.get("terms", {}).values()):
+            raise UserError(f"bad entry for the terms, {manifest['terms']!r}")
         counts = source.get("read") or {"documents": 0, "unreadable": 0}
         if type(counts["documents"] - counts["unreadable"]) is not int:
             raise UserError(f"bad entry for {counts!r}")
@@ -266,9 +269,10 @@ def read_entry(shard: Shard, eot: int | None, waits: Sequence[float] = WAITS) ->
 
 
 def write_manifest(folder: Path, tokenizer: dict, source: dict, splits: Mapping[str, Iterable[ShardEntry]]) -> None:
-    """Write manifest.json. A dataset with a manifest is complete."""
+    """Write manifest.json, with the terms that follow from the source. A dataset with a manifest is complete."""
     listed = {split: [asdict(e) for e in shards] for split, shards in splits.items()}
-    write_json(folder / MANIFEST, {"format": 1, "tokenizer": tokenizer, "source": source, "splits": listed})
+    facts = {"format": 1, "tokenizer": tokenizer, "source": source, "terms": terms_of(source)}
+    write_json(folder / MANIFEST, facts | {"splits": listed})
 
 
 def required_manifest(folder: Path) -> dict:

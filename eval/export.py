@@ -4,9 +4,9 @@ CHECKPOINT is a run folder, a checkpoint folder, or a .pt file of nanoGPT or of 
 export is loaded back and its logits are compared on real text. It is deleted if they differ.
 """
 
-import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ import torch
 from safetensors import SafetensorError
 
 from data.tokenizer import CharacterTokenizer, FileTokenizer, GPT2Tokenizer, Tokenizer
+from eval.card import check_language, check_license, model_card, scores_of
 from eval.command import model_parser
 from model import GPT
 from runtime.command import first_line, one_line
 from runtime.errors import UserError
 from runtime.files import UNFINISHED, delete_folder, follow_umask, locked, replace_folder
+from training.plot import CURVES
 from weights import HUGGING_FACE_KEYS, TRAINED_AS, Trained, open_trained
 
 TEXT = Path(__file__).resolve().parent.parent / "LICENSE"  # the text on which model and export are compared
@@ -145,48 +147,18 @@ def tokenizers_agree(tokenizer: Tokenizer, folder: Path) -> bool:
     return theirs.encode(text, add_special_tokens=False, verbose=False) == tokenizer.encode(text)
 
 
-def model_card(trained: Trained, difference: float) -> str:
-    """README.md of an export: where the weights come from, their losses and the settings of the run."""
-    c, state = trained.model.config, trained.state
-    facts: dict[str, object] = {"parameters": f"{trained.model.num_params():,}", "weights sha256": trained.sha256}
-    facts |= {k: state[k] for k in ("code", "step", "tokens", "val_loss", "best_val_loss") if state.get(k) is not None}
-    facts |= {
-        "attention also divided by layer + 1": c.scale_attn_by_inverse_layer_idx,
-        "GELU": c.gelu,
-        "biases in training": c.bias,
-        "tokenizer": trained.facts["name"],
-        "vocabulary": c.vocab_size,
-        "largest logit difference to the checkpoint": f"{difference:.1e}",
-    }
-    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    settings = ""
-    if "config" in state:
-        settings = f"\nSettings of the run:\n\n```json\n{json.dumps(state['config'], indent=1)}\n```\n"
-    start, tokenizer = "", trained.tokenizer
-    if tokenizer is not None:
-        separator = getattr(tokenizer, "separator", "<|endoftext|>")
-        start = f" Start texts with `{separator!r}`." if separator == "\n" else f" Start texts with `{separator}`."
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [gpt2]
----
-
-# {trained.name}
-
-A GPT-2 for `AutoModelForCausalLM` and `AutoTokenizer`. Losses are in nats per
-token on the run's validation split.{start}
-
-| | |
-|---|---|
-{rows}
-{settings}"""
-
-
-def export(trained: Trained, out: Path, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
+def export(
+    trained: Trained,
+    out: Path,
+    dtype: torch.dtype = torch.float32,
+    license: str | None = None,
+    language: str | None = None,
+    scores: Sequence[dict] = (),
+) -> tuple[float, float]:
     """Write a Hugging Face folder; returns the largest logit difference and the largest logit.
 
     dtype: of the weights in the folder. The weights of `trained` are rounded to it before the comparison.
+    license, language, scores: for the model card, see `metadata` in eval/card.py.
     The folder gets its name when it is complete and on the disk. Raises UserError, and leaves no folder, if `out`
     exists or the export does not compute the same.
     """
@@ -212,7 +184,12 @@ def export(trained: Trained, out: Path, dtype: torch.dtype = torch.float32) -> t
         if tokenizer and not tokenizers_agree(tokenizer, temporary):
             raise UserError(f"{out} was not written: its tokenizer gives other ids")
         with full_disk_in_one_line(out):
-            (temporary / "README.md").write_text(model_card(trained, difference), encoding="utf-8")
+            curves = trained.run_folder / CURVES if trained.run_folder else None
+            drawn = curves is not None and curves.exists()
+            if curves is not None and drawn:
+                shutil.copyfile(curves, temporary / CURVES)
+            card = model_card(trained, difference, license, language, list(scores), drawn)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
             follow_umask(temporary)
             for path in temporary.iterdir():
                 with path.open("r+b") as file:
@@ -246,6 +223,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("out", nargs="?", type=Path, help="folder to write; must not exist")
     parser.add_argument("--out", dest="named", metavar="OUT", type=Path, help="another way to name it")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights in OUT")
+    parser.add_argument("--license", help="of the weights, as the hub writes it, for example apache-2.0; default: none")
+    parser.add_argument("--language", help="of the text, for example en; default: the dataset's, if it is known")
+    parser.add_argument("--scores", type=Path, help="results.json of eval.run, to copy the scores of these weights")
     args = parser.parse_args(argv)
     if (args.out is None) == (args.named is None):
         parser.error("give one folder to write: CHECKPOINT OUT, or CHECKPOINT --out OUT")
@@ -257,14 +237,22 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("export needs: pip install transformers") from None
         logging.disable_progress_bar()
         refuse_existing(out)  # before the work
+        license = check_license(args.license) if args.license else None
+        language = check_language(args.language) if args.language else None
         named = (args.tokenizer, args.ranks, args.eot)
         trained = open_trained(args.checkpoint, torch.device("cpu"), *named, text="if known")
         if trained.kind == "huggingface":
             raise UserError(f"{args.checkpoint} is a Hugging Face folder already")
+        scores = scores_of(args.scores, trained)
+        if args.scores and not scores:
+            raise UserError(
+                f"--scores {args.scores}: no complete score of these weights (sha256 {trained.sha256[:12]}...)"
+            )
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
             with locked(out.with_name(f".{out.name}.lock")):
-                difference, largest = export(trained, out, getattr(torch, args.dtype))
+                dtype = getattr(torch, args.dtype)
+                difference, largest = export(trained, out, dtype, license, language, scores)
         except BlockingIOError:
             raise UserError(f"{out}: another export writes it at the moment") from None
     print(f"{out}: {trained.name}, vocabulary {trained.model.config.vocab_size}")

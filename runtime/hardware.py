@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -178,9 +179,10 @@ def to_host(x: Tensor) -> Callable[[], Tensor]:
 
 
 def environment(device: torch.device, world_size: int) -> dict:
-    """Facts that are needed to judge or repeat a run: commit, versions, machine."""
+    """Facts that are needed to judge or repeat a run: command, commit, versions, machine."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": _git("rev-parse", "HEAD") or os.environ.get("SOURCE_COMMIT"),  # a copy of the files has no .git
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),

@@ -22,6 +22,7 @@ if __package__ in (None, ""):  # run as a file: python scripts/report.py
 import torch
 
 from eval.comparison import bytes_per_token, comparable, different_settings, groups_of, tokenizer_name
+from eval.expected import PAGE
 from eval.perplexity import describe, describe_pair
 from eval.report_html import html_page
 from eval.table import markdown, markdown_table, published, size_of
@@ -346,7 +347,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with one_line("report"):
         if args.on_track:
-            print(on_track(read_run(args.on_track)))
+            print(f"{on_track(read_run(args.on_track))}\npublished losses by size, optimizer and tokens: {PAGE}")
             return
         runs = read_runs(args.runs)
         more = paired_lines(args.paired) if args.paired else []

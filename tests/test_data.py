@@ -108,7 +108,7 @@ def damage_manifest(key, value):
 def damage_facts(key, value):
     def damage(folder):
         manifest = json.loads((folder / "manifest.json").read_text())
-        manifest |= {key: value} if key == "source" else {"tokenizer": manifest["tokenizer"] | {key: value}}
+        manifest |= {key: value} if key in ("source", "terms") else {"tokenizer": manifest["tokenizer"] | {key: value}}
         (folder / "manifest.json").write_text(json.dumps(manifest))
 
     return damage
@@ -139,6 +139,7 @@ def remove_validation(folder):
         (damage_facts("vocab_size", "60"), "bad entry for the tokenizer's vocab_size"),
         (damage_facts("eot", []), "bad entry for the tokenizer's eot"),
         (damage_facts("source", ["x"]), "manifest.json: not a dataset manifest"),
+        (damage_facts("terms", {"licence": 5}), "bad entry for the terms, {'licence': 5}"),
         (
             damage_facts("source", {"read": {"documents": "1", "unreadable": 0}}),
             "manifest.json: not a dataset manifest",

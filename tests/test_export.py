@@ -18,13 +18,14 @@ from test_model import CASES, GOLDEN, golden_model
 
 import train_gpt
 from data.tokenizer import GPT2_PATTERN, ByteTokenizer, GPT2Tokenizer
-from eval import export
+from eval import card, export
 from model import GPT, GPTConfig
 from runtime.files import locked, sha256_of
 from training.checkpoint import open_checkpoint
 from weights import load_weights, open_trained
 
 transformers = pytest.importorskip("transformers")
+huggingface_hub = pytest.importorskip("huggingface_hub")
 CPU = torch.device("cpu")
 
 
@@ -60,9 +61,9 @@ def test_an_export_loads_by_the_auto_classes_and_computes_the_same(run, exported
         difference = (model(torch.tensor([ids])).logits - ours.model(torch.tensor([ids]))).abs().max()
     assert difference < 1e-4
     assert all((p == 0).all() for n, p in model.named_parameters() if n.endswith("attn.bias"))
-    card = (exported / "README.md").read_text()
-    assert "| val_loss | 5.5 |" in card
-    assert '"optimizer": "adamw"' in card
+    page = (exported / "README.md").read_text()
+    assert "| val_loss | 5.5 |" in page
+    assert '"optimizer": "adamw"' in page
 
 
 @pytest.mark.parametrize("what", ["scale", "gelu", "bias"])
@@ -544,3 +545,108 @@ def test_only_the_weights_are_hashed_and_only_once(dataset, tmp_path, monkeypatc
     assert hashed == ["model.safetensors"]
     with pytest.raises(ValueError, match="optimizer-0.safetensors does not match its sha256"):
         open_checkpoint(folder)  # a trainer reads it
+
+
+TERMS = {"dataset": "HuggingFaceFW/fineweb", "language": "en", "licence": "ODC-By 1.0", "citation": "Somebody, 2024"}
+
+
+def run_with_terms(folder, terms):
+    """A run with a picture and facts about its start, on a dataset with these terms."""
+    data = byte_dataset(folder / "corpus")
+    manifest = json.loads((data / "manifest.json").read_text())
+    (data / "manifest.json").write_text(json.dumps(manifest | {"terms": terms}))
+    run = byte_run(folder, data)
+    facts = {"command": "python train_gpt.py config/x.py --seed=1", "commit": "abc123", "uncommitted_changes": True}
+    (run / "environment.json").write_text(json.dumps(facts))
+    (run / "curves.png").write_bytes(b"\x89PNG")
+    return run
+
+
+def test_the_hub_reads_the_card(tmp_path):
+    run = run_with_terms(tmp_path, TERMS)
+    record = {"checkpoint": "run", "sha256": open_trained(run, CPU).sha256, "task": "boolq", "shots": 5, "limit": None}
+    record |= {"metric": "acc", "score": 0.5, "stderr": 0.01, "all_metrics": {}, "requests": 2}
+    others = [record | {"sha256": "0"}, record | {"limit": 3, "task": "piqa"}]
+    (tmp_path / "results.json").write_text(json.dumps({"scores": [record, *others]}))
+    words = ["--license", "apache-2.0", "--scores", str(tmp_path / "results.json")]
+    export.main([str(run), str(tmp_path / "hf"), *words])
+    page = huggingface_hub.ModelCard.load(tmp_path / "hf" / "README.md")
+    data = page.data
+    assert (data.license, data.language, data.datasets) == ("apache-2.0", "en", ["HuggingFaceFW/fineweb"])
+    assert (data.library_name, data.pipeline_tag, data.tags) == ("transformers", "text-generation", ["gpt2"])
+    assert data.model_name == "run"
+    results = {(r.dataset_type, r.metric_type): (r.metric_value, r.dataset_args) for r in data.eval_results}
+    assert results == {
+        ("HuggingFaceFW/fineweb", "loss"): (5.5, None),
+        ("boolq", "acc"): (50.0, {"num_few_shot": 5}),
+    }
+    for line in (
+        "| training command | `python train_gpt.py config/x.py --seed=1` |",
+        "| commit of the training code | abc123 with uncommitted changes |",
+        "| seed | 1 |",
+        "| tokens | 3000 |",
+        "![loss](curves.png)",
+        "- licence: ODC-By 1.0",
+        "- citation: Somebody, 2024",
+        "Licence of these weights: apache-2.0.",
+    ):
+        assert line in page.text.splitlines(), line
+    assert (tmp_path / "hf" / "curves.png").read_bytes() == b"\x89PNG"
+
+
+def test_without_a_licence_the_card_says_so_and_guesses_none(run, exported, tmp_path):
+    """The dataset of this run is the user's own, and its manifest has a source that nobody knows."""
+    page = huggingface_hub.ModelCard.load(exported / "README.md")
+    assert (page.data.license, page.data.language, page.data.datasets) == (None, None, None)
+    assert "- licence: none recorded" in page.text.splitlines()
+    assert "Licence of these weights: not stated." in page.text
+    assert "curves.png" not in page.text
+    export.main([str(run), str(tmp_path / "hf"), "--language", "de"])
+    assert huggingface_hub.ModelCard.load(tmp_path / "hf" / "README.md").data.language == "de"
+
+
+def test_the_manifest_of_an_older_preparation_gives_the_terms_of_its_source(tmp_path):
+    run = run_with_terms(tmp_path, {})
+    path = tmp_path / "corpus" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["terms"]
+    path.write_text(json.dumps(manifest | {"source": {"name": "pretokenized", "repo": "kjj0/fineweb10B-gpt2"}}))
+    export.main([str(run), str(tmp_path / "hf")])
+    page = huggingface_hub.ModelCard.load(tmp_path / "hf" / "README.md")
+    assert page.data.datasets == ["HuggingFaceFW/fineweb"]
+    assert "ODC-By 1.0" in page.text
+    shutil.rmtree(tmp_path / "corpus")
+    export.main([str(run), str(tmp_path / "gone")])
+    page = huggingface_hub.ModelCard.load(tmp_path / "gone" / "README.md")
+    assert page.data.datasets is None
+    assert "- licence: none recorded: corpus had no manifest.json at the time of the export" in page.text
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--license", "Apache 2"], "--license Apache 2: the hub does not know it; nearest: apache-2.0"),
+        (["--language", "English"], "--language English: must be a code of ISO 639"),
+        (["--scores", "nowhere.json"], "--scores nowhere.json: no such file; eval.run writes it"),
+    ],
+)
+def test_what_the_hub_would_refuse_is_one_clear_line(run, tmp_path, words, message):
+    with pytest.raises(SystemExit) as error:
+        export.main([str(run), str(tmp_path / "hf"), *words])
+    assert str(error.value).startswith(f"eval.export: {message}")
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scores_of_other_weights_are_not_copied(run, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({"scores": []}))
+    with pytest.raises(SystemExit, match="no complete score of these weights"):
+        export.main([str(run), str(tmp_path / "hf"), "--scores", str(tmp_path / "results.json")])
+
+
+def test_the_loss_of_the_plain_weights_is_not_that_of_the_averaged_ones(run):
+    trained = open_trained(run, CPU)
+    assert card.losses_of(trained) == {"val_loss": 5.5, "best_val_loss": 5.5}
+    averaged = replace(trained, name="run:average")
+    assert card.losses_of(averaged) == {}
+    assert "model-index" not in card.metadata(averaged, None, None, [])

@@ -21,10 +21,12 @@ from data import shards
 from data.loader import DataConfig, TrainLoader
 from data.prepare import build, output, sources
 from data.prepare import command as prepare
+from data.prepare.corpora import CORPORA, PRETOKENIZED
 from data.prepare.hub import answers, hub_problem
 from data.prepare.split import NanoGPT
 from data.shards import HEADER_BYTES, DataError, open_dataset, shard_problems, write_shard
-from data.tokenizer import ByteTokenizer, pieces
+from data.terms import terms_of
+from data.tokenizer import ByteTokenizer, facts_of, pieces
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -499,8 +501,34 @@ def test_info_states_documents_tokens_shards_and_epochs(whole, capsys):
     assert f"{tokens:,} tokens, 599 documents, {-(-tokens // 10_000)} shards" in printed
     assert f"{1e6 / tokens:.2f} with 1,000,000 tokens of training" in printed
     assert "val_seed        2357" in printed
+    assert "licence         none recorded" in printed  # these files are the user's own
     assert "--budget nan: must be a number of tokens above 0" in stops(["info", str(whole), "--budget", "nan"])
     assert "/nowhere: no such folder" in stops(["info", "/nowhere"])
+
+
+def test_a_manifest_has_the_terms_of_its_source(tmp_path):
+    entry = write_shard(tmp_path / "train_000000.bin", np.zeros(8, dtype=np.uint16), 8)
+    facts, splits = facts_of(ByteTokenizer()), {"train": [entry], "val": []}
+    for source, dataset, words in (
+        ({"name": "openwebtext", "repo": "Skylion007/openwebtext"}, "Skylion007/openwebtext", "CC0 1.0"),
+        ({"name": "pretokenized", "repo": "kjj0/finewebedu10B-gpt2"}, "HuggingFaceFW/fineweb-edu", "Common Crawl"),
+        ({"name": "openwebtext", "repo": "somebody/else"}, None, "none recorded"),
+        ({"name": "text", "root": "/books"}, None, "none recorded"),
+        ({"name": "pydocs"}, None, "PSF-2.0"),
+    ):
+        shards.write_manifest(tmp_path, facts, source, splits)
+        terms = shards.read_manifest(tmp_path / "manifest.json")["terms"]
+        assert terms.get("dataset") == dataset
+        assert words in terms["licence"]
+
+
+def test_every_corpus_that_a_command_names_has_licence_and_citation():
+    repositories = [corpus.repo for corpus in CORPORA.values()] + [repo for repo, _ in PRETOKENIZED.values()]
+    page = (ROOT / "docs" / "data.md").read_text()
+    for repository in repositories:
+        terms = terms_of({"repo": repository})
+        assert terms.keys() == {"dataset", "language", "licence", "citation"}, repository
+        assert f"[{terms['dataset']}](https://huggingface.co/datasets/{terms['dataset']})" in page
 
 
 def test_info_describes_shards_without_a_manifest(tmp_path, capsys):

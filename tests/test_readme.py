@@ -93,7 +93,10 @@ def test_every_command_and_its_options_exist(page, words, keys, capsys):
             assert option in text, option
     elif "train_gpt.py" in words:
         rest = words[words.index("train_gpt.py") + 1 :]
-        load_config(ROOT / rest[0], [word for word in rest[1:] if word != "--help"])
+        text = help_of("train_gpt", [], capsys)
+        own = [word for word in rest[1:] if re.match(r"--(help|preflight|as)\b", word)]
+        assert all(word.partition("=")[0] in text for word in own), words
+        load_config(ROOT / rest[0], [word for word in rest[1:] if word not in own])
     elif words[0] in ("bash", "sbatch"):
         script = next(word for word in words if word.startswith("scripts/"))
         text = (ROOT / script).read_text() + (ROOT / "scripts/train.sh").read_text()

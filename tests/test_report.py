@@ -11,6 +11,7 @@ from conftest import CONFIG, ROOT, environment
 from small_runs import byte_dataset, byte_run
 
 import train_gpt
+from eval import expected
 from eval.report_html import sample
 from eval.table import published
 from model import GPT, GPTConfig
@@ -40,6 +41,7 @@ def test_on_track_at_a_published_count(tmp_path, loss, verdict, capsys):
     line = capsys.readouterr().out
     assert f"openwebtext: {verdict} the band at 20B tokens: best loss" in line
     assert "a: AdamW, small, openwebtext" in line
+    assert line.endswith(": docs/expected_loss.md\n")
     assert f"20B tokens: best loss {loss:.3f}, published 3.024 +- 0.03" in line
 
 
@@ -120,7 +122,37 @@ def test_published_rows_are_complete_and_name_their_sources():
     for row in published()["downstream"]:
         assert len(row["scores"]) == 9 or (row["scores"] == {} and 20 < row["mean"] < 90)
         assert all(20 < s < 90 for s in row["scores"].values())
-    assert {p["source"] for p in published()["losses"]} | {"downstream"} == set(published()["sources"])
+    numbers = published()
+    read = {r["source"] for key in ("losses", "curves") for r in numbers[key]}
+    assert read == set(numbers["reading_error"])
+    assert read | {"downstream"} == set(numbers["sources"])
+
+
+def test_the_page_of_expected_losses_is_what_its_command_writes():
+    text = expected.page()
+    assert text == (ROOT / expected.PAGE).read_text()
+    assert "| small | AdamW |  |  | 3.193 |  |  | 2.885 | MARS README |" in text  # lowest, as published
+    assert "| small | Muon |  | 3.287* | 3.159* | 3.051* | 2.977* | 2.920* | MARS README curve |" in text
+    assert "| medium | MARS-M |  |  |  |  | 2.933* | 2.627 | MARS-M plot |" in text
+    arms = {(r["size"], r["method"]) for r in published()["losses"]}
+    assert all(f"| {size} | {method} |" in text for size, method in arms)
+
+
+def test_published_curves_fall_and_end_above_the_published_minimum():
+    """No height of a curve may be below the lowest loss of the same run, beyond the reading errors."""
+    numbers = published()
+    errors, ends = numbers["reading_error"], {}
+    for p in numbers["losses"]:
+        if p["source"] == "MARS-M plot" and p["kind"] == "best":
+            ends[p["size"], p["data"], p["method"]] = p["loss"]
+    curves: dict = {}
+    for c in numbers["curves"]:
+        curves.setdefault((c["source"], c["size"], c["data"], c["method"]), []).append((c["tokens"], c["loss"]))
+    for (source, *arm), points in curves.items():
+        losses = [loss for _, loss in sorted(points)]
+        assert losses == sorted(losses, reverse=True)
+        if source == "MARS-M curve":
+            assert losses[-1] > ends[tuple(arm)] - errors[source]
 
 
 @pytest.mark.parametrize("path", ["openwebtext", "owt_1B", "OpenWebText-2"])

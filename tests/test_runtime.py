@@ -66,7 +66,9 @@ def test_a_cpu_has_no_peak_and_a_resident_size():
 
 def test_the_environment_names_versions_and_device(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.99.0+cu130")  # the version of the package may lack the build
+    monkeypatch.setattr(sys, "argv", ["/somewhere/train_gpt.py", "config/my run.py", "--seed=2"])
     facts = hardware.environment(torch.device("cpu"), 2)
+    assert facts["command"] == "python train_gpt.py 'config/my run.py' --seed=2"
     assert facts["packages"]["torch"] == "2.99.0+cu130"
     assert facts["processes"] == 2
     json.dumps(facts)

@@ -6,7 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -160,11 +160,27 @@ def planned_state(optimizer: Optimizer, processes: int) -> int:
     return state_bytes(optimizer) - of_matrices + -(-of_matrices // processes)
 
 
-def memory_lines(run: RunConfig, world: World, machines: Machines | None) -> tuple[list[str], bool]:
-    """What a process and the checkpoints need, one fact a line, and whether memory and disk suffice."""
+@dataclass(frozen=True)
+class Needs:
+    """What one process of a run needs, and what its checkpoints need; sizes in bytes."""
+
+    memory: MemoryEstimate
+    micro_batch: int  # given, or the largest that is estimated to fit
+    limit: int  # memory that is available to a process
+    checkpoints: int  # largest number on the disk
+    disk: int  # of these checkpoints
+    copies: int  # in host memory of the first process, from which checkpoints are written
+
+    @property
+    def total(self) -> int:
+        return self.memory.total(self.micro_batch)
+
+
+def needs_of(run: RunConfig, world: World, machines: Machines | None) -> Needs:
+    """What a run needs on the machine at hand, or on planned ones. Every rank must call it."""
     model, optimizer = on_meta_device(run, world)
     need, all_state = memory_estimate(run, model, optimizer, world), state_bytes(optimizer)
-    sharded = description(run.compute.shard, world)
+    sharded = shards(run.compute.shard, world) > 1
     memory = (machines.memory, machines.memory) if machines else available_memory(world.device)
     if machines and not sharded:
         need = replace(need, optimizer=planned_state(optimizer, world.size))
@@ -173,25 +189,45 @@ def memory_lines(run: RunConfig, world: World, machines: Machines | None) -> tup
     divided = run.per_process(world.size)
     most = run.micro_batch or largest_fitting(need, divided, world, memory)
     micro_batch = divisors(divided, most if machines else min(world.gather(most)))[0]
-    total, limit = need.total(micro_batch), memory[1] if world.device.type == "cuda" else memory[0] // world.local_size
+    limit = memory[1] if world.device.type == "cuda" else memory[0] // world.local_size
     saving, weights = run.checkpoint, (8 if run.ema else 4) * model.num_params()
     kept = checkpoints_kept(run.total_steps, saving.every, saving.keep, saving.milestone_every)
-    disk = kept * (weights + all_state)
+    copies = (sharded + saving.background) * (weights + need.optimizer)  # whole tensors; and their copies
+    return Needs(need, micro_batch, limit, kept, kept * (weights + all_state), copies)
+
+
+def memory_lines(run: RunConfig, world: World, machines: Machines | None) -> tuple[list[str], bool]:
+    """What a process and the checkpoints need, one fact a line, and whether memory and disk suffice."""
+    found = needs_of(run, world, machines)
+    need, micro_batch = found.memory, found.micro_batch
     free = math.inf if machines else shutil.disk_usage(existing_parent(Path(run.log.folder) / run.name)).free
     lines = [
-        f"  memory   at least {gb(total)} a process: weights {gb(need.weights)}, "
+        f"  memory   at least {gb(found.total)} a process: weights {gb(need.weights)}, "
         f"gradients {gb(need.gradients)}, optimizer {gb(need.optimizer)}, "
-        f"activations {gb(micro_batch * need.activations)}{compared(total, limit)}",
+        f"activations {gb(micro_batch * need.activations)}{compared(found.total, found.limit)}",
         f"  batch    {run.sequences} sequences = {world.size} processes x {micro_batch} x "
         f"{run.per_process(world.size) // micro_batch}{'' if run.micro_batch else ', estimated to fit'}",
-        f"  disk     {gb(disk)} for {kept} checkpoints{compared(disk, free)}",
+        f"  disk     {gb(found.disk)} for {found.checkpoints} checkpoints{compared(found.disk, free)}",
     ]
-    if sharded:
+    if sharded := description(run.compute.shard, world):
         lines.insert(0, f"  shard    {sharded}")
-    if copies := bool(sharded) + saving.background:  # on the first process; the others copy no weights
-        copy = gb(copies * (weights + need.optimizer))
-        lines.append(f"  host     {copy} for what checkpoints are written from")
-    return lines, total <= limit and disk <= free
+    if found.copies:
+        lines.append(f"  host     {gb(found.copies)} for what checkpoints are written from")
+    return lines, found.total <= found.limit and found.disk <= free
+
+
+def planned_run(run: RunConfig, machines: Machines) -> tuple[RunConfig, World]:
+    """A run as it would be on planned GPUs, in bfloat16 and compiled if it may choose, and its first process."""
+    run = replace(run, dtype="bfloat16" if run.dtype == "auto" else run.dtype)
+    run = replace(run, compile="true" if run.compile == "auto" else run.compile)
+    return run, World(0, machines.processes, torch.device("cuda"), local_size=machines.gpus)
+
+
+def assumed_rate(run: RunConfig, machines: Machines) -> float | None:
+    """Tokens per second of a run on planned GPUs at ASSUMED_MFU; None for a card whose peak is not known."""
+    peak, passes = peak_of_card(machines.card), 1 if getattr(run.optim, "is_approx", True) else 2
+    flops = passes * on_meta_device(run, ALONE)[0].flops_per_token()
+    return ASSUMED_MFU * machines.processes * peak / flops if peak else None
 
 
 def data_lines(run: RunConfig, world: World, verify: bool) -> tuple[list[str], bool]:
@@ -225,19 +261,14 @@ def report(
     folder, tokens = Path(run.log.folder) / run.name, run.total_steps * run.tokens_per_step
     planned, title = world, f"{world.size} x {world.device.type}"
     if machines:
-        run = replace(run, dtype="bfloat16" if run.dtype == "auto" else run.dtype)
-        run = replace(run, compile="true" if run.compile == "auto" else run.compile)
-        planned = World(0, machines.processes, torch.device("cuda"), local_size=machines.gpus)
+        run, planned = planned_run(run, machines)
         title = str(machines)
     memory, enough = memory_lines(run, planned, machines)
     data, good = data_lines(run, world, verify)
     if rate is None and not machines and (folder / METRICS).exists():
         rate = measured_rate(read_metrics(folder / METRICS))
     time_line = f"  time     {time_needed(tokens, rate)}"
-    if machines and rate is None and (peak := peak_of_card(machines.card)):
-        passes = 1 if getattr(run.optim, "is_approx", True) else 2
-        flops = passes * on_meta_device(run, ALONE)[0].flops_per_token()
-        assumed = ASSUMED_MFU * machines.processes * peak / flops
+    if machines and rate is None and (assumed := assumed_rate(run, machines)):
         time_line = f"  time     {time_needed(tokens, assumed)}, with an assumed MFU of {ASSUMED_MFU:.0%}, not measured"
     lines = [f"preflight of {run.name} on {title}", *memory, *data, time_line]
     if not machines:

@@ -7,6 +7,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.shards import MANIFEST, SPLITS, DataError, Dataset, entries, open_dataset, required_manifest, shard_problems
+from data.terms import recorded_terms
 
 
 def verify(folder: Path) -> str:
@@ -37,7 +38,8 @@ def info(folder: Path, budget: float | None) -> str:
     dataset = open_dataset(folder, 1 << 16 if bare else manifest["tokenizer"]["vocab_size"])
     hint = f"no {MANIFEST}; to write one: python -m data.prepare pretokenized --source {folder}"
     lines = [f"{folder}: {hint}" if bare else describe(folder)]
-    lines += [f"  {key:15} {value}" for key, value in manifest.get("source", {}).items()]
+    facts = manifest.get("source", {}) | (recorded_terms(manifest) if manifest else {})
+    lines += [f"  {key:15} {value}" for key, value in facts.items()]
     for split in SPLITS:
         facts = _facts_of_tokens(dataset, split) if bare else _facts_of_manifest(dataset, split)
         lines.append(f"  {split:15} {dataset.tokens(split):,} tokens, {facts}")
