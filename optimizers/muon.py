@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from .composed import ComposedOptimizer
 from .directions import Adaptive, Momentum, summed
-from .newton_schulz import NSDtype, Orthogonal, Scale
+from .newton_schulz import COEFFICIENTS_HELP, Coefficients, NSDtype, Orthogonal, Scale, coefficient_errors
 from .options import option
 from .roles import Assignment, grouped
 from .settings import Rule, Settings
@@ -35,6 +35,7 @@ class OrthogonalConfig(Settings):
     )
     ns_steps: int = option(5, "Newton-Schulz iterations", least=1)
     ns_dtype: NSDtype = option("auto", "dtype of Newton-Schulz; auto: bfloat16 on a GPU, float32 on a CPU")
+    coefficients: Coefficients = option("quintic", COEFFICIENTS_HELP)
     split_qkv: bool = option(
         False, "orthogonalize query, key and value separately instead of as one matrix", run_only=True
     )
@@ -49,7 +50,13 @@ class OrthogonalConfig(Settings):
 
     def orthogonal(self, momentum: Momentum) -> Orthogonal:
         """The direction of matrices."""
-        return Orthogonal(momentum, self.scale, ns_steps=self.ns_steps, ns_dtype=self.ns_dtype)
+        return Orthogonal(
+            momentum, self.scale, ns_steps=self.ns_steps, ns_dtype=self.ns_dtype, coefficients=self.coefficients
+        )
+
+    def errors(self) -> list[str]:
+        """Everything wrong with these settings, one line each."""
+        return super().errors() or coefficient_errors(self.coefficients, self.ns_steps)
 
     def groups(self, assignments: list[Assignment]) -> list[dict[str, Any]]:
         """Parameter groups with learning rate and decay by role, and query, key and value in three blocks if asked."""
@@ -106,6 +113,7 @@ class Muon(ComposedOptimizer):
         scale: Scale = "moonlight",
         ns_steps: int = 5,
         ns_dtype: NSDtype = "auto",
+        coefficients: Coefficients = "quintic",
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         adamw_eps_first: bool = True,

@@ -28,6 +28,7 @@ CONFIGS = {name: settings for name, settings in OPTIMIZERS.items() if name != "a
     "muon": MuonConfig(split_qkv=True),
     "mars_m_exact": MARSMConfig(is_approx=False),
     "mars_m_one_buffer": MARSMConfig(clip_c=False),
+    "muon_polar_express": MuonConfig(coefficients="polar_express"),
     "mars_shampoo": MARSConfig(mars_type="mars-shampoo", optimize_1d=True),
 }
 
