@@ -18,7 +18,7 @@ from .composed import ComposedOptimizer
 from .directions import Adaptive, AdaptiveByRaw, Direction, Sign, averaged, summed
 from .newton_schulz import COEFFICIENTS_HELP, Coefficients, NSDtype, Orthogonal, coefficient_errors
 from .options import option
-from .settings import Rule, Settings
+from .settings import DECAY_KIND_HELP, DecayKind, Rule, Settings
 from .signatures import arguments
 
 MARSType = Literal["mars-adamw", "mars-lion", "mars-shampoo"]
@@ -49,6 +49,7 @@ class MARSConfig(Settings):
         "corrected", "gradient whose square mars-adamw averages: corrected (as published), or raw and never clipped"
     )
     coefficients: Coefficients = option("quintic", COEFFICIENTS_HELP)
+    weight_decay_kind: DecayKind = option("decoupled", DECAY_KIND_HELP)
 
     def rule(self, role: str, lr_factor: float) -> Rule:
         if role == "vector" and not self.optimize_1d:
@@ -112,6 +113,7 @@ class MARS(ComposedOptimizer):
         ns_dtype: NSDtype = "auto",
         second_moment: SecondMoment = "corrected",
         coefficients: Coefficients = "quintic",
+        weight_decay_kind: DecayKind = "decoupled",
         *,
         process_group: ProcessGroup | None = None,
         compiled: bool = False,

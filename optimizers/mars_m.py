@@ -14,7 +14,7 @@ from .directions import averaged, corrected_average
 from .muon import OrthogonalConfig
 from .newton_schulz import Coefficients, NSDtype, Scale
 from .options import option
-from .settings import Rule
+from .settings import DecayKind, Rule
 from .signatures import arguments
 
 
@@ -66,6 +66,7 @@ class MARSM(ComposedOptimizer):
         ns_dtype: NSDtype = "auto",
         keep_previous: bool = False,
         coefficients: Coefficients = "quintic",
+        weight_decay_kind: DecayKind = "decoupled",
         *,
         process_group: ProcessGroup | None = None,
         compiled: bool = False,

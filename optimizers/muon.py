@@ -15,7 +15,7 @@ from .directions import Adaptive, Momentum, summed
 from .newton_schulz import COEFFICIENTS_HELP, Coefficients, NSDtype, Orthogonal, Scale, coefficient_errors
 from .options import option
 from .roles import Assignment, grouped
-from .settings import Rule, Settings
+from .settings import DECAY_KIND_HELP, DecayKind, Rule, Settings
 from .signatures import arguments
 
 
@@ -36,6 +36,7 @@ class OrthogonalConfig(Settings):
     ns_steps: int = option(5, "Newton-Schulz iterations", least=1)
     ns_dtype: NSDtype = option("auto", "dtype of Newton-Schulz; auto: bfloat16 on a GPU, float32 on a CPU")
     coefficients: Coefficients = option("quintic", COEFFICIENTS_HELP)
+    weight_decay_kind: DecayKind = option("decoupled", DECAY_KIND_HELP)
     split_qkv: bool = option(
         False, "orthogonalize query, key and value separately instead of as one matrix", run_only=True
     )
@@ -114,6 +115,7 @@ class Muon(ComposedOptimizer):
         ns_steps: int = 5,
         ns_dtype: NSDtype = "auto",
         coefficients: Coefficients = "quintic",
+        weight_decay_kind: DecayKind = "decoupled",
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         adamw_eps_first: bool = True,

@@ -14,7 +14,7 @@ from .composed import ComposedOptimizer
 from .directions import Adaptive, summed
 from .newton_schulz import COEFFICIENTS_HELP, Coefficients, NSDtype, Orthogonal, coefficient_errors
 from .options import option
-from .settings import Rule, Settings
+from .settings import DECAY_KIND_HELP, DecayKind, Rule, Settings
 from .signatures import arguments
 
 
@@ -30,6 +30,7 @@ class ShampooConfig(Settings):
     adamw_betas: tuple[float, float] = option((0.9, 0.95), "AdamW: decay of both moments", least=0, below=1)
     ns_dtype: NSDtype = option("auto", "dtype of Newton-Schulz; auto: bfloat16 on a GPU, float32 on a CPU")
     coefficients: Coefficients = option("quintic", COEFFICIENTS_HELP)
+    weight_decay_kind: DecayKind = option("decoupled", DECAY_KIND_HELP)
 
     def rule(self, role: str, lr_factor: float) -> Rule:
         if role != "matrix":
@@ -62,6 +63,7 @@ class Shampoo(ComposedOptimizer):
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         ns_dtype: NSDtype = "auto",
         coefficients: Coefficients = "quintic",
+        weight_decay_kind: DecayKind = "decoupled",
         process_group: ProcessGroup | None = None,
         compiled: bool = False,
     ) -> None:

@@ -89,6 +89,8 @@ EVERY = {name: partial(make, lr=1e-2) for name, make in sorted(OURS.items())} | 
     "mars-lion": partial(MARS, lr=1e-2, mars_type="mars-lion"),
     "mars-shampoo": partial(MARS, lr=1e-2, mars_type="mars-shampoo", amsgrad=True),
     "marsm-one-buffer": partial(MARSM, lr=1e-2, clip_c=False),
+    "marsm-cautious": partial(MARSM, lr=1e-2, weight_decay_kind="cautious"),
+    "mars-cautious": partial(MARS, lr=1e-2, weight_decay=0.1, weight_decay_kind="cautious"),
     "ademamix": partial(AdEMAMix, lr=1e-2, slow_warmup=5),
     "soap": partial(SOAP, lr=1e-2, refresh_every=1),
 }

@@ -1,5 +1,6 @@
 """Options that change a rule: coefficients of Newton-Schulz, cautious weight decay, each against numpy in float64."""
 
+import copy
 import math
 from functools import partial
 
@@ -7,12 +8,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from optimizer_cases import EVERY, gradients, parameters, run
 from torch import nn
 
 from config.load import ConfigError, load_config, saved_config, to_dict
-from optimizers import MARS, MARSM, OPTIMIZERS, Muon, NorMuon, Shampoo
+from optimizers import MARS, MARSM, OPTIMIZERS, Lion, Muon, MuonConfig, NorMuon, Shampoo, build_optimizer
 from optimizers.newton_schulz import BEST_QUINTICS, QUINTIC, coefficient_errors, orthogonalize, triples_of
+from optimizers.roles import update_table
 from runtime.files import write_json
+
+# ---- coefficients of Newton-Schulz
 
 CUBIC = ((1.5, -0.5, 0.0),)  # Newton's own iteration for the polar factor
 
@@ -181,3 +186,86 @@ def test_coefficients_come_from_the_command_line(optimizer, tmp_path):
         load("best")
     with pytest.raises(ConfigError, match=r"optim.coefficients=.*becomes 7 in step 1"):
         load("1,2,4")
+
+
+# ---- cautious weight decay
+
+
+def cautiously(p, u, lr, wd):
+    """Algorithm 1 of arXiv 2510.12402: entries decay where update and weight have one sign, or one of them is zero."""
+    return p - lr * (u + wd * (u * p >= 0) * p)
+
+
+def cautious_recurrence(kind, p, grads, lr, wd):
+    """A numpy array through the published equations, with cautious instead of decoupled decay."""
+    m = v = np.zeros_like(p)
+    for t, g in enumerate(grads, start=1):
+        if kind == "adamw":
+            m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+            u = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
+        elif kind == "lion":
+            u, m = np.sign(0.9 * m + 0.1 * g), 0.98 * m + 0.02 * g
+        else:
+            m = 0.95 * m + g
+            u = 0.2 * math.sqrt(max(p.shape)) * iterated(g + 0.95 * m, "quintic")
+        p = cautiously(p, u, lr, wd)
+    return p
+
+
+@pytest.mark.parametrize("kind", ["adamw", "lion", "muon"])
+def test_cautious_decay_agrees_with_its_equation(kind):
+    params = parameters()
+    start = {n: p.detach().clone() for n, p in params.items()}
+    grads, settings = gradients(params, 30), dict(lr=3e-2, weight_decay=0.5, weight_decay_kind="cautious")
+    make = {
+        "adamw": partial(MARS, betas=(0.9, 0.95), gamma=0.0, clip_c=False, optimize_1d=True),
+        "lion": partial(Lion, betas=(0.9, 0.98)),
+        "muon": partial(Muon, adamw_eps_first=False),
+    }[kind]
+    run(make(params.values(), **settings), params, grads)
+    for n, p in params.items():
+        rule = "adamw" if kind == "muon" and p.dim() == 1 else kind
+        expected = cautious_recurrence(rule, start[n].numpy(), [g[n].numpy() for g in grads], 3e-2, 0.5)
+        np.testing.assert_allclose(p.detach().numpy(), expected, atol=2e-5 if rule == "muon" else 1e-11)
+        assert np.abs(p.detach().numpy() - start[n].numpy()).max() > 0.1
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name != "soap"])
+def test_every_optimizer_decays_exactly_the_weights_that_its_update_shrinks(name):
+    """The update is what moves a weight without decay; it depends on the gradients alone."""
+    without = parameters()
+    cautious = copy.deepcopy(without)
+    has = EVERY[name].func.settings
+    decays = {key: 0.5 for key in ("weight_decay", "weight_decay_1d") if hasattr(has, key)}
+    first = EVERY[name](without.values(), **dict.fromkeys(decays, 0.0))
+    second = EVERY[name](cautious.values(), **decays | {"weight_decay_kind": "cautious"})
+    for grads in gradients(without, 8):
+        before = {n: p.detach().clone().numpy() for n, p in cautious.items()}
+        for n, p in without.items():
+            p.data.copy_(cautious[n].data)
+        run(first, without, [grads])
+        run(second, cautious, [grads])
+        for n, p in before.items():
+            update = (p - without[n].detach().numpy()) / 1e-2
+            rate = second.rule_of(second.param_groups[0], cautious[n]).lr
+            expected = cautiously(p, update * (1e-2 / rate), rate, 0.5)
+            np.testing.assert_allclose(cautious[n].detach().numpy(), expected, atol=1e-12)
+            shrunk = (update * p >= 0).mean()
+            assert 0 < shrunk < 1
+
+
+def test_decoupled_decay_is_the_default_and_another_word_is_refused():
+    for config in OPTIMIZERS.values():
+        assert getattr(config, "weight_decay_kind", "decoupled") == "decoupled"
+    with pytest.raises(ValueError, match="weight_decay_kind='timid': must be one of decoupled, cautious"):
+        Muon([nn.Parameter(torch.zeros(4, 4))], weight_decay_kind="timid")
+    given = ["--optimizer=lion", "--weight_decay_kind=cautious"]
+    assert load_config(ROOT / "tests/tiny_config.py", given).optim.weight_decay_kind == "cautious"
+
+
+def test_the_table_of_parameters_says_which_decay_is_cautious():
+    model = nn.ParameterDict({"m": nn.Parameter(torch.zeros(4, 4)), "v": nn.Parameter(torch.zeros(4))})
+    model.parameter_roles = lambda: {"m": "matrix", "v": "vector"}
+    optimizer = build_optimizer(model, MuonConfig(weight_decay_kind="cautious"))
+    rows = update_table(optimizer, {p: n for n, p in model.named_parameters()})
+    assert [row[-1] for row in rows] == ["0.1 cautious", "0"]

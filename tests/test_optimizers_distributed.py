@@ -29,6 +29,7 @@ CONFIGS = {name: settings for name, settings in OPTIMIZERS.items() if name != "a
     "mars_m_exact": MARSMConfig(is_approx=False),
     "mars_m_one_buffer": MARSMConfig(clip_c=False),
     "muon_polar_express": MuonConfig(coefficients="polar_express"),
+    "mars_m_cautious": MARSMConfig(weight_decay_kind="cautious", adamw_weight_decay=0.1),
     "mars_shampoo": MARSConfig(mars_type="mars-shampoo", optimize_1d=True),
 }
 
