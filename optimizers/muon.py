@@ -40,6 +40,9 @@ class OrthogonalConfig(Settings):
     split_qkv: bool = option(
         False, "orthogonalize query, key and value separately instead of as one matrix", run_only=True
     )
+    split_heads: int = option(
+        0, "number of heads: orthogonalize query, key and value head by head; 0: do not", least=0, run_only=True
+    )
     adamw_betas: tuple[float, float] = option((0.9, 0.95), "AdamW: decay of both moments", least=0, below=1)
     adamw_eps: float = option(1e-8, "AdamW: added to sqrt(v_hat)", above=0)
     adamw_eps_first: bool = option(False, "AdamW: add eps before the bias correction of v (as published)")
@@ -57,15 +60,20 @@ class OrthogonalConfig(Settings):
 
     def errors(self) -> list[str]:
         """Everything wrong with these settings, one line each."""
-        return super().errors() or coefficient_errors(self.coefficients, self.ns_steps)
+        out = super().errors()
+        if not out and self.split_qkv and self.split_heads:
+            out.append(f"split_heads={self.split_heads}: splits query, key and value already; leave out split_qkv")
+        return out or coefficient_errors(self.coefficients, self.ns_steps)
 
     def groups(self, assignments: list[Assignment]) -> list[dict[str, Any]]:
-        """Parameter groups with learning rate and decay by role, and query, key and value in three blocks if asked."""
+        """Parameter groups with learning rate and decay by role, and query, key and value in blocks if asked."""
         lr = self.lr if self.adamw_lr is None else self.adamw_lr
         decay = self.adamw_weight_decay
 
         def blocks(a: Assignment) -> int:
-            return 3 if self.split_qkv and a.role == "matrix" and a.name.endswith("attn.c_attn.weight") else 1
+            if a.role != "matrix" or not a.name.endswith("attn.c_attn.weight"):
+                return 1
+            return 3 * self.split_heads or (3 if self.split_qkv else 1)  # rows: heads of query, of key, of value
 
         return grouped(
             assignments,

@@ -12,6 +12,7 @@ from optimizer_cases import EVERY, gradients, parameters, run
 from torch import nn
 
 from config.load import ConfigError, load_config, saved_config, to_dict
+from model import GPT, GPTConfig
 from optimizers import MARS, MARSM, OPTIMIZERS, Lion, Muon, MuonConfig, NorMuon, Shampoo, build_optimizer
 from optimizers.newton_schulz import BEST_QUINTICS, QUINTIC, coefficient_errors, orthogonalize, triples_of
 from optimizers.roles import update_table
@@ -269,3 +270,38 @@ def test_the_table_of_parameters_says_which_decay_is_cautious():
     optimizer = build_optimizer(model, MuonConfig(weight_decay_kind="cautious"))
     rows = update_table(optimizer, {p: n for n, p in model.named_parameters()})
     assert [row[-1] for row in rows] == ["0.1 cautious", "0"]
+
+
+# ---- query, key and value head by head
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "mars_m"])
+def test_split_heads_orthogonalizes_every_head_of_query_key_and_value(optimizer):
+    """The model sees the rows of c_attn as (query, key, value; head; within a head)."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=1, n_head=4, n_embd=32, block_size=8, vocab_size=64))
+    settings = OPTIMIZERS[optimizer].changed(split_heads=4, lr=1.0, weight_decay=0.0)
+    trained = build_optimizer(model, settings)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    weights = {n: model.get_parameter(f"transformer.h.0.attn.{n}.weight") for n in ("c_attn", "c_proj")}
+    grads = {n: p.grad.double().numpy() for n, p in weights.items()}
+    before = {n: p.detach().double().numpy().copy() for n, p in weights.items()}
+    trained.step()
+    moves = {n: before[n] - p.detach().double().numpy() for n, p in weights.items()}
+    scale = 0.2 * math.sqrt(32)
+    parts = zip(*(x["c_attn"].reshape(3, 4, 8, 32) for x in (moves, grads)), strict=True)
+    for move, gradient in ((a, b) for many in parts for a, b in zip(*many, strict=True)):
+        np.testing.assert_allclose(move, scale * iterated(gradient, "quintic"), atol=1e-4)
+    np.testing.assert_allclose(moves["c_proj"], scale * iterated(grads["c_proj"], "quintic"), atol=1e-4)
+
+
+def test_heads_that_the_model_does_not_have_are_refused_in_one_line():
+    given = ["--optimizer=mars_m", "--n_head=2", "--n_embd=16"]
+    assert load_config(ROOT / "tests/tiny_config.py", [*given, "--split_heads=2"]).optim.split_heads == 2
+    for heads in (3, 4, 5):
+        with pytest.raises(ConfigError) as caught:
+            load_config(ROOT / "tests/tiny_config.py", [*given, f"--split_heads={heads}"])
+        assert str(caught.value) == f"config: optim.split_heads={heads}: must be n_head=2, the model's heads, or 0"
+    with pytest.raises(ConfigError, match="split_heads=2: splits query, key and value already; leave out split_qkv"):
+        load_config(ROOT / "tests/tiny_config.py", [*given, "--split_heads=2", "--split_qkv=true"])

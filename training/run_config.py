@@ -84,6 +84,9 @@ class RunConfig:
         if self.batch_tokens and self.batch_tokens % (size := self.model.block_size):
             near = " or ".join(str(n * size) for n in (self.batch_tokens // size, self.batch_tokens // size + 1) if n)
             out.append(f"batch_tokens={self.batch_tokens}: must be a multiple of block_size={size}, as {near}")
+        heads = getattr(self.optim, "split_heads", 0)
+        if heads not in (0, self.model.n_head):
+            out.append(f"optim.split_heads={heads}: must be n_head={self.model.n_head}, the model's heads, or 0")
         if (self.schedule.min_lr or 0.0) > self.optim.lr:
             out.append(f"schedule.min_lr={self.schedule.min_lr}: is above optim.lr={self.optim.lr}, the peak")
         moves = parse_moves(self.schedule.moves)
