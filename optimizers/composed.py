@@ -253,10 +253,9 @@ class ComposedOptimizer(Optimizer):
                 by_count.setdefault(count, []).append(p)
             weight = rule.correction and self._run.number(correction_weight(*rule.correction), params[0].dtype)
             remember = rule.correction is not None and group.get("is_approx", True)
-            cautious = rule.cautious and rule.weight_decay != 0
-            amount = self._run.number(rule.lr * rule.weight_decay, params[0].dtype) if cautious else None
+            amount = self._run.number(rule.lr * rule.weight_decay, params[0].dtype) if rule.cautious else None
             for count, members in by_count.items():
-                step = Step(count, rule.lr, 0.0 if cautious else rule.weight_decay)
+                step = Step(count, rule.lr, 0.0 if rule.cautious else rule.weight_decay)
                 yield Cohort(rule, owners, members, step, weight, remember, group.get("blocks", 1), amount)
 
     def _norms(self, cohort: Cohort, params: list[Tensor]) -> Tensor:
