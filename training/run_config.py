@@ -12,7 +12,7 @@ from training.checkpoint import CheckpointConfig
 from training.compute import ComputeConfig
 from training.logger import LogConfig
 from training.memory import divisors
-from training.schedule import ScheduleConfig, parse_moves
+from training.schedule import Moves, ScheduleConfig, parse_moves
 
 SECTIONS = ("model", "data", "optim", "schedule", "compute", "checkpoint", "log")
 ALTERNATIVES = (("batch_size", "batch_tokens"), ("steps", "tokens"))  # two ways to set the same thing
@@ -96,7 +96,8 @@ class RunConfig:
             for key in sorted(unknown):
                 out.append(f'schedule.moves: {self.optimizer} cannot move "{key}"; it can move {", ".join(numbers)}')
         else:
-            out += [f"schedule.moves: final {error}" for error in self.optim.changed(**moves).errors()]
+            final = {key: 0.0 if value is None else value for key, value in moves.items()}  # the rate may end at 0
+            out += [f"schedule.moves: final {error}" for error in self.optim.changed(**final).errors()]
         if not out and self.schedule.warmup > self.total_steps:
             out.append(f"schedule.warmup={self.schedule.warmup}: is longer than the run of {self.total_steps} steps")
         return out
@@ -121,8 +122,8 @@ class RunConfig:
         return step + max(0, -(-((self.tokens or 0) - tokens) // self.tokens_per_step))
 
     @property
-    def moves(self) -> dict[str, float]:
-        """Hyperparameters of the optimizer that move linearly over the run, with their final values."""
+    def moves(self) -> Moves:
+        """Hyperparameters of the optimizer that move over the run, with their final values, or None to follow lr."""
         return parse_moves(self.schedule.moves)
 
     def per_process(self, world_size: int) -> int:

@@ -9,12 +9,13 @@ def muon(options: str = "") -> Arm:
 
 
 plan = Plan(
-    question="Do Polar Express's coefficients, cautious weight decay or split heads lower the loss of Muon?",
-    source="arXiv 2505.16932; arXiv 2510.12402; github.com/microsoft/dion/pull/62",
+    question="Which options of other projects lower the loss of Muon?",
+    source="arXiv 2505.16932 and 2510.12402; modded-nanogpt; dion",
     arms={
         "Muon": muon(),
         "Muon polar_express": muon("--coefficients=polar_express"),
         "Muon cautious": muon("--weight_decay_kind=cautious"),
+        "Muon decay follows lr": muon("--moves=weight_decay:lr"),
         "Muon split_qkv": muon("--split_qkv=true"),
         "Muon split_heads": muon("--split_heads=4"),
     },
