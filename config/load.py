@@ -162,11 +162,15 @@ def saved_config(folder: Path) -> RunConfig:
         kinds["optim"] = type(OPTIMIZERS[saved["optimizer"]])
         values = {f.name: saved[f.name] for f in dataclasses.fields(RunConfig) if f.name in saved}
         for name, kind in kinds.items():
-            lists_as_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in saved[name].items()}
-            values[name] = kind(**lists_as_tuples)
+            values[name] = kind(**{key: _as_tuples(value) for key, value in saved[name].items()})
         return RunConfig(**values)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError([f"{path}: not the configuration of a run ({type(error).__name__}: {error})"]) from None
+
+
+def _as_tuples(value: Any) -> Any:
+    """Nested lists as nested tuples."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def describe_keys(config: RunConfig) -> str:
@@ -191,7 +195,7 @@ def parse(text: str | None, declared: Option) -> Any:
     word = text.lower()
     if declared.may_be_none and word in ("none", "auto"):
         return None
-    if choices:
+    if choices and not (declared.several and "," in text):
         words = (word, *(SWITCH_WORDS.get(word, ()) if is_switch else ()))
         return next((choice for choice in choices if choice in words), text)
     if kind is str:
@@ -200,13 +204,19 @@ def parse(text: str | None, declared: Option) -> Any:
         if word not in ("true", "false", "1", "0"):
             raise expected
         return word in ("true", "1")
-    parts = [text] if declared.length is None else text.strip("()[] ").split(",")
-    if declared.length not in (None, len(parts)):
+    parts = [text] if declared.length is None else re.sub(r"[()\[\]]", "", text).split(",")
+    if declared.several:
+        if len(parts) % (declared.length or 1):
+            raise expected
+    elif declared.length not in (None, len(parts)):
         raise UserError(f"{expected}, for example 0.9,0.95")
     try:
         numbers = tuple(count(part.strip()) if kind is int else float(parse_number(part.strip())) for part in parts)
     except ValueError:
         raise expected from None
+    if declared.several:
+        n = declared.length or 1
+        return tuple(numbers[i : i + n] for i in range(0, len(numbers), n))
     return numbers if declared.length else numbers[0]
 
 

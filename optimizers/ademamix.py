@@ -18,7 +18,7 @@ from torch.optim.optimizer import ParamsT
 from .composed import ComposedOptimizer
 from .directions import Direction, Step, move_
 from .options import option
-from .settings import Rule, Settings
+from .settings import DECAY_KIND_HELP, DecayKind, Rule, Settings
 from .signatures import arguments
 
 
@@ -80,6 +80,7 @@ class AdEMAMixConfig(Settings):
     slow_warmup: int = option(0, "steps over which alpha and beta3 rise; the paper takes the whole run", least=0)
     eps: float = option(1e-8, "added to sqrt(v_hat)", above=0)
     weight_decay: float = option(0.1, "weight decay; the trainer decays only matrices", least=0)
+    weight_decay_kind: DecayKind = option("decoupled", DECAY_KIND_HELP)
 
     def rule(self, role: str, lr_factor: float) -> Rule:
         direction = TwoAverages(self.betas, self.beta3, self.alpha, self.eps, self.slow_warmup)
@@ -102,6 +103,7 @@ class AdEMAMix(ComposedOptimizer):
         slow_warmup: int = 0,
         eps: float = 1e-8,
         weight_decay: float = 0.1,
+        weight_decay_kind: DecayKind = "decoupled",
         process_group: ProcessGroup | None = None,
         compiled: bool = False,
     ) -> None:

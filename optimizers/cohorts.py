@@ -28,6 +28,7 @@ class Cohort:
     weight: Number | None  # of the gradient in the corrected one; None: the raw gradient
     remember: bool  # this step's gradient is the next one's previous gradient (the approximate form)
     blocks: int
+    cautious: Number | None  # what cautious decay takes off a weight, relative to it; None: the direction decays
     norms: dict[Tensor, Tensor] = field(default_factory=dict)  # of the corrected gradients, if they are sharded
 
     @property

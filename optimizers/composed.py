@@ -1,6 +1,7 @@
 """The base of every algorithm in this folder: a raw or variance-reduced gradient becomes an update by one rule."""
 
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -76,7 +77,8 @@ class ComposedOptimizer(Optimizer):
         """The rule for a parameter of this role in this group, with the group's present numbers."""
         settings = self.settings.of(group)
         constructed = float(group.get("constructed_lr", settings.lr))
-        return settings.rule(role, settings.lr / constructed if constructed else 0.0)
+        rule = settings.rule(role, settings.lr / constructed if constructed else 0.0)
+        return replace(rule, cautious=getattr(settings, "weight_decay_kind", "decoupled") == "cautious")
 
     def rule_of(self, group: dict[str, Any], p: Tensor) -> Rule:
         """The rule for a parameter of this group."""
@@ -251,9 +253,10 @@ class ComposedOptimizer(Optimizer):
                 by_count.setdefault(count, []).append(p)
             weight = rule.correction and self._run.number(correction_weight(*rule.correction), params[0].dtype)
             remember = rule.correction is not None and group.get("is_approx", True)
+            amount = self._run.number(rule.lr * rule.weight_decay, params[0].dtype) if rule.cautious else None
             for count, members in by_count.items():
-                step = Step(count, rule.lr, rule.weight_decay)
-                yield Cohort(rule, owners, members, step, weight, remember, group.get("blocks", 1))
+                step = Step(count, rule.lr, 0.0 if rule.cautious else rule.weight_decay)
+                yield Cohort(rule, owners, members, step, weight, remember, group.get("blocks", 1), amount)
 
     def _norms(self, cohort: Cohort, params: list[Tensor]) -> Tensor:
         """Norms of the corrected gradients, or of this rank's shards of them."""
@@ -290,7 +293,7 @@ class ComposedOptimizer(Optimizer):
         if params := with_elements(cohort.params):
             pieces = self._pieces(cohort, params, [local(p) for p in params])
             for some in chunks(pieces, AT_ONCE if self._run.compiled else len(pieces)):
-                self._run(update_all, some, cohort.weight, cohort.remember, update, numbers)
+                self._run(update_all, some, cohort.weight, cohort.remember, update, numbers, cohort.cautious)
 
     def _move_matrices(self, cohort: Cohort, part: list[Tensor]) -> Generator[None, None, None]:
         """Move matrices of one shape by their directions. Pauses while inputs or results travel between ranks."""
@@ -307,7 +310,7 @@ class ComposedOptimizer(Optimizer):
         scales = {p: direction.scale(*matrix_shape(p, blocks)) for p in part}
         rates = {scale: self._run.number(numbers.rate * scale, cohort.dtype) for scale in scales.values()}
         moved = [(local(p), updates[p], rates[scales[p]]) for p in with_elements(part)]
-        self._run(move_all, moved, self._run.number(numbers.decay, cohort.dtype))
+        self._run(move_all, moved, self._run.number(numbers.decay, cohort.dtype), cohort.cautious)
 
     def _inputs(self, cohort: Cohort, params: list[Tensor]) -> list[Tensor]:
         """What the directions of matrices are made from, in the shapes that this rank holds."""

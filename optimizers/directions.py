@@ -53,7 +53,10 @@ class Direction:
 
     @staticmethod
     def update(p: Tensor, gradient: Tensor, state: list[Tensor], n: Any) -> None:
-        """Update p and its state in place; `gradient`, a copy, may be overwritten. n: the result of `numbers`."""
+        """Update p and its state in place; `gradient`, a copy, may be overwritten. n: the result of `numbers`.
+
+        What is added to p must not depend on p, except for the decay: for cautious decay, p is zero and n has none.
+        """
         raise NotImplementedError
 
 

@@ -48,11 +48,19 @@ def norms_of_all(pieces: list[tuple], weight: Number | None) -> list[Tensor]:
     return [row_norms(grad, previous, weight) for grad, previous in pieces]
 
 
-def update_all(pieces: list[tuple], weight: Number | None, remember: bool, update: Callable, n: Any) -> None:
-    """Call `update` for each parameter. pieces: clip factor, parameter, gradient, previous gradient, state."""
+def update_all(
+    pieces: list[tuple], weight: Number | None, remember: bool, update: Callable, n: Any, cautious: Number | None
+) -> None:
+    """Call `update` for each parameter. pieces: clip factor, parameter, gradient, previous gradient, state.
+
+    cautious: see `move_cautiously_`; n then has no decay, so `update` moves zeros by what it would add to a weight.
+    """
     for factor, *tensors in pieces:
         for p, grad, previous, *state in blocks(*tensors):
-            update(p, _prepared(factor, grad, previous, weight, remember), state, n)
+            target = p if cautious is None else torch.zeros_like(p)
+            update(target, _prepared(factor, grad, previous, weight, remember), state, n)
+            if cautious is not None:
+                move_cautiously_(p, target, cautious)
 
 
 def accumulate_all(pieces: list[tuple], weight: Number | None, remember: bool, accumulate: Callable, n: Any) -> None:
@@ -62,10 +70,21 @@ def accumulate_all(pieces: list[tuple], weight: Number | None, remember: bool, a
             accumulate(_prepared(factor, grad, previous, weight, remember), state, n, out)
 
 
-def move_all(updates: list[tuple[Tensor, Tensor, Number]], decay: Number) -> None:
-    """Move each weight. updates: weight, update, rate."""
+def move_all(updates: list[tuple[Tensor, Tensor, Number]], decay: Number, cautious: Number | None) -> None:
+    """Move each weight. updates: weight, update, rate. cautious: see `move_cautiously_`; then decay is 1."""
     for p, update, rate in updates:
-        move_(p, update.to(p.dtype), decay, rate)
+        if cautious is None:
+            move_(p, update.to(p.dtype), decay, rate)
+        else:
+            move_cautiously_(p, update.to(p.dtype) * -rate, cautious)
+
+
+def move_cautiously_(p: Tensor, move: Tensor, amount: Number) -> None:
+    """p <- p + move - amount p where move does not lead away from zero (move p <= 0), and p + move elsewhere.
+
+    Cautious weight decay (Chen et al. 2025, arXiv 2510.12402, algorithm 1); amount is the rate times the weight decay.
+    """
+    p.add_(torch.where(move * p <= 0, move - p * amount, move))
 
 
 def _prepared(

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from .composed import ComposedOptimizer
 from .directions import Sign, interpolated
 from .options import option
-from .settings import Rule, Settings
+from .settings import DECAY_KIND_HELP, DecayKind, Rule, Settings
 from .signatures import arguments
 
 
@@ -26,6 +26,7 @@ class LionConfig(Settings):
     weight_decay: float = option(
         1.0, "weight decay, about ten times AdamW's; the trainer decays only matrices", least=0
     )
+    weight_decay_kind: DecayKind = option("decoupled", DECAY_KIND_HELP)
 
     def rule(self, role: str, lr_factor: float) -> Rule:
         return Rule(Sign(interpolated(*self.betas)), self.lr, self.weight_decay)
@@ -43,6 +44,7 @@ class Lion(ComposedOptimizer):
         *,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
+        weight_decay_kind: DecayKind = "decoupled",
         process_group: ProcessGroup | None = None,
         compiled: bool = False,
     ) -> None:

@@ -16,9 +16,9 @@ from torch.optim.optimizer import ParamsT
 
 from .composed import ComposedOptimizer
 from .directions import Adaptive, AdaptiveByRaw, Direction, Sign, averaged, summed
-from .newton_schulz import NSDtype, Orthogonal
+from .newton_schulz import COEFFICIENTS_HELP, Coefficients, NSDtype, Orthogonal, coefficient_errors
 from .options import option
-from .settings import Rule, Settings
+from .settings import DECAY_KIND_HELP, DecayKind, Rule, Settings
 from .signatures import arguments
 
 MARSType = Literal["mars-adamw", "mars-lion", "mars-shampoo"]
@@ -48,6 +48,8 @@ class MARSConfig(Settings):
     second_moment: SecondMoment = option(
         "corrected", "gradient whose square mars-adamw averages: corrected (as published), or raw and never clipped"
     )
+    coefficients: Coefficients = option("quintic", COEFFICIENTS_HELP)
+    weight_decay_kind: DecayKind = option("decoupled", DECAY_KIND_HELP)
 
     def rule(self, role: str, lr_factor: float) -> Rule:
         if role == "vector" and not self.optimize_1d:
@@ -62,7 +64,8 @@ class MARSConfig(Settings):
             return Sign(averaged(self.betas[0]))
         if self.mars_type == "mars-shampoo" and role == "matrix":
             # the official code divides the average by 1 - beta1 before Newton-Schulz: it is a sum
-            return Orthogonal(summed(self.betas[0]), "original", self.eps, ns_dtype=self.ns_dtype)
+            momentum = summed(self.betas[0])
+            return Orthogonal(momentum, "original", self.eps, ns_dtype=self.ns_dtype, coefficients=self.coefficients)
         if self.second_moment == "raw":
             return AdaptiveByRaw(self.betas, self.eps)
         return Adaptive(self.betas, self.eps, self.amsgrad)
@@ -72,7 +75,9 @@ class MARSConfig(Settings):
         out = super().errors()
         if self.second_moment == "raw" and (self.mars_type != "mars-adamw" or self.amsgrad or not self.is_approx):
             out.append("second_moment=raw: needs mars_type=mars-adamw, amsgrad=false and is_approx=true")
-        return out
+        if self.mars_type != "mars-shampoo" and self.coefficients != "quintic":
+            out.append(f"coefficients={self.coefficients!r}: needs mars_type=mars-shampoo")
+        return out or coefficient_errors(self.coefficients)
 
 
 class MARS(ComposedOptimizer):
@@ -107,6 +112,8 @@ class MARS(ComposedOptimizer):
         clip_c: bool = True,
         ns_dtype: NSDtype = "auto",
         second_moment: SecondMoment = "corrected",
+        coefficients: Coefficients = "quintic",
+        weight_decay_kind: DecayKind = "decoupled",
         *,
         process_group: ProcessGroup | None = None,
         compiled: bool = False,

@@ -12,9 +12,9 @@ from torch.optim.optimizer import ParamsT
 from .composed import ComposedOptimizer
 from .directions import averaged, corrected_average
 from .muon import OrthogonalConfig
-from .newton_schulz import NSDtype, Scale
+from .newton_schulz import Coefficients, NSDtype, Scale
 from .options import option
-from .settings import Rule
+from .settings import DecayKind, Rule
 from .signatures import arguments
 
 
@@ -65,6 +65,8 @@ class MARSM(ComposedOptimizer):
         scale: Scale = "moonlight",
         ns_dtype: NSDtype = "auto",
         keep_previous: bool = False,
+        coefficients: Coefficients = "quintic",
+        weight_decay_kind: DecayKind = "decoupled",
         *,
         process_group: ProcessGroup | None = None,
         compiled: bool = False,

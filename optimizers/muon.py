@@ -12,10 +12,10 @@ from torch.optim.optimizer import ParamsT
 
 from .composed import ComposedOptimizer
 from .directions import Adaptive, Momentum, summed
-from .newton_schulz import NSDtype, Orthogonal, Scale
+from .newton_schulz import COEFFICIENTS_HELP, Coefficients, NSDtype, Orthogonal, Scale, coefficient_errors
 from .options import option
 from .roles import Assignment, grouped
-from .settings import Rule, Settings
+from .settings import DECAY_KIND_HELP, DecayKind, Rule, Settings
 from .signatures import arguments
 
 
@@ -35,8 +35,13 @@ class OrthogonalConfig(Settings):
     )
     ns_steps: int = option(5, "Newton-Schulz iterations", least=1)
     ns_dtype: NSDtype = option("auto", "dtype of Newton-Schulz; auto: bfloat16 on a GPU, float32 on a CPU")
+    coefficients: Coefficients = option("quintic", COEFFICIENTS_HELP)
+    weight_decay_kind: DecayKind = option("decoupled", DECAY_KIND_HELP)
     split_qkv: bool = option(
         False, "orthogonalize query, key and value separately instead of as one matrix", run_only=True
+    )
+    split_heads: int = option(
+        0, "number of heads: orthogonalize query, key and value head by head; 0: do not", least=0, run_only=True
     )
     adamw_betas: tuple[float, float] = option((0.9, 0.95), "AdamW: decay of both moments", least=0, below=1)
     adamw_eps: float = option(1e-8, "AdamW: added to sqrt(v_hat)", above=0)
@@ -49,15 +54,26 @@ class OrthogonalConfig(Settings):
 
     def orthogonal(self, momentum: Momentum) -> Orthogonal:
         """The direction of matrices."""
-        return Orthogonal(momentum, self.scale, ns_steps=self.ns_steps, ns_dtype=self.ns_dtype)
+        return Orthogonal(
+            momentum, self.scale, ns_steps=self.ns_steps, ns_dtype=self.ns_dtype, coefficients=self.coefficients
+        )
+
+    def errors(self) -> list[str]:
+        """Everything wrong with these settings, one line each."""
+        out = super().errors()
+        if not out and self.split_qkv and self.split_heads:
+            out.append(f"split_heads={self.split_heads}: splits query, key and value already; leave out split_qkv")
+        return out or coefficient_errors(self.coefficients, self.ns_steps)
 
     def groups(self, assignments: list[Assignment]) -> list[dict[str, Any]]:
-        """Parameter groups with learning rate and decay by role, and query, key and value in three blocks if asked."""
+        """Parameter groups with learning rate and decay by role, and query, key and value in blocks if asked."""
         lr = self.lr if self.adamw_lr is None else self.adamw_lr
         decay = self.adamw_weight_decay
 
         def blocks(a: Assignment) -> int:
-            return 3 if self.split_qkv and a.role == "matrix" and a.name.endswith("attn.c_attn.weight") else 1
+            if a.role != "matrix" or not a.name.endswith("attn.c_attn.weight"):
+                return 1
+            return 3 * self.split_heads or (3 if self.split_qkv else 1)  # rows: heads of query, of key, of value
 
         return grouped(
             assignments,
@@ -106,6 +122,8 @@ class Muon(ComposedOptimizer):
         scale: Scale = "moonlight",
         ns_steps: int = 5,
         ns_dtype: NSDtype = "auto",
+        coefficients: Coefficients = "quintic",
+        weight_decay_kind: DecayKind = "decoupled",
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         adamw_eps_first: bool = True,

@@ -15,9 +15,9 @@ from .composed import ComposedOptimizer
 from .directions import State, Step, summed
 from .matrices import matrix_shape
 from .muon import MuonConfig
-from .newton_schulz import NSDtype, Orthogonal, Scale
+from .newton_schulz import Coefficients, NSDtype, Orthogonal, Scale
 from .options import option
-from .settings import Rule
+from .settings import DecayKind, Rule
 from .signatures import arguments
 
 EPS = 1e-10
@@ -78,6 +78,8 @@ class NorMuon(ComposedOptimizer):
         scale: Scale = "moonlight",
         ns_steps: int = 5,
         ns_dtype: NSDtype = "auto",
+        coefficients: Coefficients = "quintic",
+        weight_decay_kind: DecayKind = "decoupled",
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         adamw_eps_first: bool = False,

@@ -27,27 +27,40 @@ class Option:
     # from the annotation of the field
     kind: type = object  # of the value, of each number of a tuple, or of each choice
     length: int | None = None  # of a tuple
+    several: bool = False  # the value is a list of such tuples, or one of the choices
     choices: tuple[str, ...] = ()  # empty: any value of the kind
     may_be_none: bool = False
 
     def annotated(self, hint: Any) -> "Option":
-        """This declaration with what the annotation of a field says: `X`, `tuple[X, X]` or `Literal[...]`, or none."""
-        may_be_none = isinstance(hint, types.UnionType)
-        if may_be_none:
-            (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
-        parts, origin = typing.get_args(hint), typing.get_origin(hint)
-        choices = parts if origin is typing.Literal else ()
-        kind, length = (parts[0], len(parts)) if origin is tuple else (str if choices else hint, None)
-        return replace(self, kind=kind, length=length, choices=choices, may_be_none=may_be_none)
+        """This declaration with what the annotation of a field says.
+
+        That is `X`, `tuple[X, X]` or `Literal[...]`, each alone or with None, or a list of tuples beside choices,
+        `Literal[...] | tuple[tuple[X, X], ...]`.
+        """
+        union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+        hints = typing.get_args(hint) if union else (hint,)
+        literals = [h for h in hints if typing.get_origin(h) is typing.Literal]
+        choices = typing.get_args(literals[0]) if literals else ()
+        (hint,) = [h for h in hints if h is not type(None) and h not in literals] or [str]
+        several = typing.get_args(hint)[1:] == (...,)
+        if several:
+            hint = typing.get_args(hint)[0]
+        numbers = typing.get_args(hint)
+        kind, length = (numbers[0], len(numbers)) if numbers else (hint, None)
+        may_be_none = type(None) in hints
+        return replace(self, kind=kind, length=length, several=several, choices=choices, may_be_none=may_be_none)
 
     def allows(self, value: object) -> bool:
         """Whether a value has the declared type and lies inside the declared range."""
         if value is None:
             return self.may_be_none
+        if self.several and isinstance(value, tuple | list):
+            return bool(value) and all(map(self._allows_tuple, value))
         if self.choices:
             return value in self.choices
-        if self.length is None:
-            return self._allows_one(value)
+        return self._allows_one(value) if self.length is None else self._allows_tuple(value)
+
+    def _allows_tuple(self, value: object) -> bool:
         return isinstance(value, tuple | list) and len(value) == self.length and all(map(self._allows_one, value))
 
     def _allows_one(self, value: object) -> bool:
@@ -70,6 +83,8 @@ class Option:
         """What a value must be, in words: "a whole number of at least 1", "one of adamw, lion"."""
         names = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
         name = f"one of {', '.join(self.choices)}" if self.choices else names[self.kind]
+        if self.several:
+            return f"{name}, or one or more groups of {self.length} finite numbers{self.range}"
         if self.length:
             name = f"{self.length} numbers"
         return name + (self.range if self.kind in (int, float) else "") + (" or none" if self.may_be_none else "")

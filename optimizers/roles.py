@@ -66,12 +66,13 @@ def update_table(optimizer: Optimizer, names: Mapping[Tensor, str]) -> list[Row]
     rows = {}
     for group in optimizer.param_groups:
         for p in group["params"]:
-            rule, lr, decay = type(optimizer).__name__, group["lr"], group.get("weight_decay", 0.0)
+            rule, lr, decay = type(optimizer).__name__, group["lr"], f"{group.get('weight_decay', 0.0):g}"
             if rule_of := getattr(optimizer, "rule_of", None):
                 r = rule_of(group, p)
-                rule, lr, decay = f"{rule}: {r}", r.lr, r.weight_decay
+                rule, lr, decay = f"{rule}: {r}", r.lr, f"{r.weight_decay:g}"
+                decay += " cautious" if r.cautious and r.weight_decay else ""
             rule += f" in {group['blocks']} blocks" if group.get("blocks", 1) > 1 else ""
-            rows[p] = (names[p], "x".join(map(str, p.shape)), rule, f"{float(lr):g}", f"{decay:g}")
+            rows[p] = (names[p], "x".join(map(str, p.shape)), rule, f"{float(lr):g}", decay)
     return [rows[p] for p in names if p in rows]
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -11,6 +11,9 @@ from torch.optim import Optimizer
 from .directions import Direction
 from .options import errors_of, options_of
 from .roles import Assignment, grouped
+
+DecayKind = Literal["decoupled", "cautious"]
+DECAY_KIND_HELP = "decoupled; cautious: only of weights that the update moves towards zero (arXiv 2510.12402)"
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Rule:
     weight_decay: float
     correction: tuple[float, float] | None = None  # (gamma, beta) of the corrected gradient; None: the raw one
     clip: bool = False  # scale the gradient of each tensor to at most unit norm
+    cautious: bool = False  # decay only weights that the update moves towards zero
 
     def state_names(self, exact: bool) -> list[str]:
         """State tensors of the parameter's shape, among them the gradients that the correction needs."""
@@ -37,6 +41,7 @@ class Settings:
     """Base of the frozen dataclasses that hold the settings of one algorithm.
 
     The same dataclass is a section of the command line, the defaults of the optimizer class, and a parameter group.
+    With a field `weight_decay_kind: DecayKind`, the algorithm can decay cautiously.
     """
 
     lr: float

@@ -12,9 +12,9 @@ from torch.optim.optimizer import ParamsT
 
 from .composed import ComposedOptimizer
 from .directions import Adaptive, summed
-from .newton_schulz import NSDtype, Orthogonal
+from .newton_schulz import COEFFICIENTS_HELP, Coefficients, NSDtype, Orthogonal, coefficient_errors
 from .options import option
-from .settings import Rule, Settings
+from .settings import DECAY_KIND_HELP, DecayKind, Rule, Settings
 from .signatures import arguments
 
 
@@ -29,13 +29,21 @@ class ShampooConfig(Settings):
     adamw_lr: float = option(3e-3, "peak learning rate of embeddings and vectors", least=0)
     adamw_betas: tuple[float, float] = option((0.9, 0.95), "AdamW: decay of both moments", least=0, below=1)
     ns_dtype: NSDtype = option("auto", "dtype of Newton-Schulz; auto: bfloat16 on a GPU, float32 on a CPU")
+    coefficients: Coefficients = option("quintic", COEFFICIENTS_HELP)
+    weight_decay_kind: DecayKind = option("decoupled", DECAY_KIND_HELP)
 
     def rule(self, role: str, lr_factor: float) -> Rule:
         if role != "matrix":
             lr = self.adamw_lr * lr_factor if lr_factor else self.lr
             return Rule(Adaptive(self.adamw_betas, self.eps), lr, self.weight_decay)
-        direction = Orthogonal(summed(self.beta), "original", self.eps, ns_dtype=self.ns_dtype)
+        direction = Orthogonal(
+            summed(self.beta), "original", self.eps, ns_dtype=self.ns_dtype, coefficients=self.coefficients
+        )
         return Rule(direction, self.lr, self.weight_decay)
+
+    def errors(self) -> list[str]:
+        """Everything wrong with these settings, one line each."""
+        return super().errors() or coefficient_errors(self.coefficients)
 
 
 class Shampoo(ComposedOptimizer):
@@ -54,6 +62,8 @@ class Shampoo(ComposedOptimizer):
         adamw_lr: float = 3e-3,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         ns_dtype: NSDtype = "auto",
+        coefficients: Coefficients = "quintic",
+        weight_decay_kind: DecayKind = "decoupled",
         process_group: ProcessGroup | None = None,
         compiled: bool = False,
     ) -> None:

@@ -16,7 +16,7 @@ from optimizers import (
     AdEMAMix,
 )
 from optimizers.adamw import fused_adamw
-from optimizers.newton_schulz import COEFFICIENTS
+from optimizers.newton_schulz import QUINTIC
 
 SHAPES = {"wide": (6, 24), "tall": (24, 6), "square": (8, 8), "gain": (16,)}
 
@@ -54,7 +54,7 @@ def run(optimizer, params, steps_of_gradients, lookahead=None):
 
 def newton_schulz(G, steps=5, eps=0.0):
     """The published iteration, spelled out."""
-    a, b, c = COEFFICIENTS
+    a, b, c = QUINTIC
     X = G.mT if G.shape[0] > G.shape[1] else G
     X = X / (X.norm() + eps)
     for _ in range(steps):
@@ -89,6 +89,8 @@ EVERY = {name: partial(make, lr=1e-2) for name, make in sorted(OURS.items())} | 
     "mars-lion": partial(MARS, lr=1e-2, mars_type="mars-lion"),
     "mars-shampoo": partial(MARS, lr=1e-2, mars_type="mars-shampoo", amsgrad=True),
     "marsm-one-buffer": partial(MARSM, lr=1e-2, clip_c=False),
+    "marsm-cautious": partial(MARSM, lr=1e-2, weight_decay_kind="cautious"),
+    "mars-cautious": partial(MARS, lr=1e-2, weight_decay=0.1, weight_decay_kind="cautious"),
     "ademamix": partial(AdEMAMix, lr=1e-2, slow_warmup=5),
     "soap": partial(SOAP, lr=1e-2, refresh_every=1),
 }

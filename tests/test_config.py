@@ -334,6 +334,9 @@ def test_moving_hyperparameters_are_checked_against_the_optimizer():
         load_config(CONFIG, ["--optimizer=mars_m", "--moves=lr:0.1"])
     with pytest.raises(ConfigError, match=r"schedule.moves: final momentum=1.0: must be a number in \[0, 1\)"):
         load_config(CONFIG, ["--optimizer=mars_m", "--moves=momentum:1"])
+    assert load_config(CONFIG, ["--optimizer=adamw", "--moves=weight_decay:lr"]).moves == {"weight_decay": None}
+    with pytest.raises(ConfigError, match=r"schedule.moves: final adamw_eps=0.0: must be a number above 0"):
+        load_config(CONFIG, ["--optimizer=mars_m", "--moves=adamw_eps:lr"])  # the rate may become 0
     with pytest.raises(ConfigError, match="schedule.moves='gamma': must be names and final values"):
         load_config(CONFIG, ["--optimizer=mars_m", "--moves=gamma"])
 

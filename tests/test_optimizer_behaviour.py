@@ -334,6 +334,7 @@ def test_compiled_rules_agree_and_new_rates_do_not_recompile(name, backend, monk
         for optimizer in (one, two):
             for group in optimizer.param_groups:
                 group["lr"] = 1e-2 / (t + 1)
+                group["weight_decay"] = 0.02 * (5 - t)  # 0 at the end
                 if "gamma" in group:
                     group["gamma"] = 0.02 + 0.01 * t
         run(one, plain, [step])

@@ -15,7 +15,7 @@ from torch import nn
 
 from config.load import load_config
 from model import GPT
-from optimizers import OPTIMIZERS, MARSConfig, MARSMConfig, MuonConfig, build_optimizer
+from optimizers import OPTIMIZERS, MARSConfig, MARSMConfig, MuonConfig, NorMuonConfig, build_optimizer
 from optimizers.directions import MatrixDirection, summed
 from optimizers.matrices import families
 from optimizers.newton_schulz import Orthogonal
@@ -28,6 +28,9 @@ CONFIGS = {name: settings for name, settings in OPTIMIZERS.items() if name != "a
     "muon": MuonConfig(split_qkv=True),
     "mars_m_exact": MARSMConfig(is_approx=False),
     "mars_m_one_buffer": MARSMConfig(clip_c=False),
+    "normuon_heads": NorMuonConfig(split_heads=2),
+    "muon_polar_express": MuonConfig(coefficients="polar_express"),
+    "mars_m_cautious": MARSMConfig(weight_decay_kind="cautious", adamw_weight_decay=0.1),
     "mars_shampoo": MARSConfig(mars_type="mars-shampoo", optimize_1d=True),
 }
 
@@ -42,11 +45,12 @@ class Odd(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         shapes = {f"m{i}": (8, 24) if i % 2 else (24, 8) for i in range(5)}
-        shapes |= {"attn_c_attn": (24, 8), "square": (8, 8), "frozen": (8, 24), "table": (16, 8), "gain": (8,)}
+        shapes |= {"square": (8, 8), "frozen": (8, 24), "table": (16, 8), "gain": (8,)}
         shapes |= {"late": (8, 24), "late_gain": (8,)}
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.randn(shape)))
         self.frozen.requires_grad = False
+        self.attn = nn.ModuleDict({"c_attn": nn.Linear(8, 24, bias=False)})  # split by name
 
     def parameter_roles(self):
         special = {"table": "embedding", "gain": "vector", "late_gain": "vector"}

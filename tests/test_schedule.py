@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from optimizers import MARSM, MARSMConfig
+from optimizers import MARSM, Lion, LionConfig, MARSMConfig
 from training.schedule import SHAPES, ScheduleConfig, learning_rate, moved, parse_moves, set_rates
 
 
@@ -61,6 +61,24 @@ def test_moves_are_names_and_final_values():
     assert [moved(0.02, 0.1, step, 5) for step in range(5)] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
     assert moved(0.02, 0.1, 0, 1) == 0.02
     assert moved(0.02, 0.1, 9, 5) == 0.1  # a bench may train beyond the end
+    assert parse_moves("gamma:0.05,weight_decay: lr") == {"gamma": 0.05, "weight_decay": None}
+
+
+def test_the_weight_decay_follows_the_learning_rate_so_that_weights_shrink_by_its_square():
+    """Lion on a zero gradient does nothing but decay: p <- (1 - lr(t) wd lr(t) / peak) p, and half of it in a group."""
+    optim, steps = LionConfig(lr=0.5, weight_decay=0.8), 12
+    params = [torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float64)) for _ in range(3)]
+    groups = [{"params": [p], "weight_decay": decay} for p, decay in zip(params, (0.8, 0.4, 0.0), strict=True)]
+    optimizer, expected = Lion(groups, **optim.as_group()), [1.0, 1.0, 1.0]
+    for step in range(steps):
+        set_rates(optimizer, optim, ScheduleConfig(warmup=4), {"weight_decay": None}, step, steps)
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        cosine = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 4) / 8))  # down to a tenth
+        relative = (step + 1) / 4 if step < 4 else cosine
+        expected = [x * (1 - 0.5 * relative * wd * relative) for x, wd in zip(expected, (0.8, 0.4, 0.0), strict=True)]
+    assert [p[0, 0].item() for p in params] == pytest.approx(expected, rel=1e-12)
 
 
 def test_any_number_of_an_optimizer_moves_and_groups_keep_their_proportion():

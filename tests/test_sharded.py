@@ -51,6 +51,8 @@ OURS = {name: partial(make, lr=1e-2) for name, (make, _) in REGISTRY.items() if 
     "mars_m_exact": partial(MARSM, lr=1e-2, is_approx=False),
     "mars_m_unclipped": partial(MARSM, lr=1e-2, clip_c=False, keep_previous=True),
     "mars_m_one_buffer": partial(MARSM, lr=1e-2, clip_c=False),
+    "muon_polar_express": partial(Muon, lr=1e-2, coefficients="polar_express"),
+    "mars_m_cautious": partial(MARSM, lr=1e-2, weight_decay_kind="cautious"),
     "ademamix": partial(AdEMAMix, lr=1e-2, slow_warmup=5),
     "soap": partial(SOAP, lr=1e-2, refresh_every=2),
 }

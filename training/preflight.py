@@ -169,7 +169,7 @@ class Needs:
     limit: int  # memory that is available to a process
     checkpoints: int  # largest number on the disk
     disk: int  # of these checkpoints
-    copies: int  # in host memory of the first process, from which checkpoints are written; the others copy no weights
+    copies: int  # in host memory of the first process, from which checkpoints are written
 
     @property
     def total(self) -> int:
@@ -180,7 +180,7 @@ def needs_of(run: RunConfig, world: World, machines: Machines | None) -> Needs:
     """What a run needs on the machine at hand, or on planned ones. Every rank must call it."""
     model, optimizer = on_meta_device(run, world)
     need, all_state = memory_estimate(run, model, optimizer, world), state_bytes(optimizer)
-    sharded = description(run.compute.shard, world)
+    sharded = shards(run.compute.shard, world) > 1
     memory = (machines.memory, machines.memory) if machines else available_memory(world.device)
     if machines and not sharded:
         need = replace(need, optimizer=planned_state(optimizer, world.size))
@@ -192,7 +192,7 @@ def needs_of(run: RunConfig, world: World, machines: Machines | None) -> Needs:
     limit = memory[1] if world.device.type == "cuda" else memory[0] // world.local_size
     saving, weights = run.checkpoint, (8 if run.ema else 4) * model.num_params()
     kept = checkpoints_kept(run.total_steps, saving.every, saving.keep, saving.milestone_every)
-    copies = (bool(sharded) + saving.background) * (weights + need.optimizer)
+    copies = (sharded + saving.background) * (weights + need.optimizer)  # whole tensors; and their copies
     return Needs(need, micro_batch, limit, kept, kept * (weights + all_state), copies)
 
 

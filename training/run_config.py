@@ -12,7 +12,7 @@ from training.checkpoint import CheckpointConfig
 from training.compute import ComputeConfig
 from training.logger import LogConfig
 from training.memory import divisors
-from training.schedule import ScheduleConfig, parse_moves
+from training.schedule import Moves, ScheduleConfig, parse_moves
 
 SECTIONS = ("model", "data", "optim", "schedule", "compute", "checkpoint", "log")
 ALTERNATIVES = (("batch_size", "batch_tokens"), ("steps", "tokens"))  # two ways to set the same thing
@@ -84,6 +84,9 @@ class RunConfig:
         if self.batch_tokens and self.batch_tokens % (size := self.model.block_size):
             near = " or ".join(str(n * size) for n in (self.batch_tokens // size, self.batch_tokens // size + 1) if n)
             out.append(f"batch_tokens={self.batch_tokens}: must be a multiple of block_size={size}, as {near}")
+        heads = getattr(self.optim, "split_heads", 0)
+        if heads not in (0, self.model.n_head):
+            out.append(f"optim.split_heads={heads}: must be n_head={self.model.n_head}, the model's heads, or 0")
         if (self.schedule.min_lr or 0.0) > self.optim.lr:
             out.append(f"schedule.min_lr={self.schedule.min_lr}: is above optim.lr={self.optim.lr}, the peak")
         moves = parse_moves(self.schedule.moves)
@@ -93,7 +96,8 @@ class RunConfig:
             for key in sorted(unknown):
                 out.append(f'schedule.moves: {self.optimizer} cannot move "{key}"; it can move {", ".join(numbers)}')
         else:
-            out += [f"schedule.moves: final {error}" for error in self.optim.changed(**moves).errors()]
+            final = {key: 0.0 if value is None else value for key, value in moves.items()}  # the rate may end at 0
+            out += [f"schedule.moves: final {error}" for error in self.optim.changed(**final).errors()]
         if not out and self.schedule.warmup > self.total_steps:
             out.append(f"schedule.warmup={self.schedule.warmup}: is longer than the run of {self.total_steps} steps")
         return out
@@ -118,8 +122,8 @@ class RunConfig:
         return step + max(0, -(-((self.tokens or 0) - tokens) // self.tokens_per_step))
 
     @property
-    def moves(self) -> dict[str, float]:
-        """Hyperparameters of the optimizer that move linearly over the run, with their final values."""
+    def moves(self) -> Moves:
+        """Hyperparameters of the optimizer that move over the run, with their final values, or None to follow lr."""
         return parse_moves(self.schedule.moves)
 
     def per_process(self, world_size: int) -> int:

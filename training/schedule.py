@@ -32,7 +32,7 @@ class ScheduleConfig:
     min_lr_ratio: float = option(0.1, "final learning rate relative to the peak, if min_lr is none", least=0, most=1)
     wsd_decay: float = option(0.2, "wsd: fraction of the run, at its end, with linear decay", above=0, most=1)
     zero_first: bool = option(False, "start the warm-up at 0 instead of lr / warmup (as published)")
-    moves: str = option("", 'hyperparameters that change linearly to a final value: "gamma:0.05,momentum:0.98"')
+    moves: str = option("", 'settings that change linearly to a final value, or with lr: "gamma:0.05,weight_decay:lr"')
 
     def errors(self) -> list[str]:
         """Everything wrong with this config, one line each."""
@@ -46,15 +46,18 @@ class ScheduleConfig:
         return out
 
 
-def parse_moves(text: str) -> dict[str, float]:
-    """The text "gamma:0.05,momentum:0.98" as a dict. Raises UserError for other text."""
-    out = {}
+Moves = dict[str, float | None]  # final values by name; None: proportional to the learning rate
+
+
+def parse_moves(text: str) -> Moves:
+    """The text "gamma:0.05,weight_decay:lr" as a dict, with None for "lr". Raises UserError for other text."""
+    out: Moves = {}
     for part in filter(None, text.split(",")):
         name, _, value = part.strip().partition(":")
         try:
-            out[name.strip()] = float(parse_number(value.strip()))
+            out[name.strip()] = None if value.strip() == "lr" else float(parse_number(value.strip()))
         except ValueError:
-            raise UserError('must be names and final values, for example "gamma:0.05,momentum:0.98"') from None
+            raise UserError('must be names and final values or lr, for example "gamma:0.05,weight_decay:lr"') from None
     return out
 
 
@@ -97,18 +100,19 @@ def moved(start: float, end: float, step: int, steps: int) -> float:
 
 
 def set_rates(
-    optimizer: Optimizer, optim: Settings, schedule: ScheduleConfig, moves: dict[str, float], step: int, steps: int
+    optimizer: Optimizer, optim: Settings, schedule: ScheduleConfig, moves: Moves, step: int, steps: int
 ) -> float:
     """Set the learning rate and the moving hyperparameters of every group; returns the main learning rate.
 
     If a group has its own value, its ratio to the main value is kept.
     """
     lr = learning_rate(schedule, step, steps, optim.lr)
+    relative = lr / optim.lr if optim.lr else 0.0
     for group in optimizer.param_groups:
         initial = group.setdefault("initial_lr", group["lr"])
-        group["lr"] = initial * (lr / optim.lr if optim.lr else 0.0)
+        group["lr"] = initial * relative
         for key, end in moves.items():
             start, initial = getattr(optim, key), group.setdefault(f"initial_{key}", group[key])
-            now = moved(start, end, step, steps)
+            now = start * relative if end is None else moved(start, end, step, steps)
             group[key] = now if initial == start else initial * (now / start if start else 0.0)
     return lr
