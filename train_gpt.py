@@ -69,9 +69,9 @@ class Trainer:
         if compiles:
             compute.start_compile_workers(world.local_size)
         self.shards = parallel.shards(run.compute.shard, world)
-        if sharded := run.compute.shard != "none" and world.size > 1:
+        if self.shards > 1:
             parallel.shard(self.model, run.compute.shard, world, compiles)
-        group = None if sharded else world.group
+        group = None if self.shards > 1 else world.group
         self.optimizer = build_optimizer(self.model, run.optim, group, compiles)
         if problem := state_problem(self.optimizer, self.model):
             raise UserError(f"optimizer={run.optimizer}: checkpoints cannot keep its state ({problem})")
@@ -90,7 +90,7 @@ class Trainer:
         self.loader.start_at(self.step, state["sequences"])
 
         self.autocast = compute.autocast(run.dtype, world.device)
-        whole_graph = compiles and not sharded
+        whole_graph = compiles and self.shards == 1
         self.compiled: Any = torch.compile(self.model, fullgraph=True, dynamic=False) if whole_graph else self.model
         self.forward = parallel.synchronized(self.model, self.compiled, run.compute, world)
         self.divide_batch()

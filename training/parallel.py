@@ -66,9 +66,8 @@ def _mesh(kind: str, world: World) -> DeviceMesh:
 
 def description(kind: str, world: World) -> str:
     """What is divided over which processes, in words; empty if nothing is."""
-    if kind == "none" or world.size == 1:
+    if (each := shards(kind, world)) == 1:
         return ""
-    each = shards(kind, world)
     copies = f", {world.size // each} copies" if kind == "hybrid" else ""
     return f"{kind}: weights, gradients and state divided over {each} processes{copies}"
 
@@ -80,9 +79,10 @@ def is_sharded(model: nn.Module) -> bool:
 def synchronized(model: GPT, compiled: Any, config: ComputeConfig, world: World) -> Any:
     """The model whose backward pass averages gradients over the processes. compiled: the model, compiled or not.
 
-    DistributedDataParallel exchanges gradients in buckets. The gradients stay views of the buckets, so they exist once,
-    if the first pass is not in `unsynchronized` and if `clear_gradients` drops them. The buckets are formed anew at the
-    second pass; two passes that compute nothing let a resumed run use the same buckets as one that was not interrupted.
+    DistributedDataParallel exchanges gradients in buckets of memory. Gradients lie in the buckets and nowhere else, if
+    the first pass exchanges them and if they are set to 0, not to None, as `clear_gradients` does. torch arranges the
+    buckets at the first pass, and again at the second one. Both happen here, in passes whose gradients are 0. So a
+    resumed run adds up its gradients in the same order as a run that was not interrupted.
     """
     if world.size == 1 or is_sharded(model):
         return compiled

@@ -5,7 +5,7 @@ from experiments.plans._scales import QUICKSTART
 
 
 def muon(options: str = "") -> Arm:
-    return Arm(f"--optimizer=muon {options}".strip(), dict(quickstart=1e-2))
+    return Arm(f"--optimizer=muon {options}".strip(), dict(quickstart=5e-3))
 
 
 plan = Plan(
