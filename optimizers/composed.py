@@ -109,8 +109,6 @@ class ComposedOptimizer(Optimizer):
         if errors:
             self.param_groups.pop()
             raise ValueError(f"{type(self).__name__}: {'; '.join(dict.fromkeys(errors))}")
-        for p in filter(sharding_of, group["params"]):
-            self._sharded.add(p)
         group["constructed_lr"] = float(self.defaults["lr"])
         self._allocate(group, [p for p in group["params"] if p.requires_grad])
 
@@ -120,6 +118,8 @@ class ComposedOptimizer(Optimizer):
 
     def _allocate(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Create the state of parameters of a group. Every rank counts the steps; shards and owners have the rest."""
+        for p in filter(sharding_of, params):
+            self._sharded.add(p)
         blocks = group.get("blocks", 1)
         for rule, owners, members in self._by_role(group, params):
             direction = rule.direction
@@ -146,11 +146,17 @@ class ComposedOptimizer(Optimizer):
         for (role, owners), members in sorted(kinds.items(), key=lambda kind: ROLES.index(kind[0][0])):
             yield self.rule(group, role), owners, members
 
+    def state_dict(self) -> dict[str, Any]:
+        """As of any optimizer of torch: state and groups, parameters by their number."""
+        self._follow_parameters()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, parameters matched in the order of the groups, as torch does.
 
         Raises ValueError, with nothing changed, if another kind of optimizer made it, or if shapes differ.
         """
+        self._follow_parameters()
         try:
             super().load_state_dict(state_dict)
         except KeyError as error:
@@ -169,16 +175,27 @@ class ComposedOptimizer(Optimizer):
                 s["step"] = torch.tensor(float(s["step"]))
 
     def _follow_parameters(self) -> None:
-        """Convert the state of parameters that `model.double()` or `model.to(device)` has converted.
+        """Make the state fit the parameters that the groups have now.
 
-        Raises ValueError if a parameter has a dtype now that it could not have been added with.
+        `model.double()` and `model.to(device)` convert parameters, a frozen one may have become trainable, and
+        Accelerate puts shards in the place of parameters. Raises ValueError for what could not have been added.
         """
+        groups = self.param_groups
+        missing = [
+            [p for p in g["params"] if p not in self.state and (p.requires_grad or p.grad is not None)] for g in groups
+        ]
         tensors = ((p, next((t for key, t in s.items() if key != "step"), None)) for p, s in self.state.items())
         moved = [p for p, t in tensors if t is not None and _differs(t, p)]
-        if moved and (errors := {error: None for group in self.param_groups for error in self._errors(group)}):
+        if not moved and not any(missing):
+            return
+        if errors := {error: None for group in groups for error in self._errors(group)}:
             raise ValueError(f"{type(self).__name__}: {'; '.join(errors)}")
         for p in moved:
             self.state[p] |= {key: t.to(p.device, p.dtype) for key, t in self.state[p].items() if key != "step"}
+        for group, params in zip(groups, missing, strict=True):
+            self._allocate(group, params)
+        for p in self.state.keys() - {p for group in groups for p in group["params"]}:
+            del self.state[p]
 
     # ---- the exact form
 
@@ -244,8 +261,6 @@ class ComposedOptimizer(Optimizer):
             )
         with_gradient = [p for p in group["params"] if p.grad is not None and p.numel()]
         check_gradients(with_gradient)
-        if unfrozen := [p for p in with_gradient if p not in self.state]:
-            self._allocate(group, unfrozen)
         for rule, owners, params in self._by_role(group, with_gradient):
             by_count: dict[int, list[Tensor]] = {}
             for p in params:

@@ -332,6 +332,7 @@ def two(folder):
         load(folder / "ddp" / name, model, optimizer)
         out["loaded"]["ddp to two", name, "load"] = differences(train(model, optimizer, SAVED_AT), expected[name])
         out["loaded"]["one to two", name, "load_state_dict"] = from_a_whole_state_dict(folder, name, mesh, expected)
+        out["loaded"]["one to two", name, "load after Accelerate"] = in_accelerates_order(folder, name, mesh, expected)
     out["copies"] = {name: copies(name, mesh) for name in KEPT}
     out["scaler"] = scaled(mesh, expected["mars_m"])
     out["clip_grad_norm"] = clipped(mesh), clipped(None)
@@ -357,6 +358,23 @@ def from_a_whole_state_dict(folder, name, mesh, expected):
     for t in map(DTensor.to_local, loaded):
         assert t.untyped_storage().nbytes() == t.nbytes, "a shard keeps the whole tensor in memory"
     return differences(train(model, optimizer, SAVED_AT), expected[name])
+
+
+def in_accelerates_order(folder, name, mesh, expected):
+    """An optimizer of whole parameters, in whose groups Accelerate then puts the shards; afterwards a checkpoint."""
+    from accelerate.utils.fsdp_utils import fsdp2_switch_optimizer_parameters
+
+    model = make_model()
+    optimizer = OURS[name](groups_of(model))
+    names = {p: n for n, p in model.items()}
+    for group in optimizer.param_groups:
+        group["params"] = [mock.Mock(data_ptr=names[p]) for p in group["params"]]
+    fully_shard(model, mesh=mesh, ignored_params={model["whole"]})
+    fsdp2_switch_optimizer_parameters(optimizer, model)
+    load(folder / "one" / name, model, optimizer)
+    weights = train(model, optimizer, SAVED_AT)
+    assert optimizer.state.keys() == set(model.values()), "the state of the whole parameters is still there"
+    return differences(weights, expected[name])
 
 
 def copies(name, mesh):
@@ -687,7 +705,7 @@ def test_eight_ranks_share_the_work_on_matrices_evenly(size):
 def test_checkpoints_of_torch_move_between_four_two_and_one_process_and_ddp(reports):
     """Through torch's state dicts and straight into the tensors. The rest of the run is equal bit for bit."""
     loaded = reports[2]["loaded"] | reports[4]["loaded"]
-    assert len(loaded) == len(KEPT) * 9
+    assert len(loaded) == len(KEPT) * 10
     for (way, name, function), different in loaded.items():
         assert exact(name, different) == {}, (way, name, function)
 
