@@ -91,11 +91,13 @@ def test_an_unknown_group_or_part_is_refused(tmp_path):
 def test_parts(tmp_path):
     found = {(r["part"], r["what"]): r for r in smoke_rows(parts, tmp_path)}
     assert {part: sum(p == part for p, _ in found) for part in parts.PARTS} == {
-        **{"loss": 3, "attention": 3, "newton_schulz": 2, "optimizers": 6}
+        **{"loss": 5, "attention": 3, "newton_schulz": 2, "optimizers": 6}
     }
     missing = {what for (_, what), row in found.items() if row["note"]}
-    assert missing <= {"CUDNN_ATTENTION", "EFFICIENT_ATTENTION"}  # a CPU has only flash attention
-    products, compiled, eager = (r for (part, _), r in found.items() if part == "loss")
+    on_gpu = {what for _, what in found if "fused_loss" in what}  # and a CPU has only flash attention
+    assert on_gpu <= missing <= {*on_gpu, "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"}
+    products, compiled, eager, *fused = (r for (part, _), r in found.items() if part == "loss")
+    assert all("needs a GPU" in r["note"] for r in fused)
     assert "loss" not in products
     assert compiled["loss"] == pytest.approx(eager["loss"], rel=1e-5) == pytest.approx(math.log(512), rel=0.05)
     assert compiled["grad_norm"] == pytest.approx(eager["grad_norm"], rel=1e-2)
