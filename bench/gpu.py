@@ -11,11 +11,11 @@ Two sides are plain PyTorch: nanogpt is written as nanoGPT is. published is writ
 it computes the whole attention matrix and updates with MARS-M tensor by tensor.
 
 Every side runs in a process of its own and has a time limit. A row is written while its side runs, so a side that is
-cut off leaves the numbers of the steps so far. A measured step has four micro-batches. Tokens/s, MFU and
-optimizer_share are those of a step of 480 sequences, computed from the measured times of forward and backward passes
-and of an update. MFU counts masked attention, as published figures do. start_s is the time to the end of the first
-step, most of it compilation. memory_gb is the allocator's peak after the first steps, and estimate_gb is what
---preflight and --micro_batch=auto compute without training.
+cut off leaves the numbers of the steps so far. The exit status is 1 if a side has no speed. A measured step has four
+micro-batches. Tokens/s, MFU and optimizer_share are those of a step of 480 sequences, computed from the measured times
+of forward and backward passes and of an update. MFU counts masked attention, as published figures do. start_s is the
+time to the end of the first step, most of it compilation. memory_gb is the allocator's peak after the first steps, and
+estimate_gb is what --preflight and --micro_batch=auto compute without training.
 """
 
 import io
@@ -265,6 +265,8 @@ def main(argv: list[str] | None = None) -> None:
         if rates.keys() >= {"best", name}:
             session.report.add(side=f"best against {name}", size=size, speed_ratio=rates["best"] / rates[name])
     session.report.table()
+    if len(rates) < len(found):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,12 @@ def speeds(folder: Path, any_hardware: bool) -> dict[tuple[str, str], dict]:
     return newest
 
 
+def failures(folder: Path, any_hardware: bool) -> dict[tuple[str, str], dict]:
+    """The newest row without a speed by size and side; its note says why."""
+    rows = [row for _, rows in results(folder, "gpu", any_hardware) for row in rows]
+    return {(row["size"], row["side"]): row for row in rows if row.get("note") and "tokens_per_s" not in row}
+
+
 def ratio(best: dict, other: dict | None) -> str:
     """The speed of a side against another one on the same hardware on the same day."""
     together = other and all(best[key] == other[key] for key in ("hardware", "torch", "date"))
@@ -48,13 +54,14 @@ def ratio(best: dict, other: dict | None) -> str:
 
 
 def speed_table(found: dict[tuple[str, str], dict]) -> str:
-    """The speeds of the side best in markdown, a row for each size."""
+    """The speeds of the side best in markdown, a row for each size. Where it failed, with flash attention."""
     rows = []
     for size in SIZES:
         row = {"size": size, "tokens/s": NOT_MEASURED}
-        if numbers := found.get((size, "best")):
+        if numbers := found.get((size, "best")) or found.get((size, "best_flash")):
             row |= {"tokens/s": f"{numbers['tokens_per_s']:,.0f}", "MFU": _percent(numbers["mfu"])}
-            row |= {"micro-batch": numbers["micro_batch"], "memory": f"{numbers['memory_gb']:.1f} GB"}
+            row |= {"attention": numbers["attention"], "micro-batch": numbers["micro_batch"]}
+            row |= {"memory": f"{numbers['memory_gb']:.1f} GB"}
             row |= {"MARS-M's part of a step": _percent(numbers["optimizer_share"])}
             row |= {"against nanoGPT's way": ratio(numbers, found.get((size, "nanogpt")))}
             row |= {key: numbers[key] for key in ("hardware", "torch", "date")}
@@ -107,14 +114,15 @@ def trained(folder: Path) -> list[dict]:
 def page(folder: Path, found: dict[tuple[str, str], dict], any_hardware: bool) -> str:
     """The page in markdown."""
     best = " ".join(f"--{setting}" for setting in BEST)
-    measured = [row for (_, side), row in found.items() if side != "best"]
+    rows = failures(folder, any_hardware) | found
+    others = [row for key, row in rows.items() if key[1] != "best" or key not in found]
     keys = ("size", "side", "micro_batch", "tokens_per_s", "mfu", "memory_gb", "estimate_gb", "optimizer_share", "note")
     sweeps = sorted(folder.glob(f"sweep_first_gpu_{'smoke' if any_hardware else 'gpu'}*.md"))
     facts = [row for _, rows in results(folder, "facts", any_hardware) for row in rows]
     parts = {
         "Machine": "\n".join(table_of_records([row]) for row in facts),
         "Training speed": f"Steps of 480 sequences with `{best}`.\n\n{speed_table(found)}",
-        "Other settings": table_of_records([{k: r.get(k) for k in keys} for r in measured]) if measured else "",
+        "Other settings": table_of_records([{k: r.get(k) for k in keys} for r in others]) if others else "",
         "Correctness": table_of_records(checked) if (checked := checks(folder, any_hardware)) else "",
         "Runs": table_of_records(runs) if (runs := trained(folder)) else "",
         "A short comparison": sweeps[0].read_text(encoding="utf-8").partition("\n")[2] if sweeps else "",
@@ -140,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with one_line("bench.page"):
         found = speeds(args.folder, args.any_hardware)
-        if not any(side == "best" for _, side in found):
+        if not found:
             raise UserError(f"{args.folder}: no result of bench.gpu on a GPU; scripts/gpu_quarter_hour.sh measures it")
         write_durably(args.folder / "gpu.md", page(args.folder, found, args.any_hardware).encode())
         if not args.keep_docs:

@@ -25,6 +25,7 @@ from optimizers.newton_schulz import newton_schulz_dtype, orthogonalize
 from optimizers.standalone.mars_m import newton_schulz
 from runtime.command import one_line
 from runtime.hardware import memory_gb
+from training.compute import fused_loss_on
 
 TOKENS = 32 * 1024
 BYTES = {  # bytes moved per parameter, of a matrix and of the rest, if each tensor is read or written only once
@@ -49,7 +50,8 @@ def bench_loss(s: Session, size: str, c: GPTConfig) -> None:
         seconds = s.seconds(lambda: (F.linear(x, w), dy @ w, dy.mT @ x))
         return dict(ms=1e3 * seconds, tflops=6e-12 * n * d * v / seconds)
 
-    def measure(loss_of: Callable[[Tensor, Tensor], Tensor]) -> dict:
+    def measure(make: Callable[[], Callable], compiled: bool) -> dict:
+        loss_of = torch.compile(make(), fullgraph=True, dynamic=False) if compiled else make()
         torch.manual_seed(0)
         x, w = s.randn(n, d).requires_grad_(), (s.randn(v, d) * 0.02).requires_grad_()
 
@@ -65,14 +67,18 @@ def bench_loss(s: Session, size: str, c: GPTConfig) -> None:
         loss = step().item()
         return numbers | dict(loss=loss, grad_norm=0.0 if w.grad is None else w.grad.norm().item())
 
-    def mean_loss(x: Tensor, w: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(x, w).float(), targets)
+    def plain() -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x, w: F.cross_entropy(F.linear(x, w).float(), targets)
+
+    def fused() -> Callable[[Tensor, Tensor], Tensor]:
+        loss = fused_loss_on(s.device)
+        return lambda x, w: loss(x, w, targets, v)
 
     names: dict[str, Any] = dict(part="loss", size=size)
     s.row(products, **names, what="three products alone")
-    in_one_graph = torch.compile(mean_loss, fullgraph=True, dynamic=False)
-    s.row(partial(measure, in_one_graph), **names, what="float32 loss of bf16 logits, compiled, as in training")
-    s.row(partial(measure, mean_loss), **names, what="float32 loss of bf16 logits, not compiled")
+    for what, make in (("float32 loss of bf16 logits", plain), ("the same by compute.fused_loss", fused)):
+        s.row(partial(measure, make, True), **names, what=f"{what}, compiled, as in training")
+        s.row(partial(measure, make, False), **names, what=f"{what}, not compiled")
 
 
 def bench_attention(s: Session, size: str, c: GPTConfig) -> None:

@@ -29,7 +29,7 @@ class Cohort:
     remember: bool  # this step's gradient is the next one's previous gradient (the approximate form)
     blocks: int
     cautious: Number | None  # what cautious decay takes off a weight, relative to it; None: the direction decays
-    norms: dict[Tensor, Tensor] = field(default_factory=dict)  # of the corrected gradients, if they are sharded
+    factors: dict[Tensor, Tensor] = field(default_factory=dict)  # 0-d, that clip the corrected gradients
 
     @property
     def numbers(self) -> Any:

@@ -239,8 +239,7 @@ class ComposedOptimizer(Optimizer):
                 loss = closure()
         self._follow_parameters()
         cohorts = [cohort for group in self.param_groups for cohort in self._cohorts(group)]
-        if self._sharded.shapes:
-            self._total_norms([cohort for cohort in cohorts if cohort.owners is self._sharded])
+        self._find_factors([cohort for cohort in cohorts if cohort.rule.clip])
         for p in (p for cohort in cohorts if cohort.rule.direction.counts_steps for p in cohort.params):
             self.state[p]["step"] += 1
         moves = advanced(self._move_matrices(c, part) for c in cohorts if c.is_matrix for part in parts_of(c))
@@ -273,33 +272,32 @@ class ComposedOptimizer(Optimizer):
                 step = Step(count, rule.lr, 0.0 if rule.cautious else rule.weight_decay)
                 yield Cohort(rule, owners, members, step, weight, remember, group.get("blocks", 1), amount)
 
+    def _find_factors(self, cohorts: list[Cohort]) -> None:
+        """Find what clips each gradient. Raises ValueError if ranks differ in which sharded parameters have one."""
+        norms: dict[Tensor, Tensor] = {}
+        for cohort in cohorts:
+            if params := [p for p in with_elements(cohort.params) if cohort.owners.holds(p)]:
+                norms |= zip(params, self._norms(cohort, params), strict=True)
+        if self._sharded.shapes:
+            norms |= self._sharded.total_norms(norms)
+        for cohort in cohorts:
+            if params := [p for p in cohort.params if p in norms]:
+                factors = clip_factors(torch.stack([norms[p] for p in params]), cohort.dtype)
+                cohort.factors.update(zip(params, factors, strict=True))
+
     def _norms(self, cohort: Cohort, params: list[Tensor]) -> Tensor:
-        """Norms of the corrected gradients, or of this rank's shards of them."""
+        """Norms (k,) of the corrected gradients, or of this rank's shards of them."""
         pieces = [(local(p.grad), local(self.state[p].get("previous"))) for p in params]
         # ranks must agree on the norms of what all of them update: compiled reductions may differ in the last bit
         eager = cohort.owners.size > 1 and not (cohort.is_matrix and cohort.owners is self.ownership)
         return norms_from_rows(self._run(norms_of_all, pieces, cohort.weight, eager=eager))
 
-    def _total_norms(self, cohorts: list[Cohort]) -> None:
-        """Find the norms that clipping needs, over all shards. Raises ValueError if ranks have other gradients."""
-        squares: dict[Tensor, Tensor] = {}
-        for cohort in cohorts:
-            if cohort.rule.clip and (some := with_elements(cohort.params)):
-                squares |= zip(some, self._norms(cohort, some).square(), strict=True)
-        totals = self._sharded.total(squares)
-        for cohort in cohorts:
-            cohort.norms.update((p, totals[p].sqrt()) for p in cohort.params)
-
     def _pieces(self, cohort: Cohort, params: list[Tensor], targets: list[Tensor]) -> list[tuple]:
         """Clip factor, target, gradient, previous gradient and state of each parameter: what this rank holds."""
-        factors: list[Tensor | None] = [None] * len(params)
-        if cohort.rule.clip:
-            norms = torch.stack([cohort.norms[p] for p in params]) if cohort.norms else self._norms(cohort, params)
-            factors = [*clip_factors(norms, params[0].dtype)]
         names = ("previous", *cohort.rule.direction.state_names)
         return [
-            (factor, target, local(p.grad), *(local(self.state[p].get(name)) for name in names))
-            for factor, target, p in zip(factors, targets, params, strict=True)
+            (cohort.factors.get(p), target, local(p.grad), *(local(self.state[p].get(name)) for name in names))
+            for target, p in zip(targets, params, strict=True)
         ]
 
     def _update_elementwise(self, cohort: Cohort) -> None:

@@ -157,8 +157,8 @@ class Sharded(Owners):
         parts = zip(received.split([sum(n) for n in numbers]), numbers, shapes, strict=True)
         return [[x.view(s) for x, s in zip(part.split(n), of, strict=True)] for part, n, of in parts]
 
-    def total(self, squares: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """0-d float64 numbers of parameters, summed over the ranks; 0 where no rank has one. One all-reduce.
+    def total_norms(self, norms: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """Norms of whole tensors from those of shards, 0-d in float64; 0 where no rank has one. One all-reduce.
 
         Raises ValueError if some ranks have a gradient of a parameter and others have none. On a GPU the host looks at
         that only where it changed, for it has to wait.
@@ -167,12 +167,12 @@ class Sharded(Owners):
         if changed := with_gradient != self._with_gradient or self._counts.device != device:
             self._counts = torch.tensor(with_gradient, dtype=torch.float64, device=device)
         zero = self._counts.new_zeros(())
-        sums = torch.stack([self._counts, torch.stack([squares.get(p, zero) for p in self.shapes])])
+        sums = torch.stack([self._counts, torch.stack([norms.get(p, zero) for p in self.shapes]).square()])
         dist.all_reduce(sums, group=self._group())
         if changed or device.type == "cpu":
             self._check_counts(sums[0].tolist())
         self._with_gradient = with_gradient
-        return dict(zip(self.shapes, sums[1].unbind(), strict=True))
+        return dict(zip(self.shapes, sums[1].sqrt().unbind(), strict=True))
 
     def _check_counts(self, counts: list[float]) -> None:
         for p, n in zip(self.shapes, counts, strict=True):

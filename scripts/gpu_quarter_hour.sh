@@ -7,7 +7,8 @@
 # written every 15 seconds, so a part that is cut off leaves what it has. Unpack the archives anywhere, and
 # `python -m bench.page --folder results` makes a page of them.
 # Needs the tracked files, and a Python with torch 2.11 or newer, numpy, safetensors and tqdm. Needs no network.
-# PYTHON names the interpreter, .venv/bin/python or python3 by default.
+# PYTHON names the interpreter, .venv/bin/python or python3 by default. TIME_SCALE=4 makes every limit of time four times
+# as long, for a rehearsal on a slow machine.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -17,7 +18,8 @@ if [ -z "${PYTHON:-}" ]; then
     PYTHON=python3
     [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
 fi
-export PYTHONUNBUFFERED=1 PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+export TIME_SCALE=${TIME_SCALE:-1} PYTHONUNBUFFERED=1
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 
 save() { # write the archive of the results so far, without weights
     local archive
@@ -37,23 +39,28 @@ stop() {
     exit 130
 }
 begin() { # start a command in the background: seconds, name of its log, command. timeout gives it its own process group
-    timeout --kill-after=5 "$1" "${@:3}" >"$results/$2.log" 2>&1 &
+    timeout --kill-after=5 $(($1 * TIME_SCALE)) "${@:3}" >"$results/$2.log" 2>&1 &
 }
 measure() { # run a command for at most $1 seconds, and not beyond the end of the part; it may fail
-    local seconds=$1 name=$2 left=$((END - SECONDS)) status=0
+    local seconds=$1 name=$2 left=$((END - SECONDS / TIME_SCALE)) status=0
     ((seconds <= left)) || seconds=$left
     if ((seconds < 10)); then
         echo "== $name: no time is left"
-        return
+        return 124
     fi
-    echo "== $name, from second $SECONDS, at most $seconds s"
+    echo "== $name, from second $SECONDS, at most $((seconds * TIME_SCALE)) s"
     begin "$seconds" "$name" "${@:3}"
     wait $! || status=$?
     tail -n 5 "$results/$name.log"
     ((status == 0)) || echo "== $name: status $status (124: its time was over)"
+    return $status
 }
 bench() { # run a bench: seconds, name of its log, bench, options
     measure "$1" "$2" "$PYTHON" -m "bench.$3" --folder "$results" "${@:4}"
+}
+best() { # the side best of bench.gpu: seconds, name of its log, options. If it fails, the same with flash attention
+    bench "$1" "$2" gpu --sides best "${@:3}"
+    (($? != 1)) || bench "$1" "$2_flash" gpu --sides best_flash "${@:3}"
 }
 machine_and_data() {
     bench 25 facts facts
@@ -84,21 +91,21 @@ part_of_the_measurements() {
         measure 150 first "$PYTHON" train_gpt.py "${small[@]}" --optimizer=mars_m --name=first --batch_size=120 \
             --micro_batch=40 --steps=60 --eval_every=30 --checkpoint.every=30
         bench 110 correctness correctness --only numbers
-        bench 110 best gpu --sides best --micro 40
+        best 110 best --micro 40
         bench 80 nanogpt gpu --sides nanogpt --micro 40
         ;;
     B)
         END=285
         machine_and_data
         short_runs
-        bench 110 medium gpu --size 355M --sides best
+        best 110 medium --size 355M
         bench 100 default gpu --sides default best_fused_loss best_flash --micro 40
         ;;
     C)
         END=570
         machine_and_data
         bench 180 correctness correctness --only steady resume
-        bench 100 large gpu --size 774M --sides best
+        best 100 large --size 774M
         bench 80 parts parts --sizes 124M
         bench 80 large_nanogpt gpu --size 774M --sides nanogpt
         measure 170 sweep "$PYTHON" -m experiments.sweep first_gpu --scale gpu --workers 8 --folder "$results"
@@ -107,7 +114,7 @@ part_of_the_measurements() {
     D)
         END=570
         machine_and_data
-        bench 220 xl gpu --size 1558M --sides best
+        best 220 xl --size 1558M
         bench 160 xl_nanogpt gpu --size 1558M --sides nanogpt
         bench 90 medium_nanogpt gpu --size 355M --sides nanogpt
         bench 90 best_settings gpu --sides best_float32_residual best_cast_micro_batch --micro 40

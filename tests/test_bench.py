@@ -91,11 +91,13 @@ def test_an_unknown_group_or_part_is_refused(tmp_path):
 def test_parts(tmp_path):
     found = {(r["part"], r["what"]): r for r in smoke_rows(parts, tmp_path)}
     assert {part: sum(p == part for p, _ in found) for part in parts.PARTS} == {
-        **{"loss": 3, "attention": 3, "newton_schulz": 2, "optimizers": 6}
+        **{"loss": 5, "attention": 3, "newton_schulz": 2, "optimizers": 6}
     }
     missing = {what for (_, what), row in found.items() if row["note"]}
-    assert missing <= {"CUDNN_ATTENTION", "EFFICIENT_ATTENTION"}  # a CPU has only flash attention
-    products, compiled, eager = (r for (part, _), r in found.items() if part == "loss")
+    on_gpu = {what for _, what in found if "fused_loss" in what}  # and a CPU has only flash attention
+    assert on_gpu <= missing <= {*on_gpu, "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"}
+    products, compiled, eager, *fused = (r for (part, _), r in found.items() if part == "loss")
+    assert all("needs a GPU" in r["note"] for r in fused)
     assert "loss" not in products
     assert compiled["loss"] == pytest.approx(eager["loss"], rel=1e-5) == pytest.approx(math.log(512), rel=0.05)
     assert compiled["grad_norm"] == pytest.approx(eager["grad_norm"], rel=1e-2)
@@ -266,7 +268,10 @@ def test_facts(tmp_path):
 
 
 def test_every_side_of_training(tmp_path):
-    found = {r["side"]: r for r in smoke_rows(gpu, tmp_path, "--sides", *gpu.SIDES)}
+    with pytest.raises(SystemExit) as stop:  # because a side fails
+        smoke_rows(gpu, tmp_path, "--sides", *gpu.SIDES)
+    assert stop.value.code == 1
+    found = {r["side"]: r for r in rows(tmp_path)}
     assert found.keys() == {*gpu.SIDES, "best against nanogpt", "best against published"}
     assert "needs a GPU" in found.pop("best_fused_loss")["note"]
     best = found["best"]["tokens_per_s"]
@@ -373,7 +378,7 @@ def gpu_results(folder, size="124M", tokens=612_345.6, date="2026-11-25", hardwa
     """Result files as bench.gpu and bench.correctness write them on a GPU."""
     facts = dict(bench=f"gpu_{size}_best_nanogpt", hardware=hardware, torch="2.13.0", threads=1, date=date)
     best = dict(side="best", size=size, tokens_per_s=tokens, mfu=0.5, memory_gb=61.2, optimizer_share=0.006)
-    best |= dict(micro_batch=40, note="")
+    best |= dict(attention="cudnn", micro_batch=40, note="")
     nanogpt = best | dict(side="nanogpt", tokens_per_s=tokens / 1.2)
     rows = [facts, best, nanogpt, dict(side="published", size=size, note="out of memory")]
     write = "".join(json.dumps(row) + "\n" for row in rows)
@@ -402,7 +407,7 @@ def test_the_page_takes_the_newest_numbers_and_fills_the_docs(tmp_path, monkeypa
     page.main(["--folder", str(tmp_path)])
     readme, text = (tmp_path / "README.md").read_text(), (tmp_path / "gpu.md").read_text()
     card = "NVIDIA H100 80GB HBM3 | 2.13.0 | 2026-11-25 |"
-    row = f"| 124M | 612,346 | 50.0 % | 40 | 61.2 GB | 0.6 % | 1.20x | {card}"
+    row = f"| 124M | 612,346 | 50.0 % | cudnn | 40 | 61.2 GB | 0.6 % | 1.20x | {card}"
     for written in (readme, text):
         assert row in written
         assert row.replace("124M", "774M").replace("1.20x", "not measured") in written
@@ -410,10 +415,24 @@ def test_the_page_takes_the_newest_numbers_and_fills_the_docs(tmp_path, monkeypa
     assert "| loss | 0.001 | 1e-05 | ok |" in text
     assert "| first | 60 | 2.5 | 2.25 | 7 |" in text
     assert "--attention=cudnn" in text
+    assert re.search(r"\| 124M \| published \|[ |]*\| out of memory \|", text)
     assert readme.endswith((ROOT / "README.md").read_text()[-2000:])
     measured = (tmp_path / "docs/performance.md").read_text()
     assert re.search(r"\| best \| 124M \| [^|]+ \| not measured \| [^|]+ \| 612.3 \(50.0 %\) \|", measured)
     assert re.search(r"\| best \| 355M \| [^|]+ \| not measured \| [^|]+ \| not measured \|", measured)
+
+
+def test_where_the_side_best_fails_the_page_has_its_error_and_its_speed_with_flash_attention(tmp_path):
+    gpu_results(tmp_path)
+    (path,) = tmp_path.glob("gpu_*.jsonl")
+    facts, best, nanogpt = map(json.loads, path.read_text().splitlines()[:3])
+    failed = dict(side="best", size="124M", note="not measured: cuDNN error")
+    rows = [facts, failed, best | dict(side="best_flash", attention="flash"), nanogpt]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page.main(["--folder", str(tmp_path), "--keep_docs"])
+    text = (tmp_path / "gpu.md").read_text()
+    assert "| 124M | 612,346 | 50.0 % | flash | 40 | 61.2 GB | 0.6 % | 1.20x |" in text
+    assert re.search(r"\| 124M \| best \|[ |]*\| not measured: cuDNN error \|", text)
 
 
 def test_without_a_result_of_a_gpu_there_is_no_page(tmp_path):

@@ -77,6 +77,32 @@ def test_no_part_plans_beyond_its_end(word, ends):
     assert "((seconds <= left)) || seconds=$left" in text
 
 
+@pytest.mark.parametrize("status, again", [(1, True), (124, False)])
+def test_a_part_goes_on_where_the_side_best_fails(tmp_path, status, again):
+    """Its error is in the archive. The side is measured with flash attention unless its time was over."""
+    program = f'echo "$@"; [[ "$*" != *"--sides best --"* ]] || {{ echo cuDNN error; exit {status}; }}'
+    output, _ = begin(tmp_path, program, "A").communicate(timeout=60)
+    assert f"== best: status {status}" in output
+    with tarfile.open(tmp_path / "gpu-A.tgz") as tar:
+        logs = {Path(m.name).stem: tar.extractfile(m).read().decode() for m in tar if m.name.endswith(".log")}
+    assert [*logs][-3 - again :] == ["correctness", "best", *["best_flash"] * again, "nanogpt"]
+    assert logs["best"].endswith("cuDNN error\n")
+    if again:
+        assert logs["best_flash"].split() == logs["best"].replace("best", "best_flash").split()[:-2]
+
+
+@pytest.mark.parametrize("scale", ["1", "4"])
+def test_one_number_scales_every_limit_of_time(tmp_path, scale, monkeypatch):
+    (tmp_path / "timeout").write_text(f'#!/bin/bash\necho "$2" >> {tmp_path}/limits\nexec "${{@:3}}"\n')
+    (tmp_path / "timeout").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("TIME_SCALE", scale)
+    output, _ = begin(tmp_path, "echo limit of the benches: $TIME_SCALE", "C").communicate(timeout=60)
+    assert f"limit of the benches: {scale}\n" in output
+    limits = [int(line) for line in (tmp_path / "limits").read_text().split()]
+    assert limits[:2] == [25 * int(scale), (180 if (ROOT / "data/tokens/pydocs").exists() else 90) * int(scale)]
+
+
 def test_weights_stay_on_the_machine(tmp_path):
     program = (
         'for word in "$@"; do [ -d "$word" ] && echo x | tee "$word/model.safetensors" > "$word/rows.jsonl"; done; true'

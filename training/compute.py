@@ -184,10 +184,10 @@ def apply_compute(model: Any, config: ComputeConfig, bf16: bool) -> None:
     model.residual_dtype = torch.bfloat16 if config.residual == "bfloat16" else None
     model.recompute_blocks = config.activation_checkpointing
     if config.fused_loss:
-        model.fused_loss = _fused_loss(next(model.parameters()).device)
+        model.fused_loss = fused_loss_on(next(model.parameters()).device)
 
 
-def _fused_loss(device: torch.device) -> Any:
+def fused_loss_on(device: torch.device) -> Any:
     """The loss function that uses the Triton kernel. Raises UserError if the kernel cannot run here."""
     if device.type == "cpu":
         raise UserError("compute.fused_loss=true: needs a GPU; leave this setting out")
