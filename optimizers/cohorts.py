@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,9 +33,13 @@ class Cohort:
     factors: dict[Tensor, Tensor] = field(default_factory=dict)  # 0-d, that clip the corrected gradients
 
     @property
+    def direction(self) -> Any:
+        return self.rule.direction
+
+    @cached_property
     def numbers(self) -> Any:
-        """The numbers of this step."""
-        return self.rule.direction.numbers(self.step)
+        """The numbers of this step, floats."""
+        return self.direction.numbers(self.step)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -42,7 +47,7 @@ class Cohort:
 
     @property
     def is_matrix(self) -> bool:
-        return isinstance(self.rule.direction, MatrixDirection)
+        return isinstance(self.direction, MatrixDirection)
 
 
 def chunks(items: list, size: int) -> Iterator[list]:
@@ -66,6 +71,6 @@ def at_once(like: Tensor) -> int:
     return max(1, BATCH // like.numel()) if like.device.type == "cuda" else 1
 
 
-def with_elements(params: list[Tensor]) -> list[Tensor]:
-    """The parameters of which this rank holds something: a shard may be empty."""
-    return [p for p in params if local(p).numel()]
+def parts_here(params: list[Tensor]) -> dict[Tensor, Tensor]:
+    """What this rank holds of parameters, without empty shards."""
+    return {p: part for p in params if (part := local(p)).numel()}

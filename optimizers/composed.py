@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from .checks import check_gradients, check_groups, fitting_state, group_errors
-from .cohorts import Cohort, advanced, at_once, chunks, parts_of, with_elements
+from .cohorts import Cohort, advanced, at_once, chunks, parts_here, parts_of
 from .cpu import update_of
 from .directions import MatrixDirection, Step
 from .elementwise import Runner, accumulate_all, move_all, norms_of_all, update_all
@@ -184,8 +184,8 @@ class ComposedOptimizer(Optimizer):
         missing = [
             [p for p in g["params"] if p not in self.state and (p.requires_grad or p.grad is not None)] for g in groups
         ]
-        tensors = ((p, next((t for key, t in s.items() if key != "step"), None)) for p, s in self.state.items())
-        moved = [p for p, t in tensors if t is not None and _differs(t, p)]
+        tensors = ((p, next((t for key, t in s.items() if key != "step"), p)) for p, s in self.state.items())
+        moved = [p for p, t in tensors if t.dtype is not p.dtype or t.get_device() != p.get_device()]
         if not moved and not any(missing):
             return
         if errors := {error: None for group in groups for error in self._errors(group)}:
@@ -240,8 +240,8 @@ class ComposedOptimizer(Optimizer):
         self._follow_parameters()
         cohorts = [cohort for group in self.param_groups for cohort in self._cohorts(group)]
         self._find_factors([cohort for cohort in cohorts if cohort.rule.clip])
-        for p in (p for cohort in cohorts if cohort.rule.direction.counts_steps for p in cohort.params):
-            self.state[p]["step"] += 1
+        if counts := [self.state[p]["step"] for c in cohorts if c.direction.counts_steps for p in c.params]:
+            torch._foreach_add_(counts, 1)
         moves = advanced(self._move_matrices(c, part) for c in cohorts if c.is_matrix for part in parts_of(c))
         for cohort in cohorts:
             if not cohort.is_matrix:
@@ -276,8 +276,13 @@ class ComposedOptimizer(Optimizer):
         """Find what clips each gradient. Raises ValueError if ranks differ in which sharded parameters have one."""
         norms: dict[Tensor, Tensor] = {}
         for cohort in cohorts:
-            if params := [p for p in with_elements(cohort.params) if cohort.owners.holds(p)]:
-                norms |= zip(params, self._norms(cohort, params), strict=True)
+            params = [p for p in parts_here(cohort.params) if cohort.owners.holds(p)]
+            pieces = [(local(p.grad), local(self.state[p].get("previous"))) for p in params]
+            # ranks must agree on the norms of what all of them update: compiled reductions may differ in the last bit
+            eager = cohort.owners.size > 1 and not (cohort.is_matrix and cohort.owners is self.ownership)
+            if pieces:
+                rows = self._run(norms_of_all, pieces, cohort.weight, eager=eager)
+                norms |= zip(params, norms_from_rows(rows), strict=True)
         if self._sharded.shapes:
             norms |= self._sharded.total_norms(norms)
         for cohort in cohorts:
@@ -285,33 +290,25 @@ class ComposedOptimizer(Optimizer):
                 factors = clip_factors(torch.stack([norms[p] for p in params]), cohort.dtype)
                 cohort.factors.update(zip(params, factors, strict=True))
 
-    def _norms(self, cohort: Cohort, params: list[Tensor]) -> Tensor:
-        """Norms (k,) of the corrected gradients, or of this rank's shards of them."""
-        pieces = [(local(p.grad), local(self.state[p].get("previous"))) for p in params]
-        # ranks must agree on the norms of what all of them update: compiled reductions may differ in the last bit
-        eager = cohort.owners.size > 1 and not (cohort.is_matrix and cohort.owners is self.ownership)
-        return norms_from_rows(self._run(norms_of_all, pieces, cohort.weight, eager=eager))
-
-    def _pieces(self, cohort: Cohort, params: list[Tensor], targets: list[Tensor]) -> list[tuple]:
+    def _pieces(self, cohort: Cohort, targets: dict[Tensor, Tensor]) -> list[tuple]:
         """Clip factor, target, gradient, previous gradient and state of each parameter: what this rank holds."""
-        names = ("previous", *cohort.rule.direction.state_names)
+        names = ("previous", *cohort.direction.state_names)
         return [
-            (cohort.factors.get(p), target, local(p.grad), *(local(self.state[p].get(name)) for name in names))
-            for target, p in zip(targets, params, strict=True)
+            (cohort.factors.get(p), target, local(p.grad), *(local(state.get(name)) for name in names))
+            for p, target in targets.items()
+            for state in (self.state[p],)
         ]
 
     def _update_elementwise(self, cohort: Cohort) -> None:
-        direction, numbers = cohort.rule.direction, self._run.numbers(cohort.numbers, cohort.dtype)
-        update = direction.update if self._run.compiled else update_of(direction, cohort.step)
-        if params := with_elements(cohort.params):
-            pieces = self._pieces(cohort, params, [local(p) for p in params])
-            for some in chunks(pieces, AT_ONCE if self._run.compiled else len(pieces)):
-                self._run(update_all, some, cohort.weight, cohort.remember, update, numbers, cohort.cautious)
+        numbers = self._run.numbers(cohort.numbers, cohort.dtype)
+        pieces = self._pieces(cohort, parts_here(cohort.params))
+        update = cohort.direction.update if self._run.compiled else update_of(cohort.direction, cohort.step)
+        for some in chunks(pieces, AT_ONCE if self._run.compiled else max(1, len(pieces))):
+            self._run(update_all, some, cohort.weight, cohort.remember, update, numbers, cohort.cautious)
 
     def _move_matrices(self, cohort: Cohort, part: list[Tensor]) -> Generator[None, None, None]:
         """Move matrices of one shape by their directions. Pauses while inputs or results travel between ranks."""
-        direction, owners, blocks = cohort.rule.direction, cohort.owners, cohort.blocks
-        assert isinstance(direction, MatrixDirection)
+        direction, owners, blocks = cohort.direction, cohort.owners, cohort.blocks
         dtype = direction.shared_dtype(part[0])
         travels = dtype if dtype.itemsize < 4 else part[0].dtype  # float64 stays, as for a process that is alone
         inputs = yield from owners.collect(part, partial(self._inputs, cohort), travels)
@@ -319,31 +316,22 @@ class ComposedOptimizer(Optimizer):
         for batch in chunks([p for p in part if owners.owns(p)], at_once(part[0])):
             results |= self._directions(cohort, batch, inputs(batch))
         updates = yield from owners.share(part, results, dtype)
-        numbers = cohort.numbers
         scales = {p: direction.scale(*matrix_shape(p, blocks)) for p in part}
-        rates = {scale: self._run.number(numbers.rate * scale, cohort.dtype) for scale in scales.values()}
-        moved = [(local(p), updates[p], rates[scales[p]]) for p in with_elements(part)]
-        self._run(move_all, moved, self._run.number(numbers.decay, cohort.dtype), cohort.cautious)
+        rates = {scale: self._run.number(cohort.numbers.rate * scale, cohort.dtype) for scale in scales.values()}
+        moved = [(here, updates[p], rates[scales[p]]) for p, here in parts_here(part).items()]
+        self._run(move_all, moved, self._run.number(cohort.numbers.decay, cohort.dtype), cohort.cautious)
 
     def _inputs(self, cohort: Cohort, params: list[Tensor]) -> list[Tensor]:
         """What the directions of matrices are made from, in the shapes that this rank holds."""
-        direction, numbers = cohort.rule.direction, self._run.numbers(cohort.numbers, cohort.dtype)
-        assert isinstance(direction, MatrixDirection)
+        numbers = self._run.numbers(cohort.numbers, cohort.dtype)
         out = {p: torch.empty_like(local(p), memory_format=torch.contiguous_format) for p in params}
-        if some := with_elements(params):
-            pieces = self._pieces(cohort, some, [out[p] for p in some])
-            self._run(accumulate_all, pieces, cohort.weight, cohort.remember, direction.accumulate, numbers)
+        if pieces := self._pieces(cohort, {p: x for p, x in out.items() if x.numel()}):
+            self._run(accumulate_all, pieces, cohort.weight, cohort.remember, cohort.direction.accumulate, numbers)
         return list(out.values())
 
     def _directions(self, cohort: Cohort, batch: list[Tensor], inputs: list[Tensor]) -> dict[Tensor, Tensor]:
         """The directions of whole matrices of one shape, in the shapes of their parameters."""
-        direction, blocks = cohort.rule.direction, cohort.blocks
-        assert isinstance(direction, MatrixDirection)
-        wide = [as_wide_matrices(x, blocks) for x in inputs]
+        wide = [as_wide_matrices(x, cohort.blocks) for x in inputs]
         stack = torch.cat(wide) if len(wide) > 1 else wide[0]
-        found = direction.directions(stack, [self.state[p] for p in batch], cohort.step).split(blocks)
-        return {p: from_wide_matrices(x, p, blocks) for p, x in zip(batch, found, strict=True)}
-
-
-def _differs(t: Tensor, p: Tensor) -> bool:
-    return t.dtype is not p.dtype or t.get_device() != p.get_device()  # quick, for it runs in every step
+        found = cohort.direction.directions(stack, [self.state[p] for p in batch], cohort.step).split(cohort.blocks)
+        return {p: from_wide_matrices(x, p, cohort.blocks) for p, x in zip(batch, found, strict=True)}

@@ -40,6 +40,7 @@ def environment(count: int = 1, memory: int = 85 * GB) -> dict[str, str]:
         "TRITON_LIBCUDA_PATH": str(folder),
         "TORCHINDUCTOR_CACHE_DIR": str(CACHE / "inductor"),
         "TRITON_CACHE_DIR": str(CACHE / "triton"),
+        "TORCH_CUDA_EXPANDABLE_SEGMENTS_IPC": "0",  # to share them, torch asks NVML, which is missing
         "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",  # attention must not run in cuDNN, which is missing
         "NULL_GPU_COUNT": str(count),
         "NULL_GPU_MEMORY": str(memory),

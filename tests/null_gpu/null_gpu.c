@@ -102,10 +102,13 @@ static int count_wait(void) {
 
 // ---- memory: reserved addresses, which cost no host memory until something is written to them
 
+enum kind { ON_DEVICE, ON_HOST, ADDRESSES };  // of the last one, parts are mapped to device memory
+
 struct block {
     char *start;
     size_t size;
-    int device, on_host;
+    int device;
+    enum kind kind;
     struct block *next;
 };
 
@@ -115,10 +118,10 @@ static __thread int current_device, last_error;
 
 static int fail(int error) { return last_error = error; }
 
-static void add_block(void *start, size_t size, int on_host) {
+static void add_block(void *start, size_t size, enum kind kind) {
     struct block *block = malloc(sizeof *block);
     pthread_mutex_lock(&lock);
-    *block = (struct block){start, size, current_device, on_host, blocks};
+    *block = (struct block){start, size, current_device, kind, blocks};
     blocks = block;
     pthread_mutex_unlock(&lock);
 }
@@ -141,16 +144,16 @@ static size_t remove_block(const void *start) {  // returns its size
     pthread_mutex_lock(&lock);
     struct block **link = link_to(start), *block = *link, removed = block ? *block : (struct block){0};
     if (block) *link = block->next;
-    if (!removed.on_host) used[removed.device] -= removed.size;
+    if (removed.kind == ON_DEVICE) used[removed.device] -= removed.size;
     pthread_mutex_unlock(&lock);
     free(block);
     return removed.size;
 }
 
-static int reserve(void **start, size_t size, int on_host) {
+static int reserve(void **start, size_t size, enum kind kind) {
     *start = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (*start == MAP_FAILED) return fail(OUT_OF_MEMORY);
-    add_block(*start, size, on_host);
+    add_block(*start, size, kind);
     return SUCCESS;
 }
 
@@ -160,16 +163,20 @@ static int release(void *start) {
     return SUCCESS;
 }
 
-int cudaMalloc(void **start, size_t size) {
-    if (!size) return *start = NULL, SUCCESS;  // as the real function
-    size = (size + GRANULARITY - 1) / GRANULARITY * GRANULARITY;
-    size_t *in_use = &used[current_device], *highest = &peak[current_device];
+static int take(int device, size_t size) {  // returns whether the device has so much memory left
+    size_t *in_use = &used[device], *highest = &peak[device];
     pthread_mutex_lock(&lock);
     int fits = *in_use + size <= device_memory;
     if (fits) *in_use += size;
     if (*in_use > *highest) *highest = *in_use;
     pthread_mutex_unlock(&lock);
-    return fits ? reserve(start, size, 0) : fail(OUT_OF_MEMORY);
+    return fits;
+}
+
+int cudaMalloc(void **start, size_t size) {
+    if (!size) return *start = NULL, SUCCESS;  // as the real function
+    size = (size + GRANULARITY - 1) / GRANULARITY * GRANULARITY;
+    return take(current_device, size) ? reserve(start, size, ON_DEVICE) : fail(OUT_OF_MEMORY);
 }
 
 int cudaFree(void *start) {
@@ -177,10 +184,42 @@ int cudaFree(void *start) {
     return release(start);
 }
 
-int cudaHostAlloc(void **start, size_t size) { return reserve(start, size ? size : 1, 1); }
+int cudaHostAlloc(void **start, size_t size) { return reserve(start, size ? size : 1, ON_HOST); }
 int cudaFreeHost(void *start) { return release(start); }
-int cudaHostRegister(void *start, size_t size) { return add_block(start, size, 1), SUCCESS; }
+int cudaHostRegister(void *start, size_t size) { return add_block(start, size, ON_HOST), SUCCESS; }
 int cudaHostUnregister(void *start) { return remove_block(start), SUCCESS; }
+
+// The driver's virtual memory, which torch uses with expandable segments: it reserves addresses, creates memory, maps
+// some to the other, and undoes this. Addresses here always have memory behind them, so only the amount is counted.
+
+struct allocation {
+    size_t size;
+    int device;
+};
+
+int cuMemAddressReserve(void **start, size_t size) { return reserve(start, size, ADDRESSES); }
+int cuMemAddressFree(void *start) { return release(start); }
+int cuMemGetAllocationGranularity(size_t *out) { return *out = GRANULARITY, SUCCESS; }
+
+int cuMemCreate(struct allocation **out, size_t size, const int *properties) {
+    int device = properties[3];
+    if (!take(device, size)) return OUT_OF_MEMORY;
+    *out = malloc(sizeof **out);
+    **out = (struct allocation){size, device};
+    return SUCCESS;
+}
+
+int cuMemRelease(struct allocation *allocation) {
+    pthread_mutex_lock(&lock);
+    used[allocation->device] -= allocation->size;
+    pthread_mutex_unlock(&lock);
+    free(allocation);
+    return SUCCESS;
+}
+
+int cuMemUnmap(void *start, size_t size) { return madvise(start, size, MADV_DONTNEED); }  // new memory is zero
+
+NOTHING(cuMemMap) NOTHING(cuMemSetAccess)
 
 int cudaMemGetInfo(size_t *available, size_t *total) {
     *total = device_memory;
@@ -199,8 +238,8 @@ struct pointer_attributes {
 int cudaPointerGetAttributes(struct pointer_attributes *out, const void *address) {
     struct block block = find_block(address);
     *out = (struct pointer_attributes){.kind = UNREGISTERED, .device = -2};
-    if (block.size) *out = (struct pointer_attributes){block.on_host ? HOST : DEVICE, block.device, address};
-    if (block.on_host) out->on_host = address;
+    if (block.size) *out = (struct pointer_attributes){block.kind == ON_HOST ? HOST : DEVICE, block.device, address};
+    if (block.kind == ON_HOST) out->on_host = address;
     return SUCCESS;
 }
 
