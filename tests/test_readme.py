@@ -121,6 +121,21 @@ def test_every_optimizer_is_in_the_table(name):
     assert load_config(CONFIG, [f"--optimizer={name}"]).optimizer == name
 
 
+def test_the_page_has_the_learning_rates_of_the_config_files():
+    header, *rows = re.findall(
+        r"^\| (.+) \|$", PAGES["docs/optimizers.md"].split("## Which learning rate")[1], re.MULTILINE
+    )
+    names = [cell.strip("`") for cell in header.split(" | ")[2:]]
+    assert len(rows) == 4
+    for row in rows:
+        size, width, *rates = row.split(" | ")
+        configs = [
+            load_config(ROOT / f"config/gpt2_{size.partition(',')[0]}.py", [f"--optimizer={name}"]) for name in names
+        ]
+        assert {c.model.n_embd for c in configs} == {int(width)}
+        assert [c.optim.lr for c in configs] == [float(rate) for rate in rates]
+
+
 def test_no_paragraph_of_the_readme_is_longer_than_five_lines():
     for paragraph in re.split(r"\n\s*\n", re.sub(r"```.*?```", "", README, flags=re.DOTALL)):
         lines = [line for line in paragraph.splitlines() if not line.startswith(("|", "- ", "  ", "#"))]
