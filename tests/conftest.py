@@ -22,8 +22,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)
 
+from forked import Forked  # noqa: E402
+
+import train_gpt  # noqa: E402
 from data.shards import write_manifest, write_shard  # noqa: E402
 from training.checkpoint import state_sha256  # noqa: E402
+from training.plot import CURVES  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,6 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 CONFIG = ROOT / "tests" / "tiny_config.py"
+draw_curves = train_gpt.plot_run
+train_gpt.plot_run = lambda folder: folder / CURVES  # a picture takes longer than a short run; one test draws it
 VOCAB = 60
 
 
@@ -74,8 +80,13 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def launch(arguments: list[str], processes: int = 1, **options) -> subprocess.Popen:
-    """Start the trainer in processes of its own, under torchrun if there are several."""
+def launch(arguments: list[str], processes: int = 1) -> Forked:
+    """Start the trainer in processes of its own."""
+    return Forked(train_gpt.main, arguments, processes=processes)
+
+
+def launch_command(arguments: list[str], processes: int = 1) -> subprocess.Popen:
+    """Start the trainer as a user does, under torchrun if there are several processes."""
     command = [sys.executable, "train_gpt.py"]
     if processes > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -87,11 +98,10 @@ def launch(arguments: list[str], processes: int = 1, **options) -> subprocess.Po
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        **options,
     )
 
 
-def finish(process: subprocess.Popen) -> str:
+def finish(process: subprocess.Popen | Forked) -> str:
     """Wait for a process that has to succeed; returns what it printed."""
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output

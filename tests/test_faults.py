@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+import traceback
 from functools import partial
 from pathlib import Path
 
@@ -216,11 +217,33 @@ SCENARIOS = {
 }
 
 
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory) -> Path:
+    """A file for each scenario, with the error that ended it. One process has the library preloaded and forks."""
+    folder = tmp_path_factory.mktemp("faults")
+    run_preloaded(__file__, str(folder), folder=folder)
+    return folder
+
+
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("gcc"), reason="needs gcc and LD_PRELOAD")
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_an_error_or_a_kill_before_every_file_operation_loses_nothing(tmp_path, name):
-    run_preloaded(__file__, name, str(tmp_path / "work"), folder=tmp_path)
+def test_an_error_or_a_kill_before_every_file_operation_loses_nothing(failures, name):
+    assert (failures / f"{name}.txt").read_text() == "done"
+
+
+def main(folder: Path) -> None:
+    """Do every scenario in a child of its own."""
+    for name, scenario in SCENARIOS.items():
+        if not os.fork():
+            outcome = "done"
+            try:
+                scenario(folder / name)
+            except BaseException:
+                outcome = traceback.format_exc()
+            (folder / f"{name}.txt").write_text(outcome)
+            os._exit(0)
+        os.wait()
 
 
 if __name__ == "__main__":
-    SCENARIOS[sys.argv[1]](Path(sys.argv[2]))
+    main(Path(sys.argv[1]))
