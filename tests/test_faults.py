@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import made_once
 from faults import DONE, every_fault, run_preloaded
 from small_runs import byte_dataset, byte_run
 
@@ -220,9 +221,7 @@ SCENARIOS = {
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory) -> Path:
     """A file for each scenario, with the error that ended it. One process has the library preloaded and forks."""
-    folder = tmp_path_factory.mktemp("faults")
-    run_preloaded(__file__, str(folder), folder=folder)
-    return folder
+    return made_once(tmp_path_factory, "faults", lambda folder: run_preloaded(__file__, str(folder), folder=folder))
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("gcc"), reason="needs gcc and LD_PRELOAD")

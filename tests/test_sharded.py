@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from conftest import finish
+from conftest import finish, made_once
 from forked import Forked
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -593,7 +593,13 @@ def page(folder):
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     """The reports of 4 and of 2 processes, and the folder of the checkpoints."""
-    folder, expected = tmp_path_factory.mktemp("sharded"), {}
+    folder = made_once(tmp_path_factory, "sharded", make_reports)
+    found = {name: torch.load(folder / f"{name}.pt", weights_only=False) for name in ("four", "two", "expected")}
+    return {4: found["four"], 2: found["two"], "folder": folder, "expected": found["expected"]}
+
+
+def make_reports(folder):
+    expected = {}
     torch.set_num_threads(1)
     for name, make in EVERY.items():
         model = make_model()
@@ -603,7 +609,8 @@ def reports(tmp_path_factory):
             save_alone(folder, name, model, optimizer)
         expected[name] = train(model, optimizer, SAVED_AT)
     torch.save(expected, folder / "expected.pt")
-    return {4: on_ranks(4, four, folder), 2: on_ranks(2, two, folder), "folder": folder, "expected": expected}
+    on_ranks(4, four, folder)
+    on_ranks(2, two, folder)
 
 
 def save_alone(folder, name, model, optimizer):

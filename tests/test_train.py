@@ -27,7 +27,6 @@ from conftest import (
     environment,
     finish,
     launch,
-    launch_command,
     make_dataset,
     make_tokens,
 )
@@ -869,11 +868,11 @@ def test_usage_and_help(capsys):
 
 
 def test_from_the_command_line_errors_are_one_line(dataset):
-    process = launch_command([str(CONFIG), f"--data.path={dataset}", "--n_heads=3"])
-    output, _ = process.communicate()
-    assert process.returncode == 1
-    assert output == "config: n_heads: unknown key; nearest: model.n_head, model.n_embd\n"
-    process = launch_command([str(CONFIG), f"--data.path={dataset}", "--n_heads=3"], processes=2)
+    command = [sys.executable, "train_gpt.py", str(CONFIG), f"--data.path={dataset}", "--n_heads=3"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout + done.stderr == "config: n_heads: unknown key; nearest: model.n_head, model.n_embd\n"
+    process = launch([str(CONFIG), f"--data.path={dataset}", "--n_heads=3"], processes=2)
     output, _ = process.communicate()
     assert process.returncode == 1
     assert output.count("config: n_heads: unknown key") == 1
