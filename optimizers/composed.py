@@ -224,7 +224,7 @@ class ComposedOptimizer(Optimizer):
 
     # ---- the step
 
-    @torch.compiler.disable  # a step compiled as a whole would be wrong; `compiled` compiles its elementwise parts
+    @torch._disable_dynamo  # a step compiled as a whole would be wrong; `compiled` compiles its elementwise parts
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None, bs: int | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient.

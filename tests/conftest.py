@@ -1,10 +1,13 @@
 """What several test files share: a small dataset, a small config, and ways to run the trainer."""
 
+import fcntl
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +25,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)
 
+from forked import Forked  # noqa: E402
+
+import train_gpt  # noqa: E402
 from data.shards import write_manifest, write_shard  # noqa: E402
 from training.checkpoint import state_sha256  # noqa: E402
+from training.plot import CURVES  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,7 +39,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+gc.freeze()  # else the collection at the start of each run takes 0.25 s to look at what was imported
+
 CONFIG = ROOT / "tests" / "tiny_config.py"
+draw_curves = train_gpt.plot_run
+train_gpt.plot_run = lambda folder: folder / CURVES  # a picture takes longer than a short run; one test draws it
 VOCAB = 60
 
 
@@ -50,6 +61,20 @@ def make_dataset(folder: Path, tokens: int = 20_000, shards: int = 2) -> Path:
     write_manifest(
         folder, {"name": "byte", "vocab_size": VOCAB, "eot": 0}, {"name": "test"}, dict(train=train, val=val)
     )
+    return folder
+
+
+def made_once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that `make` fills. The test processes of pytest-xdist share it: the first makes it, the others wait."""
+    folder = tmp_path_factory.mktemp(name)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = tmp_path_factory.getbasetemp().parent / name
+        folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "made").exists():
+            make(folder)
+            (folder / "made").touch()
     return folder
 
 
@@ -74,24 +99,12 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def launch(arguments: list[str], processes: int = 1, **options) -> subprocess.Popen:
-    """Start the trainer in processes of its own, under torchrun if there are several."""
-    command = [sys.executable, "train_gpt.py"]
-    if processes > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command += ["train_gpt.py"]
-    return subprocess.Popen(
-        [*command, *arguments],
-        cwd=ROOT,
-        env=environment(),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        **options,
-    )
+def launch(arguments: list[str], processes: int = 1) -> Forked:
+    """Start the trainer in processes of its own."""
+    return Forked(train_gpt.main, arguments, processes=processes)
 
 
-def finish(process: subprocess.Popen) -> str:
+def finish(process: Forked | subprocess.Popen) -> str:
     """Wait for a process that has to succeed; returns what it printed."""
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output

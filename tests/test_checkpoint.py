@@ -3,15 +3,14 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, change_state, environment
+from conftest import change_state, finish
+from forked import Forked
 from safetensors.torch import load_file, save_file
 
 from optimizers import AdamWConfig, build_optimizer
@@ -375,13 +374,7 @@ def main(folder: str) -> None:
 
 
 def test_ranks_finish_together_and_a_failure_of_one_is_raised_on_all(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    done = subprocess.run([*command, tmp_path], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=99)
-    assert done.returncode == 0, done.stderr
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    finish(Forked(main, tmp_path, processes=2))
 
 
 def test_a_start_deletes_no_folder_of_the_user(tmp_path):

@@ -297,7 +297,16 @@ def process_settings() -> dict:
     )
 
 
-def test_a_deterministic_run_changes_the_settings_and_restores_them(arguments, monkeypatch, tmp_path):
+@pytest.fixture
+def nothing_is_frozen():
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+def test_a_deterministic_run_changes_the_settings_and_restores_them(
+    arguments, monkeypatch, tmp_path, nothing_is_frozen
+):
     """The garbage collector is off during the steps of every run."""
     during, accumulate = [], train_gpt.Trainer.accumulate
     monkeypatch.setattr(
@@ -319,7 +328,7 @@ def test_a_deterministic_run_changes_the_settings_and_restores_them(arguments, m
     assert process_settings() == before
 
 
-def test_settings_are_restored_after_an_error_and_a_given_workspace_is_kept(monkeypatch):
+def test_settings_are_restored_after_an_error_and_a_given_workspace_is_kept(monkeypatch, nothing_is_frozen):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     before = process_settings()
     with pytest.raises(KeyError), torch_settings(ComputeConfig(deterministic=True)), collector_paused():

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, change_state, environment
+from conftest import ROOT, change_state, environment, finish
+from forked import Forked
 from small_runs import byte_run, hellaswag, phrase
 
 pytest.importorskip("lm_eval")
@@ -295,16 +296,13 @@ def test_an_interrupted_evaluation_continues_with_the_remaining_tasks(folders, d
 
 def test_two_evaluations_at_once_with_one_folder_lose_no_score(folders, data, tmp_path):
     """Both start with an empty folder. The later tables show the tasks of both, and the command repeats nothing."""
-    asked = {"one": ["boolq", "piqa", "sciq"], "two": ["winogrande", "piqa"], "one again": ["winogrande", "piqa"]}
+    asked = {"two": ["winogrande", "piqa"], "one again": ["winogrande", "piqa"], "one": ["boolq", "piqa", "sciq"]}
     out, common = tmp_path / "scores", ["--task_data", str(data), "--include_path", str(data), "--device", "cpu"]
-    processes = []
-    for name, tasks in asked.items():
-        command = [sys.executable, "-m", "eval.run", str(folders[name == "two"]), "--tasks", *tasks, "--out", str(out)]
-        options = dict(cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        processes.append(subprocess.Popen([*command, *common], **options))
-    for process in processes:
-        output, _ = process.communicate(timeout=200)
-        assert process.returncode == 0, output
+    lines = [[str(folders[k == "two"]), "--tasks", *tasks, "--out", str(out), *common] for k, tasks in asked.items()]
+    command, pipes = [sys.executable, "-m", "eval.run", *lines.pop()], dict(stdout=subprocess.PIPE, text=True)
+    processes = [subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.STDOUT, **pipes)]
+    for process in [*processes, *(Forked(run.main, line) for line in lines)]:
+        finish(process)
     found = [(s["checkpoint"], s["task"]) for s in json.loads((out / "results.json").read_text())["scores"]]
     wanted = {("one", task) for task in asked["one"] + asked["one again"]} | {("two", task) for task in asked["two"]}
     assert sorted(found) == sorted(wanted)  # none twice, either
@@ -394,12 +392,9 @@ def test_examples_are_never_drawn_from_the_rows_that_are_scored(folders, tmp_pat
 def test_two_processes_give_the_scores_of_one(folders, data, tmp_path):
     tasks = ["--tasks", "hellaswag", "two_subjects", "--shots", "2"]
     alone = evaluate(folders[:1], data, tmp_path / "one", *tasks)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "eval/run.py"]
-    command += [str(folders[0]), *tasks, "--data", str(data), "--include_path", str(data), "--device", "cpu"]
-    command += ["--out", str(tmp_path / "two")]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("one  hellaswag, 2-shot") == 1
+    places = ["--data", str(data), "--include_path", str(data), "--out", str(tmp_path / "two")]
+    printed = finish(Forked(run.main, [str(folders[0]), *tasks, *places, "--device", "cpu"], processes=2))
+    assert printed.count("one  hellaswag, 2-shot") == 1
     for score in json.loads((tmp_path / "two" / "results.json").read_text())["scores"]:
         expected = alone["one", score["task"], 2]
         assert {k: v for k, v in score.items() if k != "seconds"} == {k: expected[k] for k in score if k != "seconds"}

@@ -4,11 +4,13 @@ import json
 import os
 import shutil
 import sys
+import traceback
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import made_once
 from faults import DONE, every_fault, run_preloaded
 from small_runs import byte_dataset, byte_run
 
@@ -216,11 +218,31 @@ SCENARIOS = {
 }
 
 
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory) -> Path:
+    """A file for each scenario, with the error that ended it. One process has the library preloaded and forks."""
+    return made_once(tmp_path_factory, "faults", lambda folder: run_preloaded(__file__, str(folder), folder=folder))
+
+
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("gcc"), reason="needs gcc and LD_PRELOAD")
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_an_error_or_a_kill_before_every_file_operation_loses_nothing(tmp_path, name):
-    run_preloaded(__file__, name, str(tmp_path / "work"), folder=tmp_path)
+def test_an_error_or_a_kill_before_every_file_operation_loses_nothing(failures, name):
+    assert (failures / f"{name}.txt").read_text() == "done"
+
+
+def main(folder: Path) -> None:
+    """Do every scenario in a child of its own."""
+    for name, scenario in SCENARIOS.items():
+        if not os.fork():
+            outcome = "done"
+            try:
+                scenario(folder / name)
+            except BaseException:
+                outcome = traceback.format_exc()
+            (folder / f"{name}.txt").write_text(outcome)
+            os._exit(0)
+        os.wait()
 
 
 if __name__ == "__main__":
-    SCENARIOS[sys.argv[1]](Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

@@ -1,12 +1,11 @@
 """The micro-batch that fits: the estimate, the attempts, agreement of ranks, and no other effect on a run."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import ROOT, finish
+from forked import Forked
 
 import train_gpt
 from config.load import load_config
@@ -224,13 +223,7 @@ def main() -> None:
 
 
 def test_ranks_agree_on_what_fits_all_of_them():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-
-
-if __name__ == "__main__":
-    main()
+    finish(Forked(main, processes=2))
 
 
 def test_a_chosen_micro_batch_has_at_most_2_to_the_31_logits(dataset):

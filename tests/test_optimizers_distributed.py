@@ -1,15 +1,13 @@
 """Owners compute: the same weights on any number of processes, and checkpoints that fit any number."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, environment, finish, launch
+from conftest import ROOT, finish, launch
+from forked import Forked
 from safetensors.torch import load_file
 from torch import nn
 
@@ -73,7 +71,7 @@ def take_steps(model, optimizer, start, stop):
         optimizer.update_last_grad()
 
 
-def main(folder: str, start: int, stop: int) -> None:
+def continued(folder: Path, start: int, stop: int) -> None:
     """What each process runs: continue every config's checkpoint from `start` to `stop` and save."""
     with start_world("cpu") as world:
         held = {}
@@ -81,7 +79,7 @@ def main(folder: str, start: int, stop: int) -> None:
             model = Odd()
             optimizer = build_optimizer(model, config, world.group)
             held[name] = world.gather(state_bytes(optimizer))
-            checkpoints = Checkpointer(Path(folder) / name, CheckpointConfig(keep=9), world)
+            checkpoints = Checkpointer(folder / name, CheckpointConfig(keep=9), world)
             if start is not None and (found := checkpoints.latest()):
                 assert found.state["step"] == start
                 model.load_state_dict(found.model())
@@ -96,15 +94,11 @@ def main(folder: str, start: int, stop: int) -> None:
                 dict(step=stop, steps=9, tokens=stop, sequences=stop, config={}),
             )
         if world.is_main:
-            (Path(folder) / "held.json").write_text(json.dumps(held))
+            (folder / "held.json").write_text(json.dumps(held))
 
 
 def processes(n: int, folder: Path, start: int, stop: int) -> dict:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-    command = [*(command if n > 1 else [sys.executable]), __file__, str(folder), str(start), str(stop)]
-    environ = environment() | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    finish(Forked(continued, folder, start, stop, processes=n))
     return json.loads((folder / "held.json").read_text())
 
 
@@ -192,7 +186,3 @@ def test_the_work_on_matrices_is_balanced_over_the_ranks(size, ranks, most, monk
     ownership.assign(families(matrices, 1), lambda p: work(*p.shape))
     shares = [sum(work(*p.shape) for p in matrices if ownership.owner[p] == rank) for rank in range(ranks)]
     assert max(shares) * ranks <= most * sum(shares)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

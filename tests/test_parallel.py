@@ -3,19 +3,21 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import CONFIG, ROOT, environment, finish, launch
+from conftest import CONFIG, finish, launch
+from forked import Forked
 from safetensors.torch import load_file
 from small_runs import byte_dataset, hellaswag
 
 import train_gpt
+from config.load import load_config
+from model import GPT
 from optimizers.shards import cut
-from runtime.distributed import ALONE, World
+from runtime.command import one_line
+from runtime.distributed import ALONE, World, start_world
 from runtime.errors import UserError
 from training.compute import ComputeConfig
 from training.parallel import shards
@@ -28,12 +30,13 @@ OPTIMIZERS = {
 }
 
 
-def runs(processes, machines, *lines, patch=""):
-    """Do runs one after another in the same processes; returns what they printed. patch: a module to import first."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += ["tests/sharded_runs.py", str(machines), *lines]
-    environ = environment() | {"PATCH": patch}
-    return subprocess.run(command, cwd=ROOT, env=environ, text=True, capture_output=True, timeout=600)
+def train_each(machines, lines):
+    """Do runs one after another in the same processes, which are divided over that many machines."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(int(os.environ["WORLD_SIZE"]) // machines)
+    with one_line("train_each"), start_world("cpu") as world:
+        for line in lines:
+            config, *overrides = line.split()
+            train_gpt.train_run(load_config(config, overrides), world, fresh=False, accept_changes=False)
 
 
 def losses(run):
@@ -63,20 +66,15 @@ def line(tmp_path_factory):
     return make
 
 
-def succeed(processes, machines, lines):
-    done = runs(processes, machines, *lines)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def test_a_run_moves_between_processes_replicas_and_shards(line):
     for name in OPTIMIZERS:
         train_gpt.main(line(f"alone_{name}", name).split())
         train_gpt.main(line(f"moved_{name}", name, "--steps=3").split())
-    succeed(2, 1, [line(f"moved_{name}", name, "--steps=5") for name in OPTIMIZERS])
+    lines = [line(f"moved_{name}", name, "--steps=5") for name in OPTIMIZERS]
+    finish(Forked(train_each, 1, lines, processes=2))
     kinds = (("full", 7), ("hybrid", 9))
     lines = [line(f"moved_{name}", name, f"--shard={kind}", f"--steps={n}") for name in OPTIMIZERS for kind, n in kinds]
-    printed = succeed(4, 2, lines)
+    printed = finish(Forked(train_each, 2, lines, processes=4))
     assert "shard      full: weights, gradients and state divided over 4 processes\n" in printed
     assert "shard      hybrid: weights, gradients and state divided over 2 processes, 2 copies\n" in printed
     for name in OPTIMIZERS:
@@ -90,11 +88,10 @@ def test_a_run_moves_between_processes_replicas_and_shards(line):
 
 def test_an_interrupted_sharded_run_equals_one_that_was_not(line):
     starts = (("once", 12), ("twice", 7), ("twice", 12))
-    succeed(
-        4,
-        2,
-        [line(f"{start}_{name}", name, "--shard=hybrid", f"--steps={n}") for name in OPTIMIZERS for start, n in starts],
-    )
+    lines = [
+        line(f"{start}_{name}", name, "--shard=hybrid", f"--steps={n}") for name in OPTIMIZERS for start, n in starts
+    ]
+    finish(Forked(train_each, 2, lines, processes=4))
     for name in OPTIMIZERS:
         once, twice = (line.folder / f"{start}_{name}" for start in ("once", "twice"))
         found = losses(twice)
@@ -109,7 +106,7 @@ def test_an_interrupted_sharded_run_equals_one_that_was_not(line):
 
 def test_a_killed_sharded_run_continues_as_if_nothing_had_happened(line):
     words = line("killed", "mars_m", "--shard=full", "--steps=30", "--checkpoint.every=3").split()
-    process = launch(words, processes=2, start_new_session=True)
+    process = launch(words, processes=2)
     metrics = line.folder / "killed/metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count("\n") < 9:
         assert process.poll() is None, process.communicate()[0]
@@ -126,29 +123,28 @@ def test_a_killed_sharded_run_continues_as_if_nothing_had_happened(line):
 def test_three_replicas_continue_bit_for_bit(line):
     """Sums over three processes depend on how gradients lie in buckets."""
     both = [line("r_once", "mars_m"), line("r_twice", "mars_m", "--steps=7"), line("r_twice", "mars_m")]
-    succeed(3, 1, both)
+    finish(Forked(train_each, 1, both, processes=3))
     ours, theirs = (weights(line.folder / name) for name in ("r_once", "r_twice"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-POISON = """
-from model import GPT
+def train_on_poison(line):
+    """The gradient of every sequence with a W is not finite."""
+    forward = GPT.forward
 
-forward = GPT.forward
+    def poisoned(self, idx, targets=None):
+        loss = forward(self, idx, targets)
+        return loss * float("nan") if self.training and (idx == ord("W")).any() else loss
 
-def poisoned(self, idx, targets=None):
-    loss = forward(self, idx, targets)
-    return loss * float("nan") if self.training and (idx == ord("W")).any() else loss
-
-GPT.forward = poisoned
-"""
+    GPT.forward = poisoned
+    train_each(1, [line])
 
 
-def test_bad_sequences_are_named(line, tmp_path):
-    (tmp_path / "poison.py").write_text(POISON)
-    done = runs(2, 1, line("poisoned", "adamw", "--shard=full"), patch=str(tmp_path / "poison.py"))
-    assert done.returncode == 1
-    assert done.stderr.count("is not finite; earlier checkpoints are good; sequences: train_000000.bin@") == 1
+def test_bad_sequences_are_named(line):
+    run = Forked(train_on_poison, line("poisoned", "adamw", "--shard=full"), processes=2)
+    output, _ = run.communicate()
+    assert run.returncode == 1
+    assert output.count("is not finite; earlier checkpoints are good; sequences: train_000000.bin@") == 1
 
 
 def test_hybrid_needs_equal_machines():

@@ -3,15 +3,14 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, environment
+from conftest import ROOT, finish
+from forked import Forked
 from small_runs import byte_dataset, byte_run, small_model
 
 from eval import perplexity
@@ -122,10 +121,8 @@ def test_the_interval_covers_the_true_value_in_about_95_percent_of_cases():
 
 def test_two_processes_give_the_numbers_of_one(runs, tmp_path):
     alone = evaluate(runs, tmp_path / "one.json")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["eval/perplexity.py", *map(str, runs), "--device", "cpu", "--out", str(tmp_path / "two.json")]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    words = [*map(str, runs), "--device", "cpu", "--out", str(tmp_path / "two.json")]
+    finish(Forked(perplexity.main, words, processes=2))
     together = json.loads((tmp_path / "two.json").read_text())
     for a, b in zip(alone["models"] + alone["paired"], together["models"] + together["paired"], strict=True):
         for key, value in a.items():

@@ -10,16 +10,19 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import CONFIG, ROOT, environment
+from conftest import ROOT, environment
+from forked import Forked
 
 import train_gpt
 from config.load import load_config
+from runtime import distributed
 from training.logger import read_metrics
 
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("scripts/*.sbatch")])
@@ -401,44 +404,58 @@ def test_the_wandb_sweep_recipe_trains_with_the_arguments_of_an_agent(dataset, t
     assert recipe["metric"]["name"] in given
 
 
-MAIN_THREAD_HANGS = """
-import os, time, train_gpt
-
-def update(trainer, update=train_gpt.Trainer.update):
-    update(trainer)
-    if os.environ["RANK"] == "1" and trainer.step == 6:
-        time.sleep(1000)
-
-train_gpt.Trainer.update = update
-train_gpt.main()
-"""
+def lines_of(printed):
+    """Lines without those of a step, and without those of torchrun itself."""
+    of_torchrun = re.compile(r"[WE]\d{4} .*torch/distributed/elastic")
+    return [line for line in printed.splitlines() if not line.startswith("step ") and not of_torchrun.match(line)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, None])
-def test_every_surviving_rank_says_in_one_line_which_rank_is_missing(dataset, tmp_path, number):
-    """Rank 1 of 3 is killed, hangs, or only its main thread does (None).
+def missing(rank: int, process: int) -> str:
+    return (
+        f"train_gpt: rank {rank} (process {process} on {platform.node()}): no answer; the same command continues from"
+    )
 
-    The others end within the stated time, here 6 seconds and the last words.
-    """
-    arguments = [str(CONFIG), f"--data.path={dataset}", f"--log.folder={tmp_path}", "--name=run", "--steps=100000"]
-    (tmp_path / "hangs.py").write_text(MAIN_THREAD_HANGS)
-    program = "train_gpt.py" if number else str(tmp_path / "hangs.py")
-    command = [*LAUNCHER, "--nproc_per_node=3", program, *arguments, "--micro_batch=1"]
-    environ, pipe = environment() | {"RANKS_WAIT_SECONDS": "6"}, subprocess.PIPE
-    with subprocess.Popen(command, cwd=ROOT, env=environ, stdout=pipe, stderr=subprocess.STDOUT, text=True) as launcher:
+
+def test_every_surviving_rank_says_in_one_line_which_rank_was_killed(arguments):
+    """Under the launcher, which gives them time for it."""
+    command = [*LAUNCHER, "--nproc_per_node=3", "train_gpt.py", *arguments, "--steps=100000", "--micro_batch=1"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), **pipes) as launcher:
         for line in launcher.stdout:
             if line.startswith("step      5"):
                 break
         ranks = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
         victim = next(p for p in ranks if b"\0RANK=1\0" in Path(f"/proc/{p}/environ").read_bytes())
-        if number:
-            os.kill(int(victim), number)
+        os.kill(int(victim), signal.SIGKILL)
         start = time.monotonic()
         printed, _ = launcher.communicate(timeout=120)
         assert time.monotonic() - start < 100
     assert launcher.returncode != 0
-    of_torchrun = re.compile(r"[WE]\d{4} .*torch/distributed/elastic")
-    lines = [s for s in printed.splitlines() if not s.startswith("step ") and not of_torchrun.match(s)]
-    told = f"train_gpt: rank 1 (process {victim} on {platform.node()}): no answer; the same command continues from"
-    assert 1 <= sum(line.startswith(told) for line in lines) <= 2, printed
-    assert len(lines) <= 3, printed  # the last one is the launcher's
+    assert 1 <= sum(line.startswith(missing(1, victim)) for line in lines_of(printed)) <= 2, printed
+    assert len(lines_of(printed)) <= 3, printed  # the last one is the launcher's
+
+
+def train_until_rank_1_hangs(arguments, stopped: bool, file: Path) -> None:
+    """After step 6, the whole rank stops or its main thread does. Its process id is in a file."""
+    distributed.BEAT, distributed.TIMEOUT = 0.5, timedelta(seconds=4)
+    update = train_gpt.Trainer.update
+
+    def hanging(trainer):
+        update(trainer)
+        if os.environ["RANK"] == "1" and trainer.step == 6:
+            file.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP) if stopped else time.sleep(1000)
+
+    train_gpt.Trainer.update = hanging
+    train_gpt.main(arguments)
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_every_surviving_rank_says_in_one_line_which_rank_hangs(arguments, tmp_path, stopped):
+    run = Forked(train_until_rank_1_hangs, [*arguments, "--micro_batch=1"], stopped, tmp_path / "process", processes=3)
+    printed, _ = run.communicate(timeout=100)
+    assert run.returncode != 0
+    lines = [line for line in lines_of(printed) if not line.startswith("saved ")]
+    told = [line for line in lines if line.startswith(missing(1, int((tmp_path / "process").read_text())))]
+    assert 1 <= len(told) <= 2, printed
+    assert lines[-len(told) :] == told, printed

@@ -4,11 +4,8 @@ The processes run many cases each and report to the tests, because starting them
 """
 
 import copy
-import multiprocessing
-import os
 import pickle
 import re
-import socket
 import sys
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -19,6 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from conftest import finish, made_once
+from forked import Forked
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -155,22 +154,16 @@ def differences(ours, expected):
 
 def on_ranks(n, body, folder):
     """Call body(folder) in n processes that talk by gloo; returns what it returns on rank 0."""
-    multiprocessing.set_forkserver_preload([__name__])  # what all need is imported once
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    environment = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(n), OMP_NUM_THREADS="1")
-    torch.multiprocessing.start_processes(_enter, (environment, body, folder), nprocs=n, start_method="forkserver")
+    finish(Forked(_join, body, folder, processes=n))
     return torch.load(folder / f"{body.__name__}.pt", weights_only=False)
 
 
-def _enter(rank, environment, body, folder):
-    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
+def _join(body, folder):
     try:
         found = body(folder)
     except dcp.CheckpointException as error:  # no Exception, so its text would be lost
         raise RuntimeError(str(error)) from None
-    if rank == 0:
+    if dist.get_rank() == 0:
         torch.save(found, folder / f"{body.__name__}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -618,7 +611,13 @@ def page(folder):
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     """The reports of 4 and of 2 processes, and the folder of the checkpoints."""
-    folder, expected = tmp_path_factory.mktemp("sharded"), {}
+    folder = made_once(tmp_path_factory, "sharded", make_reports)
+    found = {name: torch.load(folder / f"{name}.pt", weights_only=False) for name in ("four", "two", "expected")}
+    return {4: found["four"], 2: found["two"], "folder": folder, "expected": found["expected"]}
+
+
+def make_reports(folder):
+    expected = {}
     torch.set_num_threads(1)
     for name, make in EVERY.items():
         model = make_model()
@@ -628,7 +627,8 @@ def reports(tmp_path_factory):
             save_alone(folder, name, model, optimizer)
         expected[name] = train(model, optimizer, SAVED_AT)
     torch.save(expected, folder / "expected.pt")
-    return {4: on_ranks(4, four, folder), 2: on_ranks(2, two, folder), "folder": folder, "expected": expected}
+    on_ranks(4, four, folder)
+    on_ranks(2, two, folder)
 
 
 def save_alone(folder, name, model, optimizer):

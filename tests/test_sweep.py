@@ -1,9 +1,7 @@
 """Sweeps: the plans can run, every arm gets equal tries, and the report compares seed by seed."""
 
-import fcntl
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -16,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIG, ROOT, environment
+from conftest import CONFIG, ROOT, environment, finish, made_once
 
 from config.load import load_config
 from experiments import sweep
@@ -81,21 +79,15 @@ def start_sweep(plan, folder, **options):
 def swept(dataset, tmp_path_factory):
     """A folder with the finished runs of the plan in `sweeps`, and their report in `results`.
 
-    Two sweeps do them at the same time. The test processes of pytest-xdist share the folder: the first one makes it,
-    and the others wait.
+    Two sweeps do them at the same time.
     """
-    folder = tmp_path_factory.mktemp("swept")
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = tmp_path_factory.getbasetemp().parent / "swept"
-        folder.mkdir(exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "results").exists():
-            plan = write_plan(folder, dataset)
-            for process in [start_sweep(plan, folder, stdout=subprocess.PIPE) for _ in range(2)]:
-                output, _ = process.communicate(timeout=300)
-                assert process.returncode == 0, output
-    return folder
+
+    def make(folder):
+        plan = write_plan(folder, dataset)
+        for process in [start_sweep(plan, folder, stdout=subprocess.PIPE) for _ in range(2)]:
+            finish(process)
+
+    return made_once(tmp_path_factory, "swept", make)
 
 
 @pytest.fixture

@@ -18,7 +18,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIG, ROOT, VOCAB, change_state, environment, finish, launch, make_dataset, make_tokens
+from conftest import (
+    CONFIG,
+    ROOT,
+    VOCAB,
+    change_state,
+    draw_curves,
+    environment,
+    finish,
+    launch,
+    make_dataset,
+    make_tokens,
+)
+from forked import Forked
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
@@ -100,7 +112,8 @@ def test_steps_equal_a_plain_loop(dataset, straight):
         torch.testing.assert_close(weights, dict(model.named_parameters())[name].data, atol=2e-5, rtol=1e-3)
 
 
-def test_a_run_learns_and_leaves_a_folder_that_explains_it(dataset, tmp_path, capsys):
+def test_a_run_learns_and_leaves_a_folder_that_explains_it(dataset, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_gpt, "plot_run", draw_curves)
     train_gpt.main([str(CONFIG), f"--data.path={dataset}", f"--log.folder={tmp_path}", "--steps=150", "--log.every=10"])
     (folder,) = tmp_path.iterdir()
     assert folder.name == "tiny_config-adamw-counting-28.8k"
@@ -212,7 +225,7 @@ def test_kills_at_random_moments_change_nothing(dataset, tmp_path, processes):
     metrics = tmp_path / "killed" / "run" / "metrics.jsonl"
     for aim in (5, 25, 45):
         background = f"--checkpoint.background={'false' if aim == 25 else 'true'}"
-        process = launch([*killed, background], processes, start_new_session=True)
+        process = launch([*killed, background], processes)
         target, deadline = aim + chance.randrange(10), time.monotonic() + 120
         while not (metrics.exists() and f'"step": {target},' in metrics.read_text()):
             assert time.monotonic() < deadline
@@ -258,7 +271,7 @@ def test_processes_whose_launcher_was_killed_save_and_leave(dataset, tmp_path):
     arguments = [str(CONFIG), f"--data.path={dataset}", f"--log.folder={tmp_path}", "--name=run", "--steps=100000"]
     process = launch([*arguments, "--checkpoint.every=100000"], processes=2)
     wait_for_metrics(tmp_path / "run", process)
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     output, _ = process.communicate(timeout=120)  # the pipe closes when the last process has left
     assert "the same command continues the run" in output
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
@@ -438,31 +451,30 @@ def test_a_new_budget_may_not_make_the_learning_rate_jump(arguments, capsys):
     assert rates[20] < 0.004
 
 
+def train_on_a_broken_disk(arguments):
+    """From step 7 on, the rank with the last sequence gets EIO."""
+    batch = TrainLoader.batch
+
+    def broken(self, step):
+        if step >= 7 and self.rows.stop == 12:
+            raise DataError("train_000000.bin: Input/output error")
+        return batch(self, step)
+
+    TrainLoader.batch = broken
+    train_gpt.main(arguments)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("optimizer", ["adamw", "mars_m --optim.is_approx=false"])
-def test_tokens_that_cannot_be_read_any_more_cost_no_step(dataset, tmp_path, processes, optimizer):
+def test_tokens_that_cannot_be_read_any_more_cost_no_step(arguments, tmp_path, processes, optimizer):
     """From step 7 on, one rank gets EIO. The steps before are saved, and the error names the file."""
-    program = f"""if True:
-        import train_gpt
-        from data.loader import TrainLoader
-        from data.shards import DataError
-        batch = TrainLoader.batch
-        def broken(self, step):
-            if step >= 7 and self.rows.stop == 12:
-                raise DataError("train_000000.bin: Input/output error")
-            return batch(self, step)
-        TrainLoader.batch = broken
-        train_gpt.main({[str(CONFIG), f"--data.path={dataset}", f"--log.folder={tmp_path}", "--name=run"]!r}
-            + ["--micro_batch=3"] + "--optimizer={optimizer}".split())"""
-    (tmp_path / "program.py").write_text(program)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [*command, str(tmp_path / "program.py")] if processes > 1 else [sys.executable, tmp_path / "program.py"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert (done.stdout + done.stderr).count("train_gpt: train_000000.bin: Input/output error") == 1
-    last = max(series(tmp_path / "run"))
+    arguments = [*arguments, "--micro_batch=3", *f"--optimizer={optimizer}".split()]
+    output, _ = (run := Forked(train_on_a_broken_disk, arguments, processes=processes)).communicate(timeout=120)
+    assert run.returncode == 1
+    assert output.count("train_gpt: train_000000.bin: Input/output error") == 1
+    last = max(series(folder_of(arguments)))
     assert 5 <= last <= 7
-    assert (tmp_path / "run" / "checkpoints" / f"step_{last:07d}").exists()
+    assert (folder_of(arguments) / "checkpoints" / f"step_{last:07d}").exists()
 
 
 def test_validation_that_cannot_be_read_costs_no_step(arguments, monkeypatch):
@@ -706,26 +718,21 @@ def test_a_record_that_is_written_one_step_late_is_the_same(arguments, straight,
     assert series(folder, "grad_norm") == series(straight, "grad_norm")
 
 
-ONE_BIT = """
-import os, torch, train_gpt
+def train_with_another_bit_on_rank_1(arguments):
+    update = train_gpt.Trainer.update
 
-def update(trainer, update=train_gpt.Trainer.update):
-    update(trainer)
-    if os.environ["RANK"] == "1" and trainer.step == 6:
-        trainer.model.transformer.wpe.weight.data.view(torch.int32)[0, 0] ^= 1
+    def changed(trainer):
+        update(trainer)
+        if os.environ["RANK"] == "1" and trainer.step == 6:
+            trainer.model.transformer.wpe.weight.data.view(torch.int32)[0, 0] ^= 1
 
-train_gpt.Trainer.update = update
-train_gpt.main()
-"""
+    train_gpt.Trainer.update = changed
+    train_gpt.main(arguments)
 
 
-def test_replicas_that_differ_in_one_bit_are_reported_at_the_next_checkpoint(arguments, tmp_path):
-    (tmp_path / "program.py").write_text(ONE_BIT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(tmp_path / "program.py"), *arguments, "--checkpoint.every=4"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    before, told, _ = done.stdout.partition("warning: the weights of rank 1 differ from those of rank 0")
+def test_replicas_that_differ_in_one_bit_are_reported_at_the_next_checkpoint(arguments):
+    output = finish(Forked(train_with_another_bit_on_rank_1, [*arguments, "--checkpoint.every=4"], processes=2))
+    before, told, _ = output.partition("warning: the weights of rank 1 differ from those of rank 0")
     assert told
     assert "saved" in before  # step 4 was equal
     assert "step_0000008" not in before
@@ -861,10 +868,10 @@ def test_usage_and_help(capsys):
 
 
 def test_from_the_command_line_errors_are_one_line(dataset):
-    process = launch([str(CONFIG), f"--data.path={dataset}", "--n_heads=3"])
-    output, _ = process.communicate()
-    assert process.returncode == 1
-    assert output == "config: n_heads: unknown key; nearest: model.n_head, model.n_embd\n"
+    command = [sys.executable, "train_gpt.py", str(CONFIG), f"--data.path={dataset}", "--n_heads=3"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout + done.stderr == "config: n_heads: unknown key; nearest: model.n_head, model.n_embd\n"
     process = launch([str(CONFIG), f"--data.path={dataset}", "--n_heads=3"], processes=2)
     output, _ = process.communicate()
     assert process.returncode == 1

@@ -159,15 +159,19 @@ def _allow_only_deterministic_kernels(stack: ExitStack) -> None:
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Switch automatic garbage collection off. Explicit collections inside skip the objects that exist at the start."""
-    enabled = gc.isenabled()
+    """Switch automatic garbage collection off. Explicit collections inside skip the objects that exist at the start.
+
+    If the caller had frozen objects before, they stay frozen.
+    """
+    enabled, frozen = gc.isenabled(), gc.get_freeze_count() > 0
     gc.collect()
     gc.freeze()
     gc.disable()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
         if enabled:
             gc.enable()
 
