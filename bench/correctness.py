@@ -41,7 +41,7 @@ from bench.timing import SIZES, Session, compiler
 from runtime.command import first_line, one_line
 from train_gpt import Trainer
 
-NO_GPU = "needs a CUDA GPU"
+NO_GPU, NO_EVENTS = "needs a CUDA GPU", "the profiler sees no work of the GPU here; it may lack the permission"
 CHECKS = ["numbers", "steady", "resume"]
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace
 
@@ -229,6 +229,7 @@ def by_kernel(events: list[dict], least: float = 0.01) -> dict[str, float]:
 def check_steady(s: Session, arguments: list[str]) -> None:
     """A compiled run after its first steps. The checks share one trainer, and the first one compiles it."""
     events: list[dict] = []
+    missing = NO_EVENTS if s.device.type == "cuda" else NO_GPU
     with opened(arguments) as t:
         batches = [batch_of(t, step) for step in range(4)]
 
@@ -237,13 +238,12 @@ def check_steady(s: Session, arguments: list[str]) -> None:
                 take_step(t, batch)
 
         def idle() -> float | str:
-            if s.device.type != "cuda":
-                return NO_GPU
-            events.extend(gpu_events(steps, s.report.path.with_suffix(".trace.json.gz")))
-            return idle_fraction(events)
+            if s.device.type == "cuda":
+                events.extend(gpu_events(steps, s.report.path.with_suffix(".trace.json.gz")))
+            return idle_fraction(events) if events else missing
 
         def copies() -> float | str:
-            return float(sum("DtoH" in e["name"] for e in events)) if events else NO_GPU
+            return float(sum("DtoH" in e["name"] for e in events)) if events else missing
 
         what = "graphs compiled after the first steps while lr and gamma change"
         check(s, what, 0, lambda: compilations(t, batches), 240, keep=True)
