@@ -24,6 +24,8 @@ from .shards import local, sharding_errors, sharding_of
 from .signatures import with_arguments
 from .variance_reduction import clip_factors, correction_weight, norms_from_rows
 
+# torch.compiler.disable imports the compiler at once, which takes two seconds; this one waits for the first call
+not_compiled = getattr(torch, "_disable_dynamo", torch.compiler.disable)
 AT_ONCE = 10  # tensors in a compiled update: the compiler does not fuse operations that are more than 64 apart
 
 
@@ -224,7 +226,7 @@ class ComposedOptimizer(Optimizer):
 
     # ---- the step
 
-    @torch._disable_dynamo  # a step compiled as a whole would be wrong; `compiled` compiles its elementwise parts
+    @not_compiled  # a step compiled as a whole would be wrong; `compiled` compiles its elementwise parts
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None, bs: int | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient.
